@@ -1,0 +1,69 @@
+# Every target works on a fresh clone: the environment is made when it is first needed.
+# A variable that stands before "?=" is an option: `make bench METHOD=edm NFE=20`.
+
+PYTHON ?= python3
+METHOD ?= dlg
+DATA ?= digits
+NFE ?= 10
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# An option of the command line appears only if it is set, so that the experiment's own value holds otherwise.
+option = $(if $($(1)),$(2)=$($(1)))
+OPTIONS = $(call option,N,n) $(call option,SEED,seed) $(call option,SOLVER,solver) $(call option,PRIOR,prior) \
+	$(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS)
+
+# The smoke run has no default data: a value of DATA counts only if the user gave it.
+SMOKE_DATA = $(or $(SUBSET),$(if $(filter file,$(origin DATA)),,$(DATA)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench fit test test-slow smoke lint format clean
+
+help: ## print this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  options of bench: METHOD=$(METHOD) DATA=$(DATA) NFE=$(NFE) N= SEED= SOLVER= PRIOR= DEVICES= OUT= ARGS='key=value ...'"
+	@echo "  options of fit:   METHOD=$(METHOD) DATA=$(DATA) SEED= DEVICES= OUT= ARGS='key=value ...'"
+
+setup: $(STAMP) ## make .venv and install diffaccel with its development tools
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "diffaccel needs Python 3.10 or newer, and '$(PYTHON)' is not: name one with PYTHON=, as in make setup PYTHON=python3.12"; \
+		exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+bench: $(STAMP) ## evaluate METHOD on DATA at NFE network evaluations per image
+	$(strip $(BIN)/diffaccel bench method=$(METHOD) data=$(DATA) nfe=$(NFE) $(OPTIONS))
+
+fit: $(STAMP) ## train METHOD on DATA
+	$(strip $(BIN)/diffaccel fit $(DATA)/$(METHOD) $(call option,SEED,seed) $(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS))
+
+test: lint ## lint, types and tests: CPU, offline, under ten minutes
+	$(BIN)/pytest
+
+test-slow: $(STAMP) ## the minute-long fits
+	$(BIN)/pytest -m slow
+
+smoke: $(STAMP) ## fit and bench every method for a few batches, two processes too: SUBSET=PATH or DATA=digits
+	@test -n "$(SMOKE_DATA)" || { \
+		echo "smoke needs images: SUBSET=PATH, a few CIFAR-10 images (an npz with 'images' and 'labels', an image folder or torchvision's root), or DATA=digits"; \
+		exit 2; }
+	$(BIN)/python tests/smoke.py $(SMOKE_DATA)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format the code and repair what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove caches; .venv and runs/ stay
+	rm -rf build dist diffaccel.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

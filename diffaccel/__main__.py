@@ -1,0 +1,266 @@
+"""The command line: ``diffaccel VERB [EXPERIMENT] key=value ...``."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diffaccel.errors import UsageError, suggest
+
+HELP = """\
+diffaccel: which way of sampling in few steps is best, on your data, at your budget?
+
+  diffaccel bench EXPERIMENT nfe=[5,10,20] n=5000   measure points of the quality-versus-NFE curve
+  diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
+  diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
+  diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
+
+EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
+(`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
+
+Keys may be set on the command line; the frequent ones:
+  nfe=10 or nfe=[5,10]     most network evaluations per image, burn-in included; one point each
+  n=5000 seed=0            images per point, and their noise
+  solver=ipndm             another part by name (solver, prior, process ...); solver.grid.rho=5 sets a key of it
+  chains=100               chains of a Langevin-Gibbs prior
+  checkpoint=FILE          weights of the denoiser
+  batch_size= precision= threads= devices= accelerator=
+  images=1000000 limit=64  training length; use only the first images of the data
+  logger=wandb|csv|none    W&B writes offline unless wandb_mode=online
+  out=DIR                  runs/<data>/<method> by default
+  dry_run=true             print the plan and its cost; measure nothing
+"""
+
+console = Console(stderr=True, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("help", "-h", "--help"):
+        print(HELP)
+        return 0
+    if words[0] in ("version", "--version"):
+        from diffaccel import __version__
+
+        print(f"diffaccel {__version__}")
+        return 0
+    verbs: dict[str, Callable[[Any], None]] = {"bench": bench, "fit": fit, "sample": sample, "reference": reference}
+    verb = words.pop(0)
+    experiment = words.pop(0) if words and "=" not in words[0] else None
+    try:
+        if verb not in verbs:
+            raise UsageError(f"no command is called {verb!r}{suggest(verb, verbs)} (see `diffaccel help`)")
+        if experiment in ("-h", "--help", "help"):
+            print(HELP)
+            return 0
+        _quiet()
+        from diffaccel.config import load
+
+        verbs[verb](load(experiment, words))
+    except UsageError as error:
+        console.print(f"diffaccel: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        console.print("diffaccel: interrupted; what was finished is kept (fit goes on with resume=auto)", markup=False)
+        return 130
+    return 0
+
+
+def bench(config: Any) -> None:
+    """Measure the configured budgets with the configured weights."""
+    from torch.utils.data import DataLoader
+
+    from diffaccel import experiment
+
+    method = experiment.build_method(config, load=not config.dry_run)
+    plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
+    if config.dry_run:
+        from diffaccel.cost import print_cost
+
+        print_cost(config, method, plans)
+        return
+    evaluator = experiment.build_evaluator(config, method)
+    experiment.write_config(config)
+    trainer = experiment.build_trainer(config, [evaluator])
+    method.eval()
+    try:
+        trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    finally:
+        _finish(config)
+    if trainer.is_global_zero:
+        _report(evaluator)
+
+
+def fit(config: Any) -> None:
+    """Train a method, or the feature network that scores."""
+    from diffaccel import experiment
+
+    if config.method_name == "extractor":
+        _fit_extractor(config)
+        return
+    method = experiment.build_method(config, load=config.method_name == "dlg")
+    data = experiment.build_data(config)
+    last = config.folder / "last.ckpt"
+    resume = config.resume
+    if resume == "auto":
+        resume = str(last) if last.is_file() else None
+        console.print(f"going on from {last}" if resume else f"no {last} yet: starting anew", markup=False)
+    elif resume is not None and not Path(resume).is_file():
+        raise UsageError(f"resume={resume}: no such file; resume=auto takes {last} if there is one")
+    elif resume is None and last.is_file():
+        raise UsageError(f"{last} exists: go on with resume=auto, or choose another out=")
+    callbacks: list[Any] = [experiment.build_checkpointer(config)]
+    if config.reference and Path(config.reference).is_file():
+        for budget in config.nfe:
+            method.plan(budget, config.n)
+        callbacks.append(experiment.build_evaluator(config, method))
+    experiment.write_config(config)
+    trainer = experiment.build_trainer(config, callbacks, training=True)
+    try:
+        trainer.fit(method, data, ckpt_path=resume, weights_only=True)
+    finally:
+        _finish(config)
+    if not trainer.is_global_zero:
+        return
+    if config.method_name == "dlg":
+        _report_acceptance(config, method, data)
+    if len(callbacks) > 1:
+        _report(callbacks[1])
+    console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
+
+
+def sample(config: Any) -> None:
+    """Write images of the first budget, without scoring them."""
+    import numpy as np
+    import torch
+    from torchvision.utils import save_image
+
+    from diffaccel import experiment
+    from diffaccel.evaluator import to_uint8
+
+    method = experiment.build_method(config).eval()
+    plan = method.plan(config.nfe[0], config.n)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    images = torch.empty(config.n, *experiment.shape_of(config))
+    for group in method.prior.schedule(config.n, config.batch_size):
+        for indices, batch in method.sample(config.seed, group, plan, method.open(config.seed, group)):
+            images[list(indices)] = batch
+    folder = config.folder / f"images_nfe{config.nfe[0]:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.format == "npz" or config.data["name"] == "toy":
+        final = images if config.data["name"] == "toy" else to_uint8(images)
+        np.savez_compressed(folder / "images.npz", images=final.permute(0, 2, 3, 1).numpy())
+    else:
+        for i, image in enumerate(to_uint8(images)):
+            save_image(image.float() / 255, folder / f"{i:06d}.png")
+    print(folder)
+
+
+def reference(config: Any) -> None:
+    """Write the statistics that bench compares with: of the training split, and of the test split for the floor."""
+    from diffaccel import experiment
+    from diffaccel.reference import compute_reference
+
+    data, extractor = experiment.build_data(config), experiment.build_extractor(config)
+    for split, path in (("train", config.reference), ("test", config.floor)):
+        if path is None:
+            continue
+        found = compute_reference(data, split, extractor)
+        found.save(path)
+        console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}", markup=False)
+    if config.reference is None and config.floor is None:
+        raise UsageError(f"{config.experiment} names no file to write: set reference=FILE (and floor=FILE)")
+
+
+def _fit_extractor(config: Any) -> None:
+    from diffaccel import experiment
+    from diffaccel.nn.features import fit_extractor, save_classifier
+    from diffaccel.registry import Registry
+
+    recipes: Registry[Any] = Registry("method")
+    recipes.register("extractor")(fit_extractor)
+    data = experiment.build_data(config)
+    started = time.monotonic()
+    model, accuracy = recipes.build(config.method, data=data, device="cpu", seed=config.seed)
+    path = config.folder / "extractor.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_classifier(model, path, config.data["name"], data.label, accuracy, config.seed)
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes", markup=False)
+
+
+def _report_acceptance(config: Any, method: Any, data: Any) -> None:
+    """Say how exactly the noise classifier reads levels on held-out images."""
+    from diffaccel.data import to_float
+    from diffaccel.methods.dlg import accept
+
+    found = accept(method.classifier, (to_float(images) for _, images, _ in data.batches("test", 250)), config.seed)
+    worst = max(found.error.values())
+    verdict = "accepted" if found.accepted else "NOT accepted: train longer (images=), the chain would drift"
+    decades = ", ".join(f"{decade}: {error:.4f}" for decade, error in found.error.items())
+    console.print(
+        f"noise classifier: mean |ln sigma error| by decade {decades}"
+        f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _report(evaluator: Any) -> None:
+    """Print the points, and where the files are, last."""
+    from rich.table import Table
+
+    if not evaluator.points:
+        return
+    name = evaluator.extractor.metric_name
+    table = Table(box=None, header_style="bold")
+    for column in ("budget", "nfe", "burn-in", f"{name}@{evaluator.n}", "+-", f"{name}_inf", "kid", "s/image"):
+        table.add_column(column, justify="right")
+    for point in evaluator.points:
+        metrics = point["metrics"]
+        table.add_row(
+            f"{point['nfe_budget']:g}",
+            f"{point['nfe']:.4g}",
+            f"{point['nfe_burn_in']:.3g}",
+            *(f"{metrics.get(key, float('nan')):.4g}" for key in (name, f"{name}_se", f"{name}_inf", "kid")),
+            f"{point['seconds_per_image']:.3g}",
+        )
+    Console().print(table)
+    if f"{name}_floor" in evaluator.points[-1]["metrics"]:
+        floor, n = evaluator.points[-1]["metrics"][f"{name}_floor"], evaluator.floor.moments.n
+        print(f"floor: {n} held-out real images are at {name} {floor:.4g}")
+    print(f"points, curve.png, curve.csv, config.yaml and sample grids: {evaluator.out}")
+
+
+def _finish(config: Any) -> None:
+    """Close W&B's run: the next one in this process would go on writing into it."""
+    if config.logger == "wandb":
+        import wandb
+
+        wandb.finish()
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own lines."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    import lightning.pytorch  # first: its import sets the levels that are set here
+
+    for name in ("lightning.pytorch", "lightning.fabric", lightning.pytorch.utilities.rank_zero.__name__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What training leaves behind: its state at intervals, and weights at its end."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from diffaccel import __version__
+from diffaccel.methods import DenoisingLangevinGibbs, Diffusion
+from diffaccel.weights import save_weights
+
+
+class Checkpointer(L.Callback):
+    """Saves ``last.ckpt`` every few minutes, when training is interrupted, and at its end; then the weights.
+
+    A checkpoint replaces the last one only when it is written whole.
+
+    Args:
+        out: Folder to write to.
+        minutes: Minutes between checkpoints.
+        description: What the weights' header says besides counters.
+    """
+
+    def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
+        self.out, self.minutes, self.description = out, minutes, description
+        self._saved = self._started = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        self._saved = self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: D102
+        assert isinstance(pl_module, Diffusion)
+        if pl_module.steps % 10:
+            return
+        # Rank 0's clock decides for all: saving is collective.
+        if trainer.strategy.broadcast(time.monotonic() - self._saved > 60 * self.minutes):
+            self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save where a person interrupted; after an error the last good checkpoint stays."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1 and trainer.training:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the state and, if the budget of images is used up, the weights in bf16."""
+        assert isinstance(pl_module, Diffusion)
+        self.save(trainer)
+        if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
+            self._export(pl_module)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt``; every process calls this."""
+        partial = self.out / "last.ckpt.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(self.out / "last.ckpt")
+        self._saved = time.monotonic()
+
+    def _export(self, method: Diffusion) -> None:
+        name = method.__class__.__name__
+        description = {
+            **self.description,
+            "module": name,
+            "images_seen": method.images_seen,
+            "hours": round((time.monotonic() - self._started) / 3600, 3),
+            "version": __version__,
+        }
+        if isinstance(method, DenoisingLangevinGibbs):
+            save_weights(self.out / "classifier.safetensors", method.classifier.network.state_dict(), description)
+            return
+        state = method.denoiser.network.state_dict()
+        save_weights(self.out / "raw.safetensors", state, {**description, "averaged": False})
+        if method.ema is not None:
+            averaged = {**state, **method.ema.state_dict()}
+            save_weights(self.out / "ema.safetensors", averaged, {**description, "averaged": True})

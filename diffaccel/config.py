@@ -1,0 +1,288 @@
+"""Configuration: schema, base file, experiment file, command line, in this order; the last word wins.
+
+A file is a short difference over its ``base``. A part (solver, prior ...) is a mapping with a ``name``; the rest of its
+keys are the parameters of the constructor registered under that name. A part given by a new name drops the old part's
+keys. Paths in a file are relative to that file, paths on the command line to the working directory.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # OmegaConf's parser
+
+from diffaccel.errors import UsageError, suggest
+from diffaccel.methods.training import Training
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+PARTS = ("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor")
+"""Keys that hold a part; a bare string there is its name."""
+
+PATHS = (
+    "checkpoint",
+    "posterior.checkpoint",
+    "reference",
+    "floor",
+    "extractor.path",
+    "data.path",
+    "data.test_path",
+    "data.root",
+)
+"""Keys that hold a path, resolved against the file that sets them."""
+
+ALIASES = {"chains": "prior.chains", "images": "training.images"}
+"""Short keys of the command line."""
+
+
+@dataclass
+class Config:
+    """Everything a run may set. Parts are checked when they are built, the rest here."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """``edm``, ``ddpm``, ``dlg``; or ``extractor`` for the feature network that scores."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Source of images."""
+    shape: list[int] = MISSING
+    """Image shape [C, H, W]."""
+    process: dict[str, Any] = field(default_factory=lambda: {"name": "edm"})
+    """Forward process."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """Backbone of the denoiser; none for an exact one."""
+    denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "karras"})
+    """Preconditioning."""
+    levels: dict[str, Any] = field(default_factory=lambda: {"name": "lognormal"})
+    """Noise levels to train at."""
+    posterior: dict[str, Any] = field(default_factory=dict)
+    """What a chain asks for its noise level."""
+    prior: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"})
+    """Law of the starting states."""
+    solver: dict[str, Any] = field(default_factory=lambda: {"name": "heun"})
+    """Reverse integrator."""
+    training: Training = field(default_factory=Training)
+    """How to train."""
+    checkpoint: str | None = None
+    """Weights of the denoiser: safetensors, or a checkpoint of ``fit``."""
+    extractor: dict[str, Any] = field(default_factory=lambda: {"name": "inception"})
+    """Feature network that scores."""
+    reference: str | None = None
+    """Statistics that images are compared with (npz, from ``diffaccel reference``)."""
+    floor: str | None = None
+    """Statistics of held-out real images, for the floor."""
+    nfe: list[float] = field(default_factory=lambda: [10.0])
+    """Budgets: most evaluations per image, one point each."""
+    n: int = 5000
+    """Images per point."""
+    seed: int = 0
+    """Seed of sampling and of training."""
+    batch_size: int = 100
+    """Images per sampling batch; training has its own."""
+    limit: int | None = None
+    """Use only the first images of each split."""
+    precision: str = "32-true"
+    """Lightning's precision: 32-true, bf16-mixed, 16-mixed, 64-true."""
+    threads: int | None = None
+    """CPU threads per process."""
+    accelerator: str = "auto"
+    """Lightning's accelerator: auto, cpu, gpu."""
+    devices: int = 1
+    """Devices (processes) per node."""
+    num_nodes: int = 1
+    """Nodes."""
+    logger: str = "wandb"
+    """``wandb``, ``csv`` or ``none``."""
+    wandb_mode: str = "offline"
+    """``offline`` needs no account; ``online`` uploads."""
+    out: str | None = None
+    """Folder to write to; runs/<data>/<method> by default."""
+    resume: str | None = None
+    """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    dry_run: bool = False
+    """Print the plan, its cost and memory; measure nothing."""
+    format: str = "png"
+    """Of ``diffaccel sample``: png or npz."""
+    experiment: str = ""
+    """Where the configuration came from; set by the loader."""
+
+    @property
+    def method_name(self) -> str:
+        """The method's name."""
+        return str(self.method["name"])
+
+    @property
+    def folder(self) -> Path:
+        """Where a run writes."""
+        return Path(self.out or Path("runs", str(self.data.get("name", "data")), self.method_name))
+
+
+def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
+    """Read an experiment and apply overrides.
+
+    Args:
+        experiment: A path, or ``<data>/<method>`` under experiments/; None takes ``method=`` and ``data=`` from the
+            overrides.
+        overrides: ``key=value`` words; a leading ``--`` is ignored, keys may be dotted, values are YAML.
+
+    Returns:
+        The typed configuration.
+
+    Raises:
+        UsageError: A missing or unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    given = parse_overrides(overrides)
+    if experiment is None:
+        chosen = [given.pop(key, None) for key in ("data", "method")]
+        if not all(isinstance(name, str) for name in chosen):
+            raise UsageError("which experiment? Name one (digits/dlg, or a path), or give method=NAME data=NAME")
+        experiment = "/".join(map(str, chosen))
+    file = find(experiment)
+    tree = merge(read(file), given)
+    known = {item.name for item in dataclasses.fields(Config)}
+    for key in tree:
+        if key not in known:
+            raise UsageError(f"no key is called {key!r}{suggest(str(key), known)}")
+    if isinstance(tree.get("nfe"), int | float):
+        tree["nfe"] = [tree["nfe"]]
+    tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{experiment}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def find(experiment: str) -> Path:
+    """Locate an experiment's file.
+
+    Raises:
+        UsageError: Neither a file nor a name under experiments/.
+    """
+    for path in (Path(experiment), EXPERIMENTS / f"{experiment}.yaml"):
+        if path.is_file():
+            return _nearby(path)
+    names = sorted(p.relative_to(EXPERIMENTS).with_suffix("").as_posix() for p in EXPERIMENTS.glob("*/*.yaml"))
+    names = [name for name in names if not name.endswith("/base")]
+    raise UsageError(f"experiment {experiment!r} is neither a file nor under {EXPERIMENTS}{suggest(experiment, names)}")
+
+
+def _nearby(path: Path) -> Path:
+    """The path from the working directory if it lies below, else as it is: short in messages and in points."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a YAML file over its ``base``, with paths resolved.
+
+    Raises:
+        UsageError: Not YAML, not a mapping, or a base that doesn't exist.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is no valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{file} holds no mapping of keys to values")
+    own = {str(key): value for key, value in tree.items()}
+    base = own.pop("base", None)
+    for path in PATHS:
+        _resolve(own, path.split("."), file.parent)
+    if base is None:
+        return own
+    parent = file.parent / str(base)
+    if not parent.is_file():
+        raise UsageError(f"{file}: its base {parent} does not exist")
+    return merge(read(parent), own)
+
+
+def _resolve(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
+    """Make the path under ``keys`` relative to the working directory instead of ``folder``."""
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            return
+        tree = tree[key]
+    if isinstance(tree.get(last), str):
+        tree[last] = str(folder / Path(tree[last]).expanduser())
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """Turn ``key=value`` words into a tree.
+
+    Raises:
+        UsageError: A word without ``=``, or a value that is no YAML.
+    """
+    tree: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.lstrip("-").partition("=")
+        if not equals or not key:
+            raise UsageError(f"{word!r} is no key=value")
+        try:
+            parsed = OmegaConf.create(f"value: {value}") if value else OmegaConf.create({"value": None})
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UsageError(f"{word!r}: {str(error).splitlines()[0]}") from None
+        assert isinstance(parsed, DictConfig)
+        plain = OmegaConf.to_container(parsed)
+        assert isinstance(plain, dict)
+        branch: Any = plain["value"]
+        for name in reversed(ALIASES.get(key, key).split(".")):
+            branch = {name: branch}
+        tree = merge(tree, cast(dict[str, Any], branch))
+    return tree
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        if key in PARTS and isinstance(value, str):
+            value = {"name": value}
+        if key in PARTS and isinstance(before, str):
+            before = {"name": before}
+        renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and _renames(before, value)
+        nests = isinstance(value, Mapping) and isinstance(before, Mapping) and not renamed
+        if isinstance(value, Mapping):
+            value = merge(cast(Mapping[str, Any], before) if nests else {}, value)
+        merged[key] = value
+    return merged
+
+
+def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return "name" in value and "name" in before and value["name"] != before["name"]
+
+
+def _check(config: Config) -> None:
+    """Refuse numbers that no run can mean."""
+    if "name" not in config.method:
+        raise UsageError(f"{config.experiment}: the key 'method' is missing")
+    positive = {"n": config.n, "batch_size": config.batch_size, "devices": config.devices, "threads": config.threads}
+    for key, value in {**positive, "num_nodes": config.num_nodes}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{key}={value}: it must be 1 or more")
+    if config.n < 2:
+        raise UsageError("n=1: a distance needs at least 2 images")
+    if not config.nfe or min(config.nfe) <= 0:
+        raise UsageError(f"nfe={config.nfe}: give one or more positive budgets")
+    if len(config.shape) != 3 or min(config.shape) < 1:
+        raise UsageError(f"shape={config.shape}: give [channels, height, width]")
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("logger", config.logger, ("wandb", "csv", "none")),
+        ("wandb_mode", config.wandb_mode, ("offline", "online", "disabled")),
+        ("format", config.format, ("png", "npz")),
+        ("precision", config.precision, ("32-true", "bf16-mixed", "16-mixed", "64-true")),
+        ("accelerator", config.accelerator, ("auto", "cpu", "gpu")),
+    )
+    for name, choice, allowed in choices:
+        if choice not in allowed:
+            raise UsageError(f"{name}={choice!r} is none of {', '.join(allowed)}")
+
+
+def to_yaml(config: Config) -> str:
+    """Write the resolved configuration as YAML, which ``load`` reads back to the same."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,243 @@
+"""From a configuration to the objects of a run."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch import Tensor, nn
+
+from diffaccel.checkpoint import Checkpointer
+from diffaccel.config import Config, to_yaml
+from diffaccel.data import DataModule
+from diffaccel.denoiser import DENOISERS, Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.evaluator import Evaluator
+from diffaccel.levels import LEVELS
+from diffaccel.methods import METHODS, Diffusion
+from diffaccel.nn.features import EXTRACTORS, Extractor
+from diffaccel.nn.unet import NETWORKS
+from diffaccel.prior import PRIORS, LevelPosterior
+from diffaccel.prior.posterior import POSTERIORS
+from diffaccel.process import PROCESSES
+from diffaccel.reference import Reference, load_reference
+from diffaccel.solver import SOLVERS
+from diffaccel.weights import assign_weights, file_sha256, load_weights, read_description
+
+
+def shape_of(config: Config) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    channels, height, width = config.shape
+    return channels, height, width
+
+
+def build_method(config: Config, load: bool = True) -> Diffusion:
+    """Build a method with its weights.
+
+    Args:
+        config: The run's.
+        load: Whether to read the weights that the configuration names; without, networks start at random.
+
+    Raises:
+        UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network.
+    """
+    shape = shape_of(config)
+    torch.manual_seed(config.seed)
+    solver = SOLVERS.build(config.solver)  # first: a mistyped name shouldn't wait for weights to be read
+    process = PROCESSES.build(config.process)
+    network = NETWORKS.build(config.network, shape=shape) if config.network else None
+    denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
+    if load and config.checkpoint and network is not None:
+        load_denoiser(Path(config.checkpoint), network)
+    context: dict[str, Any] = {}
+    if config.posterior:
+        node = dict(config.posterior)
+        checkpoint = node.pop("checkpoint", None)
+        posterior: LevelPosterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape)
+        if load and checkpoint:
+            load_weights(Path(checkpoint), cast(nn.Module, posterior.network))
+        context["posterior"] = posterior
+    prior = PRIORS.build(config.prior, **context)
+    return METHODS.build(
+        config.method,
+        denoiser=denoiser,
+        prior=prior,
+        solver=solver,
+        levels=LEVELS.build(config.levels),
+        training=config.training,
+        shape=shape,
+        seed=config.seed,
+    )
+
+
+def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
+    """Read a denoiser's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+
+    Raises:
+        UsageError: The file is missing, broken, holds code, or belongs to another network.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return load_weights(path, network)
+    try:
+        # weights_only: a checkpoint from elsewhere may hold code, and none of it is ever run.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = content["diffaccel"]["ema"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"checkpoint {path} is broken or not one of `diffaccel fit` ({reason})") from None
+    assign_weights(state, network, f"checkpoint {path}")
+    return {"images_seen": content["diffaccel"]["images_seen"]}
+
+
+def build_data(config: Config) -> DataModule:
+    """Build the data module and check that its images have the experiment's shape.
+
+    Raises:
+        UsageError: Missing or broken data, or images of another shape.
+    """
+    training = config.training
+    data = DataModule(
+        config.data,
+        batch_size=training.batch_size,
+        seed=config.seed,
+        limit=config.limit,
+        flip=training.flip,
+        num_workers=training.workers,
+    )
+    if data.shape != shape_of(config):
+        raise UsageError(
+            f"{data.label}: images have shape {data.shape}, the experiment's is {shape_of(config)}: "
+            "set shape= (and a network that fits), or another data set"
+        )
+    return data
+
+
+def build_extractor(config: Config) -> Extractor:
+    """Build the extractor that scores."""
+    return EXTRACTORS.build(config.extractor)
+
+
+def build_evaluator(config: Config, method: Diffusion) -> Evaluator:
+    """Build the evaluation callback.
+
+    Raises:
+        UsageError: The extractor's weights or the reference are missing or don't fit each other.
+    """
+    extractor = build_extractor(config)
+    if config.reference is None:
+        raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
+    reference = load_reference(config.reference, extractor)
+    floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    return Evaluator(
+        budgets=config.nfe,
+        n=config.n,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        extractor=extractor,
+        reference=reference,
+        floor=floor,
+        out=config.folder,
+        provenance={
+            "method": config.method_name,
+            "experiment": config.experiment,
+            "process": config.process["name"],
+            "prior": config.prior["name"],
+            "solver": config.solver["name"],
+            "data": config.data["name"],
+            "checkpoint": describe_checkpoint(config),
+        },
+        discrete=config.data["name"] != "toy",
+    )
+
+
+def describe_checkpoint(config: Config) -> dict[str, Any] | None:
+    """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
+    if not config.checkpoint or not config.network or not Path(config.checkpoint).is_file():
+        return None
+    path = Path(config.checkpoint)
+    seen = None
+    if path.suffix == ".safetensors":
+        seen = read_description(path).get("images_seen")
+    return {"path": os.path.relpath(path), "sha256": file_sha256(path), "images_seen": seen}
+
+
+def build_loggers(config: Config) -> list[Logger]:
+    """Build the logger that the configuration asks for.
+
+    Raises:
+        UsageError: W&B refuses (online without a key, say).
+    """
+    out = config.folder
+    if config.logger == "csv":
+        return [CSVLogger(out, name="csv")]
+    if config.logger == "none":
+        return []
+    out.mkdir(parents=True, exist_ok=True)
+    logger = WandbLogger(
+        project="diffaccel",
+        name=f"{config.data['name']}/{config.method_name}",
+        save_dir=out,
+        mode=cast(Any, config.wandb_mode),
+        log_model=False,
+    )
+    return [logger]
+
+
+def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False) -> L.Trainer:
+    """Build the trainer: processes, precision, logger.
+
+    Raises:
+        UsageError: A GPU was asked for and there is none.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    processes = config.devices * config.num_nodes
+    return L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=cast(Any, config.precision),
+        max_epochs=1,
+        logger=build_loggers(config),
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=training,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.training.log_every,
+    )
+
+
+def build_checkpointer(config: Config) -> Checkpointer:
+    """Build the callback that saves training state and, at its end, weights."""
+    description = {
+        "method": config.method_name,
+        "experiment": config.experiment,
+        "data": config.data.get("label") or config.data["name"],
+        "seed": config.seed,
+        "network": config.network,
+        "denoiser": config.denoiser,
+        "process": config.process,
+    }
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
+
+
+def write_config(config: Config) -> None:
+    """Leave the resolved configuration beside the results."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.yaml").write_text(to_yaml(config))
+
+
+def human(number: float, unit: str) -> str:
+    """1234567, 'FLOP' -> '1.23 MFLOP'."""
+    power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
+    return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"

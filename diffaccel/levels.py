@@ -1,0 +1,47 @@
+"""Which noise levels a denoiser is trained at: laws of t given one uniform number a sample."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.registry import Registry
+
+
+class Levels(Protocol):
+    """Maps uniform numbers to training times of a denoiser."""
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """Return times (B,) for u in [0, 1), (B,) float64, inside the denoiser's range."""
+        ...
+
+
+LEVELS: Registry[Levels] = Registry("level")
+
+
+@LEVELS.register("lognormal")
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.ratio_range
+        ratio = (self.mean + self.std * torch.special.ndtri(u)).exp().clamp(low, high)
+        return denoiser.process.time(ratio)
+
+
+@LEVELS.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """Time uniform over the denoiser's range (DDPM and score SDEs)."""
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.process.time(torch.tensor(denoiser.ratio_range, dtype=u.dtype, device=u.device))
+        return low + u * (high - low)

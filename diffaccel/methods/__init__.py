@@ -1,0 +1,7 @@
+"""LightningModules: one file per published method."""
+
+from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.dlg import DenoisingLangevinGibbs
+from diffaccel.methods.training import Phase, TrainedModule, Training
+
+__all__ = ["METHODS", "DenoisingLangevinGibbs", "Diffusion", "Phase", "TrainedModule", "Training"]

@@ -1,0 +1,120 @@
+"""The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.data import Batch
+from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import Levels
+from diffaccel.methods.training import Phase, TrainedModule, Training
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import Group, Plan, Prior
+from diffaccel.registry import Registry
+from diffaccel.solver import Solver
+
+METHODS: Registry["Diffusion"] = Registry("method")
+
+
+@METHODS.register("edm")
+@METHODS.register("ddpm")
+class Diffusion(TrainedModule):
+    """Baselines: whatever process, denoiser, prior and solver the experiment names.
+
+    Args:
+        denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
+        prior: Law of the starting states.
+        solver: Reverse integrator.
+        levels: Noise levels to train at.
+        training: How to train.
+        shape: Image shape (C, H, W).
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: Prior,
+        solver: Solver,
+        levels: Levels,
+        training: Training,
+        shape: tuple[int, int, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__(training, seed)
+        self.denoiser, self.prior, self.solver, self.levels = denoiser, prior, solver, levels
+        self.shape = shape
+
+    # Training
+
+    def phases(self) -> list[Phase]:  # noqa: D102
+        if not isinstance(self.denoiser, NetworkDenoiser):
+            raise UsageError("this experiment's denoiser is exact: there is nothing to train")
+        return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
+
+    def averaged(self) -> nn.Module | None:  # noqa: D102
+        return self.denoiser.network if isinstance(self.denoiser, NetworkDenoiser) else None
+
+    def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """Squared error of the network's output at one level a sample, (B,)."""
+        assert isinstance(self.denoiser, NetworkDenoiser)
+        t = self.levels(self.denoiser, noise.uniform().to(self.device))
+        return self.denoiser.loss(batch.image, t, noise.normal(batch.image), batch.condition)
+
+    # Sampling
+
+    extra_evaluations = 0
+    """Evaluations per image after the solver."""
+
+    def evaluated_networks(self) -> dict[str, nn.Module]:
+        """Networks whose forwards are evaluations, by name."""
+        return {"denoiser": self.denoiser.network}
+
+    def auxiliary_networks(self) -> dict[str, nn.Module]:
+        """Networks whose FLOPs count and whose forwards don't."""
+        return {}
+
+    def plan(self, nfe: float, n: int) -> Plan:
+        """Spend at most ``nfe`` evaluations per image on n images, burn-in included.
+
+        Raises:
+            UsageError: The budget is below the method's minimum.
+        """
+        return self.prior.plan(self.solver, nfe, n, self.extra_evaluations)
+
+    def planned_nfe(self, plan: Plan, n: int) -> float:
+        """Evaluations per image that a plan takes; the counter says what was spent."""
+        marginal = plan.skips + self.solver.evaluations(plan.steps) + self.extra_evaluations
+        return marginal + self.prior.burn_in_evaluations(n) / n
+
+    def open(self, seed: int, group: Group) -> Any:
+        """Make what a group's batches share (a chain's state, after burn-in)."""
+        return self.prior.open(self.denoiser, seed, group, self.shape)
+
+    @torch.no_grad()
+    def sample(self, seed: int, group: Group, plan: Plan, state: Any = None) -> Iterator[tuple[range, Tensor]]:
+        """Make a group's images, batch by batch.
+
+        Args:
+            seed: Image i draws from stream (seed, i), chain c from (seed, c).
+            group: Image indices, one range a batch.
+            plan: How the budget is spent.
+            state: What :meth:`open` returned for the group.
+
+        Yields:
+            The indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
+        """
+        for indices in group:
+            noise = NoiseStreams(seed, indices)
+            x_t, t = self.prior(self.denoiser, noise, self.shape, plan, state)
+            yield indices, self.finish(self.solver(self.denoiser, x_t, t, noise, plan.steps))
+
+    def finish(self, x_0: Tensor) -> Tensor:
+        """What the method does after the solver."""
+        return x_0
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: all of a bench is the evaluator's."""

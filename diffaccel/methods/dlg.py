@@ -1,0 +1,142 @@
+"""Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593: a chain over pretrained scores."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.data import Batch
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import Levels
+from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.training import Phase, Training
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior, Prior
+from diffaccel.solver import Solver
+
+
+@METHODS.register("dlg")
+class DenoisingLangevinGibbs(Diffusion):
+    """A frozen denoiser, a chain prior, and the noise-level classifier that the chain asks; only that is trained.
+
+    Args:
+        denoiser: Pretrained; frozen here.
+        prior: A :class:`~diffaccel.prior.LangevinGibbsPrior`.
+        solver: Reverse integrator from the chain's states.
+        levels: See :class:`Diffusion`; unused.
+        training: How the classifier is trained.
+        shape: Image shape (C, H, W).
+        seed: The run's seed.
+        tweedie_ratio: Noise level of one more denoising step after the solver, which counts; None for no such step.
+            The reference takes 0.02 (CIFAR-10) or 0.002 (CelebA-HQ) in units of [-1, 1] and doesn't count it.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: Prior,
+        solver: Solver,
+        levels: Levels,
+        training: Training,
+        shape: tuple[int, int, int],
+        seed: int = 0,
+        tweedie_ratio: float | None = None,
+    ) -> None:
+        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        self.denoiser.requires_grad_(False)
+        self.tweedie_ratio = tweedie_ratio
+        self.extra_evaluations = 0 if tweedie_ratio is None else 1
+
+    @property
+    def classifier(self) -> ClassifierPosterior:
+        """The trained part.
+
+        Raises:
+            UsageError: The prior is no chain, or its posterior is exact.
+        """
+        posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
+        if not isinstance(posterior, ClassifierPosterior):
+            raise UsageError("this experiment has no noise classifier: there is nothing to train")
+        return posterior
+
+    def phases(self) -> list[Phase]:  # noqa: D102
+        return [Phase("classifier", self.classifier.network.parameters(), self.classifier_loss)]
+
+    def averaged(self) -> nn.Module | None:  # noqa: D102
+        return None
+
+    def classifier_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """Cross-entropy at one level a sample, uniform over the table, (B,) in nats."""
+        index = (noise.uniform() * len(self.classifier.levels)).long().to(self.device)
+        return self.classifier.loss(batch.image, index, noise.normal(batch.image))
+
+    def auxiliary_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+        posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
+        return {"classifier": posterior.network} if isinstance(posterior, ClassifierPosterior) else {}
+
+    def finish(self, x_0: Tensor) -> Tensor:
+        """Take the Tweedie step, x + e^2 score(x, e), if there is one."""
+        if self.tweedie_ratio is None:
+            return x_0
+        ratio = torch.full((len(x_0),), self.tweedie_ratio, dtype=torch.float64, device=x_0.device)
+        x_t, t = self.denoiser.process.from_ratio(x_0, ratio)
+        return self.denoiser(x_t, t).x_0
+
+
+class Acceptance(NamedTuple):
+    """How exactly a classifier reads levels, decade by decade.
+
+    Attributes:
+        error: Mean of abs(ln sigma_hat - ln sigma) in each decade of sigma, keyed by the decade's lower end.
+        limit: What is accepted: 3 / sqrt(2 d), or two levels of the table if that is more.
+        top_1: Share of levels named exactly.
+        cross_entropy: Mean over levels and images, in nats.
+    """
+
+    error: dict[str, float]
+    limit: float
+    top_1: float
+    cross_entropy: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every decade is within the limit."""
+        return all(error <= self.limit for error in self.error.values())
+
+
+@torch.no_grad()
+def accept(posterior: ClassifierPosterior, batches: Iterable[Tensor], seed: int = 0) -> Acceptance:
+    """Test a noise classifier on held-out images.
+
+    In d dimensions a state fixes its level to a relative accuracy of about 1 / sqrt(2 d), so that, and not the share of
+    exact hits, says what can be asked.
+
+    Args:
+        posterior: The classifier and its levels.
+        batches: Clean images in [-1, 1], (B, C, H, W) each.
+        seed: Levels and noise.
+    """
+    errors, sigmas, hits, entropies, first = [], [], [], [], 0
+    dimension = 1
+    for x_0 in batches:
+        noise = NoiseStreams(seed, range(first, first + len(x_0)), "acceptance")
+        first, dimension = first + len(x_0), x_0[0].numel()
+        index = (noise.uniform() * len(posterior.levels)).long().to(x_0.device)
+        sigma = posterior.levels[index]
+        logits = posterior.logits(x_0 + sigma.to(x_0)[:, None, None, None] * noise.normal(x_0)).double()
+        best = logits.argmax(1)
+        errors.append((posterior.levels[best].log() - sigma.log()).abs())
+        sigmas.append(sigma)
+        hits.append(best == index)
+        entropies.append(nn.functional.cross_entropy(logits, index, reduction="none"))
+    error, decade = torch.cat(errors), torch.cat(sigmas).log10().floor().long()
+    spacing = (posterior.levels[0] / posterior.levels[-1]).log().item() / (len(posterior.levels) - 1)
+    return Acceptance(
+        {f"{10.0**k:g}": error[decade == k].mean().item() for k in decade.unique().tolist()},
+        max(3 / math.sqrt(2 * dimension), 2 * spacing),
+        torch.cat(hits).double().mean().item(),
+        torch.cat(entropies).mean().item(),
+    )

@@ -1,0 +1,176 @@
+"""The one training loop: phases with their own optimisers, counters in images, exact resume."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from diffaccel.data import Batch
+from diffaccel.errors import UsageError
+from diffaccel.methods.ema import EMA
+from diffaccel.noise import NoiseStreams, stream_seed
+
+
+@dataclass
+class Training:
+    """How a method is trained; every length is in images, so batch size and processes change none of them."""
+
+    images: int = 1_000_000
+    """Images to see in all."""
+    batch_size: int = 128
+    """Images per step, over all processes."""
+    flip: bool = False
+    """Mirror images left to right at random."""
+    workers: int = 0
+    """Processes that read images; 0 suits data in memory."""
+    lr: float = 1e-3
+    """Learning rate after warm-up."""
+    warmup: int = 10_000
+    """Images over which the rate rises linearly."""
+    decay: float = 0.3
+    """Last fraction of the run over which it falls linearly to 0."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Adam's."""
+    clip: float | None = 1.0
+    """Largest norm of a phase's gradient; null for none."""
+    ema_half_life: int = 50_000
+    """Half-life of the averaged weights."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    log_every: int = 50
+    """Steps between logged losses."""
+
+
+@dataclass
+class Phase:
+    """One optimiser's part of a training step.
+
+    Attributes:
+        name: Prefix of what it logs.
+        parameters: What it optimises.
+        loss: (batch, noise streams of the batch) -> scalar, or one value per sample (B,).
+        every: The phase runs on every ``every``-th step.
+        lr: Learning rate over the run's own.
+    """
+
+    name: str
+    parameters: Iterable[nn.Parameter]
+    loss: Callable[[Batch, NoiseStreams], Tensor]
+    every: int = 1
+    lr: float = 1.0
+
+
+class TrainedModule(L.LightningModule):
+    """Runs a method's phases; the method says which.
+
+    Noise and training times come from streams (seed, position in the training stream), and the global generator
+    (dropout) is seeded anew each step, so neither resuming nor the number of processes changes a run.
+
+    Args:
+        training: Lengths, rates, clipping.
+        seed: The run's seed.
+    """
+
+    def __init__(self, training: Training, seed: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.training_plan, self.seed = training, seed
+        self.images_seen, self.steps = 0, 0
+        self.ema: EMA | None = None
+        self._phases: list[Phase] = []
+
+    def phases(self) -> list[Phase]:
+        """What is trained; empty for a method that needs no training."""
+        return []
+
+    def averaged(self) -> nn.Module | None:
+        """The network whose weights are averaged: the one that samples."""
+        return None
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam for each phase."""
+        self._phases = self.phases()
+        plan, (beta_1, beta_2) = self.training_plan, self.training_plan.betas
+        return [
+            torch.optim.Adam(phase.parameters, plan.lr * phase.lr, betas=(beta_1, beta_2), fused=True)
+            for phase in self._phases
+        ]
+
+    def on_fit_start(self) -> None:
+        """Start the average from the weights, unless a checkpoint brought one."""
+        network = self.averaged()
+        if self.ema is None and network is not None:
+            self.ema = EMA(network, self.training_plan.ema_half_life)
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Let the loader go on where the checkpoint stopped."""
+        self.trainer.datamodule.start_step = self.steps  # type: ignore[attr-defined]
+
+    def learning_rate(self) -> float:
+        """Rate at the images seen so far: linear warm-up, constant, linear decay to 0."""
+        plan, seen = self.training_plan, self.images_seen
+        rise = min(1.0, (seen + 1) / max(1, plan.warmup))
+        fall = min(1.0, max(0.0, (plan.images - seen) / max(1.0, plan.decay * plan.images)))
+        return plan.lr * rise * fall
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Run the phases that are due and count the global batch's images.
+
+        Raises:
+            UsageError: A loss or gradient is NaN or infinite.
+        """
+        torch.manual_seed(stream_seed(self.seed, f"step {self.steps} rank {self.global_rank}"))
+        noise = NoiseStreams(self.seed, batch.index, "training")
+        optimizers = self.optimizers(use_pl_optimizer=True)
+        for phase, optimizer in zip(
+            self._phases, optimizers if isinstance(optimizers, list) else [optimizers], strict=True
+        ):
+            if self.steps % phase.every:
+                continue
+            loss = phase.loss(batch, noise).mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self._check_finite(phase, loss, optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate() * phase.lr
+            optimizer.step()
+            if self.steps % self.training_plan.log_every == 0:
+                self.log(f"train/{phase.name}_loss", loss.detach(), prog_bar=True)
+        self.steps += 1
+        images = len(batch.index) * self.trainer.world_size
+        self.images_seen += images
+        if self.ema is not None:
+            self.ema.update(images, self.images_seen)
+        if self.steps % self.training_plan.log_every == 1:
+            self.log("train/images", float(self.images_seen), prog_bar=True)
+        if self.images_seen >= self.training_plan.images:
+            self.trainer.should_stop = True
+
+    def _check_finite(self, phase: Phase, loss: Tensor, optimizer: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.training_plan.clip or float("inf"))
+        if not norm.isfinite():  # also when the loss isn't: its gradient carries the NaN
+            raise UsageError(
+                f"{phase.name}: the loss is {loss.item():.4g} and its gradient {norm.item():.4g} after "
+                f"{self.images_seen} images: lower training.lr, or go on from an older checkpoint with resume=FILE"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the average, under their own key."""
+        checkpoint["diffaccel"] = {"images_seen": self.images_seen, "steps": self.steps}
+        if self.ema is not None:
+            checkpoint["diffaccel"]["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take them up again."""
+        state = checkpoint["diffaccel"]
+        self.images_seen, self.steps = state["images_seen"], state["steps"]
+        network = self.averaged()
+        if "ema" in state and network is not None:
+            self.ema = EMA(network, self.training_plan.ema_half_life)
+            self.ema.load_state_dict(state["ema"])

@@ -1,0 +1,1 @@
+"""Networks; none of them knows anything of diffusion."""

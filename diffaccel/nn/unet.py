@@ -1,0 +1,190 @@
+"""The small U-Net behind the shipped weights: convolutions only where it is cheap, FiLM by the noise level."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffaccel.errors import UsageError
+from diffaccel.registry import Registry
+
+NETWORKS: Registry[nn.Module] = Registry("network")
+
+
+class NoiseEmbedding(nn.Module):
+    """Fixed Fourier features of the noise conditioning and a two-layer perceptron: (B,) -> (B, width).
+
+    Frequencies are spread geometrically over [1/4, 16] cycles per unit, which resolves both ln(rho) / 4 and t in [0, 1]
+    without making neighbouring levels look unrelated.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, features: int = 64) -> None:
+        super().__init__()
+        self.register_buffer(
+            "frequencies", 2 * math.pi * torch.logspace(-2, 4, features // 2, base=2), persistent=False
+        )
+        self.layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Embed (B,)."""
+        angle = noise[:, None] * self.frequencies
+        return self.layers(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3; scale and shift by the embedding; GroupNorm, SiLU, dropout, 3x3 from zero."""
+
+    def __init__(self, width_in: int, width: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.GroupNorm(_groups(width_in), width_in), nn.GroupNorm(_groups(width), width)
+        self.conv_1, self.conv_2 = nn.Conv2d(width_in, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(embedding, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        _zero(self.conv_2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, width_in, H, W), (B, embedding) -> (B, width, H, W)."""
+        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = rearrange(self.film(embedding), "b (two c) -> two b c 1 1", two=2)
+        hidden = torch.addcmul(shift, self.norm_2(hidden), 1 + scale)
+        return self.skip(x) + self.conv_2(self.dropout(F.silu(hidden)))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over positions with a zero-initialised output, residual."""
+
+    def __init__(self, width: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, width // head_width)
+        self.norm = nn.GroupNorm(_groups(width), width)
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        _zero(self.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(attended, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
+
+
+class Stage(nn.ModuleList):
+    """A residual block and what follows it: attention, or nothing."""
+
+    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, attends: bool) -> None:
+        block = ResidualBlock(width_in, width, embedding, dropout)
+        super().__init__([block, SelfAttention(width) if attends else nn.Identity()])
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, width_in, H, W), (B, embedding) -> (B, width, H, W)."""
+        return self[1](self[0](x, embedding))
+
+
+def _zero(convolution: nn.Conv2d) -> None:
+    """Start a residual branch, or the whole network, at 0."""
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _groups(width: int) -> int:
+    """Largest number of groups, at most 32, that leaves at least 4 channels a group."""
+    return next(groups for groups in range(min(32, max(1, width // 4)), 0, -1) if width % groups == 0)
+
+
+@NETWORKS.register("unet")
+class UNet(nn.Module):
+    """Small U-Net.
+
+    Args:
+        shape: Image shape (C, H, W).
+        widths: Channels at each resolution, finest first; each next one halves H and W.
+        blocks: Residual blocks per resolution on the way down (and as many on the way up).
+        attention: Indices into ``widths`` of the resolutions with self-attention.
+        unshuffle: Fold the image by this factor first (2: 2x2 pixels become 4 channels), which quarters the cost of
+            every layer.
+        embedding: Width of the noise embedding.
+        dropout: Dropout rate in the residual blocks.
+        classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
+
+    Raises:
+        UsageError: The image can't be halved as often as ``widths`` asks.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        widths: list[int] = [64, 128],  # noqa: B006 (read only; a list, for YAML)
+        blocks: int = 2,
+        attention: list[int] = [],  # noqa: B006
+        unshuffle: int = 1,
+        embedding: int = 256,
+        dropout: float = 0.0,
+        classes: int = 0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        factor = unshuffle * 2 ** (len(widths) - 1)
+        if height % factor or width % factor:
+            raise UsageError(
+                f"network 'unet': images of {height}x{width} can't be divided by {factor} "
+                f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
+            )
+        self.shape, self.unshuffle, self.classes = tuple(shape), unshuffle, classes
+        self.embed_noise = NoiseEmbedding(embedding)
+        self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
+        folded = channels * unshuffle**2
+
+        def stage(width_in: int, level: int) -> Stage:
+            return Stage(width_in, widths[level], embedding, dropout, level in attention)
+
+        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips = [widths[0]]
+        for level, width_level in enumerate(widths):
+            for block in range(blocks):
+                coarser = level > 0 and block == 0
+                self.down.append(stage(widths[level - 1] if coarser else width_level, level))
+                skips.append(width_level)
+        self.middle = nn.ModuleList([stage(widths[-1], len(widths) - 1) for _ in range(2)])
+        hidden = widths[-1]
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks):
+                self.up.append(stage(hidden + skips.pop(), level))
+                hidden = widths[level]
+        self.merge = nn.Conv2d(hidden + skips.pop(), hidden, 1)
+        self.blocks, self.levels = blocks, len(widths)
+        self.norm = nn.GroupNorm(_groups(hidden), hidden)
+        self.out = nn.Conv2d(hidden, folded, 3, padding=1)
+        _zero(self.out)
+
+    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Map images (B, C, H, W) at noise conditioning (B,) to an output of the same shape.
+
+        Raises:
+            UsageError: The images have another shape than the network was built for.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise UsageError(f"network 'unet' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
+        embedding = self.embed_noise(noise)
+        if self.embed_class is not None:
+            label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
+            embedding = embedding + self.embed_class(label)
+        hidden = self.stem(F.pixel_unshuffle(x, self.unshuffle))
+        skips = [hidden]
+        for index, stage in enumerate(self.down):
+            if index and index % self.blocks == 0:
+                hidden = F.avg_pool2d(hidden, 2)
+            hidden = stage(hidden, embedding)
+            skips.append(hidden)
+        for stage in self.middle:
+            hidden = stage(hidden, embedding)
+        for index, stage in enumerate(self.up):
+            if index and index % self.blocks == 0:
+                hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
+            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), embedding)
+        hidden = self.merge(torch.cat([hidden, skips.pop()], dim=1))
+        return F.pixel_shuffle(self.out(F.silu(self.norm(hidden))), self.unshuffle)

@@ -1,0 +1,109 @@
+"""Priors: the law of the state that sampling starts from, at a noise level of its own for each sample."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
+from diffaccel.process import expand
+from diffaccel.registry import Registry
+from diffaccel.solver import Solver
+
+PRIORS: Registry["Prior"] = Registry("prior")
+
+Group = list[range]
+"""Batches of image indices that one process makes one after the other: the rounds of a group of chains."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a budget is spent on one image.
+
+    Attributes:
+        steps: Solver steps.
+        skips: Langevin-Gibbs steps before them (0 without a chain).
+    """
+
+    steps: int
+    skips: int = 0
+
+
+class Prior(nn.Module, ABC):
+    """Makes starting states. A prior may use the denoiser (a chain needs its score) and keep state between calls."""
+
+    @abstractmethod
+    def forward(
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw one state per stream.
+
+        Args:
+            denoiser: The model, with its condition bound.
+            noise: The images' streams, B of them.
+            shape: Shape of an image, (C, H, W).
+            plan: How the budget is spent.
+            state: What :meth:`open` returned; a chain advances it.
+
+        Returns:
+            x_t (B, C, H, W) and t (B,) on the denoiser's process.
+        """
+
+    def schedule(self, n: int, batch_size: int) -> list[Group]:
+        """Cut image indices 0 .. n - 1 into batches, and batches into groups that must stay on one process."""
+        return [[range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
+
+    def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> Any:
+        """Make what a group's batches share, burn-in included; None for independent images."""
+        return None
+
+    def burn_in_evaluations(self, n: int) -> int:
+        """Evaluations spent on burn-in for n images in all."""
+        return 0
+
+    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
+        """Spend a budget of evaluations per image.
+
+        Args:
+            solver: The integrator that follows.
+            budget: Most evaluations per image, burn-in included.
+            n: Number of images that share the burn-in.
+            extra: Evaluations per image that the method spends after the solver.
+
+        Raises:
+            UsageError: The budget is below the minimum, which the message names.
+        """
+        least = solver.evaluations(1) + extra
+        if budget < least:
+            raise UsageError(f"nfe={budget:g} is below the minimum of {least} for this solver: raise nfe")
+        return Plan(solver.steps_within(int(budget) - extra))
+
+
+@PRIORS.register("gaussian")
+class GaussianPrior(Prior):
+    """N(0, sigma_t^2 I) at the top of what the denoiser is trained on, or at ``ratio_star``.
+
+    Args:
+        ratio_star: Noise-to-data ratio of the start; None for the top.
+    """
+
+    def __init__(self, ratio_star: float | None = None) -> None:
+        super().__init__()
+        self.ratio_star = ratio_star
+
+    def forward(  # noqa: D102
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        process, device = denoiser.process, denoiser.device
+        t = torch.full((len(noise),), process.t_max, dtype=torch.float64, device=device)
+        top = process.ratio(t).clamp_max(denoiser.ratio_range[1])
+        if self.ratio_star is not None:
+            t = process.time(torch.full_like(t, self.ratio_star))
+        elif (top < process.ratio(t)).any():
+            t = process.time(top)
+        z = noise.normal(torch.empty(len(noise), *shape, device=device))
+        return expand(process.sigma(t), z) * z, t

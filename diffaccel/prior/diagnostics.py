@@ -1,0 +1,86 @@
+"""How well chains mix, from what they recorded round by round."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def split_r_hat(values: Array) -> float:
+    """Split R-hat of a scalar: about 1 for mixed chains, larger where chains or their halves differ.
+
+    Args:
+        values: One row a chain, one column a round, (C, R), R >= 4.
+
+    Returns:
+        R-hat, or NaN for fewer rounds.
+
+    References:
+        Bayesian Data Analysis (Gelman et al., 2013), section 11.4
+    """
+    half = values.shape[1] // 2
+    if half < 2:
+        return float("nan")
+    chains = np.concatenate([values[:, :half], values[:, -half:]])
+    within = chains.var(axis=1, ddof=1).mean()
+    between = half * chains.mean(axis=1).var(ddof=1)
+    return float(np.sqrt(((half - 1) / half * within + between / half) / within))
+
+
+def autocorrelation_time(values: Array) -> float:
+    """Integrated autocorrelation time in rounds, averaged over chains: 1 for independent rounds.
+
+    Sums the autocorrelation about the grand mean up to the first window of 5 times its own length (Sokal).
+
+    Args:
+        values: (C, R).
+
+    Returns:
+        The time, or NaN for fewer than 4 rounds.
+    """
+    chains, rounds = values.shape
+    if rounds < 4:
+        return float("nan")
+    centred = values - values.mean()
+    covariance = np.array([(centred[:, : rounds - k] * centred[:, k:]).mean() for k in range(rounds)])
+    total = 1.0
+    for window in range(1, rounds):
+        total += 2 * covariance[window] / covariance[0]
+        if window >= 5 * total:
+            break
+    return float(total)
+
+
+def summarise(traces: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """Reduce the rounds of all groups of chains to what a point reports.
+
+    Args:
+        traces: For each group of chains, its records (:class:`~diffaccel.prior.chain.ChainState`).
+
+    Returns:
+        Start levels (mean, least, largest, and the drift of their mean from the first quarter of the rounds to the
+        last as a ratio), share of starts that repeat a carried state, share of levels at the ends of the table, and
+        R-hat and autocorrelation time of the states' means.
+    """
+    rounds = min((len(trace) for trace in traces), default=0)
+    # The last round may have fewer chains: leave it out of the rectangular arrays.
+    whole = [k for k in range(rounds) if all(len(t[k]["mean"]) == len(t[0]["mean"]) for t in traces)]
+    if not whole:
+        return {}
+    ratio = np.concatenate([np.array([trace[k]["start_ratio"] for k in whole]).T for trace in traces])
+    mean = np.concatenate([np.array([trace[k]["mean"] for k in whole]).T for trace in traces])
+    quarter = max(1, len(whole) // 4)
+    records = [record for trace in traces for record in trace]
+    return {
+        "start_ratio_mean": float(ratio.mean()),
+        "start_ratio_min": float(ratio.min()),
+        "start_ratio_max": float(ratio.max()),
+        "start_ratio_drift": float(ratio[:, -quarter:].mean() / ratio[:, :quarter].mean()),
+        "carried": float(np.mean([record["carried"] for record in records])),
+        "at_end_levels": float(np.mean([record["at_end_levels"] for record in records])),
+        "r_hat": split_r_hat(mean),
+        "autocorrelation_time": autocorrelation_time(mean),
+    }

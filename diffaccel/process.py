@@ -1,0 +1,317 @@
+"""Forward processes x_t = alpha_t x_0 + sigma_t eps.
+
+The ratio rho = sigma_t / alpha_t is the one noise level that all of them share: x_t / alpha_t at equal rho has the same
+law on every process. Times and coefficients are (B,) tensors, float64 where they come from a grid.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.registry import Registry
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of x_t: both means, so that no caller divides by a coefficient that may be 0."""
+
+    x_0: Tensor
+    """E[x_0 | x_t], (B, C, H, W)."""
+    eps: Tensor
+    """E[eps | x_t], (B, C, H, W)."""
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Give a (B,) coefficient the dtype and device of ``x`` and the axes to broadcast over it."""
+    return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class Process(ABC):
+    """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``."""
+
+    t_max: float = 1.0
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the data at time ``t``, shaped like ``t``."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise at time ``t``, shaped like ``t``."""
+
+    @abstractmethod
+    def time(self, ratio: Tensor) -> Tensor:
+        """Invert ``sigma / alpha``."""
+
+    @abstractmethod
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) of dx = f(t) x dt + g(t) dw: the logarithmic derivative of alpha."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t) of dx = f(t) x dt + g(t) dw; g^2 = alpha^2 d(rho^2)/dt."""
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """Noise-to-data ratio sigma / alpha; infinite where alpha is 0."""
+        return self.sigma(t) / self.alpha(t)
+
+    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Diffuse ``x_0`` (B, C, H, W) to time ``t`` (B,) with noise ``eps``."""
+        return expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
+
+    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring ``y = x / alpha`` (B, C, H, W) at ``ratio`` (B,) to this process: (x_t, t)."""
+        t = self.time(ratio)
+        return expand(self.alpha(t), y) * y, t
+
+    def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:
+        """Standard deviation of q(x_s | x_t, x_0) for s < t.
+
+        For a Markov process of these marginals it is sigma_s sqrt(1 - rho_s^2 / rho_t^2) (DDPM, 2006.11239, Eq. 7).
+        """
+        return self.sigma(s) * (1 - (self.ratio(s) / self.ratio(t)).square()).clamp_min(0).sqrt()
+
+    def transition(self, prediction: Prediction, t: Tensor, s: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a step from t to s < t that knows the prediction at t.
+
+            mean = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps,    std = c = eta * posterior_std(t, s)
+
+        eta = 0 is DDIM's deterministic step, eta = 1 ancestral sampling: DDPM's on a variance preserving process, DDM's
+        bridge on the decoupled one. Nothing is divided by alpha_t, so a step may start at infinite ratio.
+
+        Args:
+            prediction: The denoiser's, at t.
+            t: Times of the states, (B,).
+            s: Times to reach, (B,).
+            eta: Stochasticity in [0, 1].
+
+        Returns:
+            The mean (B, C, H, W) and the standard deviation (B,).
+
+        References:
+            Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
+        """
+        std = eta * self.posterior_std(t, s) if eta else torch.zeros_like(s)
+        remaining = (self.sigma(s).square() - std.square()).clamp_min(0).sqrt()
+        x_0, eps = prediction.x_0, prediction.eps
+        return expand(self.alpha(s), x_0) * x_0 + expand(remaining, eps) * eps, std
+
+
+PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes")
+
+
+@PROCESSES.register("vp")
+@dataclass(frozen=True)
+class VariancePreserving(Process):
+    """VP with linear beta: B(t) = beta_0 t + (beta_1 - beta_0) t^2 / 2, alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 33
+    """
+
+    beta_0: float = 0.1
+    beta_1: float = 20.0
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_0 * t + 0.5 * (self.beta_1 - self.beta_0) * t.square()
+
+    def _integral_inverse(self, integral: Tensor) -> Tensor:
+        # The root of the quadratic in the form that doesn't cancel at small B.
+        return 2 * integral / (self.beta_0 + (self.beta_0**2 + 2 * (self.beta_1 - self.beta_0) * integral).sqrt())
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_0 + (self.beta_1 - self.beta_0) * t
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-0.5 * self._integral(t)).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-torch.expm1(-self._integral(t))).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        return self._integral_inverse(torch.log1p(ratio.square()))
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return -0.5 * self._beta(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self._beta(t).sqrt()
+
+
+@PROCESSES.register("sub_vp")
+@dataclass(frozen=True)
+class SubVariancePreserving(VariancePreserving):
+    """Sub-VP: the alpha of VP, sigma = 1 - exp(-B), so rho = 2 sinh(B / 2).
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 29
+    """
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return -torch.expm1(-self._integral(t))
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        return self._integral_inverse(2 * torch.asinh(0.5 * ratio))
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-self._beta(t) * torch.expm1(-2 * self._integral(t))).sqrt()
+
+
+@PROCESSES.register("vp_cosine")
+@dataclass(frozen=True)
+class CosineVariancePreserving(Process):
+    """VP with alpha = cos(u) / cos(u_0), u = pi/2 (t + s) / (1 + s).
+
+    The schedule ends at alpha = 0; ``t_max`` stops just before, where an eps prediction still fixes x_0 in float32.
+
+    References:
+        Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672, Eq. 17
+    """
+
+    offset: float = 0.008
+    t_max: float = 0.9999
+
+    @property
+    def _u_0(self) -> float:
+        return 0.5 * math.pi * self.offset / (1 + self.offset)
+
+    def _u(self, t: Tensor) -> Tensor:
+        return 0.5 * math.pi * (t + self.offset) / (1 + self.offset)
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self._u(t).cos() / math.cos(self._u_0)
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        # cos^2 u_0 - cos^2 u as a product, which doesn't cancel at small t.
+        above = 0.5 * math.pi * t / (1 + self.offset)  # u - u_0
+        return (above.sin() * (above + 2 * self._u_0).sin()).clamp_min(0).sqrt() / math.cos(self._u_0)
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        sin_0, cos_0 = math.sin(self._u_0), math.cos(self._u_0)
+        sin_u = (ratio.square() + sin_0**2).sqrt()  # over the same factor as cos u, which is then cos_0
+        # Sine and cosine of u - u_0, the former without cancellation at small ratios.
+        above = torch.atan2(cos_0 * ratio.square() / (sin_u + sin_0), cos_0**2 + sin_u * sin_0)
+        return above / (0.5 * math.pi) * (1 + self.offset)
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return -0.5 * math.pi / (1 + self.offset) * self._u(t).tan()
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-2 * self.drift(t)).sqrt()
+
+
+@PROCESSES.register("ve")
+@dataclass(frozen=True)
+class VarianceExploding(Process):
+    """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 lies at t = -inf.
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 30
+    """
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    @property
+    def _rate(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self.sigma_min * (self._rate * t).exp()
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        return (ratio / self.sigma_min).log() / self._rate
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self.sigma(t) * math.sqrt(2 * self._rate)
+
+
+@PROCESSES.register("edm")
+@dataclass(frozen=True)
+class EDMVarianceExploding(Process):
+    """EDM's VE: alpha = 1, sigma = t, so time is the noise level itself.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1
+    """
+
+    sigma_max: float = 80.0
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        """The largest noise level."""
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return t
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        return ratio
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (2 * t).sqrt()
+
+
+@PROCESSES.register("decoupled")
+@dataclass(frozen=True)
+class Decoupled(Process):
+    """Image to zero, zero to noise, with constant attenuation: alpha = 1 - t, sigma^2 = v(t).
+
+    The state is x_0 attenuated plus a Wiener path on the clock v, so x_s given x_t and x_0 is a Brownian bridge and not
+    the Markov posterior of equal marginals. At t = 1 alpha is 0: the ratio is infinite and the state is pure noise.
+
+    Attributes:
+        clock: v(t) = ``t`` (the paper) or ``t^2``.
+
+    References:
+        Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
+    """
+
+    clock: Literal["t", "t^2"] = "t"
+
+    def __post_init__(self) -> None:
+        if self.clock not in ("t", "t^2"):
+            raise UsageError(f"process 'decoupled': clock {self.clock!r} is neither 't' nor 't^2'")
+
+    def _v(self, t: Tensor) -> Tensor:
+        return t if self.clock == "t" else t.square()
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self._v(t).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        inverse = 1 / ratio  # finite arithmetic at infinite ratio
+        if self.clock == "t":
+            return (2 / (inverse + (inverse.square() + 4).sqrt())).square()
+        return 1 / (1 + inverse)
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return -1 / (1 - t)
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        derivative = torch.ones_like(t) if self.clock == "t" else 2 * t
+        return (derivative + 2 * self._v(t) / (1 - t)).sqrt()
+
+    def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:
+        """Bridge deviation sqrt(v_s (v_t - v_s) / v_t), the paper's q(x_s | x_t, x_0)."""
+        v_t, v_s = self._v(t), self._v(s)
+        return (v_s * (v_t - v_s) / v_t).clamp_min(0).sqrt()

@@ -1,0 +1,172 @@
+"""A solver that chooses its own steps, for each sample apart from the batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
+from diffaccel.process import expand
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory
+from diffaccel.solver.grid import Grid, LogSNR
+
+Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""dy/du of some samples: their indices (A,), their u (A,), their y (A, ...) -> (A, ...)."""
+
+
+def dormand_prince(slope: Slope, y: Tensor, start: float, stop: float, tol: float, max_steps: int) -> Tensor:
+    """Integrate dy/du = slope(u, y) by the Dormand-Prince pair of orders 5 and 4.
+
+    Step-size control and initial step are those of scipy's RK45 run on each sample alone, so a sample takes
+    2 + 6 (accepted + rejected steps) evaluations whatever its batch; a finished one is evaluated no more.
+
+    Args:
+        slope: The right-hand side.
+        y: States at ``start``, (B, ...) float64.
+        start: Where u begins.
+        stop: Where it ends, above or below.
+        tol: Relative and absolute tolerance of one step's root-mean-square error.
+        max_steps: Accepted and rejected steps that a sample may take.
+
+    Returns:
+        States at ``stop``, (B, ...); not finite for a sample whose slope was not.
+
+    Raises:
+        UsageError: ``max_steps`` were not enough.
+
+    References:
+        Solving Ordinary Differential Equations I (Hairer, Norsett, Wanner, 1993), sections II.4 and II.5
+    """
+    active = torch.arange(len(y), device=y.device)
+    u = torch.full((len(y),), start, dtype=y.dtype, device=y.device)
+    y, k_1 = y.clone(), slope(active, u, y)
+    step = _first_step(slope, y, k_1, start, stop, tol)
+    rejected = torch.zeros_like(active, dtype=torch.bool)
+    for _ in range(max_steps):
+        u_now, y_now = u[active], y[active]
+        u_next = u_now + step[active]
+        u_next = u_next.clamp_min(stop) if stop < start else u_next.clamp_max(stop)
+        h = u_next - u_now
+        k = [k_1[active]]
+        for node, weights in zip(_NODES, _STAGES, strict=True):
+            k.append(slope(active, u_now + node * h, y_now + expand(h, y) * _combine(weights, k)))
+        y_next = y_now + expand(h, y) * _combine(_FIFTH_ORDER, k)
+        k.append(slope(active, u_next, y_next))
+        error = _norm(expand(h, y) * _combine(_ERROR, k), torch.maximum(y_now.abs(), y_next.abs()), tol)
+        accepted = ~(error >= 1)  # NaN too: its sample is left to the caller
+        factor = (0.9 * error**-0.2).clamp(0.2, 10.0)
+        factor = torch.where(accepted & rejected[active], factor.clamp_max(1.0), factor)
+        step[active], rejected[active] = h * factor, ~accepted
+        done = active[accepted]
+        u[done], y[done], k_1[done] = u_next[accepted], y_next[accepted], k[-1][accepted]
+        active = active[(u[active] != stop) & ~error.isnan()]
+        if not len(active):
+            return y
+    raise UsageError(f"solver 'rk45' did not reach the data in {max_steps} steps: raise tol (now {tol:g}) or max_steps")
+
+
+def _combine(weights: tuple[float, ...], k: list[Tensor]) -> Tensor:
+    """Weighted sum of slopes."""
+    return torch.stack([weight * slope for weight, slope in zip(weights, k, strict=True)]).sum(0)
+
+
+def _norm(x: Tensor, size: Tensor, tol: float) -> Tensor:
+    """Root mean square of each sample over its tolerances tol (1 + size): (B,)."""
+    return (x / (tol + tol * size)).flatten(1).square().mean(1).sqrt()
+
+
+def _first_step(slope: Slope, y: Tensor, k_1: Tensor, start: float, stop: float, tol: float) -> Tensor:
+    """Signed first step of each sample, (B,): the length at which an Euler step errs by about 1 % of the tolerance."""
+    length, sign = abs(stop - start), 1.0 if stop > start else -1.0
+    d_0, d_1 = _norm(y, y.abs(), tol), _norm(k_1, y.abs(), tol)
+    h_0 = torch.where((d_0 < 1e-5) | (d_1 < 1e-5), 1e-6, 0.01 * d_0 / d_1).clamp_max(length)
+    k_2 = slope(torch.arange(len(y), device=y.device), start + sign * h_0, y + sign * expand(h_0, y) * k_1)
+    d_2 = _norm(k_2 - k_1, y.abs(), tol) / h_0
+    largest = torch.maximum(d_1, d_2)
+    h_1 = torch.where(largest <= 1e-15, (1e-3 * h_0).clamp_min(1e-6), (0.01 / largest) ** 0.2)
+    return sign * torch.minimum(100 * h_0, h_1).clamp_max(length)
+
+
+_NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
+_STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+)
+_FIFTH_ORDER = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+_ERROR = (-71 / 57600, 0.0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
+
+
+@SOLVERS.register("rk45")
+@dataclass(frozen=True)
+class RK45(Solver):
+    """Adaptive Runge-Kutta on the probability flow dy/du = ln(r) rho eps with y = x / alpha, rho = rho_min r^u.
+
+    u runs from 1 to 0. The reference code steps the whole batch as one ODE; here each sample has its own steps, so it
+    doesn't depend on its batch. The state is float64, the network runs in the precision of x. A sample that starts at
+    infinite ratio takes one DDIM step to ``grid.ratio_cap`` first.
+
+    Attributes:
+        grid: Only its ``ratio_min`` and ``ratio_cap`` are used.
+        denoise: Whether a DDIM step from the least level to ratio 0 follows; the reference code has none.
+        tol: Relative and absolute tolerance, in units of y.
+        max_steps: Steps, rejected ones too, that a sample may take.
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix D.4
+    """
+
+    grid: Grid = LogSNR()
+    denoise: bool = False
+    tol: float = 1e-4
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.tol > 0:
+            raise UsageError(f"solver 'rk45': tol is {self.tol}, it must be positive")
+
+    def evaluations(self, steps: int) -> NoReturn:
+        """Refuse: the tolerance decides.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set tol and leave nfe unset")
+
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int = 0) -> Tensor:
+        """See :class:`Solver`; ``steps`` counts for nothing."""
+        return super().__call__(denoiser, x_t, t, noise, steps=2 if self.denoise else 1)
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        """Go from ``t`` to ``s`` in as many steps as it takes; to ratio 0, in one DDIM step."""
+        process = denoiser.process
+        if trajectory.final:
+            return process.transition(denoiser(x_t, t), t, s)[0]
+        x_t, t = self._from_infinity(denoiser, x_t, t)
+        rho_min, ln_r = process.ratio(s), (process.ratio(t) / process.ratio(s)).log()
+
+        def slope(index: Tensor, u: Tensor, y: Tensor) -> Tensor:
+            rho = rho_min[index] * (u * ln_r[index]).exp()
+            x, time = process.from_ratio(y, rho)
+            return expand(ln_r[index] * rho, y) * denoiser.select(index)(x.to(x_t), time).eps.to(y)
+
+        y = x_t.double() / expand(process.alpha(t), x_t.double())
+        y = dormand_prince(slope, y, 1.0, 0.0, self.tol, self.max_steps)
+        return (expand(process.alpha(s), y) * y).to(x_t)
+
+    def _from_infinity(self, denoiser: Denoiser, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the samples at infinite ratio, and no others, to the cap."""
+        process = denoiser.process
+        index = process.ratio(t).isinf().nonzero()[:, 0]
+        if not len(index):
+            return x_t, t
+        cap = process.time(torch.full_like(t[index], self.grid.ratio_cap))
+        prediction = denoiser.select(index)(x_t[index], t[index])
+        x_cap, _ = process.transition(prediction, t[index], cap)
+        return x_t.index_copy(0, index, x_cap), t.index_copy(0, index, cap)

@@ -1,0 +1,119 @@
+"""The one sampling loop.
+
+Every deterministic solver here is written as DDIM's step plus a correction. Both read predictions (x_0, eps) and never
+divide by alpha, so they run on every process from any level: a step from infinite ratio, where a correction has no
+meaning, is DDIM's, and so is the last one to ratio 0.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
+from diffaccel.process import Prediction
+from diffaccel.registry import Registry
+from diffaccel.solver.grid import GRIDS, Grid, Karras
+
+SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS})
+
+
+class Past(NamedTuple):
+    """A prediction made earlier on the trajectory."""
+
+    prediction: Prediction
+    t: Tensor
+
+
+@dataclass
+class Trajectory:
+    """What a step may know besides its state.
+
+    Attributes:
+        noise: The samples' streams.
+        final: Whether this step ends at ratio 0.
+        past: Earlier predictions, newest first; a step keeps what it needs.
+        steps: Number of steps in all.
+    """
+
+    noise: NoiseStreams
+    steps: int
+    final: bool = False
+    past: list[Past] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """Reverse integrator, from each sample's own level to the data.
+
+    Attributes:
+        grid: Where the steps lie.
+        denoise: Whether the last step goes from the grid's least level to ratio 0; if not, it ends at that level.
+    """
+
+    grid: Grid = Karras()
+    denoise: bool = True
+
+    @abstractmethod
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        """Go from states ``x_t`` (B, C, H, W) at times ``t`` (B,) to ``s`` (B,), s < t."""
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations per sample that ``steps`` steps take."""
+        return steps
+
+    def steps_within(self, evaluations: int) -> int:
+        """Return the largest number of steps that takes at most ``evaluations``.
+
+        Raises:
+            UsageError: Not even one step fits.
+        """
+        if evaluations < self.evaluations(1):
+            raise UsageError(
+                f"{type(self).__name__} needs {self.evaluations(1)} evaluation(s) for one step, {evaluations} are left:"
+                " raise nfe"
+            )
+        steps = 1
+        while self.evaluations(steps + 1) <= evaluations:
+            steps += 1
+        return steps
+
+    @torch.no_grad()
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
+        """Integrate to the data.
+
+        Args:
+            denoiser: The model, with its condition bound.
+            x_t: States, (B, C, H, W).
+            t: Their times on the denoiser's process, (B,).
+            noise: The samples' streams, B of them.
+            steps: Number of steps.
+
+        Returns:
+            Samples (B, C, H, W) in the units of x_0.
+
+        Raises:
+            UsageError: A start level out of the trained range, or NaN from the network.
+        """
+        denoiser.check_range(denoiser.process.ratio(t.double()))
+        times = self.grid(denoiser.process, t, steps, self.denoise)
+        trajectory = Trajectory(noise, steps)
+        for i, (now, then) in enumerate(pairwise(times)):
+            trajectory.final = self.denoise and i == steps - 1
+            x_t = self.step(denoiser, x_t, now, then, trajectory)
+        if not x_t.isfinite().all():
+            raise UsageError(
+                "the network returned NaN or infinity while sampling: check the weights, and that their units and "
+                "precision fit (try precision=32-true)"
+            )
+        return x_t
+
+
+def where_finite(coefficient: Tensor) -> Tensor:
+    """Drop a correction (coefficient 0) where it would start from infinite or end at zero ratio."""
+    return torch.where(coefficient.isfinite(), coefficient, torch.zeros_like(coefficient))

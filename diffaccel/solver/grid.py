@@ -1,0 +1,108 @@
+"""Grids of noise levels, one column per sample, from its own start level down.
+
+A grid gives times of shape (steps + 1, B) in float64. With ``denoise`` its last row is ratio 0, reached from
+``ratio_min``; without, it ends at ``ratio_min``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.process import Process
+from diffaccel.registry import Registry
+
+GRIDS: Registry["Grid"] = Registry("grid")
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """Levels between a start and the data.
+
+    Attributes:
+        ratio_min: Last positive noise-to-data ratio; half the start's where that is lower.
+        ratio_cap: Ratio that a start above it is spaced from (on the decoupled process t = 1 lies at infinity).
+    """
+
+    ratio_min: float = 0.002
+    ratio_cap: float = 80.0
+
+    @abstractmethod
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
+        """Times (L, B) at ``fraction`` (L, 1) of the way between ratios ``start`` and ``stop`` (B,)."""
+
+    def __call__(self, process: Process, t: Tensor, steps: int, denoise: bool = True) -> Tensor:
+        """Space ``steps`` steps from times ``t`` (B,); returns (steps + 1, B) float64."""
+        t = t.double()
+        start = process.ratio(t)
+        levels = steps - 1 if denoise else steps
+        stop = torch.minimum(torch.full_like(start, self.ratio_min), 0.5 * start)
+        fraction = torch.arange(1, levels + 1, dtype=t.dtype, device=t.device)[:, None] / max(levels, 1)
+        rows = [t[None], self.interpolate(process, start, stop, fraction)]
+        if denoise:
+            rows.append(process.time(torch.zeros_like(start))[None])
+        return torch.cat(rows)
+
+
+@GRIDS.register("karras")
+@dataclass(frozen=True)
+class Karras(Grid):
+    """Uniform in ratio^(1 / rho).
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 5
+    """
+
+    rho: float = 7.0
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        a, b = start.clamp_max(self.ratio_cap) ** (1 / self.rho), stop ** (1 / self.rho)
+        return process.time((a + fraction * (b - a)) ** self.rho)
+
+
+@GRIDS.register("log_snr")
+@dataclass(frozen=True)
+class LogSNR(Grid):
+    """Uniform in ln(ratio): geometric levels."""
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        start = start.clamp_max(self.ratio_cap)
+        return process.time(start * (stop / start) ** fraction)
+
+
+@GRIDS.register("time")
+@dataclass(frozen=True)
+class UniformTime(Grid):
+    """Uniform in the process's own time, which is finite at any ratio: there is no cap."""
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        a, b = process.time(start), process.time(stop)
+        return a + fraction * (b - a)
+
+
+@GRIDS.register("ddm")
+@dataclass(frozen=True)
+class TimeToZero(Grid):
+    """Equal steps in time to 0, the last of which stops at ``ratio_min``: the grid of DDM's reference code.
+
+    Its n steps with the least time 1e-4 and a final evaluation are n + 1 here, on the decoupled process.
+
+    Raises:
+        UsageError: The steps are shorter than the time of ``ratio_min``, so that the last would go up.
+
+    References:
+        Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
+    """
+
+    ratio_min: float = 1e-2 / (1 - 1e-4)  # t = 1e-4 on the decoupled process
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        last, levels = process.time(stop), process.time(start) * (1 - fraction)
+        if (levels[:-1] <= last).any():
+            raise UsageError(
+                f"grid 'ddm': {len(levels)} equal steps in time pass ratio_min {self.ratio_min:.4g} before the last:"
+                " take fewer steps, a lower ratio_min, or the grid 'time'"
+            )
+        return torch.maximum(levels, last)

@@ -1,0 +1,83 @@
+"""Solvers that reuse earlier predictions: one evaluation a step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.process import expand
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+
+
+@SOLVERS.register("dpmpp2m")
+@dataclass(frozen=True)
+class DPMSolverPP2M(Solver):
+    """DPM-Solver++(2M): second order in lambda = -ln(rho), data prediction.
+
+        x_s = DDIM(x_0) + alpha_s (1 - rho_s / rho_t) h / (2 h_last) (x_0 - x_0_last),    h = lambda_s - lambda_t
+
+    References:
+        DPM-Solver++ (Lu et al., 2022), https://arxiv.org/abs/2211.01095, Algorithm 2
+    """
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        prediction = denoiser(x_t, t)
+        x_s, _ = process.transition(prediction, t, s)
+        if trajectory.past and not trajectory.final:
+            last, u = trajectory.past[0]
+            h = (process.ratio(t) / process.ratio(s)).log()
+            h_last = (process.ratio(u) / process.ratio(t)).log()
+            weight = where_finite(process.alpha(s) * -torch.expm1(-h) * h / (2 * h_last))
+            x_s = x_s + expand(weight, x_s) * (prediction.x_0 - last.x_0)
+        trajectory.past = [Past(prediction, t)]
+        return x_s
+
+
+@SOLVERS.register("ipndm")
+@dataclass(frozen=True)
+class IPNDM(Solver):
+    """Improved pseudo-numerical method: Adams-Bashforth of up to fourth order on d(x / alpha) / d(rho) = eps.
+
+    The coefficients are those of equal steps, as published, and the start-up raises the order step by step. So it is
+    of order ``max_order`` on levels uniform in rho, given exact starting values, and of second order otherwise.
+
+    Attributes:
+        max_order: Number of predictions combined, 1 to 4.
+
+    Raises:
+        UsageError: max_order is not 1, 2, 3 or 4.
+
+    References:
+        Fast Sampling with Exponential Integrator (Zhang and Chen, 2022), https://arxiv.org/abs/2204.13902
+        Pseudo Numerical Methods (Liu et al., 2022), https://arxiv.org/abs/2202.09778, Eq. 9
+    """
+
+    max_order: int = 4
+
+    def __post_init__(self) -> None:
+        if self.max_order not in _ADAMS_BASHFORTH:
+            raise UsageError(f"solver 'ipndm': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        prediction = denoiser(x_t, t)
+        x_s, _ = process.transition(prediction, t, s)
+        past = [Past(prediction, t), *trajectory.past][: self.max_order]
+        if len(past) > 1 and not trajectory.final:
+            weights = _ADAMS_BASHFORTH[len(past)]
+            slope = sum(weight * earlier.prediction.eps for weight, earlier in zip(weights, past, strict=True))
+            length = process.alpha(s) * (process.ratio(s) - process.ratio(t))
+            x_s = x_s + expand(length, x_s) * (slope - prediction.eps)
+        trajectory.past = past
+        return x_s
+
+
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}

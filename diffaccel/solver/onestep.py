@@ -1,0 +1,114 @@
+"""Solvers whose step depends on the present state alone."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.process import expand
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory, where_finite
+
+
+@SOLVERS.register("ddim")
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """Denoising diffusion implicit step, x_s = mean + std z of the process's own transition.
+
+    eta = 0 integrates the probability-flow ODE to first order; eta = 1 is ancestral sampling (DDPM's on a variance
+    preserving process, DDM's on the decoupled one).
+
+    Attributes:
+        eta: Stochasticity, in [0, 1].
+
+    Raises:
+        UsageError: eta lies outside [0, 1].
+
+    References:
+        Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"solver 'ddim': eta is {self.eta}, it must lie in [0, 1]")
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        mean, std = denoiser.process.transition(denoiser(x_t, t), t, s, self.eta)
+        if self.eta == 0:
+            return mean
+        return mean + expand(std, x_t) * trajectory.noise.normal(x_t)
+
+
+@SOLVERS.register("euler")
+@dataclass(frozen=True)
+class Euler(Solver):
+    """Euler's method on d(x / alpha) / d(rho) = eps: EDM's Algorithm 1 without its correction.
+
+    The same step as DDIM's with eta = 0, under the name that EDM's users look for.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 4
+    """
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        return denoiser.process.transition(denoiser(x_t, t), t, s)[0]
+
+
+@SOLVERS.register("heun")
+@dataclass(frozen=True)
+class Heun(Solver):
+    """Heun's method on d(x / alpha) / d(rho) = eps: second order, two evaluations a step, one for the last.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1
+    """
+
+    def evaluations(self, steps: int) -> int:  # noqa: D102
+        return 2 * steps - 1 if self.denoise else 2 * steps
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        prediction = denoiser(x_t, t)
+        x_s, _ = process.transition(prediction, t, s)
+        if trajectory.final:
+            return x_s
+        half = where_finite(0.5 * process.alpha(s) * (process.ratio(s) - process.ratio(t)))
+        return x_s + expand(half, x_s) * (denoiser(x_s, s).eps - prediction.eps)
+
+
+@SOLVERS.register("edm_stochastic")
+@dataclass(frozen=True)
+class StochasticHeun(Heun):
+    """Raise the noise level a little, then take Heun's step from there.
+
+    Attributes:
+        S_churn: Total amount of stochasticity; a step raises the ratio by the factor 1 + min(S_churn / steps,
+            sqrt(2) - 1).
+        S_min: Least ratio that is raised.
+        S_max: Largest ratio that is raised.
+        S_noise: Scale of the added noise.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 2
+    """
+
+    S_churn: float = 80.0
+    S_min: float = 0.05
+    S_max: float = 50.0
+    S_noise: float = 1.003
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        ratio = process.ratio(t)
+        churned = (self.S_min <= ratio) & (ratio <= self.S_max)
+        raised = ratio * (1 + min(self.S_churn / trajectory.steps, math.sqrt(2) - 1))
+        t_hat = torch.where(churned, process.time(raised), t)
+        scale = torch.where(churned, process.alpha(t_hat) / process.alpha(t), torch.ones_like(t))
+        added = self.S_noise * process.alpha(t_hat) * (raised.square() - ratio.square()).sqrt()
+        added = torch.where(churned, added, torch.zeros_like(added))
+        x_hat = expand(scale, x_t) * x_t + expand(added, x_t) * trajectory.noise.normal(x_t)
+        return super().step(denoiser, x_hat, t_hat, s, trajectory)

@@ -1,0 +1,104 @@
+"""Weights on disk: safetensors with a JSON description, read with every check before a tensor is used."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffaccel.errors import UsageError
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def save_weights(
+    path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write floating-point tensors in ``dtype`` with a description beside them in the file's header.
+
+    The file appears whole or not at all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
+        for name, tensor in tensors.items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file(stored, partial, {"diffaccel": json.dumps(dict(description))})
+    partial.replace(path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: float32 tensors and the description.
+
+    Raises:
+        UsageError: The file is missing, truncated, no safetensors file, or holds values that are not finite.
+    """
+    if not path.is_file():
+        raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            description = json.loads((file.metadata() or {}).get("diffaccel", "{}"))
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if not tensor.isfinite().all():
+                raise UsageError(f"weights {path}: tensor {name!r} holds NaN or infinity: get or train the file anew")
+            tensors[name] = tensor.float()
+    return tensors, description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read the header's description alone; empty if there is none or the file is unreadable as safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get("diffaccel", "{}")))
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
+    """Load a safetensors file into a module and return the file's description.
+
+    Raises:
+        UsageError: As :func:`read_weights`, or names or shapes differ from the module's.
+    """
+    tensors, description = read_weights(path)
+    assign_weights(tensors, module, f"weights {path}")
+    return description
+
+
+def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:
+    """Copy named tensors into a module whose names and shapes must agree.
+
+    Raises:
+        UsageError: Names or shapes differ; the message names the first few.
+    """
+    own = module.state_dict()
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or surplus:
+        raise UsageError(
+            f"{origin} do not fit the network: missing {missing[:3]}, surplus {surplus[:3]}"
+            f" ({len(missing)} and {len(surplus)} in all): does the experiment's network match the file?"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UsageError(
+                f"{origin}: {name!r} has shape {tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}:"
+                " does the experiment's network match the file?"
+            )
+    module.load_state_dict(dict(tensors))

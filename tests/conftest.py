@@ -1,0 +1,29 @@
+"""What every test starts from: a fixed seed, float32, two threads, and no tool that asks or reports."""
+
+import os
+from collections.abc import Iterator
+
+# Before any import of wandb or matplotlib reads them.
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+torch.set_num_threads(2)  # rounding depends on the number of threads: the same on every machine
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Same draws in any order of tests, and float32 again after a test that asked for float64."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator of the test's own, for draws that must not move with other draws."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,234 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchmetrics.image.kid import poly_mmd
+
+from diffaccel.errors import UsageError
+from diffaccel.metrics import FrechetDistance, KernelDistance, Moments, MomentSums, frechet_distance, jackknife
+
+
+def gaussian(n: int, dim: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Correlated Gaussian features, far from the origin as pooled activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(99)) / dim**0.5
+    return scale * torch.randn(n, dim, dtype=torch.float64, generator=generator) @ mixing + 3 + mean
+
+
+def scored(features: Tensor, reference: Moments, batch: int = 50, blocks: int = 10) -> FrechetDistance:
+    metric = FrechetDistance(features.shape[1], reference, blocks=blocks)
+    for index, part in enumerate(features.split(batch)):
+        metric.update(part, index)
+    return metric
+
+
+def fidelity(features: Tensor, reference: Tensor) -> float:
+    statistics = fid_features_to_statistics(features), fid_features_to_statistics(reference)
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+
+def test_moments_are_numpys():
+    features = gaussian(300, 8, seed=0)
+    moments = Moments.from_features(features)
+    assert moments.n == 300
+    np.testing.assert_allclose(moments.mean, features.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-12)
+    torch.testing.assert_close(moments.root @ moments.root, moments.covariance, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dim", "n"), [(1, 40), (2, 40), (64, 700)])
+def test_block_sums_have_the_moments_of_all_features(dim, n):
+    features = 1e4 + gaussian(n, dim, seed=1)  # a mean that would cost eight digits of the covariance about zero
+    sums = MomentSums(dim, blocks=3, origin=features[0])
+    for index, part in enumerate(features.split(17)):
+        sums.update(part, index)
+    moments, expected = sums.compute(), Moments.from_features(features)
+    assert moments.n == n
+    torch.testing.assert_close(moments.mean, expected.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(moments.covariance, expected.covariance, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dim", "mean"), [(2, 0.0), (64, 0.0), (64, 0.5)])
+def test_frechet_distance_is_torch_fidelitys(dim, mean):
+    generated, reference = gaussian(1003, dim, seed=1, mean=mean, scale=1.1), gaussian(900, dim, seed=2)
+    ours = scored(generated, Moments.from_features(reference)).compute().fd
+    assert ours.item() == pytest.approx(fidelity(generated, reference), rel=1e-9)
+
+
+def test_distance_between_diagonal_gaussians_is_its_closed_form():
+    generator = torch.Generator().manual_seed(3)
+    mean, std, mean_r, std_r = torch.rand(4, 7, dtype=torch.float64, generator=generator)
+    ours = frechet_distance(Moments(9, mean, std.square().diag()), Moments(9, mean_r, std_r.square().diag()))
+    torch.testing.assert_close(ours, (mean - mean_r).square().sum() + (std - std_r).square().sum())
+
+
+def test_distance_of_a_set_with_itself_is_zero():
+    features = gaussian(400, 16, seed=4)
+    assert abs(scored(features, Moments.from_features(features)).compute().fd.item()) < 1e-10
+
+
+def test_jackknife_removes_the_bias_and_knows_its_error():
+    """Against the exact reference the true FD is d (scale - 1)^2; the plain one is biased by more than its noise."""
+    dim, scale, true = 32, 1.15, 32 * 0.15**2
+    reference = Moments(10**6, torch.zeros(dim), torch.eye(dim))
+    results = []
+    for seed in range(24):
+        features = scale * torch.randn(400, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        results.append(torch.stack(scored(features, reference, batch=20).compute()))
+    fd, fd_inf, se = torch.stack(results).unbind(1)
+    assert fd.mean() - true > 10 * fd.std() / 24**0.5
+    assert (fd_inf.mean() - true).abs() < 3 * fd_inf.std() / 24**0.5
+    assert 0.6 < se.mean() / fd_inf.std() < 1.6
+
+
+def test_jackknife_of_equal_blocks_is_the_textbook_one():
+    full, kept = torch.tensor(2.0), torch.tensor([1.0, 2.5, 4.0])
+    estimate, error = jackknife(full, kept, torch.tensor([5.0, 5.0, 5.0]))
+    torch.testing.assert_close(estimate, 3 * full - 2 * kept.mean())
+    torch.testing.assert_close(error, (2 / 3 * (kept - kept.mean()).square().sum()).sqrt())
+
+
+def test_jackknife_cancels_a_bias_of_1_over_n_for_unequal_blocks():
+    sizes = torch.tensor([300.0, 300.0, 70.0], dtype=torch.float64)
+    n = sizes.sum()
+    estimate, error = jackknife(0.7 + 11 / n, 0.7 + 11 / (n - sizes), sizes)
+    torch.testing.assert_close(estimate, torch.tensor(0.7, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize(("n", "batch"), [(60, 60), (8, 2)], ids=["one block", "n <= dim"])
+def test_no_extrapolation_where_it_means_nothing(n, batch):
+    result = scored(gaussian(n, 8, seed=1), Moments.from_features(gaussian(60, 8, seed=2)), batch).compute()
+    assert result.fd.isfinite() and result.fd_inf.isnan() and result.se.isnan()
+
+
+@pytest.mark.parametrize("kind", ["frechet", "kernel"])
+def test_two_halves_merged_are_one(kind):
+    features, reference = gaussian(230, 8, seed=1, mean=0.3), gaussian(200, 8, seed=2)
+
+    def metric():
+        if kind == "kernel":
+            return KernelDistance(8, reference)
+        return FrechetDistance(8, Moments.from_features(reference))
+
+    one, even, odd = metric(), metric(), metric()
+    for index, part in enumerate(features.split(20)):
+        one.update(part, index)
+        (odd if index % 2 else even).update(part, index)
+    even.merge_state(odd)
+    torch.testing.assert_close(even.compute(), one.compute(), rtol=0, atol=0)  # ten blocks: to the last bit
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from diffaccel.metrics import FrechetDistance, KernelDistance, Moments
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+reference = torch.randn(90, 4, generator=torch.Generator().manual_seed(2))
+for batches in (1, 5):
+    features = torch.randn(20 * batches, 4, generator=torch.Generator().manual_seed(1))
+    frechet, kernel = FrechetDistance(4, Moments.from_features(reference)), KernelDistance(4, reference)
+    for index, part in enumerate(features.split(20)):
+        if index % 2 == rank:
+            frechet.update(part, index), kernel.update(part, index)
+    print(*(value.item() for value in (*frechet.compute(), kernel.compute())))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(tmp_path: Path):
+    """Also when one of them gets no batch, or fewer batches than the other."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = ([float(value) for value in p.communicate(timeout=120)[0].split()] for p in processes)
+    reference, expected = torch.randn(90, 4, generator=torch.Generator().manual_seed(2)), []
+    for batches in (1, 5):
+        features = torch.randn(20 * batches, 4, generator=torch.Generator().manual_seed(1))
+        kernel = KernelDistance(4, reference)
+        kernel.update(features, 0)
+        alone = scored(features, Moments.from_features(reference), batch=20).compute()
+        expected += [value.item() for value in (*alone, kernel.compute())]
+    assert first == pytest.approx(second, rel=0, abs=0, nan_ok=True)
+    assert first == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def naive_kernel_distance(x: Tensor, y: Tensor) -> float:
+    def k(a, b):
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    within = [sum(k(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j) for s in (x, y)]
+    cross = sum(k(a, b) for a in x for b in y)
+    n, m = len(x), len(y)
+    return within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * cross / (n * m)
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_kernel_distance_is_the_double_loop(rows):
+    x, y = gaussian(30, 5, seed=1, mean=0.2).float(), gaussian(25, 5, seed=2).float()
+    metric = KernelDistance(5, y, rows=rows)
+    for index, part in enumerate(x.split(8)):
+        metric.update(part, index)
+    assert metric.compute().item() == pytest.approx(naive_kernel_distance(x.double(), y.double()), rel=1e-11)
+
+
+def test_kernel_distance_is_torchmetrics_on_one_subset_of_all():
+    x, y = gaussian(100, 6, seed=1, mean=0.2).float(), gaussian(100, 6, seed=2).float()
+    metric = KernelDistance(6, y)
+    metric.update(x, 0)
+    assert metric.compute().item() == pytest.approx(poly_mmd(x.double(), y.double()).item(), rel=1e-11)
+
+
+def test_kernel_distance_is_unbiased_and_not_clamped():
+    values = []
+    for seed in range(20):
+        metric = KernelDistance(4, gaussian(60, 4, seed=100 + seed))
+        metric.update(gaussian(60, 4, seed=seed), 0)
+        values.append(metric.compute())
+    values = torch.stack(values)
+    assert values.min() < 0 < values.max()
+    assert values.mean().abs() < 3 * values.std() / 20**0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
+def test_features_that_are_not_finite_are_refused(kind, bad):
+    reference = gaussian(50, 3, seed=1)
+    metric = kind(3, Moments.from_features(reference) if kind is FrechetDistance else reference)
+    features = gaussian(10, 3, seed=2)
+    features[4, 1] = bad
+    with pytest.raises(UsageError, match="batch 7 hold 1 values that are NaN or infinite"):
+        metric.update(features, 7)
+
+
+def test_what_does_not_fit_is_refused():
+    reference = gaussian(50, 3, seed=1)
+    with pytest.raises(UsageError, match="the reference has 3 features, the extractor 4"):
+        FrechetDistance(4, Moments.from_features(reference))
+    with pytest.raises(UsageError, match=r"shape \(5, 4\), not \(n, 3\)"):
+        FrechetDistance(3, Moments.from_features(reference)).update(torch.zeros(5, 4), 0)
+    with pytest.raises(UsageError, match="score at least 2"):
+        scored(reference[:1], Moments.from_features(reference)).compute()
+    with pytest.raises(UsageError, match="at least 2"):
+        Moments.from_features(reference[:1])
+    with pytest.raises(UsageError, match="at least 2"):
+        KernelDistance(3, reference[:1])
+
+
+def test_reset_starts_anew():
+    features, reference = gaussian(200, 4, seed=1), gaussian(200, 4, seed=2)
+    metric = scored(features + 5, Moments.from_features(reference))
+    metric.reset()
+    for index, part in enumerate(features.split(50)):
+        metric.update(part, index)
+    torch.testing.assert_close(metric.compute(), scored(features, Moments.from_features(reference)).compute())
