@@ -37,7 +37,7 @@ Keys may be set on the command line; the frequent ones:
   dry_run=true             print the plan and its cost; measure nothing
 """
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb not in verbs:
             raise UsageError(f"no command is called {verb!r}{suggest(verb, verbs)} (see `diffaccel help`)")
-        if experiment in ("-h", "--help", "help"):
+        if experiment == "help" or {"-h", "--help"} & {experiment, *words}:
             print(HELP)
             return 0
         _quiet()
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         verbs[verb](load(experiment, words))
     except UsageError as error:
-        console.print(f"diffaccel: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"diffaccel: {error}", style="red", markup=False)
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -107,6 +107,7 @@ def fit(config: Any) -> None:
     if config.method_name == "extractor":
         _fit_extractor(config)
         return
+    config.posterior.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=config.method_name == "dlg")
     data = experiment.build_data(config)
     last = config.folder / "last.ckpt"
@@ -118,11 +119,15 @@ def fit(config: Any) -> None:
         raise UsageError(f"resume={resume}: no such file; resume=auto takes {last} if there is one")
     elif resume is None and last.is_file():
         raise UsageError(f"{last} exists: go on with resume=auto, or choose another out=")
+    if resume is not None:
+        experiment.check_resumable(Path(resume), method)
     callbacks: list[Any] = [experiment.build_checkpointer(config)]
+    evaluator = None
     if config.reference and Path(config.reference).is_file():
         for budget in config.nfe:
             method.plan(budget, config.n)
-        callbacks.append(experiment.build_evaluator(config, method))
+        evaluator = experiment.build_evaluator(config, method)
+        callbacks.append(evaluator)
     experiment.write_config(config)
     trainer = experiment.build_trainer(config, callbacks, training=True)
     try:
@@ -133,8 +138,8 @@ def fit(config: Any) -> None:
         return
     if config.method_name == "dlg":
         _report_acceptance(config, method, data)
-    if len(callbacks) > 1:
-        _report(callbacks[1])
+    if evaluator is not None:
+        _report(evaluator)
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
 
 
@@ -212,7 +217,6 @@ def _report_acceptance(config: Any, method: Any, data: Any) -> None:
         f"noise classifier: mean |ln sigma error| by decade {decades}"
         f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}",
         markup=False,
-        soft_wrap=True,
     )
 
 
@@ -224,22 +228,26 @@ def _report(evaluator: Any) -> None:
         return
     name = evaluator.extractor.metric_name
     table = Table(box=None, header_style="bold")
-    for column in ("budget", "nfe", "burn-in", f"{name}@{evaluator.n}", "+-", f"{name}_inf", "kid", "s/image"):
-        table.add_column(column, justify="right")
+    for column in ("budget", "nfe", "burn-in", f"{name}@{evaluator.n}", "se", f"{name}_inf", "kid", "s/image"):
+        table.add_column(column, justify="right", no_wrap=True)
     for point in evaluator.points:
         metrics = point["metrics"]
         table.add_row(
-            f"{point['nfe_budget']:g}",
+            "-" if point["nfe_budget"] is None else f"{point['nfe_budget']:g}",
             f"{point['nfe']:.4g}",
             f"{point['nfe_burn_in']:.3g}",
             *(f"{metrics.get(key, float('nan')):.4g}" for key in (name, f"{name}_se", f"{name}_inf", "kid")),
             f"{point['seconds_per_image']:.3g}",
         )
-    Console().print(table)
+    wide = Console()
+    wide.width = max(wide.width, 100)  # a pipe has 80 columns, which cut the names of metrics
+    wide.print(table)
+    if any(point["nfe"] < (point["nfe_budget"] or 0) - 1e-9 for point in evaluator.points):
+        print("a budget that can't be met exactly was rounded down")
     if f"{name}_floor" in evaluator.points[-1]["metrics"]:
         floor, n = evaluator.points[-1]["metrics"][f"{name}_floor"], evaluator.floor.moments.n
         print(f"floor: {n} held-out real images are at {name} {floor:.4g}")
-    print(f"points, curve.png, curve.csv, config.yaml and sample grids: {evaluator.out}")
+    print(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {evaluator.out}")
 
 
 def _finish(config: Any) -> None:

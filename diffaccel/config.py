@@ -6,7 +6,9 @@ keys. Paths in a file are relative to that file, paths on the command line to th
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +22,10 @@ from diffaccel.methods.training import Training
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
-PARTS = ("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor")
+PARTS = (
+    *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
+    *("grid", "init_solver"),  # parts of parts
+)
 """Keys that hold a part; a bare string there is its name."""
 
 PATHS = (
@@ -74,7 +79,7 @@ class Config:
     floor: str | None = None
     """Statistics of held-out real images, for the floor."""
     nfe: list[float] = field(default_factory=lambda: [10.0])
-    """Budgets: most evaluations per image, one point each."""
+    """Budgets: most evaluations per image, one point each; null for an adaptive solver, which keeps to none."""
     n: int = 5000
     """Images per point."""
     seed: int = 0
@@ -135,26 +140,36 @@ def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
     """
     given = parse_overrides(overrides)
     if experiment is None:
-        chosen = [given.pop(key, None) for key in ("data", "method")]
-        if not all(isinstance(name, str) for name in chosen):
-            raise UsageError("which experiment? Name one (digits/dlg, or a path), or give method=NAME data=NAME")
-        experiment = "/".join(map(str, chosen))
+        experiment = _chosen(given)
     file = find(experiment)
     tree = merge(read(file), given)
     known = {item.name for item in dataclasses.fields(Config)}
     for key in tree:
         if key not in known:
             raise UsageError(f"no key is called {key!r}{suggest(str(key), known)}")
-    if isinstance(tree.get("nfe"), int | float):
-        tree["nfe"] = [tree["nfe"]]
+    if "nfe" in tree and not isinstance(tree["nfe"], list):
+        tree["nfe"] = [math.inf if tree["nfe"] is None else tree["nfe"]]
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
+    _check_parts(tree)
+    if "shape" not in tree:
+        raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
     except OmegaConfBaseException as error:
-        raise UsageError(f"{experiment}: {str(error).splitlines()[0]}") from None
+        where = f"{experiment}: the key {error.full_key!r}" if error.full_key else experiment
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def _chosen(given: dict[str, Any]) -> str:
+    """Take the names ``data`` and ``method``, which are an experiment's here, out of the overrides."""
+    parts = [given[key] for key in ("data", "method") if isinstance(given.get(key), dict)]
+    names = [part.pop("name", None) for part in parts]
+    if len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise UsageError("which experiment? Name one (digits/dlg, or a path), or give method=NAME data=NAME")
+    return "/".join(names)
 
 
 def find(experiment: str) -> Path:
@@ -176,11 +191,15 @@ def _nearby(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file over its ``base``, with paths resolved.
 
+    Args:
+        file: The file.
+        above: The files that it is a base of.
+
     Raises:
-        UsageError: Not YAML, not a mapping, or a base that doesn't exist.
+        UsageError: Not YAML, not a mapping, or a base that doesn't exist or is based on this file.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
@@ -188,27 +207,28 @@ def read(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{file} holds no mapping of keys to values")
-    own = {str(key): value for key, value in tree.items()}
+    own = merge({}, {str(key): value for key, value in tree.items()})
     base = own.pop("base", None)
-    for path in PATHS:
-        _resolve(own, path.split("."), file.parent)
+    _map_paths(own, lambda path: os.path.normpath(file.parent / Path(path).expanduser()))
     if base is None:
         return own
     parent = file.parent / str(base)
     if not parent.is_file():
         raise UsageError(f"{file}: its base {parent} does not exist")
-    return merge(read(parent), own)
+    if parent.resolve() in above or parent.samefile(file):
+        raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
+    return merge(read(parent, (*above, file.resolve())), own)
 
 
-def _resolve(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
-    """Make the path under ``keys`` relative to the working directory instead of ``folder``."""
-    *parents, last = keys
-    for key in parents:
-        if not isinstance(tree.get(key), dict):
-            return
-        tree = tree[key]
-    if isinstance(tree.get(last), str):
-        tree[last] = str(folder / Path(tree[last]).expanduser())
+def _map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
+    """Replace each path of a tree, in place."""
+    for name in PATHS:
+        *parents, last = name.split(".")
+        branch: Any = tree
+        for key in parents:
+            branch = branch.get(key) if isinstance(branch, dict) else None
+        if isinstance(branch, dict) and isinstance(branch.get(last), str):
+            branch[last] = change(branch[last])
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -257,10 +277,20 @@ def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return "name" in value and "name" in before and value["name"] != before["name"]
 
 
+def _check_parts(tree: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse parts that are neither a name nor a mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _check_parts(value, f"{prefix}{key}.")
+        elif key == "training" or (key in PARTS and (value is not None or not prefix)):
+            raise UsageError(f"{prefix}{key}={value!r}: give a name, or a mapping of keys to values")
+
+
 def _check(config: Config) -> None:
     """Refuse numbers that no run can mean."""
-    if "name" not in config.method:
-        raise UsageError(f"{config.experiment}: the key 'method' is missing")
+    for key, part in (("method", config.method), ("data", config.data)):
+        if "name" not in part:
+            raise UsageError(f"{config.experiment}: the key '{key}' is missing: give its name")
     positive = {"n": config.n, "batch_size": config.batch_size, "devices": config.devices, "threads": config.threads}
     for key, value in {**positive, "num_nodes": config.num_nodes}.items():
         if value is not None and value < 1:
@@ -283,6 +313,8 @@ def _check(config: Config) -> None:
             raise UsageError(f"{name}={choice!r} is none of {', '.join(allowed)}")
 
 
-def to_yaml(config: Config) -> str:
-    """Write the resolved configuration as YAML, which ``load`` reads back to the same."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: Config, folder: Path = Path()) -> str:
+    """Write the resolved configuration as YAML, which ``load`` reads back to the same from a file in ``folder``."""
+    tree = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+    _map_paths(tree, lambda path: path if os.path.isabs(path) else os.path.relpath(path, folder))
+    return OmegaConf.to_yaml(tree)

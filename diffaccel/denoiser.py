@@ -157,7 +157,23 @@ class NetworkDenoiser(Denoiser):
 
 @DENOISERS.register("eps")
 class EpsDenoiser(NetworkDenoiser):
-    """The network predicts the noise (DDPM, arXiv 2006.11239); the ratio must be finite."""
+    """The network predicts the noise (DDPM, arXiv 2006.11239).
+
+    At infinite ratio its output says nothing of x_0.
+
+    Raises:
+        UsageError: The process ends at infinite ratio and ``ratio_max`` doesn't stop before.
+    """
+
+    def __init__(
+        self, network: nn.Module, process: Process, ratio_min: float = 0.002, ratio_max: float = math.inf
+    ) -> None:
+        super().__init__(network, process, ratio_min, ratio_max)
+        if math.isinf(self.ratio_range[1]):
+            raise UsageError(
+                "denoiser 'eps' can't predict x_0 at the process's top, where the noise-to-data ratio is infinite: "
+                "set denoiser.ratio_max, or take denoiser=v, x0 or karras"
+            )
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         return eps

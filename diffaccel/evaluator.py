@@ -5,6 +5,7 @@ of its features are all-reduced, so a point does not depend on how many processe
 """
 
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import Logger, WandbLogger
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -225,16 +227,20 @@ class Evaluator(L.Callback):
             raise UsageError(f"nfe={budget:g} was overspent: {nfe:.6g} evaluations per image were counted")
         flops = counts[:, 2].sum().item() / n
         one = max((counter.flops.get(name, 0.0) for name in method.evaluated_networks()), default=0.0)
-        sequential = plan.skips + method.solver.evaluations(plan.steps) + method.extra_evaluations
+        start = getattr(method.prior, "burn_in_per_chain", 0)
         rounds = -(-n // getattr(method.prior, "chains", n))
+        # One image's own evaluations, and those of the chain before it.
+        sequential = (
+            start + (rounds - 1) * plan.skips + method.planned_nfe(plan, n) - method.prior.burn_in_evaluations(n) / n
+        )
         summary = summarise([trace for records in chain_records for trace in records])
         return {
             **self.provenance,
-            "nfe_budget": budget,
+            "nfe_budget": budget if math.isfinite(budget) else None,
             "nfe": nfe,
             "nfe_marginal": nfe - burn_in,
             "nfe_burn_in": burn_in,
-            "nfe_sequential": sequential + (rounds - 1) * plan.skips + getattr(method.prior, "burn_in_per_chain", 0),
+            "nfe_sequential": sequential if math.isfinite(sequential) else None,
             "nfe_equivalent": flops / one if one else None,
             "evaluations": {name: int(counts[i, 0]) for i, name in enumerate(names)},
             "plan": {"steps": plan.steps, "skips": plan.skips},
@@ -281,7 +287,7 @@ class Evaluator(L.Callback):
 
     def _draw(self) -> None:
         point = self.points[-1]
-        budget = f"{point['nfe_budget']:g}"
+        budget = budget_name(point)
         if self.discrete:
             sample_grid(self.shown, self.out / f"samples_nfe{budget}.png")
         else:
@@ -302,7 +308,7 @@ class Evaluator(L.Callback):
             run.define_metric("curve/*", step_metric="curve/nfe", step_sync=False, summary="none")
             for row in rows:
                 run.log(row)
-            grids = [self.out / f"samples_nfe{point['nfe_budget']:g}.png" for point in self.points]
+            grids = [self.out / f"samples_nfe{budget_name(point)}.png" for point in self.points]
             logger.log_image("samples", [str(path) for path in grids])
             logger.log_image("curve", [str(self.out / "curve.png")])
             run.config.update({"provenance": self.provenance}, allow_val_change=True)
@@ -312,14 +318,21 @@ class Evaluator(L.Callback):
 
     def _progress(self, trainer: L.Trainer, budget: float) -> Progress:
         columns = (
-            TextColumn(f"nfe {budget:g}"),
+            TextColumn(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("images"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        return Progress(*columns, disable=not trainer.is_global_zero, transient=True)
+        console = Console(stderr=True)  # stdout holds results alone
+        shown = trainer.is_global_zero and console.is_terminal
+        return Progress(*columns, console=console, disable=not shown, transient=True)
+
+
+def budget_name(point: dict[str, Any]) -> str:
+    """The budget, or what an adaptive solver spent without one, for file names."""
+    return f"{point['nfe_budget'] or round(point['nfe']):g}"
 
 
 def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from torch import Tensor, nn
+from torch import nn
 
 from diffaccel.checkpoint import Checkpointer
 from diffaccel.config import Config, to_yaml
-from diffaccel.data import DataModule
+from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
@@ -61,6 +62,8 @@ def build_method(config: Config, load: bool = True) -> Diffusion:
         if load and checkpoint:
             load_weights(Path(checkpoint), cast(nn.Module, posterior.network))
         context["posterior"] = posterior
+    elif config.prior.get("name") == "chain":
+        raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
     prior = PRIORS.build(config.prior, **context)
     return METHODS.build(
         config.method,
@@ -82,15 +85,40 @@ def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
     """
     if path.suffix == ".safetensors" or not path.is_file():
         return load_weights(path, network)
-    try:
-        # weights_only: a checkpoint from elsewhere may hold code, and none of it is ever run.
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Tensor] = content["diffaccel"]["ema"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"checkpoint {path} is broken or not one of `diffaccel fit` ({reason})") from None
-    assign_weights(state, network, f"checkpoint {path}")
+    content = read_checkpoint(path)
+    if "ema" not in content["diffaccel"]:
+        raise UsageError(f"checkpoint {path} holds no averaged denoiser: give one of a run that trained it")
+    assign_weights(content["diffaccel"]["ema"], network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ``fit``; none of the code that a foreign one may hold is ever run.
+
+    Raises:
+        UsageError: The file is broken, holds code, or is another program's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, ValueError, LookupError):
+        raise UsageError(
+            f"checkpoint {path} is none of `diffaccel fit`: it is broken, or holds code, which is never run"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise UsageError(f"checkpoint {path} is truncated or broken ({reason}): take an older one") from None
+    if not isinstance(content, dict) or not {"diffaccel", "state_dict"} <= content.keys():
+        raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
+    return content
+
+
+def check_resumable(path: Path, method: Diffusion) -> None:
+    """Read a checkpoint before a run goes on from it.
+
+    Raises:
+        UsageError: As :func:`read_checkpoint`, or it belongs to other networks.
+    """
+    assign_weights(read_checkpoint(path)["state_dict"], method, f"the weights of {path}")
 
 
 def build_data(config: Config) -> DataModule:
@@ -127,6 +155,7 @@ def build_evaluator(config: Config, method: Diffusion) -> Evaluator:
     Raises:
         UsageError: The extractor's weights or the reference are missing or don't fit each other.
     """
+    SOURCES.build(config.data)  # reads nothing; a mistyped key is an error all the same
     extractor = build_extractor(config)
     if config.reference is None:
         raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
@@ -159,9 +188,11 @@ def describe_checkpoint(config: Config) -> dict[str, Any] | None:
     if not config.checkpoint or not config.network or not Path(config.checkpoint).is_file():
         return None
     path = Path(config.checkpoint)
-    seen = None
+    seen: int | None
     if path.suffix == ".safetensors":
         seen = read_description(path).get("images_seen")
+    else:
+        seen = read_checkpoint(path)["diffaccel"]["images_seen"]
     return {"path": os.path.relpath(path), "sha256": file_sha256(path), "images_seen": seen}
 
 
@@ -169,14 +200,16 @@ def build_loggers(config: Config) -> list[Logger]:
     """Build the logger that the configuration asks for.
 
     Raises:
-        UsageError: W&B refuses (online without a key, say).
+        UsageError: W&B refuses to go online (without a key, say).
     """
     out = config.folder
     if config.logger == "csv":
         return [CSVLogger(out, name="csv")]
     if config.logger == "none":
         return []
-    out.mkdir(parents=True, exist_ok=True)
+    import wandb  # imported late: it takes a second that runs without it needn't wait
+
+    wandb.setup()  # reads WANDB_SILENT before there is anything to say
     logger = WandbLogger(
         project="diffaccel",
         name=f"{config.data['name']}/{config.method_name}",
@@ -184,7 +217,19 @@ def build_loggers(config: Config) -> list[Logger]:
         mode=cast(Any, config.wandb_mode),
         log_model=False,
     )
+    if config.wandb_mode == "online":
+        try:
+            logger.experiment  # noqa: B018 (starts the run, on rank zero)
+        except wandb.errors.Error as error:
+            raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
     return [logger]
+
+
+class StepsBar(RichProgressBar):
+    """Lightning's bar over the steps of a run, which has no epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
 
 
 def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False) -> L.Trainer:
@@ -197,7 +242,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         torch.set_num_threads(config.threads)
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
-    config.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(config)
     processes = config.devices * config.num_nodes
     return L.Trainer(
         accelerator=config.accelerator,
@@ -205,9 +250,10 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         num_nodes=config.num_nodes,
         strategy="ddp" if processes > 1 else "auto",
         precision=cast(Any, config.precision),
-        max_epochs=1,
+        max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
+        limit_train_batches=-(-config.training.images // config.training.batch_size),
         logger=build_loggers(config),
-        callbacks=callbacks,
+        callbacks=[*callbacks, StepsBar()] if training else callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=training,
@@ -231,10 +277,25 @@ def build_checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
 
 
+def make_folder(config: Config) -> None:
+    """Make the folder that a run writes to.
+
+    Raises:
+        UsageError: It can't be made or written to.
+    """
+    folder = config.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out={folder} can't be written to ({error.strerror}): choose another out=") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"out={folder} can't be written to: choose another out=")
+
+
 def write_config(config: Config) -> None:
     """Leave the resolved configuration beside the results."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.yaml").write_text(to_yaml(config))
+    make_folder(config)
+    (config.folder / "config.yaml").write_text(to_yaml(config, config.folder))
 
 
 def human(number: float, unit: str) -> str:

@@ -62,8 +62,7 @@ class EvaluationCounter:
             self.evaluations[name] += samples
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
-            if name not in self.flops and samples:
-                self.flops[name] = 0.0
+            if name not in self.flops and samples and not measuring:
                 mode = FlopCounterMode(display=False)
                 mode.__enter__()
                 measuring.append((mode, samples))
@@ -72,6 +71,8 @@ class EvaluationCounter:
             if measuring:
                 mode, samples = measuring.pop()
                 mode.__exit__(None, None, None)
+                if output is None:  # the call failed: the next one is measured
+                    return
                 self.flops[name] = mode.get_total_flops() / samples
 
         self._stack.callback(module.register_forward_pre_hook(before).remove)

@@ -66,6 +66,12 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             raise UsageError(f"no {self.kind} is called {name!r}{suggest(str(name), self._factories)}")
         return self._factories[name]
 
+    def __contains__(self, name: object) -> bool:
+        try:
+            return bool(self[str(name)])
+        except UsageError:
+            return False
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._factories)
 
@@ -87,8 +93,9 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         if name is None:
             raise UsageError(f"{self.kind}: the key 'name' is missing{suggest('', self)}")
         factory = self[name]
+        accepted = inspect.signature(factory).parameters
         for key, registry in self.nested.items():
-            if key in node:
+            if key in node and key in accepted:
                 context[key] = registry.build(node.pop(key))
         schema = _schema(factory, frozenset(context) | frozenset(self.nested))
         where = f"{self.kind} {name!r}"
@@ -102,7 +109,6 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
         except OmegaConfBaseException as error:
             raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
-        accepted = inspect.signature(factory).parameters
         return factory(**values, **{key: value for key, value in context.items() if key in accepted})
 
 
@@ -117,6 +123,17 @@ def _schema(factory: Callable[..., Any], hidden: frozenset[str]) -> Any:
             default = dataclasses.field(default="???")
         elif isinstance(parameter.default, list | dict | tuple):
             default = dataclasses.field(default_factory=partial(copy.copy, parameter.default))
+        elif (make := _default_factory(factory, parameter.name)) is not None:
+            default = dataclasses.field(default_factory=make)
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         fields.append((parameter.name, annotation, default))
     return dataclasses.make_dataclass(getattr(factory, "__name__", "Part"), fields)
+
+
+def _default_factory(factory: Callable[..., Any], name: str) -> Callable[[], Any] | None:
+    """What makes a dataclass field's default, which its signature doesn't show."""
+    if not dataclasses.is_dataclass(factory):
+        return None
+    makers = {field.name: field.default_factory for field in dataclasses.fields(factory)}
+    make = makers.get(name, dataclasses.MISSING)
+    return None if make is dataclasses.MISSING else make

@@ -23,6 +23,15 @@ def file_sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_weights(
     path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -37,6 +46,7 @@ def save_weights(
     }
     partial = path.with_name(path.name + ".partial")
     save_file(stored, partial, {"diffaccel": json.dumps(dict(description))})
+    partial.chmod(0o644)  # safetensors writes files that only their owner may read
     partial.replace(path)
 
 

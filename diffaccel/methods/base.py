@@ -1,5 +1,6 @@
 """The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +87,9 @@ class Diffusion(TrainedModule):
         return self.prior.plan(self.solver, nfe, n, self.extra_evaluations)
 
     def planned_nfe(self, plan: Plan, n: int) -> float:
-        """Evaluations per image that a plan takes; the counter says what was spent."""
+        """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""
+        if self.solver.adaptive:
+            return math.nan
         marginal = plan.skips + self.solver.evaluations(plan.steps) + self.extra_evaluations
         return marginal + self.prior.burn_in_evaluations(n) / n
 

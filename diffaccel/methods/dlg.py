@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from diffaccel.methods.training import Phase, Training
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior, Prior
 from diffaccel.solver import Solver
+from diffaccel.weights import tensors_sha256
 
 
 @METHODS.register("dlg")
@@ -47,6 +48,7 @@ class DenoisingLangevinGibbs(Diffusion):
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         self.denoiser.requires_grad_(False)
+        self.strict_loading = False  # a checkpoint leaves the denoiser out
         self.tweedie_ratio = tweedie_ratio
         self.extra_evaluations = 0 if tweedie_ratio is None else 1
 
@@ -76,6 +78,24 @@ class DenoisingLangevinGibbs(Diffusion):
     def auxiliary_networks(self) -> dict[str, nn.Module]:  # noqa: D102
         posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
         return {"classifier": posterior.network} if isinstance(posterior, ClassifierPosterior) else {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refer to the frozen denoiser by its hash instead of copying it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("denoiser.")
+        }
+        checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on over another denoiser.
+
+        Raises:
+            UsageError: The checkpoint was made over other weights.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["diffaccel"]["denoiser_sha256"] != tensors_sha256(self.denoiser.state_dict()):
+            raise UsageError("resume: the checkpoint belongs to another denoiser: set checkpoint= to the one it had")
 
     def finish(self, x_0: Tensor) -> Tensor:
         """Take the Tweedie step, x + e^2 score(x, e), if there is one."""
@@ -132,7 +152,10 @@ def accept(posterior: ClassifierPosterior, batches: Iterable[Tensor], seed: int 
         sigmas.append(sigma)
         hits.append(best == index)
         entropies.append(nn.functional.cross_entropy(logits, index, reduction="none"))
-    error, decade = torch.cat(errors), torch.cat(sigmas).log10().floor().long()
+    error, decade = (
+        torch.cat(errors),
+        (torch.cat(sigmas).log10() - 1e-9).floor().long(),
+    )  # a table's top belongs to the decade below
     spacing = (posterior.levels[0] / posterior.levels[-1]).log().item() / (len(posterior.levels) - 1)
     return Acceptance(
         {f"{10.0**k:g}": error[decade == k].mean().item() for k in decade.unique().tolist()},

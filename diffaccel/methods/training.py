@@ -1,6 +1,6 @@
 """The one training loop: phases with their own optimisers, counters in images, exact resume."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,10 @@ class TrainedModule(L.LightningModule):
         ]
 
     def on_fit_start(self) -> None:
-        """Start the average from the weights, unless a checkpoint brought one."""
+        """Let the loader go on where the checkpoint stopped; start the average, unless the checkpoint brought one."""
+        # Here and not in on_train_start: Lightning has drawn the first batch by then.
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.start_step = self.images_seen // data.batch_size
         network = self.averaged()
         if self.ema is None and network is not None:
             self.ema = EMA(network, self.training_plan.ema_half_life)
@@ -108,8 +111,9 @@ class TrainedModule(L.LightningModule):
             self.ema.to(self.device)
 
     def on_train_start(self) -> None:
-        """Let the loader go on where the checkpoint stopped."""
-        self.trainer.datamodule.start_step = self.steps  # type: ignore[attr-defined]
+        """Take no step more if the checkpoint is of a finished run."""
+        if self.images_seen >= self.training_plan.images:
+            self.trainer.should_stop = True
 
     def learning_rate(self) -> float:
         """Rate at the images seen so far: linear warm-up, constant, linear decay to 0."""
@@ -166,7 +170,7 @@ class TrainedModule(L.LightningModule):
         if self.ema is not None:
             checkpoint["diffaccel"]["ema"] = self.ema.state_dict()
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them up again."""
         state = checkpoint["diffaccel"]
         self.images_seen, self.steps = state["images_seen"], state["steps"]

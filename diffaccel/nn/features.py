@@ -7,7 +7,6 @@ been trained on the generator's behalf: a loss in its features would leak into t
 
 import hashlib
 import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from einops import rearrange, reduce, repeat
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
 from diffaccel.registry import Registry
+from diffaccel.weights import read_weights, save_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -265,10 +263,8 @@ def save_classifier(model: SmallClassifier, path: str | Path, name: str, data: s
         accuracy: On the test split, in [0, 1].
         seed: Of its training.
     """
-    metadata = {**model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
-    state = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in model.state_dict().items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, str(path), metadata={"classifier": json.dumps(metadata)})
+    description = {**model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
+    save_weights(Path(path), model.state_dict(), description, dtype=torch.float16)
 
 
 def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
@@ -277,24 +273,17 @@ def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     Raises:
         UsageError: The file is missing, truncated, of another kind, or holds values that are not finite.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"no extractor weights at {path}: give the file that `diffaccel fit` of the extractor wrote")
+    tensors, description = read_weights(Path(path))
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["classifier"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (the file is no dict)
         with torch.device("meta"):  # shapes first: a broken file must not make us allocate what it claims
             model = SmallClassifier(
-                **{key: metadata[key] for key in ("channels", "classes", "dim", "widths", "blocks")}
+                **{key: description[key] for key in ("channels", "classes", "dim", "widths", "blocks")}
             )
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        model.load_state_dict(state, assign=True)
-        metadata = {**metadata, "name": str(metadata["name"])}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} holds no whole extractor ({error!r:.100}): get it again, or fit it anew") from None
-    if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
-        raise UsageError(f"{path}: {bad[0]} holds values that are not finite: get the file again, or fit it anew")
-    return model.eval(), metadata
+        model.load_state_dict(tensors, assign=True)
+        description = {**description, "name": str(description["name"])}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} holds no extractor ({error!r:.100}): get it again, or fit it anew") from None
+    return model.eval(), description
 
 
 class ImageSource(Protocol):

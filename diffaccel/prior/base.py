@@ -1,5 +1,6 @@
 """Priors: the law of the state that sampling starts from, at a noise level of its own for each sample."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -70,17 +71,30 @@ class Prior(nn.Module, ABC):
 
         Args:
             solver: The integrator that follows.
-            budget: Most evaluations per image, burn-in included.
+            budget: Most evaluations per image, burn-in included; infinite for an adaptive solver, which keeps to none.
             n: Number of images that share the burn-in.
             extra: Evaluations per image that the method spends after the solver.
 
         Raises:
             UsageError: The budget is below the minimum, which the message names.
         """
+        if math.isinf(budget):
+            return Plan(_only_adaptive(solver))
         least = solver.evaluations(1) + extra
         if budget < least:
             raise UsageError(f"nfe={budget:g} is below the minimum of {least} for this solver: raise nfe")
         return Plan(solver.steps_within(int(budget) - extra))
+
+
+def _only_adaptive(solver: Solver) -> int:
+    """Return the steps of a solver that needs no budget.
+
+    Raises:
+        UsageError: The solver needs one.
+    """
+    if not solver.adaptive:
+        raise UsageError(f"nfe is not set, and {type(solver).__name__} steps as often as it allows: give nfe=10, say")
+    return 1
 
 
 @PRIORS.register("gaussian")
@@ -89,10 +103,15 @@ class GaussianPrior(Prior):
 
     Args:
         ratio_star: Noise-to-data ratio of the start; None for the top.
+
+    Raises:
+        UsageError: ``ratio_star`` is not positive.
     """
 
     def __init__(self, ratio_star: float | None = None) -> None:
         super().__init__()
+        if ratio_star is not None and not ratio_star > 0:
+            raise UsageError(f"prior 'gaussian': ratio_star is {ratio_star}, it must be positive")
         self.ratio_star = ratio_star
 
     def forward(  # noqa: D102

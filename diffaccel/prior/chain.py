@@ -5,6 +5,7 @@ p(sigma | y). Each state is by construction a sample at its own level, which is 
 so levels are kept low and the integration is short.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -179,13 +180,18 @@ class LangevinGibbsPrior(Prior):
         return self.burn_in_per_chain * sum(min(self.chains, n - start * self.chains) for start in starts)
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:  # noqa: D102
+        if math.isinf(budget):
+            if self.skips is None:
+                raise UsageError("without a budget the chain's length must be given: set prior.skips")
+            return Plan(super().plan(solver, budget, n, extra).steps, self.skips)
         overhead = self.burn_in_evaluations(n) / n
         available = int(budget - overhead - extra + 1e-9)
         least = (self.skips or 1) + solver.evaluations(1)
         if available < least:
+            minimum = math.ceil((least + extra + overhead) * 100 - 1e-6) / 100  # rounded up, so that it is enough
             parts = f"{self.skips or 1} chain step(s), {solver.evaluations(1)} of the solver, {extra} after it"
             raise UsageError(
-                f"nfe={budget:g} is below the minimum of {least + extra + overhead:.4g} ({parts}, {overhead:.3g} of "
+                f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
                 f"burn-in with {self.chains} chains for n={n}): raise nfe or n, or take fewer chains"
             )
         wanted = self.skips or max(1, round(self.share * available))

@@ -122,6 +122,8 @@ class RK45(Solver):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix D.4
     """
 
+    adaptive = True
+
     grid: Grid = LogSNR()
     denoise: bool = False
     tol: float = 1e-4
@@ -137,7 +139,7 @@ class RK45(Solver):
         Raises:
             UsageError: Always.
         """
-        raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set tol and leave nfe unset")
+        raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set solver.tol, and nfe=null")
 
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int = 0) -> Tensor:
         """See :class:`Solver`; ``steps`` counts for nothing."""

@@ -8,7 +8,7 @@ meaning, is DDIM's, and so is the last one to ratio 0.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Solver(ABC):
         grid: Where the steps lie.
         denoise: Whether the last step goes from the grid's least level to ratio 0; if not, it ends at that level.
     """
+
+    adaptive: ClassVar[bool] = False
+    """Whether the number of evaluations follows from a tolerance, so that no budget can be kept."""
 
     grid: Grid = Karras()
     denoise: bool = True

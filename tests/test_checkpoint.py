@@ -1,0 +1,181 @@
+"""What training leaves behind: resuming changes nothing, and a foreign checkpoint runs nothing."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffaccel.__main__ import main
+from diffaccel.checkpoint import Checkpointer
+from diffaccel.evaluator import Evaluator
+from diffaccel.methods import Diffusion
+from diffaccel.report import read_points
+from diffaccel.weights import read_weights
+
+IMAGES, BATCH = 1280, 64  # 20 steps
+TINY = [
+    *("network.widths=[8]", "network.attention=[]", "network.embedding=16", "network.dropout=0.1"),
+    *(f"images={IMAGES}", f"training.batch_size={BATCH}", "training.warmup=300", "training.flip=true"),
+    *("logger=none", "n=40", "nfe=2"),
+]
+
+Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """One thread, since other processes may share the cores, and no pictures: test_evaluator.py draws them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_draw", lambda self: None)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fit that ran through."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(["fit", "digits/edm", *TINY, f"out={out}", "reference="]) == 0
+    return out
+
+
+def state(out: Path) -> dict[str, Any]:
+    return torch.load(out / "last.ckpt", weights_only=True)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Compare nested checkpoints to the last bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("steps", [[7], [1, 10]], ids=str)
+def test_an_interrupted_fit_ends_where_a_whole_one_does(
+    whole: Path, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+):
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference="]
+    for step in steps:
+        original = Checkpointer.on_train_batch_end
+
+        def interrupt(self: Checkpointer, trainer: Any, module: Diffusion, *rest: Any, step: int = step) -> None:
+            if module.steps == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpointer, "on_train_batch_end", interrupt)
+        assert main([*words, "resume=auto"]) == 130
+        assert "resume=auto" in capsys.readouterr().err
+        monkeypatch.setattr(Checkpointer, "on_train_batch_end", original)
+        assert state(tmp_path)["diffaccel"]["images_seen"] == step * BATCH
+        assert not list(tmp_path.glob("*.safetensors")), "an unfinished run leaves no weights"
+    assert main([*words, "resume=auto"]) == 0
+    assert f"{IMAGES} images seen" in capsys.readouterr().err
+    for key in ("state_dict", "diffaccel", "optimizer_states"):
+        assert_equal(state(tmp_path)[key], state(whole)[key])
+    for name in ("raw", "ema"):
+        assert_equal(load_file(tmp_path / f"{name}.safetensors"), load_file(whole / f"{name}.safetensors"))
+
+
+def test_a_finished_run_takes_no_step_more(whole: Path, tmp_path: Path):
+    last = whole / "last.ckpt"
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", f"resume={last}"]
+    assert main(words) == 0
+    assert_equal(state(tmp_path)["diffaccel"], state(whole)["diffaccel"])
+    assert main([*words[:-2], f"out={tmp_path / 'longer'}", "reference=", f"images={2 * IMAGES}", words[-1]]) == 0
+    assert state(tmp_path / "longer")["diffaccel"]["images_seen"] == 2 * IMAGES, "a longer budget goes on"
+
+
+def test_the_weights_are_the_states_in_half_the_bytes(whole: Path):
+    content = state(whole)
+    network = {key.removeprefix("denoiser._network."): value for key, value in content["state_dict"].items()}
+    raw, story = read_weights(whole / "raw.safetensors")
+    averaged, averaged_story = read_weights(whole / "ema.safetensors")
+    assert_equal(raw, {key: value.bfloat16().float() for key, value in network.items()})
+    assert_equal(averaged, {key: value.bfloat16().float() for key, value in content["diffaccel"]["ema"].items()})
+    assert (story["averaged"], averaged_story["averaged"]) == (False, True)
+    assert story["images_seen"] == IMAGES and story["experiment"] == "digits/edm" and story["seed"] == 0
+
+
+def test_weights_and_checkpoint_load_back_in_bench(whole: Path, tmp_path: Path):
+    words = ["bench", "digits/edm", *TINY, f"out={tmp_path}"]
+    for file in ("ema.safetensors", "last.ckpt"):
+        assert main([*words, f"checkpoint={whole / file}"]) == 0
+    first, second = read_points(tmp_path / "points.jsonl")
+    assert first["checkpoint"]["images_seen"] == second["checkpoint"]["images_seen"] == IMAGES
+    assert first["checkpoint"]["sha256"] != second["checkpoint"]["sha256"]
+    name = "fd_digits"
+    assert first["metrics"][name] == pytest.approx(second["metrics"][name], rel=0.05), "bf16 against fp32"
+
+
+class Malicious:
+    """Unpickles into a command."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path: Path, capsys: Printed):
+    trace, files = tmp_path / "executed", [tmp_path / "zip.ckpt", tmp_path / "bare.ckpt"]
+    torch.save({"diffaccel": Malicious(trace), "state_dict": {}}, files[0])
+    files[1].write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    for file in files:
+        for words in (["bench", f"checkpoint={file}"], ["fit", f"resume={file}"], ["sample", f"checkpoint={file}"]):
+            capsys.readouterr()
+            assert main([words[0], "digits/edm", *TINY, f"out={tmp_path / 'out'}", words[1]]) == 2
+            error = capsys.readouterr().err
+            assert str(file) in error and "never run" in error and "Traceback" not in error
+    assert not trace.exists()
+    pickle.loads(files[1].read_bytes())
+    assert trace.exists(), "the trap works"
+
+
+def test_other_files_are_refused(whole: Path, tmp_path: Path, capsys: Printed):
+    content = (whole / "last.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    torch.save({"state_dict": {}, "diffaccel": {"images_seen": 1, "steps": 1}}, tmp_path / "nothing.ckpt")
+    for file in sorted(tmp_path.glob("*.ckpt")):
+        for words in (["bench", f"checkpoint={file}"], ["fit", f"resume={file}"]):
+            capsys.readouterr()
+            assert main([words[0], "digits/edm", *TINY, f"out={tmp_path / 'out'}", words[1]]) == 2
+            error = capsys.readouterr().err
+            assert str(file) in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A write that breaks off leaves the last checkpoint as it was."""
+    checkpointer = Checkpointer(tmp_path, 5.0, {})
+    (tmp_path / "last.ckpt").write_bytes(b"good")
+
+    class Full:
+        is_global_zero = True
+
+        def save_checkpoint(self, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpointer.save(Full())  # type: ignore[arg-type]
+    assert (tmp_path / "last.ckpt").read_bytes() == b"good"

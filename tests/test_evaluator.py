@@ -1,0 +1,354 @@
+"""Points: what they hold, what they must not depend on, and what is left when a run breaks off."""
+
+import csv
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from wandb.proto import wandb_internal_pb2
+
+from diffaccel import experiment
+from diffaccel.__main__ import main
+from diffaccel.config import load
+from diffaccel.denoiser import MixtureDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.evaluator import Evaluator
+from diffaccel.methods import Diffusion
+from diffaccel.nn.features import Identity, Inception
+from diffaccel.prior import Plan
+from diffaccel.reference import load_reference
+from diffaccel.report import read_points
+
+CHAINS = ["chains=10", "nfe=20"]
+QUICK = ["n=60", "logger=none"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads of a process wait for each other where two processes share two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measure(out: Path, name: str, *words: str, plan: Plan | None = None, draw: bool = False) -> Evaluator:
+    """Bench an experiment as the command line does, but draw nothing unless asked to."""
+    config = load(name, [*QUICK, f"out={out}", *words])
+    method = experiment.build_method(config).eval()
+    evaluator = experiment.build_evaluator(config, method)
+    if plan is not None:
+        method.plan = lambda budget, n: plan  # type: ignore[method-assign]
+    if not draw:
+        evaluator._draw = lambda: None  # type: ignore[method-assign]
+    experiment.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    return evaluator
+
+
+# What a point holds
+
+
+def test_a_point_has_every_key(tmp_path: Path):
+    (point,) = measure(tmp_path, "toy/dlg", *CHAINS, draw=True).points
+    assert json.loads((tmp_path / "points.jsonl").read_text()) == json.loads(json.dumps(point))
+    keys = """method experiment process prior solver nfe_budget nfe nfe_marginal nfe_burn_in nfe_sequential
+        nfe_equivalent evaluations chains gflops_per_image seconds_per_image seconds_scoring n seed images_sha256
+        metrics extractor reference checkpoint data world_size images_by_rank device precision versions git"""
+    assert set(keys.split()) <= point.keys()
+    assert set(point["extractor"]) == {"name", "sha256", "dim"}
+    assert set(point["reference"]) == {"name", "split", "n", "sha256"}
+    assert set(point["metrics"]) == {f"fd_identity{end}" for end in ("", "_inf", "_se", "_floor")} | {"kid"}
+    expected = {"method": "dlg", "experiment": "toy/dlg", "prior": "chain", "chains": 10, "n": 60, "world_size": 1}
+    assert {key: point[key] for key in expected} == expected
+    for file in ("curve.csv", "curve.png", "samples_nfe20.png"):
+        assert (tmp_path / file).stat().st_size > 0
+
+
+def test_only_inception_gives_fid(tmp_path: Path):
+    assert Inception.metric_name.fget(None) == "fid"  # type: ignore[attr-defined]
+    assert Identity(2).metric_name == "fd_identity"
+    (point,) = measure(tmp_path, "toy/edm").points
+    assert not any(key.startswith("fid") for key in point["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("toy/edm", ["nfe=[1,7]"]),
+        ("toy/edm", ["nfe=[1,8]", "solver=heun"]),
+        ("toy/ddpm", ["nfe=[6]", "n=61", "batch_size=7"]),
+        ("toy/dlg", [*CHAINS, "n=63", "batch_size=4"]),
+        ("toy/dlg", [*CHAINS, "n=63", "nfe=45", "prior.restart_every=3", "solver=heun", "method.tweedie_ratio=0.05"]),
+    ],
+)
+def test_what_was_spent_is_what_was_planned(tmp_path: Path, name: str, words: list[str]):
+    evaluator = measure(tmp_path, name, *words)
+    config = load(name, [*QUICK, *words])
+    method = experiment.build_method(config)
+    for point in evaluator.points:
+        plan = method.plan(point["nfe_budget"], config.n)
+        assert point["nfe"] == pytest.approx(method.planned_nfe(plan, config.n), rel=1e-12)
+        assert point["nfe"] <= point["nfe_budget"]
+        burn_in = method.prior.burn_in_evaluations(config.n) / config.n
+        assert point["nfe_burn_in"] == pytest.approx(burn_in, rel=1e-12)
+        assert point["nfe_marginal"] + point["nfe_burn_in"] == pytest.approx(point["nfe"], rel=1e-12)
+        assert point["evaluations"]["denoiser"] == round(point["nfe"] * config.n)
+        assert point["nfe_equivalent"] == pytest.approx(point["nfe"], rel=1e-12), "no other network here"
+
+
+def test_overspending_is_an_error(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"nfe=10 was overspent: 11 evaluations"):
+        measure(tmp_path, "toy/edm", plan=Plan(steps=11))
+    assert not (tmp_path / "points.jsonl").exists()
+
+
+# What a point's images depend on
+
+
+def test_the_hash_follows_the_seed_and_nothing_else(tmp_path: Path):
+    def digest(*words: str) -> str:
+        return str(measure(tmp_path, "toy/ddpm", *words).points[0]["images_sha256"])
+
+    first = digest()
+    assert digest() == first, "a second run"
+    assert digest("batch_size=60") == digest("batch_size=99999") == first, "the same batches"
+    assert digest("seed=1") != first
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("toy/ddpm", []), ("toy/edm", ["solver=edm_stochastic", "nfe=9"]), ("toy/dlg", ["chains=30", "nfe=40"])],
+)
+def test_the_batch_size_changes_images_by_rounding_only(tmp_path: Path, name: str, words: list[str]):
+    images = [measure(tmp_path, name, *words, f"batch_size={size}").shown for size in (1, 7, 64)]
+    assert images[0].std() > 0.5
+    for other in images[1:]:
+        torch.testing.assert_close(other, images[0], rtol=1e-3, atol=1e-4)
+
+
+def test_budgets_share_their_noise(tmp_path: Path):
+    """From one starting noise two step counts of an ODE solver end close to each other; other noise doesn't."""
+    evaluator = measure(tmp_path, "toy/edm", "nfe=[30,40]", "solver=heun")
+    shown = evaluator.shown
+    other = measure(tmp_path, "toy/edm", "nfe=30", "solver=heun").shown
+    assert (shown - other).abs().mean() < 0.05
+    assert (shown - other.roll(1, 0)).abs().mean() > 1
+
+
+# Scores
+
+
+def test_the_distance_is_torch_fidelitys(tmp_path: Path):
+    evaluator = measure(tmp_path, "toy/edm", "n=500", "batch_size=100")
+    features = evaluator.shown.flatten(1).double()
+    assert len(features) == 500
+    reference = load_reference("experiments/toy/weights/reference.npz", Identity(2)).moments
+    ours = {"mu": features.mean(0).numpy(), "sigma": torch.cov(features.T).numpy()}
+    theirs = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
+    expected = fid_statistics_to_metric(ours, theirs, verbose=False)["frechet_inception_distance"]
+    assert evaluator.points[0]["metrics"]["fd_identity"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_block_of_the_jackknife_holds_whole_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from diffaccel.metrics import FrechetDistance
+
+    seen: list[tuple[torch.Tensor, int]] = []
+    update = FrechetDistance.update
+
+    def spy(self: FrechetDistance, features: torch.Tensor, block: int) -> None:
+        seen.append((features, block))
+        update(self, features, block)
+
+    monkeypatch.setattr(FrechetDistance, "update", spy)
+    evaluator = measure(tmp_path, "toy/dlg", "chains=15", "n=75", "nfe=25", "batch_size=4")
+    images = evaluator.shown.flatten(1).double()
+    blocks_of_chain = defaultdict(set)
+    for features, block in seen:
+        for row in features:
+            (image,) = (images == row).all(1).nonzero().flatten().tolist()
+            blocks_of_chain[image % 15].add(block)
+    assert len(blocks_of_chain) == 15
+    assert all(len(blocks) == 1 for blocks in blocks_of_chain.values())
+    assert len(set.union(*blocks_of_chain.values())) == 10, "every block has some"
+
+
+# What breaks off
+
+
+def failing_at(call: int, failure: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Let the exact denoiser fail from its ``call``-th evaluation on."""
+    forward, calls = MixtureDenoiser.forward, 0
+
+    def broken(self: MixtureDenoiser, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        prediction = forward(self, *arguments)
+        return failure(prediction) if calls >= call else prediction
+
+    return broken
+
+
+def test_nan_is_one_error_and_earlier_points_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def to_nan(prediction: Any) -> Any:
+        return prediction._replace(x_0=prediction.x_0 * torch.nan)
+
+    monkeypatch.setattr(MixtureDenoiser, "forward", failing_at(6, to_nan))
+    assert main(["bench", "toy/edm", *QUICK, "nfe=[5,10]", f"out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "NaN" in error and "weights" in error and "Traceback" not in error
+    assert [point["nfe_budget"] for point in read_points(tmp_path / "points.jsonl")] == [5]
+
+
+def test_an_interrupt_keeps_the_points_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MixtureDenoiser, "forward", failing_at(6, interrupt))
+    assert main(["bench", "toy/edm", *QUICK, "nfe=[5,10]", f"out={tmp_path}"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    (point,) = read_points(tmp_path / "points.jsonl")
+    assert point["nfe"] == 5 and point["n"] == 60
+
+
+# Loggers
+
+
+def wandb_records(path: Path, block: int = 32768) -> Iterator[Any]:
+    """Read an offline run's file: a 7-byte header, LevelDB's log framing, one protobuf a record."""
+    content, position, payload = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        part = content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind not in (1, 2, 3, 4) or len(part) < length:
+            return  # zero padding, or a torn write
+        payload = part if kind in (1, 2) else payload + part  # whole or first; middle or last
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            yield record
+
+
+def curve_rows(records: list[Any]) -> list[dict[str, float]]:
+    rows = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    return [row for row in rows if "curve/nfe" in row]
+
+
+def test_wandb_and_csv_hold_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for logger in ("wandb", "csv"):
+        if logger == "csv":
+            monkeypatch.setattr(Evaluator, "_draw", lambda self: None)
+        words = [*QUICK, "nfe=[5,10]", f"out={tmp_path / logger}", f"logger={logger}"]
+        assert main(["bench", "toy/edm", *words]) == 0
+    points = read_points(tmp_path / "wandb" / "points.jsonl")
+    (file,) = (tmp_path / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    records = list(wandb_records(file))
+    with next((tmp_path / "csv").glob("csv/version_0/metrics.csv")).open() as stream:
+        table = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stream)]
+    rows = curve_rows(records)
+    assert len(rows) == len(table) == len(points) == 2
+    for row, line, point in zip(rows, table, points, strict=True):
+        assert row["curve/nfe"] == line["curve/nfe"] == point["nfe"]
+        for key, value in point["metrics"].items():
+            assert row[f"curve/{key}"] == pytest.approx(value, rel=1e-6)
+            assert line[f"curve/{key}"] == pytest.approx(value, rel=1e-6)
+    axes = {
+        record.metric.name or record.metric.glob_name: record.metric for record in records if record.HasField("metric")
+    }
+    assert axes["curve/*"].step_metric == "curve/nfe"
+    assert any(record.WhichOneof("record_type") == "exit" for record in records), "the run was closed"
+    images = list(file.parent.glob("files/media/images/*.png"))
+    assert len(images) == 3, "two sample grids and the curve"
+
+
+# At the end of a fit
+
+TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32", "n=60"]
+
+
+def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def record(self: Evaluator, trainer: Any, method: Diffusion) -> None:
+        measured.append({name: value.clone() for name, value in method.denoiser.network.state_dict().items()})
+
+    monkeypatch.setattr(Evaluator, "run", record)
+    config = load("digits/edm", [*TINY, "training.images=320", "training.warmup=1", f"out={tmp_path}", "logger=none"])
+    method = experiment.build_method(config, load=False)
+    evaluator = experiment.build_evaluator(config, method)
+    method.images_seen = 319
+    evaluator.on_train_end(None, method)  # type: ignore[arg-type]
+    assert not measured, "a run that broke off is not measured"
+    method.images_seen = 0
+    trainer = experiment.build_trainer(config, [evaluator], training=True)
+    trainer.fit(method, experiment.build_data(config))
+    (weights,) = measured
+    raw = method.denoiser.network.state_dict()
+    assert method.ema is not None and method.images_seen == 320
+    assert all(torch.equal(weights[name], value) for name, value in method.ema.average.items())
+    assert any(not torch.equal(weights[name], raw[name]) for name in raw), "the raw weights are back afterwards"
+
+
+# Two processes
+
+SCRIPT = """\
+import sys
+from diffaccel.__main__ import main
+from diffaccel.evaluator import Evaluator
+
+Evaluator._draw = lambda self: None
+for name, words in {runs!r}:
+    status = main(["bench", name, *words, "devices=2", "threads=1", f"out={out}/{{name}}"])
+    if status:
+        sys.exit(status)
+"""
+
+
+def test_two_processes_make_the_same_points(tmp_path: Path):
+    quick = ["accelerator=cpu", "logger=none", "nfe=22"]
+    runs = [
+        ("toy/dlg", [*quick, "n=64", "chains=10", "batch_size=2"]),  # five groups; the last round is not whole
+        ("toy/edm", [*quick, "n=90", "solver=edm_stochastic", "batch_size=20"]),
+        ("toy/ddpm", [*quick, "n=30", "batch_size=40"]),  # one batch: the second process has nothing to do
+    ]
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(runs=runs, out=tmp_path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = {"toy/dlg": [40, 24], "toy/edm": [50, 40], "toy/ddpm": [30, 0]}
+    for name, words in runs:
+        (one,) = measure(tmp_path / "one", name, *words).points
+        (two,) = read_points(tmp_path / name / "points.jsonl")
+        assert (one["world_size"], two["world_size"]) == (1, 2)
+        assert two["images_by_rank"] == shares[name]
+        assert two["images_sha256"] == one["images_sha256"]
+        assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9, nan_ok=True)
+        assert two["evaluations"] == one["evaluations"]
+        same = ("nfe", "nfe_burn_in", "nfe_sequential", "gflops_per_image")
+        assert {key: two[key] for key in same} == pytest.approx({key: one[key] for key in same})
+        assert two["chain"] == pytest.approx(one["chain"], nan_ok=True)

@@ -1,0 +1,221 @@
+"""Counting: FLOPs of known layers, burn-in apart, and every evaluation of every integrator."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from diffaccel.denoiser import MixtureDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import LogNormal
+from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
+from diffaccel.nfe import EvaluationCounter, burn_in
+from diffaccel.nn.classifier import NoiseLevelClassifier
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import (
+    ChainState,
+    ClassifierPosterior,
+    ExactPosterior,
+    GaussianPrior,
+    LangevinGibbsPrior,
+    Plan,
+    geometric_levels,
+)
+from diffaccel.solver import SOLVERS
+
+SHAPE = (1, 8, 8)
+FIXED = [name for name in SOLVERS if name != "rk45"]
+
+
+def test_counts_samples_and_not_calls():
+    network = nn.Linear(3, 5)
+    with EvaluationCounter({"net": network}) as counter:
+        for batch in (4, 1, 7):
+            network(torch.zeros(batch, 3))
+    assert counter.evaluations == {"net": 12}
+    assert counter.burn_in["net"] == 0
+    network(torch.zeros(4, 3))
+    assert counter.evaluations == {"net": 12}  # the hooks are gone
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_flops_of_known_layers(batch):
+    linear, conv = nn.Linear(3, 5), nn.Conv2d(2, 6, 3, padding=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with EvaluationCounter({"linear": linear, "conv": conv}) as counter:
+            for _ in range(3):
+                linear(torch.zeros(batch, 3))
+                conv(torch.zeros(batch, 2, 8, 8))
+    assert counter.flops == {"linear": 2 * 3 * 5, "conv": 2 * 2 * 6 * 9 * 64}
+    assert counter.total_flops() == 3 * batch * (30 + 2 * 2 * 6 * 9 * 64)
+
+
+def test_flops_of_a_network_within_another():
+    inner = nn.Linear(3, 3)
+    outer = nn.Sequential(inner, nn.ReLU(), nn.Linear(3, 2))
+    with EvaluationCounter({"outer": outer, "inner": inner}) as counter:
+        outer(torch.zeros(2, 3))
+        inner(torch.zeros(1, 3))
+    assert counter.flops == {"outer": 18 + 12, "inner": 18}
+    assert counter.evaluations == {"outer": 2, "inner": 3}
+
+
+def test_burn_in_is_counted_apart_and_nests():
+    network = nn.Linear(1, 1)
+    x = torch.zeros(2, 1)
+    with EvaluationCounter({"net": network}) as counter:
+        network(x)
+        with burn_in():
+            network(x)
+            with burn_in():
+                network(x)
+            network(x)
+        network(x)
+        with pytest.raises(RuntimeError), burn_in():
+            network(torch.zeros(2, 7))  # fails, and counts: it was asked for
+        network(x)
+    assert counter.evaluations["net"] == 14
+    assert counter.burn_in["net"] == 8
+
+
+def test_hooks_go_after_an_error():
+    network = nn.Linear(1, 1)
+    counter = EvaluationCounter({"net": network})
+    with pytest.raises(RuntimeError), counter:
+        network(torch.zeros(2, 7))
+    assert not network._forward_pre_hooks and not network._forward_hooks
+    network(torch.zeros(2, 1))
+    assert counter.evaluations["net"] == 2
+
+
+def test_a_failed_first_call_does_not_spoil_the_flops():
+    network = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    broken = network[1]
+    network[1] = nn.Linear(4, 2)
+    with EvaluationCounter({"net": network}) as counter:
+        with pytest.raises(RuntimeError):
+            network(torch.zeros(2, 3))
+        network[1] = broken
+        network(torch.zeros(2, 3))
+    assert counter.flops["net"] == 2 * (15 + 10)
+
+
+def exact() -> MixtureDenoiser:
+    means = 0.5 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return MixtureDenoiser(means, 0.05)
+
+
+def dlg(solver="heun", tweedie=0.02, **options) -> DenoisingLangevinGibbs:
+    denoiser = exact()
+    prior = LangevinGibbsPrior(ExactPosterior(denoiser, geometric_levels(200)), **{"eta": 0.5, **options})
+    built = SOLVERS.build({"name": solver})
+    return DenoisingLangevinGibbs(denoiser, prior, built, LogNormal(), Training(), SHAPE, tweedie_ratio=tweedie)
+
+
+def count(method, n: int, batch_size: int, plan: Plan) -> EvaluationCounter:
+    networks = {**method.evaluated_networks(), **method.auxiliary_networks()}
+    with EvaluationCounter(networks) as counter:
+        for group in method.prior.schedule(n, batch_size):
+            state = method.open(0, group)
+            for indices, images in method.sample(0, group, plan, state):
+                assert len(indices) == len(images)
+    return counter
+
+
+@pytest.mark.parametrize("tweedie", [None, 0.02])
+@pytest.mark.parametrize("solver", FIXED)
+def test_every_integrator_costs_skips_plus_its_own_plus_tweedie(solver, tweedie):
+    method, plan = dlg(solver, tweedie, chains=5, init_steps=2, warmup=[[1, None]]), Plan(steps=4, skips=3)
+    counter = count(method, 10, 5, plan)
+    marginal = counter.evaluations["denoiser"] - counter.burn_in["denoiser"]
+    assert marginal == 10 * (3 + method.solver.evaluations(4) + (tweedie is not None))
+    assert counter.burn_in["denoiser"] == 5 * (3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations"),
+    [
+        ("heun", 2 * 7 - 1),
+        ("edm_stochastic", 2 * 7 - 1),
+        ("reverse_diffusion", 7),
+        ("probability_flow", 7),
+        ("euler_maruyama", 7),
+    ],
+)
+def test_integrators_of_the_paper(solver, evaluations):
+    assert SOLVERS.build({"name": solver}).evaluations(7) == evaluations
+
+
+def test_adaptive_integrator_is_counted_as_it_goes():
+    """2 + 6 (accepted + rejected steps) for each sample: what it takes alone from the same starts."""
+    method, plan = dlg("rk45", chains=5, init_steps=2, warmup=[[1, None]]), Plan(steps=1, skips=3)
+    counter = count(method, 5, 5, plan)
+    (group,) = method.prior.schedule(5, 5)
+    noise = NoiseStreams(0, group[0])
+    x_t, t = method.prior(method.denoiser, noise, SHAPE, plan, method.open(0, group))
+    alone = []
+    for b in range(5):
+        with EvaluationCounter({"denoiser": method.denoiser}) as single:
+            method.solver(method.denoiser, x_t[b : b + 1], t[b : b + 1], noise)
+        alone.append(single.evaluations["denoiser"])
+    assert all(evaluations > 2 and (evaluations - 2) % 6 == 0 for evaluations in alone)
+    marginal = counter.evaluations["denoiser"] - counter.burn_in["denoiser"]
+    assert marginal == sum(alone) + 5 * (3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [({"warmup": [[10, 2.0], [10, None]]}, 57), ({"warmup": [[50, 6.4], [20, None]], "eta": 3.2}, 107)],
+    ids=["CIFAR-10", "CelebA-HQ"],
+)
+def test_published_burn_in_as_counted(options, total):
+    method = dlg(chains=3, **options)
+    with EvaluationCounter(method.evaluated_networks()) as counter:
+        method.open(0, [range(3)])
+    assert counter.evaluations == counter.burn_in == {"denoiser": 3 * total}
+
+
+@pytest.mark.parametrize("n", [12, 14])
+@pytest.mark.parametrize("batch_size", [3, 100])
+@pytest.mark.parametrize("restart_every", [None, 1, 2])
+@pytest.mark.parametrize(("solver", "budget"), [("heun", 40.5), ("dpmpp2m", 31.0)])
+def test_what_is_planned_is_what_is_counted(n, batch_size, restart_every, solver, budget):
+    method = dlg(solver, chains=4, restart_every=restart_every, init_steps=2, warmup=[[2, 1.0], [1, None]])
+    plan = method.plan(budget, n)
+    counter = count(method, n, batch_size, plan)
+    assert counter.evaluations["denoiser"] / n == pytest.approx(method.planned_nfe(plan, n))
+    assert counter.burn_in["denoiser"] == method.prior.burn_in_evaluations(n)
+    assert counter.evaluations["denoiser"] <= budget * n
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 10])
+def test_baseline_spends_its_plan(budget):
+    method = Diffusion(exact(), GaussianPrior(), SOLVERS.build({"name": "heun"}), LogNormal(), Training(), SHAPE)
+    plan = method.plan(budget, 7)
+    counter = count(method, 7, 3, plan)
+    assert counter.evaluations["denoiser"] / 7 == method.planned_nfe(plan, 7) <= budget
+
+
+def test_adaptive_integrator_refuses_a_budget():
+    with pytest.raises(UsageError, match="adaptive"):
+        dlg("rk45").plan(50, 100)
+
+
+def test_classifier_is_no_evaluation_but_its_flops_count():
+    denoiser = exact()
+    network = NoiseLevelClassifier(SHAPE, 20, width=4, normalise=False)
+    prior = LangevinGibbsPrior(ClassifierPosterior(network, geometric_levels(20)), eta=0.01)
+    method = DenoisingLangevinGibbs(
+        denoiser, prior, SOLVERS.build({"name": "heun"}), LogNormal(), Training(), SHAPE, tweedie_ratio=0.02
+    )
+    assert list(method.evaluated_networks()) == ["denoiser"]
+    noise = NoiseStreams(0, range(2), "chain")
+    state = ChainState(noise.normal(torch.empty(2, *SHAPE)), torch.full((2,), 1.0, dtype=torch.float64), noise)
+    with EvaluationCounter({**method.evaluated_networks(), **method.auxiliary_networks()}) as counter:
+        prior(denoiser, noise, SHAPE, Plan(3, skips=5), state)
+    assert counter.evaluations == {"denoiser": 10, "classifier": 10}
+    sizes, widths = (8, 4, 2, 2), (1, 4, 8, 16, 32)
+    convolutions = sum(2 * 9 * a * b * s**2 for s, a, b in zip(sizes, widths, widths[1:], strict=False))
+    assert counter.flops["classifier"] == convolutions + 2 * 128 * 20

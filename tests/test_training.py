@@ -1,0 +1,296 @@
+"""The training loop on digits: exact resume, schedules, counters, phases, and errors that name themselves."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffaccel.data import DataModule
+from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import LogNormal
+from diffaccel.methods import Diffusion, Phase, TrainedModule, Training
+from diffaccel.nn.unet import UNet
+from diffaccel.prior import GaussianPrior
+from diffaccel.process import EDMVarianceExploding
+from diffaccel.solver.onestep import Heun
+
+BATCH, STEPS, MIDDLE = 32, 24, 12
+
+
+def diffusion(dropout: float = 0.1, **training) -> Diffusion:
+    """The smallest U-Net, with dropout, so that the global generator matters too; the same weights each time."""
+    torch.manual_seed(1)
+    network = UNet((1, 8, 8), [8, 16], blocks=1, embedding=16, dropout=dropout)
+    options = {"images": STEPS * BATCH, "warmup": 200, "ema_half_life": 300, **training}
+    denoiser = KarrasDenoiser(network, EDMVarianceExploding())
+    return Diffusion(denoiser, GaussianPrior(), Heun(), LogNormal(), Training(**options), (1, 8, 8), seed=4)
+
+
+class SaveAt(L.Callback):
+    """Writes a checkpoint once the module has taken some number of steps, in the middle of the run."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if pl_module.steps == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Watch(L.Callback):
+    """Calls a function of the module after each step."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append(copy.deepcopy(self.look(pl_module)))
+
+
+def fit(method, callbacks=(), ckpt_path=None, batch_size=BATCH, max_steps=-1):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(
+        method, DataModule({"name": "digits"}, batch_size=batch_size, seed=2), ckpt_path=ckpt_path, weights_only=True
+    )
+    return trainer
+
+
+def everything(method, trainer):
+    """Weights, averages and the optimiser's moments."""
+    state = {f"weights/{name}": p.detach().clone() for name, p in method.denoiser.network.named_parameters()}
+    state |= {f"ema/{name}": tensor.clone() for name, tensor in method.ema.average.items()}
+    for i, moments in trainer.optimizers[0].state_dict()["state"].items():
+        state |= {f"adam/{i}/{key}": value.clone() for key, value in moments.items()}
+    return state
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """All steps in one go, with a checkpoint left behind in the middle: (state at the end, checkpoint)."""
+    path = tmp_path_factory.mktemp("run") / "middle.ckpt"
+    torch.manual_seed(0)
+    method = diffusion()
+    trainer = fit(method, [SaveAt(path, MIDDLE)])
+    return everything(method, trainer), path
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_resuming_from_the_middle_is_exact(whole_run):
+    end, path = whole_run
+    torch.manual_seed(99)
+    torch.rand(7)  # a new process has another global generator
+    method = diffusion()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(1.0)  # what is not in the checkpoint would show
+    trainer = fit(method, ckpt_path=path)
+    assert (method.steps, method.images_seen) == (STEPS, STEPS * BATCH)
+    assert_same(everything(method, trainer), end)
+
+
+def test_stopping_and_resuming_is_exact(whole_run, tmp_path):
+    end, _ = whole_run
+    first = diffusion()
+    stopped = fit(first, max_steps=MIDDLE)
+    assert first.steps == MIDDLE
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    second = diffusion()
+    trainer = fit(second, ckpt_path=tmp_path / "stopped.ckpt")
+    assert_same(everything(second, trainer), end)
+
+
+def test_resuming_twice_is_exact(whole_run, tmp_path):
+    """A checkpoint of a resumed run is as good as one of the first."""
+    end, path = whole_run
+    fit(diffusion(), [SaveAt(tmp_path / "again.ckpt", MIDDLE + 5)], ckpt_path=path)
+    method = diffusion()
+    trainer = fit(method, ckpt_path=tmp_path / "again.ckpt")
+    assert_same(everything(method, trainer), end)
+
+
+def test_a_finished_run_is_not_trained_further(whole_run, tmp_path):
+    end, _ = whole_run
+    method = diffusion()
+    fit(method, [SaveAt(tmp_path / "end.ckpt", STEPS)])
+    again = diffusion()
+    trainer = fit(again, ckpt_path=tmp_path / "end.ckpt")
+    assert again.steps == STEPS
+    assert_same(everything(again, trainer), end)
+
+
+def test_checkpoint_holds_plain_values(whole_run):
+    checkpoint = torch.load(whole_run[1], weights_only=True)
+    assert checkpoint["diffaccel"]["images_seen"] == MIDDLE * BATCH
+    assert checkpoint["diffaccel"]["steps"] == MIDDLE
+    assert checkpoint["diffaccel"]["ema"].keys() == dict(diffusion().denoiser.network.named_parameters()).keys()
+
+
+def test_the_run_s_order_is_the_stream_s(whole_run):
+    """Steps see consecutive positions of the training stream, after a resume too."""
+    positions = []
+
+    class Spy(Diffusion):
+        def denoiser_loss(self, batch, noise):
+            positions.append(batch.index.tolist())
+            return super().denoiser_loss(batch, noise)
+
+    method = diffusion()
+    method.__class__ = Spy
+    fit(method, ckpt_path=whole_run[1])
+    assert [p for batch in positions for p in batch] == list(range(MIDDLE * BATCH, STEPS * BATCH))
+
+
+def test_seed_changes_the_run(whole_run):
+    method = diffusion()
+    method.seed = 5
+    trainer = fit(method)
+    assert not torch.equal(everything(method, trainer)["weights/stem.weight"], whole_run[0]["weights/stem.weight"])
+
+
+@pytest.mark.parametrize("batch_size", [20, 48, 64])
+def test_stops_at_the_image_budget_whatever_the_batch(batch_size):
+    method = diffusion(images=100)
+    fit(method, batch_size=batch_size)
+    assert method.steps == -(-100 // batch_size)
+    assert method.images_seen == method.steps * batch_size
+
+
+def test_loss_falls():
+    losses = Watch(lambda module: float(module.last))
+
+    class Recording(Diffusion):
+        def denoiser_loss(self, batch, noise):
+            loss = super().denoiser_loss(batch, noise)
+            self.last = loss.detach().mean()
+            return loss
+
+    method = diffusion(dropout=0.0, images=60 * BATCH, warmup=0, lr=3e-3)
+    method.__class__ = Recording
+    fit(method, [losses])
+    assert sum(losses.seen[-20:]) < 0.8 * sum(losses.seen[:20])
+
+
+@pytest.mark.parametrize(
+    ("seen", "rate"),
+    [
+        (0, 1e-3 / 1000),
+        (499, 0.5e-3),
+        (999, 1e-3),
+        (5000, 1e-3),
+        (7000, 1e-3),
+        (8500, 0.5e-3),
+        (9700, 1e-4),
+        (10_000, 0),
+    ],
+)
+def test_learning_rate_schedule(seen, rate):
+    method = diffusion(images=10_000, warmup=1000, decay=0.3, lr=1e-3)
+    method.images_seen = seen
+    assert method.learning_rate() == pytest.approx(rate)
+
+
+def test_learning_rate_without_warmup_or_decay():
+    method = diffusion(images=100, warmup=0, decay=0.0, lr=1e-3)
+    for seen in (0, 50, 99):
+        method.images_seen = seen
+        assert method.learning_rate() == pytest.approx(1e-3)
+
+
+class TwoPhases(TrainedModule):
+    """Two numbers, each pulled by its own phase with a gradient of 1 and -10."""
+
+    def __init__(self, training, every=2):
+        super().__init__(training, seed=0)
+        self.a, self.b = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.every, self.calls = every, []
+
+    def phases(self):
+        return [
+            Phase("first", [self.a], lambda batch, noise: self._loss("first", self.a)),
+            Phase(
+                "second", [self.b], lambda batch, noise: self._loss("second", -10 * self.b), every=self.every, lr=3.0
+            ),
+        ]
+
+    def _loss(self, name, value) -> Tensor:
+        self.calls.append((self.steps, name))
+        return value
+
+
+def test_phases_have_their_own_pace_and_rate():
+    method = TwoPhases(Training(images=6 * BATCH, lr=0.1, warmup=0, decay=0.0))
+    watch = Watch(lambda module: (module.a.item(), module.b.item()))
+    trainer = fit(method, [watch])
+    assert [step for step, name in method.calls if name == "first"] == [0, 1, 2, 3, 4, 5]
+    assert [step for step, name in method.calls if name == "second"] == [0, 2, 4]
+    # Adam's step on a constant gradient is its rate, whatever the gradient's size: one phase doesn't feel the other.
+    for step, (a, b) in enumerate(watch.seen):
+        assert a == pytest.approx(-0.1 * (step + 1), rel=1e-4)
+        assert b == pytest.approx(0.3 * (step // 2 + 1), rel=1e-4)
+    assert method.images_seen == 6 * BATCH
+    assert len(trainer.optimizers) == 2
+
+
+def test_two_phases_resume_exactly(tmp_path):
+    """Lightning's own counter counts two optimiser steps a batch; ours must not care."""
+    plan = Training(images=11 * BATCH, lr=0.1, warmup=5 * BATCH)
+    whole = TwoPhases(plan)
+    fit(whole, [SaveAt(tmp_path / "five.ckpt", 5)])
+    resumed = TwoPhases(plan)
+    fit(resumed, ckpt_path=tmp_path / "five.ckpt")
+    assert resumed.steps == whole.steps == 11
+    assert resumed.calls == whole.calls[whole.calls.index((5, "first")) :]
+    assert torch.equal(resumed.a, whole.a) and torch.equal(resumed.b, whole.b)
+
+
+def test_gradients_are_clipped_to_the_largest_norm():
+    class Steep(TrainedModule):
+        def __init__(self, clip):
+            super().__init__(Training(images=BATCH, clip=clip), seed=0)
+            self.w = nn.Parameter(torch.zeros(2))
+
+        def phases(self):
+            return [Phase("steep", [self.w], lambda batch, noise: (self.w * torch.tensor([30.0, 40.0])).sum())]
+
+    for clip, norm in ((1.0, 1.0), (5.0, 5.0), (100.0, 50.0), (None, 50.0)):
+        watch = Watch(lambda module: module.w.grad)
+        fit(Steep(clip), [watch])
+        assert watch.seen[0].norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_loss_is_named(value):
+    class Unstable(TwoPhases):
+        def _loss(self, name, parameter):
+            bad = name == "second" and self.steps == 2
+            return super()._loss(name, parameter * value if bad else parameter)
+
+    method = Unstable(Training(images=10 * BATCH, lr=0.1))
+    with pytest.raises(UsageError, match=rf"second: the loss is .* after {2 * BATCH} images.*training\.lr"):
+        fit(method)
+    assert method.steps == 2
+    assert method.b.isfinite()  # the weights were not touched
+
+
+def test_what_has_nothing_to_train_says_so():
+    method = diffusion()
+    method.denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 1.0)
+    with pytest.raises(UsageError, match="nothing to train"):
+        fit(method)
