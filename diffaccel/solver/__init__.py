@@ -1,8 +1,8 @@
 """Reverse integrators by name, their grids, and the one loop that runs them."""
 
-from diffaccel.solver import adaptive, multistep, onestep, stochastic
+from diffaccel.solver import adaptive, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
-from diffaccel.solver.grid import GRIDS, Grid, Karras, LogSNR, TimeToZero, UniformTime
+from diffaccel.solver.grid import GRIDS, Grid, Karras, LogSNR, Quadratic, TimeToZero, UniformTime
 
 __all__ = [
     "GRIDS",
@@ -11,13 +11,16 @@ __all__ = [
     "Karras",
     "LogSNR",
     "Past",
+    "Quadratic",
     "Solver",
     "TimeToZero",
     "Trajectory",
     "UniformTime",
     "adaptive",
+    "exponential",
     "multistep",
     "onestep",
     "stochastic",
+    "unipc",
     "where_finite",
 ]

@@ -82,6 +82,31 @@ class UniformTime(Grid):
         return a + fraction * (b - a)
 
 
+@GRIDS.register("quadratic")
+@dataclass(frozen=True)
+class Quadratic(Grid):
+    """Uniform in the square root of the process's own time, which is finite at any ratio: there is no cap.
+
+    DDIM's quadratic sub-sequence, between this grid's ends. Where time is the ratio, as on EDM's process, it is
+    Karras's of rho = 2.
+
+    Raises:
+        UsageError: ``ratio_min`` lies at a negative time, as low levels of geometric VE do.
+
+    References:
+        Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, appendix D.2
+    """
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        a, b = process.time(start), process.time(stop)
+        if (b < 0).any():
+            raise UsageError(
+                f"grid 'quadratic': the last level, ratio {stop[b < 0].min().item():.4g}, lies at a negative time on"
+                " this process: raise ratio_min, or take the grid 'karras', 'log_snr' or 'time'"
+            )
+        return (a.sqrt() + fraction * (b.sqrt() - a.sqrt())).square()
+
+
 @GRIDS.register("ddm")
 @dataclass(frozen=True)
 class TimeToZero(Grid):

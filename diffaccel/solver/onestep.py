@@ -80,6 +80,29 @@ class Heun(Solver):
         return x_s + expand(half, x_s) * (denoiser(x_s, s).eps - prediction.eps)
 
 
+@SOLVERS.register("dpm2")
+@dataclass(frozen=True)
+class DPMSolver2(Heun):
+    """DPM-Solver-2: the midpoint method in lambda = -ln(rho), second order, evaluations as Heun's.
+
+        x_s = DDIM(eps) + alpha_s (rho_s - rho_t) (eps_m - eps),    eps_m at rho_m = sqrt(rho_t rho_s)
+
+    References:
+        DPM-Solver (Lu et al., 2022), https://arxiv.org/abs/2206.00927, Algorithm 1
+    """
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        prediction = denoiser(x_t, t)
+        x_s, _ = process.transition(prediction, t, s)
+        if trajectory.final:
+            return x_s
+        middle = process.time((process.ratio(t) * process.ratio(s)).sqrt())
+        x_m, _ = process.transition(prediction, t, middle)
+        length = where_finite(process.alpha(s) * (process.ratio(s) - process.ratio(t)))
+        return x_s + expand(length, x_s) * (denoiser(x_m, middle).eps - prediction.eps)
+
+
 @SOLVERS.register("edm_stochastic")
 @dataclass(frozen=True)
 class StochasticHeun(Heun):
