@@ -44,7 +44,7 @@ fit: $(STAMP) ## train METHOD on DATA
 	$(strip $(BIN)/diffaccel fit $(DATA)/$(METHOD) $(call option,SEED,seed) $(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS))
 
 test: lint ## lint, types and tests: CPU, offline, under ten minutes
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the minute-long fits
 	$(BIN)/pytest -m slow

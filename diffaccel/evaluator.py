@@ -121,15 +121,17 @@ class Evaluator(L.Callback):
         """Plan all budgets before the first is measured; then measure, write and log one after the other."""
         plans = [(budget, method.plan(budget, self.n)) for budget in self.budgets]
         self.extractor.to(method.device)
-        for budget, plan in plans:
-            point = self.measure(trainer, method, budget, plan)
-            self.points.append(point)
-            if trainer.is_global_zero:
-                append_point(self.out / "points.jsonl", point)
-                self._draw()
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                self._log(logger)
+        try:
+            for budget, plan in plans:
+                point = self.measure(trainer, method, budget, plan)
+                self.points.append(point)
+                if trainer.is_global_zero:
+                    append_point(self.out / "points.jsonl", point)
+                    self._draw()
+        finally:  # an interrupt loses no finished point
+            if trainer.is_global_zero and self.points:
+                for logger in trainer.loggers:
+                    self._log(logger)
 
     # One point
 

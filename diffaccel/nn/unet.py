@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, head_width: int = 32) -> None:
         super().__init__()
-        self.heads = max(1, width // head_width)
+        self.heads = next(n for n in range(max(1, width // head_width), 0, -1) if width % n == 0)
         self.norm = nn.GroupNorm(_groups(width), width)
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
         _zero(self.out)

@@ -20,7 +20,8 @@ from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finit
 def correction_weights(nodes: Tensor, moments: Tensor) -> Tensor:
     """Weights of the values f_k in the integral of K(u) (P(u) - f_0), where P interpolates them at the nodes.
 
-        P(u) - f_0 = sum_{j > 0} f[0..j] prod_{i < j} (u - u_i),    f[0..j] = sum_{k <= j} f_k / prod_{i != k} (u_k - u_i)
+        P(u) - f_0 = sum_{j > 0} f[0..j] prod_{i < j} (u - u_i),
+        f[0..j] = sum_{k <= j} f_k / prod_{i <= j, i != k} (u_k - u_i)
 
     In this form of Newton's a node at infinity takes its own term with it and leaves the interpolation by the others.
 

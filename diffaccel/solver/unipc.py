@@ -15,7 +15,7 @@ from diffaccel.solver.exponential import add_weighted, correction_weights, data_
 def _weights(process: Process, t: Tensor, s: Tensor, past: list[Past]) -> Tensor:
     """What each of ``past``, the prediction at t first, adds to a DDIM step from t to s, (n, B).
 
-    The polynomial through x_0 in lambda is integrated exactly; with two predictions, by B_2(h) = e^h - 1 as published.
+    The polynomial through x_0 in lambda is integrated exactly; with two predictions by B_2(-h) = e^-h - 1 as published.
     """
     nodes = torch.stack([(process.ratio(t) / process.ratio(u)).log() for _, u in past])
     h = (process.ratio(t) / process.ratio(s)).log()
@@ -37,14 +37,14 @@ class UniPC(Solver):
     last steps keep the full order too, but for the one to ratio 0, which is DDIM's.
 
     References:
-        UniPC (Zhao et al., 2023), https://arxiv.org/abs/2302.04867, Algorithms 5 and 6
+        UniPC (Zhao et al., 2023), https://arxiv.org/abs/2302.04867, Algorithms 1 and 2
     """
 
     order: ClassVar[int]
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
         process = denoiser.process
-        prediction = self._corrected(process, denoiser(x_t, t), t, trajectory.past)
+        prediction = self._corrected(process, denoiser(x_t, t), t, trajectory.past[: self.order])
         x_s, _ = process.transition(prediction, t, s)
         trajectory.past = past = [Past(prediction, t), *trajectory.past][: self.order]
         if trajectory.final:
@@ -56,9 +56,10 @@ class UniPC(Solver):
         if not past:
             return prediction
         u, nodes = past[0].t, [past[0], Past(prediction, t), *past[1:]]
-        scale = 1 / process.sigma(t)  # x_t = alpha_t x_0 + sigma_t eps
-        eps = _add(prediction.eps, scale * _weights(process, u, t, nodes), nodes)
-        return Prediction(prediction.x_0, _add(eps, -scale * _weights(process, u, t, past), past))
+        change = _weights(process, u, t, nodes)
+        change[[0, *range(2, len(nodes))]] -= _weights(process, u, t, past)
+        # x_t = alpha_t x_0 + sigma_t eps
+        return Prediction(prediction.x_0, _add(prediction.eps, change / process.sigma(t), nodes))
 
 
 @SOLVERS.register("unipc2")
