@@ -28,3 +28,13 @@ def seeded() -> Iterator[None]:
 def generator() -> torch.Generator:
     """A CPU generator of the test's own, for draws that must not move with other draws."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """No pictures, which cost more than the points of tests: test_evaluator.py draws them."""
+    from diffaccel.evaluator import Evaluator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_draw", lambda self: None)
+        yield

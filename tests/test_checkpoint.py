@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from diffaccel.__main__ import main
 from diffaccel.checkpoint import Checkpointer
-from diffaccel.evaluator import Evaluator
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
 from diffaccel.weights import read_weights
@@ -24,18 +22,8 @@ TINY = [
     *("logger=none", "n=40", "nfe=2"),
 ]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """One thread, since other processes may share the cores, and no pictures: test_evaluator.py draws them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_draw", lambda self: None)
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

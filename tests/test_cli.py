@@ -1,6 +1,5 @@
 """The command line as a person meets it: every verb, and every mistake as one line that says what to do."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +10,13 @@ from PIL import Image
 from diffaccel import __version__, experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
-from diffaccel.evaluator import Evaluator
 from diffaccel.weights import save_weights
 
 TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16"]
 QUICK = ["n=40", "logger=none"]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """One thread, since other processes may share the cores, and no pictures: test_evaluator.py draws them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_draw", lambda self: None)
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,20 @@
 """Minute-long fits from scratch: each reaches what it should, by a wide margin (`make test-slow`)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator
 from diffaccel.report import read_points
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 FIT = ["logger=none", "n=1000", "nfe=20", "seed=1", "training.warmup=2000"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """One thread, since other processes may share the cores, and no pictures."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_draw", lambda self: None)
-        yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an edm fit at a fifth of the shipped one's length."""
+    """The folder of an edm fit at a third of the shipped one's length."""
     out = tmp_path_factory.mktemp("edm")
     assert main(["fit", "digits/edm", *FIT, "images=40000", f"out={out}"]) == 0
     return out
