@@ -128,6 +128,8 @@ def fit(config: Any) -> None:
             method.plan(budget, config.n)
         evaluator = experiment.build_evaluator(config, method)
         callbacks.append(evaluator)
+    else:
+        console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
     experiment.write_config(config)
     trainer = experiment.build_trainer(config, callbacks, training=True)
     try:

@@ -38,8 +38,10 @@ class Checkpointer(L.Callback):
             self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save where a person interrupted; after an error the last good checkpoint stays."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1 and trainer.training:
+        """Save where a person interrupted; after an error, or within a step, the last good checkpoint stays."""
+        assert isinstance(pl_module, Diffusion)
+        whole = trainer.world_size == 1 and trainer.training and not pl_module.mid_step
+        if isinstance(exception, KeyboardInterrupt) and whole:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -111,4 +111,5 @@ def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str
                 f"{origin}: {name!r} has shape {tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}:"
                 " does the experiment's network match the file?"
             )
-    module.load_state_dict(dict(tensors))
+    # Not strict: what a module leaves out of its own state (a frozen network) keeps its values.
+    module.load_state_dict(dict(tensors), strict=False)

@@ -167,3 +167,24 @@ def test_a_checkpoint_appears_whole_or_not_at_all(whole: Path, tmp_path: Path, m
     with pytest.raises(OSError, match="no space"):
         checkpointer.save(Full())  # type: ignore[arg-type]
     assert (tmp_path / "last.ckpt").read_bytes() == b"good"
+
+
+def test_dlg_goes_on_without_a_copy_of_its_denoiser(tmp_path: Path, capsys: Printed) -> None:
+    words = ["fit", "digits/dlg", "logger=none", "reference=", "n=200", f"out={tmp_path}"]
+    assert main([*words, "images=1280"]) == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["state_dict"] and not any(name.startswith("denoiser.") for name in state["state_dict"])
+    assert main([*words, "images=2560", "resume=auto"]) == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["diffaccel"]["images_seen"] == 2560
+    other = "experiments/digits/weights/ddpm.safetensors"  # the same network with other weights
+    assert main([*words, "images=3840", "resume=auto", f"checkpoint={other}"]) == 2
+    assert "another denoiser" in capsys.readouterr().err
+
+
+def test_an_interrupt_within_a_step_keeps_the_last_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffaccel.methods.ema.EMA.update", interrupt)  # after the optimiser, before the end
+    assert main(["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference="]) == 130
+    assert not (tmp_path / "last.ckpt").exists()

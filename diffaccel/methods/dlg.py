@@ -79,12 +79,14 @@ class DenoisingLangevinGibbs(Diffusion):
         posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
         return {"classifier": posterior.network} if isinstance(posterior, ClassifierPosterior) else {}
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
+        """Leave the frozen denoiser out: a checkpoint refers to it by its hash instead of copying it."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if not name.startswith("denoiser.")}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refer to the frozen denoiser by its hash instead of copying it."""
+        """Add the denoiser's hash."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("denoiser.")
-        }
         checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ class TrainedModule(L.LightningModule):
         self.automatic_optimization = False
         self.training_plan, self.seed = training, seed
         self.images_seen, self.steps = 0, 0
+        self.mid_step = False
         self.ema: EMA | None = None
         self._phases: list[Phase] = []
 
@@ -128,6 +129,7 @@ class TrainedModule(L.LightningModule):
         Raises:
             UsageError: A loss or gradient is NaN or infinite.
         """
+        self.mid_step = True  # an interrupt before the end leaves weights and counters apart
         torch.manual_seed(stream_seed(self.seed, f"step {self.steps} rank {self.global_rank}"))
         noise = NoiseStreams(self.seed, batch.index, "training")
         optimizers = self.optimizers(use_pl_optimizer=True)
@@ -150,6 +152,7 @@ class TrainedModule(L.LightningModule):
         self.images_seen += images
         if self.ema is not None:
             self.ema.update(images, self.images_seen)
+        self.mid_step = False
         if self.steps % self.training_plan.log_every == 1:
             self.log("train/images", float(self.images_seen), prog_bar=True)
         if self.images_seen >= self.training_plan.images:
