@@ -18,6 +18,7 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
 
   diffaccel bench EXPERIMENT nfe=[5,10,20] n=5000   measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
+  diffaccel search EXPERIMENT nfe=[5,10] seed=7     find the best prior and solver for each budget, in search.trials
   diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
   diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
 
@@ -51,7 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"diffaccel {__version__}")
         return 0
-    verbs: dict[str, Callable[[Any], None]] = {"bench": bench, "fit": fit, "sample": sample, "reference": reference}
+    verbs: dict[str, Callable[[Any], None]] = {
+        "bench": bench,
+        "fit": fit,
+        "search": search,
+        "sample": sample,
+        "reference": reference,
+    }
     verb = words.pop(0)
     experiment = words.pop(0) if words and "=" not in words[0] else None
     try:
@@ -100,6 +107,24 @@ def bench(config: Any) -> None:
         _report(evaluator)
 
 
+def search(config: Any) -> None:
+    """Find the best prior and solver for each configured budget."""
+    from torch.utils.data import DataLoader
+
+    from diffaccel import experiment
+
+    method = experiment.build_method(config)
+    searcher = experiment.build_searcher(config, method)
+    experiment.write_config(config)
+    config.logger = "none"
+    trainer = experiment.build_trainer(config, [searcher])
+    method.eval()
+    trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    if trainer.is_global_zero:
+        print(f"{len(searcher.measured)} trials are in {Path(searcher.out, 'trials.jsonl')}, the winners in "
+              f"{Path(searcher.out, 'best.yaml')}: measure them on another seed with `diffaccel bench`")  # fmt: skip
+
+
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
     from diffaccel import experiment
@@ -110,17 +135,9 @@ def fit(config: Any) -> None:
     config.posterior.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=config.method_name == "dlg")
     data = experiment.build_data(config)
-    last = config.folder / "last.ckpt"
-    resume = config.resume
-    if resume == "auto":
-        resume = str(last) if last.is_file() else None
-        console.print(f"going on from {last}" if resume else f"no {last} yet: starting anew", markup=False)
-    elif resume is not None and not Path(resume).is_file():
-        raise UsageError(f"resume={resume}: no such file; resume=auto takes {last} if there is one")
-    elif resume is None and last.is_file():
-        raise UsageError(f"{last} exists: go on with resume=auto, or choose another out=")
+    resume = _resume_from(config)
     if resume is not None:
-        experiment.check_resumable(Path(resume), method)
+        experiment.check_resumable(resume, method)
     callbacks: list[Any] = [experiment.build_checkpointer(config)]
     evaluator = None
     if config.reference and Path(config.reference).is_file():
@@ -143,6 +160,22 @@ def fit(config: Any) -> None:
     if evaluator is not None:
         _report(evaluator)
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
+
+
+def _resume_from(config: Any) -> Path | None:
+    """Return the state that a fit goes on from, if it does; an older one in OUT is never overwritten unasked."""
+    last = Path(config.folder, "last.ckpt")
+    if config.resume is None:
+        if last.is_file():
+            raise UsageError(f"{last} exists: go on with resume=auto, or choose another out=")
+        return None
+    if config.resume == "auto":
+        found = last.is_file()
+        console.print(f"going on from {last}" if found else f"no {last} yet: starting anew", markup=False)
+        return last if found else None
+    if not Path(config.resume).is_file():
+        raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")
+    return Path(config.resume)
 
 
 def sample(config: Any) -> None:
@@ -191,17 +224,22 @@ def reference(config: Any) -> None:
 
 def _fit_extractor(config: Any) -> None:
     from diffaccel import experiment
-    from diffaccel.nn.features import fit_extractor, save_classifier
+    from diffaccel.nn.features import save_classifier
+    from diffaccel.nn.fitting import fit_extractor
     from diffaccel.registry import Registry
 
     recipes: Registry[Any] = Registry("method")
     recipes.register("extractor")(fit_extractor)
     data = experiment.build_data(config)
+    resume = _resume_from(config)
+    experiment.make_folder(config)
     started = time.monotonic()
-    model, accuracy = recipes.build(config.method, data=data, device="cpu", seed=config.seed)
+    recipe = dict(config.method)
+    metric = recipe.pop("metric", config.data["name"])
+    context = {"state_path": config.folder / "last.ckpt", "resume": resume, "console": console}
+    model, accuracy = recipes.build(recipe, data=data, device="cpu", seed=config.seed, **context)
     path = config.folder / "extractor.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_classifier(model, path, config.data["name"], data.label, accuracy, config.seed)
+    save_classifier(model, path, metric, data.label, accuracy, config.seed)
     minutes = (time.monotonic() - started) / 60
     console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes", markup=False)
 
@@ -247,7 +285,7 @@ def _report(evaluator: Any) -> None:
     if any(point["nfe"] < (point["nfe_budget"] or 0) - 1e-9 for point in evaluator.points):
         print("a budget that can't be met exactly was rounded down")
     if f"{name}_floor" in evaluator.points[-1]["metrics"]:
-        floor, n = evaluator.points[-1]["metrics"][f"{name}_floor"], evaluator.floor.moments.n
+        floor, n = evaluator.points[-1]["metrics"][f"{name}_floor"], evaluator.points[-1]["floor"]["n"]
         print(f"floor: {n} held-out real images are at {name} {floor:.4g}")
     print(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {evaluator.out}")
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.errors import UsageError, suggest
+from diffaccel.methods.base import nearest
 from diffaccel.methods.training import Training
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -40,8 +41,26 @@ PATHS = (
 )
 """Keys that hold a path, resolved against the file that sets them."""
 
+TUNABLE = ("prior", "solver")
+"""Parts that ``by_nfe`` may set."""
+
 ALIASES = {"chains": "prior.chains", "images": "training.images"}
 """Short keys of the command line."""
+
+
+@dataclass
+class Search:
+    """A seeded random search for the best prior and solver at each budget, by successive halving."""
+
+    trials: int = 32
+    """Settings drawn per budget, the experiment's own among them."""
+    images: list[int] = field(default_factory=lambda: [500, 2000])
+    """Images per setting, round by round."""
+    keep: float = 0.25
+    """Share of the settings that goes on to the next round."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> its values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does
+    not have are left out."""
 
 
 @dataclass
@@ -49,7 +68,7 @@ class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``ddpm``, ``dlg``; or ``extractor`` for the feature network that scores."""
+    """``edm``, ``edm_best``, ``ddpm``, ``dlg``; or ``extractor`` for the feature network that scores."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING
@@ -68,6 +87,10 @@ class Config:
     """Law of the starting states."""
     solver: dict[str, Any] = field(default_factory=lambda: {"name": "heun"})
     """Reverse integrator."""
+    by_nfe: dict[int, Any] = field(default_factory=dict)
+    """Budget -> ``{prior: ..., solver: ...}`` laid over the above from that budget on; the lowest also below it."""
+    search: Search = field(default_factory=Search)
+    """What `diffaccel search` tries."""
     training: Training = field(default_factory=Training)
     """How to train."""
     checkpoint: str | None = None
@@ -90,6 +113,8 @@ class Config:
     """Use only the first images of each split."""
     precision: str = "32-true"
     """Lightning's precision: 32-true, bf16-mixed, 16-mixed, 64-true."""
+    compile: bool = False
+    """Compile the networks with torch.compile: some seconds at first, then faster; results change by rounding."""
     threads: int | None = None
     """CPU threads per process."""
     accelerator: str = "auto"
@@ -119,9 +144,21 @@ class Config:
         return str(self.method["name"])
 
     @property
+    def data_name(self) -> str:
+        """The data set's name: the experiment's folder."""
+        return Path(self.experiment).absolute().parent.name
+
+    @property
     def folder(self) -> Path:
         """Where a run writes."""
-        return Path(self.out or Path("runs", str(self.data.get("name", "data")), self.method_name))
+        return Path(self.out or Path("runs", self.data_name, Path(self.experiment).stem))
+
+    def at(self, nfe: float) -> dict[str, dict[str, Any]]:
+        """Prior and solver at a budget."""
+        own = {"prior": self.prior, "solver": self.solver}
+        if not self.by_nfe:
+            return own
+        return merge(own, self.by_nfe[nearest(self.by_nfe, nfe)])
 
 
 def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
@@ -150,6 +187,7 @@ def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
     if "nfe" in tree and not isinstance(tree["nfe"], list):
         tree["nfe"] = [math.inf if tree["nfe"] is None else tree["nfe"]]
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
+    _tune(tree, given)
     _check_parts(tree)
     if "shape" not in tree:
         raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
@@ -275,6 +313,25 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return "name" in value and "name" in before and value["name"] != before["name"]
+
+
+def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Check ``by_nfe`` and lay what the command line says over each of its entries, in place.
+
+    Raises:
+        UsageError: A budget that is no positive whole number, or an entry with other keys than prior and solver.
+    """
+    entries = tree.get("by_nfe") or {}
+    if not isinstance(entries, dict):
+        raise UsageError(f"by_nfe={entries!r}: give budgets, each with a prior and a solver")
+    tree["by_nfe"] = entries
+    own = {part: given[part] for part in TUNABLE if part in given}
+    for budget, entry in entries.items():
+        if not isinstance(budget, int) or budget < 1:
+            raise UsageError(f"by_nfe: {budget!r} is no budget: give a positive whole number")
+        if not isinstance(entry, dict) or not entry.keys() <= set(TUNABLE):
+            raise UsageError(f"by_nfe.{budget}={entry!r}: give a mapping with the keys {' and '.join(TUNABLE)}")
+        entries[budget] = merge(entry, own)
 
 
 def _check_parts(tree: Mapping[str, Any], prefix: str = "") -> None:

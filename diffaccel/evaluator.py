@@ -9,7 +9,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,6 +77,7 @@ class Evaluator(L.Callback):
         floor: Statistics of real images that were held out; their distance is drawn as the floor.
         out: Folder for points, curve and grids.
         provenance: Keys that every point carries (method, experiment, checkpoint ...).
+        settings: Budget -> ``{"prior": ..., "solver": ...}``, each with its name and keys, for the points.
         discrete: Whether samples are images, rounded to uint8; toy points are scored as they are.
     """
 
@@ -91,11 +92,12 @@ class Evaluator(L.Callback):
         floor: Reference | None,
         out: Path,
         provenance: dict[str, Any],
+        settings: Callable[[float], dict[str, dict[str, Any]]],
         discrete: bool = True,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.reference, self.floor = extractor, reference, floor
-        self.out, self.provenance, self.discrete = out, provenance, discrete
+        self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
         self.points: list[dict[str, Any]] = []
 
     # Lightning's hooks
@@ -142,6 +144,7 @@ class Evaluator(L.Callback):
         Raises:
             UsageError: More was spent than the budget allows, or a network returned NaN.
         """
+        method.tune(budget)
         rank, world = trainer.global_rank, trainer.world_size
         networks = {**method.evaluated_networks(), **method.auxiliary_networks()}
         scored = self._blank(method)
@@ -236,8 +239,13 @@ class Evaluator(L.Callback):
             start + (rounds - 1) * plan.skips + method.planned_nfe(plan, n) - method.prior.burn_in_evaluations(n) / n
         )
         summary = summarise([trace for records in chain_records for trace in records])
+        settings = self.settings(budget)
         return {
             **self.provenance,
+            "prior": settings["prior"]["name"],
+            "solver": settings["solver"]["name"],
+            "settings": settings,
+            "tuned": bool(method.by_nfe),
             "nfe_budget": budget if math.isfinite(budget) else None,
             "nfe": nfe,
             "nfe_marginal": nfe - burn_in,
@@ -263,6 +271,7 @@ class Evaluator(L.Callback):
                 "n": self.reference.moments.n,
                 "sha256": self.reference.sha256,
             },
+            "floor": self.floor and {"n": self.floor.moments_of(self.n).n, "sha256": self.floor.sha256},
             "world_size": trainer.world_size,
             "device": _device(method.device),
             "precision": str(trainer.precision),
@@ -282,7 +291,8 @@ class Evaluator(L.Callback):
         if scored.kernel is not None:
             metrics["kid"] = float(scored.kernel.compute())
         if self.floor is not None:
-            metrics[f"{name}_floor"] = float(frechet_distance(self.floor.moments, self.reference.moments))
+            floor = self.floor.moments_of(self.n)
+            metrics[f"{name}_floor"] = float(frechet_distance(floor, self.reference.moments))
         return metrics
 
     # What it leaves

@@ -1,8 +1,8 @@
 """From a configuration to the objects of a run."""
 
+import dataclasses
 import math
 import os
-import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import nn
 
 from diffaccel.checkpoint import Checkpointer
-from diffaccel.config import Config, to_yaml
+from diffaccel.config import Config, find, to_yaml
 from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
@@ -22,12 +22,13 @@ from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.unet import NETWORKS
-from diffaccel.prior import PRIORS, LevelPosterior
+from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.reference import Reference, load_reference
+from diffaccel.search import Searcher
 from diffaccel.solver import SOLVERS
-from diffaccel.weights import assign_weights, file_sha256, load_weights, read_description
+from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
 
 
 def shape_of(config: Config) -> tuple[int, int, int]:
@@ -54,27 +55,41 @@ def build_method(config: Config, load: bool = True) -> Diffusion:
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
     if load and config.checkpoint and network is not None:
         load_denoiser(Path(config.checkpoint), network)
-    context: dict[str, Any] = {}
+    posterior = None
     if config.posterior:
         node = dict(config.posterior)
         checkpoint = node.pop("checkpoint", None)
-        posterior: LevelPosterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape)
+        posterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape)
         if load and checkpoint:
             load_weights(Path(checkpoint), cast(nn.Module, posterior.network))
-        context["posterior"] = posterior
-    elif config.prior.get("name") == "chain":
-        raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
-    prior = PRIORS.build(config.prior, **context)
-    return METHODS.build(
+    method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=prior,
+        prior=build_prior(config.prior, posterior),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
         shape=shape,
         seed=config.seed,
     )
+    for budget in config.by_nfe:
+        parts = config.at(budget)
+        method.by_nfe[budget] = build_prior(parts["prior"], posterior), SOLVERS.build(parts["solver"])
+    if config.compile and network is not None:
+        # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
+        network.forward = torch.compile(network.forward)
+    return method
+
+
+def build_prior(node: dict[str, Any], posterior: LevelPosterior | None) -> Prior:
+    """Build a prior.
+
+    Raises:
+        UsageError: An unknown name or key, a value out of range, or a chain without anything that reads noise levels.
+    """
+    if node.get("name") == "chain" and posterior is None:
+        raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
+    return PRIORS.build(node, **({} if posterior is None else {"posterior": posterior}))
 
 
 def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
@@ -90,26 +105,6 @@ def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path} holds no averaged denoiser: give one of a run that trained it")
     assign_weights(content["diffaccel"]["ema"], network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``fit``; none of the code that a foreign one may hold is ever run.
-
-    Raises:
-        UsageError: The file is broken, holds code, or is another program's.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, LookupError):
-        raise UsageError(
-            f"checkpoint {path} is none of `diffaccel fit`: it is broken, or holds code, which is never run"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split(". ")[0] or type(error).__name__
-        raise UsageError(f"checkpoint {path} is truncated or broken ({reason}): take an older one") from None
-    if not isinstance(content, dict) or not {"diffaccel", "state_dict"} <= content.keys():
-        raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
-    return content
 
 
 def check_resumable(path: Path, method: Diffusion) -> None:
@@ -174,12 +169,30 @@ def build_evaluator(config: Config, method: Diffusion) -> Evaluator:
             "method": config.method_name,
             "experiment": config.experiment,
             "process": config.process["name"],
-            "prior": config.prior["name"],
-            "solver": config.solver["name"],
-            "data": config.data["name"],
+            "data": config.data_name,
             "checkpoint": describe_checkpoint(config),
         },
+        settings=config.at,
         discrete=config.data["name"] != "toy",
+    )
+
+
+def build_searcher(config: Config, method: Diffusion) -> Searcher:
+    """Build the search of ``config.search``.
+
+    Raises:
+        UsageError: As :func:`build_evaluator`, or a search that is out of range.
+    """
+    posterior = getattr(method.prior, "posterior", None)
+    return Searcher(
+        config.search,
+        {"prior": config.prior, "solver": config.solver},
+        config.nfe,
+        config.n,
+        config.seed,
+        find(config.experiment),
+        prior=lambda node: build_prior(node, posterior),
+        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method),
     )
 
 
@@ -212,7 +225,7 @@ def build_loggers(config: Config) -> list[Logger]:
     wandb.setup()  # reads WANDB_SILENT before there is anything to say
     logger = WandbLogger(
         project="diffaccel",
-        name=f"{config.data['name']}/{config.method_name}",
+        name=f"{config.data_name}/{Path(config.experiment).stem}",
         save_dir=out,
         mode=cast(Any, config.wandb_mode),
         log_model=False,

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +56,7 @@ class EvaluationCounter:
         self._stack.close()
 
     def _watch(self, name: str, module: nn.Module) -> None:
-        measuring: list[tuple[FlopCounterMode, int]] = []
+        measuring: list[tuple[FlopCounterMode, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             samples = len(inputs[0])
@@ -63,14 +64,17 @@ class EvaluationCounter:
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
             if name not in self.flops and samples and not measuring:
+                eager = torch.compiler.set_stance("force_eager")  # a compiled graph hides its operations
+                eager.__enter__()
                 mode = FlopCounterMode(display=False)
                 mode.__enter__()
-                measuring.append((mode, samples))
+                measuring.append((mode, eager, samples))
 
         def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if measuring:
-                mode, samples = measuring.pop()
+                mode, eager, samples = measuring.pop()
                 mode.__exit__(None, None, None)
+                eager.__exit__(None, None, None)
                 if output is None:  # the call failed: the next one is measured
                     return
                 self.flops[name] = mode.get_total_flops() / samples

@@ -59,6 +59,16 @@ class Reference:
     features: Tensor
     provenance: dict[str, Any]
 
+    def moments_of(self, n: int) -> Moments:
+        """Moments of about n images of the split, evenly spread: of those kept, or of all if n is as many or more.
+
+        Kept features are float16, which moves a distance by less than its standard error.
+        """
+        if n >= self.moments.n or n > len(self.features):
+            return self.moments
+        chosen = torch.linspace(0, len(self.features) - 1, n, dtype=torch.float64).round().long()
+        return Moments.from_features(self.features[chosen])
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the content, the same before saving and after loading."""

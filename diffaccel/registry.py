@@ -78,6 +78,14 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     def __len__(self) -> int:
         return len(self._factories)
 
+    def keys_of(self, name: str) -> frozenset[str]:
+        """Return the keys that a part of this name has, those of its own parts among them.
+
+        Raises:
+            UsageError: An unknown name.
+        """
+        return frozenset(inspect.signature(self[name]).parameters)
+
     def build(self, node: Mapping[str, Any], **context: Any) -> T:
         """Construct the part that ``node['name']`` names from the node's other keys.
 

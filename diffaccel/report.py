@@ -178,7 +178,9 @@ def _series(points: Sequence[Point], several_sizes: bool) -> dict[str, list[Poin
     """Group points into labelled lines, in the order of their first appearance."""
     series: dict[str, list[Point]] = defaultdict(list)
     for point in points:
-        label = f"{point['method']} ({point['solver']}, {point['prior']})"
+        # Settings searched for each budget are one line, whatever their solvers.
+        parts = "tuned for each NFE" if point.get("tuned") else f"{point['solver']}, {point['prior']}"
+        label = f"{point['method']} ({parts})"
         series[f"{label} @{point['n']}" if several_sizes else label].append(point)
     return series
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
     tensors, description = read_weights(path)
     assign_weights(tensors, module, f"weights {path}")
     return description
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ``fit``; none of the code that a foreign one may hold is ever run.
+
+    Raises:
+        UsageError: The file is broken, holds code, or is another program's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, ValueError, LookupError):
+        raise UsageError(
+            f"checkpoint {path} is none of `diffaccel fit`: it is broken, or holds code, which is never run"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise UsageError(f"checkpoint {path} is truncated or broken ({reason}): take an older one") from None
+    if not isinstance(content, dict) or not {"diffaccel", "state_dict"} <= content.keys():
+        raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
+    return content
 
 
 def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:

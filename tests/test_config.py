@@ -1,10 +1,11 @@
 """Configuration: what lies over what, where paths point, and that every mistake is one sentence."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from diffaccel.config import Config, load, merge, parse_overrides, to_yaml
+from diffaccel.config import EXPERIMENTS, Config, load, merge, parse_overrides, to_yaml
 from diffaccel.errors import UsageError
 
 BASE = """\
@@ -118,6 +119,47 @@ def test_names_under_experiments_are_found():
 
 
 # The command line's words
+
+
+def tuned(tmp_path: Path, *words: str) -> Config:
+    """An experiment whose settings depend on the budget."""
+    content = """
+        base: BASE
+        by_nfe:
+          5: {solver: {name: unipc2, analytic_first: 0.5}, prior: {ratio_star: 20}}
+          10: {solver: {name: ipndm, max_order: 2}}
+    """.replace("BASE", str(EXPERIMENTS / "digits" / "edm.yaml"))
+    (tmp_path / "tuned.yaml").write_text(textwrap.dedent(content))
+    return load(str(tmp_path / "tuned.yaml"), words)
+
+
+@pytest.mark.parametrize(
+    ("nfe", "solver"), [(3, "unipc2"), (5, "unipc2"), (9.5, "unipc2"), (10, "ipndm"), (50, "ipndm")]
+)
+def test_settings_of_a_budget_hold_from_it_on(tmp_path: Path, nfe: float, solver: str):
+    config = tuned(tmp_path)
+    assert config.at(nfe)["solver"]["name"] == solver
+    assert config.at(nfe)["prior"] == {"name": "gaussian", **({"ratio_star": 20} if solver == "unipc2" else {})}
+
+
+def test_the_command_line_has_the_last_word_over_a_budgets_settings(tmp_path: Path):
+    config = tuned(tmp_path, "solver.analytic_first=1", "prior.ratio_star=40")
+    assert config.at(5) == {
+        "prior": {"name": "gaussian", "ratio_star": 40},
+        "solver": {"name": "unipc2", "analytic_first": 1},
+    }
+    assert tuned(tmp_path, "solver=heun").at(5)["solver"] == {"name": "heun"}
+    assert tuned(tmp_path, "by_nfe=null").at(5)["solver"] == {"name": "dpmpp2m"}
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [("by_nfe=[5]", "give budgets"), ("by_nfe={a: {}}", "'a' is no budget"), ("by_nfe={5: {n: 3}}", "by_nfe.5"),
+     ("by_nfe={5: heun}", "by_nfe.5"), ("by_nfe={5: {solver: 3}}", "solver")],
+)  # fmt: skip
+def test_settings_of_a_budget_are_checked(tmp_path: Path, word: str, named: str):
+    with pytest.raises(UsageError, match=named):
+        tuned(tmp_path, word)
 
 
 def test_values_are_yaml():

@@ -1,27 +1,32 @@
 import hashlib
+import io
 import json
+import pickle
+import signal
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
-from diffaccel.nn import features
+from diffaccel.nn import features, fitting
 from diffaccel.nn.features import (
     EXTRACTORS,
     Identity,
     Inception,
     Small,
     SmallClassifier,
-    augment,
-    fit_extractor,
     load_classifier,
     save_classifier,
 )
+from diffaccel.nn.fitting import augment, fit_extractor
 
 
 class DigitSource:
@@ -178,6 +183,168 @@ def test_fitting_needs_labelled_images():
         fit_extractor(Unlabelled())
     with pytest.raises(UsageError, match="lower it"):
         fit_extractor(DigitSource(), batch_size=5000)
+
+
+RECIPE = {"dim": 8, "widths": (4, 8), "epochs": 3, "batch_size": 32, "seed": 1, "flip": True}
+EPOCH_STEPS, STEPS = 9, 27
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The classifier of a fit that ran through, and its last state."""
+    path = tmp_path_factory.mktemp("whole") / "last.ckpt"
+    model, _ = fit_extractor(DigitSource(), **RECIPE, state_path=path)
+    return model, path
+
+
+def assert_same(model: SmallClassifier, other: SmallClassifier) -> None:
+    for value, wanted in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted)
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["diffaccel"]["step"]
+
+
+def at_step(monkeypatch, step, happens):
+    """Let something happen within the given step of the next fit, after the step's draws."""
+    taken = []
+
+    def augment_and(*args):
+        taken.append(step)
+        images = augment(*args)
+        if len(taken) == step:
+            happens()
+        return images
+
+    monkeypatch.setattr(fitting, "augment", augment_and)
+
+
+def control_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("stops", [[1], [EPOCH_STEPS], [EPOCH_STEPS + 4, 2], [STEPS]], ids=str)
+def test_a_stopped_fit_ends_where_a_whole_one_does(whole, stops, tmp_path, monkeypatch):
+    path, done = tmp_path / "last.ckpt", 0
+    for stop in stops:
+        at_step(monkeypatch, stop, control_c)
+        with pytest.raises(KeyboardInterrupt):
+            fit_extractor(DigitSource(), **RECIPE, state_path=path, resume=path if done else None)
+        done += stop
+        assert step_of(path) == done, "the step is finished, and kept"
+    at_step(monkeypatch, STEPS - done + 1, lambda: pytest.fail("steps were taken twice"))
+    model, _ = fit_extractor(DigitSource(), **RECIPE, resume=path)
+    assert_same(model, whole[0])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def twice():
+    control_c()
+    control_c()
+
+
+def fail():
+    raise OSError("no images any more")
+
+
+@pytest.mark.parametrize(("happens", "error"), [(twice, KeyboardInterrupt), (fail, OSError)])
+def test_a_fit_broken_off_within_a_step_goes_on_from_its_last_epoch(whole, happens, error, tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    at_step(monkeypatch, 2 * EPOCH_STEPS + 3, happens)
+    with pytest.raises(error):
+        fit_extractor(DigitSource(), **RECIPE, state_path=path)
+    assert step_of(path) == 2 * EPOCH_STEPS
+    model, _ = fit_extractor(DigitSource(), **RECIPE, state_path=path, resume=path)
+    assert_same(model, whole[0])
+    assert step_of(path) == STEPS
+
+
+def test_a_state_appears_whole_or_not_at_all(whole, tmp_path, monkeypatch):
+    def full(content, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(whole[1].read_bytes())
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        fit_extractor(DigitSource(), **RECIPE, state_path=path)
+    assert step_of(path) == STEPS
+
+
+def test_ctrl_c_that_is_ignored_stays_so(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 1, control_c)
+        fit_extractor(DigitSource(), **{**RECIPE, "epochs": 1})
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"epochs": 4}, "epochs=3 .not 4."), ({"widths": (8, 8), "seed": 2}, r"widths=\[4, 8\] .* seed=1 .not 2.")],
+    ids=["epochs", "widths"],
+)
+def test_a_state_of_another_recipe_is_refused(whole, other, named):
+    with pytest.raises(UsageError, match=f"last.ckpt is of another fit, with {named}: "):
+        fit_extractor(DigitSource(), **{**RECIPE, **other}, resume=whole[1])
+
+
+def test_other_files_are_refused(whole, tmp_path):
+    content = torch.load(whole[1], weights_only=True)
+    foreign = {"edm": {"steps": 3, "images_seen": 384}, "number": 1}
+    for name, own in foreign.items():
+        torch.save({**content, "diffaccel": own}, tmp_path / f"{name}.ckpt")
+    torch.save({**content, "optimizer": {}}, tmp_path / "part.ckpt")
+    torch.save({**content, "diffaccel": {"extractor": content["diffaccel"]["extractor"]}}, tmp_path / "nowhere.ckpt")
+    torch.save({**content, "state_dict": {}}, tmp_path / "empty.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(whole[1].read_bytes()[:5000])
+    (tmp_path / "code.ckpt").write_bytes(pickle.dumps(control_c, protocol=2))
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(UsageError, match=f"checkpoint {file} ") as refused:
+            fit_extractor(DigitSource(), **RECIPE, resume=file)
+        assert "\n" not in str(refused.value)
+
+
+def test_progress_is_a_line_per_epoch_or_a_bar(whole):
+    lines, bar = io.StringIO(), io.StringIO()
+    model, _ = fit_extractor(DigitSource(), **RECIPE, console=Console(file=lines, width=100))
+    assert_same(model, whole[0])
+    first, _, last = lines.getvalue().splitlines()
+    assert first.startswith(f"epoch 1/3: {32 * EPOCH_STEPS} images seen, loss 0.")
+    assert last.startswith(f"epoch 3/3: {32 * STEPS} images seen") and last.endswith("0:00:00 left")
+    fit_extractor(DigitSource(), **RECIPE, console=Console(file=bar, force_terminal=True, width=100))
+    assert f"{STEPS}/{STEPS}" in bar.getvalue() and "epoch 3/3" in bar.getvalue()
+
+
+def test_the_command_resumes_as_other_fits_do(tmp_path, monkeypatch, capsys):
+    def fit(*words):
+        status = main(["fit", "digits/extractor", "method.epochs=2", "method.dim=4", "method.widths=[4]", *words])
+        return status, capsys.readouterr().err
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert fit(f"out={one}")[0] == 0
+    at_step(monkeypatch, 5, control_c)
+    status, said = fit(f"out={two}", "resume=auto")
+    assert status == 130 and f"no {two / 'last.ckpt'} yet: starting anew" in said and "resume=auto" in said
+    assert [file.name for file in two.iterdir()] == ["last.ckpt"], "an unfinished fit leaves no weights"
+    status, said = fit(f"out={two}")
+    assert status == 2 and f"{two / 'last.ckpt'} exists: go on with resume=auto" in said
+    status, said = fit(f"out={two}", f"resume={two / 'none.ckpt'}")
+    assert status == 2 and "none.ckpt: no such file; resume=auto takes" in said
+    status, said = fit(f"out={two}", "resume=auto", "seed=1")
+    assert status == 2 and "seed=0 (not 1)" in said and said.count("\n") == 2
+    status, said = fit(f"out={two}", "resume=auto")
+    assert status == 0 and f"going on from {two / 'last.ckpt'}" in said and "epoch 2/2" in said
+    for name in ("extractor.safetensors", "last.ckpt"):
+        assert (one / name).is_file()
+    assert (one / "extractor.safetensors").read_bytes() == (two / "extractor.safetensors").read_bytes()
+    status, said = fit(f"out={tmp_path / 'three'}", f"resume={one / 'last.ckpt'}")
+    assert status == 0 and "epoch" not in said, "a finished fit takes no step more"
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,15 @@ def test_flops_of_a_network_within_another():
     assert counter.evaluations == {"outer": 2, "inner": 3}
 
 
+def test_flops_of_a_compiled_network():
+    network = nn.Linear(3, 5)
+    network.forward = torch.compile(network.forward, backend="eager")
+    with EvaluationCounter({"net": network}) as counter:
+        for batch in (2, 4):
+            network(torch.zeros(batch, 3))
+    assert counter.flops == {"net": 30} and counter.evaluations == {"net": 6}
+
+
 def test_burn_in_is_counted_apart_and_nests():
     network = nn.Linear(1, 1)
     x = torch.zeros(2, 1)

@@ -57,6 +57,17 @@ def test_provenance_says_what_it_is(saved):
     }
 
 
+def test_moments_of_fewer_images_are_those_of_kept_features(data):
+    reference = compute_reference(data, "train", Identity(2), keep=100)
+    points = data.images("train").images.flatten(1).half()
+    kept = points[np.rint(np.linspace(0, 499, 100)).astype(int)]
+    expected = Moments.from_features(kept[np.rint(np.linspace(0, 99, 40)).astype(int)])
+    assert reference.moments_of(40).n == 40
+    torch.testing.assert_close(reference.moments_of(40).covariance, expected.covariance, rtol=1e-12, atol=1e-14)
+    for n in (101, 500, 900):  # more than are kept: all of the split
+        assert reference.moments_of(n) is reference.moments
+
+
 def test_round_trip(saved):
     reference, path = saved
     loaded = load_reference(path, Identity(2))

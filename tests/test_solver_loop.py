@@ -19,7 +19,7 @@ from diffaccel.process import (
     VariancePreserving,
     expand,
 )
-from diffaccel.solver import GRIDS, SOLVERS, Karras, LogSNR, Solver, TimeToZero, Trajectory, UniformTime
+from diffaccel.solver import GRIDS, SOLVERS, Karras, Listed, LogSNR, Solver, TimeToZero, Trajectory, UniformTime
 
 ADAPTIVE = {"rk45"}
 FIXED = sorted(set(SOLVERS) - ADAPTIVE)
@@ -143,6 +143,30 @@ def test_starts_above_the_cap_are_spaced_from_it() -> None:
         torch.testing.assert_close(infinite[1:], capped[1:, 1], rtol=1e-9, atol=0)
 
 
+def test_listed_grid_is_relative_to_its_ends() -> None:
+    """A list found from 80 down to 0.1 keeps its place between any start and the least level."""
+    grid = Listed(ratio_min=0.1, fractions=[0.0, 0.2, 0.7, 1.0])
+    times = grid(EDMVarianceExploding(), f64(80.0, 2.0), 4)
+    for column, top in ((times[:, 0], 80.0), (times[:, 1], 2.0)):
+        expected = [top * (0.1 / top) ** f for f in (0.0, 0.2, 0.7, 1.0)] + [0.0]
+        torch.testing.assert_close(column, f64(*expected), rtol=1e-12, atol=0)
+
+
+def test_listed_grid_joins_its_levels_by_straight_lines() -> None:
+    """At twice the steps, every second level is a listed one and the others lie half-way in ln(ratio)."""
+    fractions = [0.0, 0.2, 0.7, 1.0]
+    ratio = Listed(ratio_min=0.1, fractions=fractions)(EDMVarianceExploding(), f64(50.0), 6, denoise=False)[:, 0]
+    way = (50.0 / ratio).log() / math.log(500.0)
+    torch.testing.assert_close(way, f64(0.0, 0.1, 0.2, 0.45, 0.7, 0.85, 1.0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(Listed()(EDMVarianceExploding(), f64(50.0), 6), LogSNR()(EDMVarianceExploding(), f64(50.0), 6))
+
+
+@pytest.mark.parametrize("fractions", [[0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.6, 0.6, 1.0], [0.0, 0.7, 0.6, 1.0]])
+def test_listed_grid_must_rise(fractions: list[float]) -> None:
+    with pytest.raises(UsageError, match="must rise from 0 to 1"):
+        GRIDS.build({"name": "listed", "fractions": fractions})
+
+
 def test_low_starts_keep_a_step() -> None:
     """A start below ``ratio_min`` still has levels below it."""
     times = Karras(ratio_min=0.1)(EDMVarianceExploding(), f64(0.04), 3)
@@ -173,6 +197,29 @@ def test_steps_within_is_the_most_that_fits(name: str, denoise: bool) -> None:
         assert part.evaluations(steps) <= evaluations < part.evaluations(steps + 1)
     with pytest.raises(UsageError, match="raise nfe"):
         part.steps_within(part.evaluations(1) - 1)
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("process", [VariancePreserving(), EDMVarianceExploding(), Decoupled()], ids=repr)
+def test_an_analytic_first_step_is_exact_on_gaussian_data(name: str, process: Process) -> None:
+    """Data N(0, s^2 I): the prediction it takes is the network's own, one evaluation cheaper."""
+    x, t = start(process, 7.0, 40.0)
+    counts = torch.zeros(2)
+    exact = GaussianDenoiser(torch.zeros(2, 2, 2), 0.3**2, process)
+    plain, analytic = solver(name), solver(name, analytic_first=0.3)
+    expected = plain(exact, x, t, NoiseStreams(0, range(2)), 4)
+    found = analytic(Counting(exact, counts), x, t, NoiseStreams(0, range(2)), 4)
+    torch.testing.assert_close(found, expected)
+    assert counts.tolist() == [analytic.evaluations(4)] * 2 == [plain.evaluations(4) - 1] * 2
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_analytic_first_step_is_never_the_only_one(name: str) -> None:
+    part = solver(name, analytic_first=0.5)
+    assert part.least_evaluations >= 1
+    assert part.evaluations(part.steps_within(part.least_evaluations)) == part.least_evaluations
+    with pytest.raises(UsageError, match="raise nfe"):
+        part.steps_within(part.least_evaluations - 1)
 
 
 def test_heun_counts_odd() -> None:
@@ -325,6 +372,8 @@ def test_start_out_of_the_trained_range(name: str, ratio: float) -> None:
         ({"name": "ddim", "eta": 1.1}, "eta is 1.1"),
         ({"name": "ipndm", "max_order": 5}, "1, 2, 3 or 4"),
         ({"name": "rk45", "tol": 0.0}, "must be positive"),
+        ({"name": "rk45", "analytic_first": 0.5}, "there is no analytic_first"),
+        ({"name": "ipndm", "analytic_first": 0.0}, "it must be positive, or null"),
         ({"name": "heunn"}, "did you mean 'heun'"),
         ({"name": "heun", "grid": {"name": "karass"}}, "did you mean 'karras'"),
         ({"name": "heun", "grid": {"name": "karras", "rhoo": 3}}, "did you mean 'rho'"),

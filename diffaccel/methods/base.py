@@ -1,7 +1,7 @@
 """The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,10 +20,20 @@ from diffaccel.solver import Solver
 METHODS: Registry["Diffusion"] = Registry("method")
 
 
+def nearest(budgets: Collection[int], nfe: float) -> int:
+    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
+    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
+
+
 @METHODS.register("edm")
+@METHODS.register("edm_best")
 @METHODS.register("ddpm")
 class Diffusion(TrainedModule):
     """Baselines: whatever process, denoiser, prior and solver the experiment names.
+
+    Attributes:
+        by_nfe: Budget -> prior and solver that take over from that budget on; the lowest also below it. Empty if one
+            setting serves all.
 
     Args:
         denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
@@ -47,6 +57,7 @@ class Diffusion(TrainedModule):
     ) -> None:
         super().__init__(training, seed)
         self.denoiser, self.prior, self.solver, self.levels = denoiser, prior, solver, levels
+        self.by_nfe: dict[int, tuple[Prior, Solver]] = {}
         self.shape = shape
 
     # Training
@@ -79,12 +90,18 @@ class Diffusion(TrainedModule):
         return {}
 
     def plan(self, nfe: float, n: int) -> Plan:
-        """Spend at most ``nfe`` evaluations per image on n images, burn-in included.
+        """Spend at most ``nfe`` evaluations per image on n images, burn-in included, by the settings of that budget.
 
         Raises:
             UsageError: The budget is below the method's minimum.
         """
+        self.tune(nfe)
         return self.prior.plan(self.solver, nfe, n, self.extra_evaluations)
+
+    def tune(self, nfe: float) -> None:
+        """Take the prior and the solver that ``by_nfe`` has for a budget; they stay until the next call."""
+        if self.by_nfe:
+            self.prior, self.solver = self.by_nfe[nearest(self.by_nfe, nfe)]
 
     def planned_nfe(self, plan: Plan, n: int) -> float:
         """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""

@@ -8,12 +8,12 @@ been trained on the generator's behalf: a loss in its features would leak into t
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -284,105 +284,3 @@ def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{path} holds no extractor ({error!r:.100}): get it again, or fit it anew") from None
     return model.eval(), description
-
-
-class ImageSource(Protocol):
-    """What is needed of a data module here: (C, H, W) of its images, its classes, and its images in fixed order."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
-    @property
-    def classes(self) -> int: ...  # noqa: D102
-
-    def batches(
-        self, split: str, batch_size: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yield global batch index, images uint8 (n, C, H, W) and labels (n,); batch b goes to rank b % world."""
-
-
-def fit_extractor(
-    data: ImageSource,
-    dim: int = 64,
-    widths: tuple[int, ...] = (32, 64),
-    blocks: int = 1,
-    epochs: int = 30,
-    batch_size: int = 128,
-    lr: float = 0.1,
-    seed: int = 0,
-    shift: int = 1,
-    flip: bool = False,
-    bf16: bool = False,
-    device: str | torch.device = "cpu",
-) -> tuple[SmallClassifier, float]:
-    """Train a small classifier to take features from: SGD with Nesterov momentum on one cycle of learning rates.
-
-    Args:
-        data: Labelled images with the splits ``train`` and ``test``.
-        dim: Number of features.
-        widths: Channels of each stage.
-        blocks: Residual blocks a stage.
-        epochs: Passes through the training split.
-        batch_size: Images a step; the last, incomplete batch of an epoch is left out.
-        lr: Largest learning rate.
-        seed: Of the weights, the order and the augmentation.
-        shift: Move images by up to so many pixels, the border mirrored.
-        flip: Mirror images left to right with probability 1/2.
-        bf16: Compute in bfloat16 where autocast does.
-        device: Where to train.
-
-    Returns:
-        The classifier in eval mode on the CPU, with weights rounded to what ``save_classifier`` writes, and its
-        accuracy on the test split, in [0, 1].
-
-    Raises:
-        UsageError: The data have no labels, are no uint8 images, or are fewer than a batch.
-    """
-    images, labels = _gather(data, "train")
-    if len(images) < batch_size:
-        raise UsageError(f"{len(images)} training images are less than batch_size={batch_size}: lower it")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SmallClassifier(data.shape[0], data.classes, dim, widths, blocks).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    steps = len(images) // batch_size
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=generator).split(batch_size)[:steps]:
-            batch = augment(to_unit(images[chosen]), shift, flip, generator).to(device)
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(model(batch), labels[chosen].to(device), label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model = model.half().float().eval().cpu()
-    return model, accuracy(model, *_gather(data, "test"))
-
-
-@torch.no_grad()
-def accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Return the share of uint8 images (N, C, H, W) that are classified as their label (N,), in [0, 1]."""
-    right = [model(to_unit(batch)).argmax(1) for batch in images.split(batch_size)]
-    return (torch.cat(right) == labels).double().mean().item()
-
-
-def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift images (N, C, H, W) by up to ``shift`` pixels each way, mirrored at the border, and flip half of them."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, [shift] * 4, mode="reflect")
-    down, right = torch.randint(2 * shift + 1, (2, n, 1), generator=generator)
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    if flip:
-        columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return rearrange(moved, "n h w c -> n c h w")
-
-
-def _gather(data: ImageSource, split: str) -> tuple[Tensor, Tensor]:
-    """Return all images (N, C, H, W) uint8 and labels (N,) of a split."""
-    batches = [(images, labels) for _, images, labels in data.batches(split, batch_size=500)]
-    images, labels = [images for images, _ in batches], [labels for _, labels in batches if labels is not None]
-    if len(labels) < len(images) or images[0].dtype != torch.uint8:
-        raise UsageError(f"an extractor is fitted to labelled uint8 images, which the {split} split does not hold")
-    return torch.cat(images), torch.cat(labels)

@@ -80,7 +80,7 @@ class Prior(nn.Module, ABC):
         """
         if math.isinf(budget):
             return Plan(_only_adaptive(solver))
-        least = solver.evaluations(1) + extra
+        least = solver.least_evaluations + extra
         if budget < least:
             raise UsageError(f"nfe={budget:g} is below the minimum of {least} for this solver: raise nfe")
         return Plan(solver.steps_within(int(budget) - extra))

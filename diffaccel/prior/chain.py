@@ -186,16 +186,16 @@ class LangevinGibbsPrior(Prior):
             return Plan(super().plan(solver, budget, n, extra).steps, self.skips)
         overhead = self.burn_in_evaluations(n) / n
         available = int(budget - overhead - extra + 1e-9)
-        least = (self.skips or 1) + solver.evaluations(1)
+        least = (self.skips or 1) + solver.least_evaluations
         if available < least:
             minimum = math.ceil((least + extra + overhead) * 100 - 1e-6) / 100  # rounded up, so that it is enough
-            parts = f"{self.skips or 1} chain step(s), {solver.evaluations(1)} of the solver, {extra} after it"
+            parts = f"{self.skips or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
             raise UsageError(
                 f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
                 f"burn-in with {self.chains} chains for n={n}): raise nfe or n, or take fewer chains"
             )
         wanted = self.skips or max(1, round(self.share * available))
-        steps = solver.steps_within(max(solver.evaluations(1), available - wanted))
+        steps = solver.steps_within(max(solver.least_evaluations, available - wanted))
         # What the solver can't use (an even budget for Heun's odd one) goes to the chain, unless its length is set.
         return Plan(steps, self.skips or available - solver.evaluations(steps))
 

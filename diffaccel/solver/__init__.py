@@ -2,13 +2,14 @@
 
 from diffaccel.solver import adaptive, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
-from diffaccel.solver.grid import GRIDS, Grid, Karras, LogSNR, Quadratic, TimeToZero, UniformTime
+from diffaccel.solver.grid import GRIDS, Grid, Karras, Listed, LogSNR, Quadratic, TimeToZero, UniformTime
 
 __all__ = [
     "GRIDS",
     "SOLVERS",
     "Grid",
     "Karras",
+    "Listed",
     "LogSNR",
     "Past",
     "Quadratic",

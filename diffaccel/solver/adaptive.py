@@ -130,6 +130,8 @@ class RK45(Solver):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
+        if self.analytic_first is not None:
+            raise UsageError("solver 'rk45' chooses its own steps: there is no analytic_first, leave it out")
         if not self.tol > 0:
             raise UsageError(f"solver 'rk45': tol is {self.tol}, it must be positive")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
-from diffaccel.process import Prediction
+from diffaccel.process import Prediction, expand
 from diffaccel.registry import Registry
 from diffaccel.solver.grid import GRIDS, Grid, Karras
 
@@ -47,6 +47,29 @@ class Trajectory:
     past: list[Past] = field(default_factory=list)
 
 
+class AnalyticFirst(Denoiser):
+    """A denoiser whose first prediction is that for N(0, std^2 I) data, which takes no evaluation.
+
+    Args:
+        denoiser: Makes the later ones.
+        std: Deviation of the data.
+    """
+
+    def __init__(self, denoiser: Denoiser, std: float) -> None:
+        super().__init__()
+        self.process, self.ratio_range = denoiser.process, denoiser.ratio_range
+        self.denoiser, self.std = denoiser, std
+        self.used = False
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
+        if self.used:
+            return self.denoiser(x_t, t, condition)
+        self.used = True
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        variance = (alpha * self.std).square() + sigma.square()
+        return Prediction(expand(alpha * self.std**2 / variance, x_t) * x_t, expand(sigma / variance, x_t) * x_t)
+
+
 @dataclass(frozen=True)
 class Solver(ABC):
     """Reverse integrator, from each sample's own level to the data.
@@ -54,6 +77,12 @@ class Solver(ABC):
     Attributes:
         grid: Where the steps lie.
         denoise: Whether the last step goes from the grid's least level to ratio 0; if not, it ends at that level.
+        analytic_first: Deviation of the data, to take the first prediction from N(0, analytic_first^2 I) instead of
+            the network, which saves one evaluation; null evaluates. For starts at high levels, where the data are
+            lost in noise (GENIE, arXiv 2210.05475, appendix; 1 there).
+
+    Raises:
+        UsageError: ``analytic_first`` is not positive.
     """
 
     adaptive: ClassVar[bool] = False
@@ -61,27 +90,45 @@ class Solver(ABC):
 
     grid: Grid = Karras()
     denoise: bool = True
+    analytic_first: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.analytic_first is not None and not self.analytic_first > 0:
+            raise UsageError(f"solver: analytic_first is {self.analytic_first}, it must be positive, or null")
 
     @abstractmethod
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         """Go from states ``x_t`` (B, C, H, W) at times ``t`` (B,) to ``s`` (B,), s < t."""
 
+    def predictions(self, steps: int) -> int:
+        """Predictions per sample that ``steps`` steps ask for."""
+        return steps
+
     def evaluations(self, steps: int) -> int:
         """Network evaluations per sample that ``steps`` steps take."""
-        return steps
+        return self.predictions(steps) - (self.analytic_first is not None)
+
+    @property
+    def least_steps(self) -> int:
+        """Fewest steps that use the network at all."""
+        return 1 if self.evaluations(1) else 2
+
+    @property
+    def least_evaluations(self) -> int:
+        """Evaluations of ``least_steps`` steps."""
+        return self.evaluations(self.least_steps)
 
     def steps_within(self, evaluations: int) -> int:
         """Return the largest number of steps that takes at most ``evaluations``.
 
         Raises:
-            UsageError: Not even one step fits.
+            UsageError: Not even the fewest steps fit.
         """
-        if evaluations < self.evaluations(1):
+        if evaluations < self.least_evaluations:
             raise UsageError(
-                f"{type(self).__name__} needs {self.evaluations(1)} evaluation(s) for one step, {evaluations} are left:"
-                " raise nfe"
+                f"{type(self).__name__} needs {self.least_evaluations} evaluation(s), {evaluations} are left: raise nfe"
             )
-        steps = 1
+        steps = self.least_steps
         while self.evaluations(steps + 1) <= evaluations:
             steps += 1
         return steps
@@ -104,6 +151,8 @@ class Solver(ABC):
             UsageError: A start level out of the trained range, or NaN from the network.
         """
         denoiser.check_range(denoiser.process.ratio(t.double()))
+        if self.analytic_first is not None:
+            denoiser = AnalyticFirst(denoiser, self.analytic_first)
         times = self.grid(denoiser.process, t, steps, self.denoise)
         trajectory = Trajectory(noise, steps)
         for i, (now, then) in enumerate(pairwise(times)):

@@ -114,6 +114,7 @@ class DEIS(Solver):
     max_order: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_order not in (1, 2, 3, 4):
             raise UsageError(f"solver 'deis': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
 

@@ -5,7 +5,8 @@ A grid gives times of shape (steps + 1, B) in float64. With ``denoise`` its last
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,6 +71,36 @@ class LogSNR(Grid):
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
         start = start.clamp_max(self.ratio_cap)
         return process.time(start * (stop / start) ** fraction)
+
+
+@GRIDS.register("listed")
+@dataclass(frozen=True)
+class Listed(LogSNR):
+    """Levels at given fractions of the way in ln(ratio), as `diffaccel search` finds them for a number of steps.
+
+    Relative to the ends, so that a list found from one start is valid from any; joined by straight lines, so that it
+    is valid for any number of steps.
+
+    Attributes:
+        fractions: From 0, the start, up to 1, ``ratio_min``.
+
+    Raises:
+        UsageError: The fractions don't rise from 0 to 1.
+    """
+
+    fractions: list[float] = field(default_factory=lambda: [0.0, 1.0])
+
+    def __post_init__(self) -> None:
+        given = self.fractions
+        if len(given) < 2 or given[0] != 0 or given[-1] != 1 or any(a >= b for a, b in pairwise(given)):
+            raise UsageError(f"grid 'listed': fractions is {given}, it must rise from 0 to 1")
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        nodes = torch.tensor(self.fractions, dtype=fraction.dtype, device=fraction.device)
+        position = fraction * (len(nodes) - 1)
+        below = position.floor().clamp_max(len(nodes) - 2).long()
+        fraction = torch.lerp(nodes[below], nodes[below + 1], position - below)
+        return super().interpolate(process, start, stop, fraction)
 
 
 @GRIDS.register("time")

@@ -58,6 +58,7 @@ class IPNDM(Solver):
     max_order: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_order not in _ADAMS_BASHFORTH:
             raise UsageError(f"solver 'ipndm': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
 

@@ -33,6 +33,7 @@ class DDIM(Solver):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise UsageError(f"solver 'ddim': eta is {self.eta}, it must lie in [0, 1]")
 
@@ -67,7 +68,7 @@ class Heun(Solver):
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1
     """
 
-    def evaluations(self, steps: int) -> int:  # noqa: D102
+    def predictions(self, steps: int) -> int:  # noqa: D102
         return 2 * steps - 1 if self.denoise else 2 * steps
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102

@@ -103,12 +103,13 @@ class PredictorCorrector(ReverseDiffusion):
     corrector_steps: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.snr > 0:
             raise UsageError(f"solver 'pc': snr is {self.snr}, it must be positive")
         if self.corrector_steps < 0:
             raise UsageError(f"solver 'pc': corrector_steps is {self.corrector_steps}, it must be 0 or more")
 
-    def evaluations(self, steps: int) -> int:  # noqa: D102
+    def predictions(self, steps: int) -> int:  # noqa: D102
         return steps * (1 + self.corrector_steps)
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102

@@ -1,0 +1,238 @@
+"""The search: its draws, its grids, what it finds, and that nothing is measured twice."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffaccel.__main__ import main
+from diffaccel.config import load
+from diffaccel.denoiser import FiniteSetDenoiser, MixtureDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.evaluator import Evaluator
+from diffaccel.noise import NoiseStreams
+from diffaccel.process import Decoupled, EDMVarianceExploding, Process, VariancePreserving
+from diffaccel.report import read_points
+from diffaccel.search import check_space, draw
+from diffaccel.solver import SOLVERS, Listed, LogSNR
+from diffaccel.solver.searched import FineTrajectory
+
+OWN = {"prior": {"name": "gaussian"}, "solver": {"name": "heun", "grid": {"name": "karras", "rho": 5.0}}}
+SPACE = {
+    "prior.ratio_star": [20, 40],
+    "solver.name": ["heun", "ipndm"],
+    "solver.max_order": [2, 3],
+    "solver.grid.name": ["karras", "log_snr", "listed"],
+    "solver.grid.rho": {"low": 3, "high": 15},
+    "solver.grid.ratio_min": {"low": 0.01, "high": 0.1, "log": True},
+    "gamma": [1.0, 1.2],
+}
+TOY = (
+    "search.space={prior.ratio_star: [80, 40, 20], solver.name: [heun, dpmpp2m, ddim], solver.grid: [karras, log_snr]}"
+)
+QUICK = ["nfe=[5,8]", "n=400", "seed=7", "search.trials=6", "search.images=[50,100]", "search.keep=0.34"]
+
+
+# Draws
+
+
+def test_draws_are_seeded_and_have_only_keys_of_their_parts():
+    first, again = ([draw(SPACE, OWN, rng) for _ in range(60)] for rng in map(np.random.default_rng, (3, 3)))
+    assert first == again
+    kinds = set()
+    for drawn in first:
+        solver, grid = drawn["solver"], drawn["solver"]["grid"]
+        assert ("max_order" in solver) == (solver["name"] == "ipndm")
+        assert set(grid) == {"karras": {"name", "rho", "ratio_min"}, "log_snr": {"name", "ratio_min"},
+                             "listed": {"name", "gamma"}}[grid["name"]]  # fmt: skip
+        assert drawn["prior"]["ratio_star"] in (20, 40)
+        assert 3 <= grid.get("rho", 5) <= 15 and 0.01 <= grid.get("ratio_min", 0.05) <= 0.1
+        kinds.add((solver["name"], grid["name"]))
+    assert len(kinds) == 6
+    assert OWN["solver"] == {"name": "heun", "grid": {"name": "karras", "rho": 5.0}}  # nobody wrote into it
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
+     ({"solver.grid.rho": {"low": 1}}, "rho="), ({"solver.nam": ["heun"]}, "did you mean 'name'"),
+     ({"solver.name": ["heunn"]}, "did you mean 'heun'"), ({"solver.grid.name": ["karass"]}, "'karras'"),
+     ({"prior.chain": [3]}, "did you mean 'chains'"), ({}, "no search.space")],
+)  # fmt: skip
+def test_a_mistake_in_the_space(space: dict[str, object], named: str):
+    with pytest.raises(UsageError, match=named):
+        check_space(space)
+    check_space(SPACE)
+
+
+# Grids
+
+
+def mixture(process: Process) -> MixtureDenoiser:
+    means = torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(1)).double()
+    return MixtureDenoiser(means, 0.01, process=process)
+
+
+def starts(process: Process, ratio: float, n: int = 32) -> tuple[Tensor, Tensor]:
+    t = process.time(torch.full((n,), ratio, dtype=torch.float64))
+    z = torch.randn(n, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return process.sigma(t)[:, None, None, None] * z, t
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.2])
+@pytest.mark.parametrize("denoise", [True, False])
+def test_dynamic_programming_finds_the_best_of_all_paths(gamma: float, denoise: bool):
+    process = EDMVarianceExploding()
+    fine = FineTrajectory(mixture(process), *starts(process, 40.0), levels=10)
+    last = 10 if denoise else 9
+    for steps in (1, 2, 3, 5):
+        paths = [(0, *middle, last) for middle in itertools.combinations(range(1, last), steps - 1)]
+        costs = [
+            sum(gamma**k * fine.cost[i, j].item() for k, (i, j) in enumerate(itertools.pairwise(path)))
+            for path in paths
+        ]
+        assert tuple(fine.path(steps, gamma, denoise)) == paths[int(np.argmin(costs))]
+    with pytest.raises(UsageError, match="take more levels"):
+        fine.path(last + 1, gamma, denoise)
+
+
+def test_one_data_point_has_straight_trajectories():
+    """y is linear in rho there, so that no Euler step costs anything."""
+    process = VariancePreserving()
+    denoiser = FiniteSetDenoiser(torch.ones(1, 2, 2, 2, dtype=torch.float64), process)
+    fine = FineTrajectory(denoiser, *starts(process, 40.0), levels=12)
+    assert fine.cost[fine.cost.isfinite()].max() < 1e-12
+    assert fine.cost.isfinite().sum() == 12 * 13 / 2
+
+
+@pytest.mark.parametrize("process", [EDMVarianceExploding(), VariancePreserving()], ids=repr)
+def test_a_searched_grid_beats_the_usual_ones(process: Process):
+    """Euler's error against a fine solution, on starts that the search has not seen."""
+    denoiser = mixture(process)
+    (seen, x), (seen_t, t) = (tensor.chunk(2) for tensor in starts(process, 40.0, 256))
+    grid = FineTrajectory(denoiser, seen, seen_t, spacing=LogSNR(ratio_min=0.01)).grid(8, gamma=1.0)
+    assert isinstance(grid, Listed) and len(grid.fractions) == 8 and grid.ratio_min >= 0.01
+    noise = NoiseStreams(0, range(len(x)))
+    fine = SOLVERS.build({"name": "heun", "grid": {"name": "log_snr", "ratio_min": 0.001}})
+    exact = fine(denoiser, x, t, noise, 400)
+
+    def error(**keys: object) -> float:
+        found = SOLVERS.build({"name": "euler", **keys})(denoiser, x, t, noise, 8)
+        return (found - exact).square().mean().sqrt().item()
+
+    searched = error(grid={"name": "listed", "ratio_min": grid.ratio_min, "fractions": grid.fractions})
+    usual = [error(grid={"name": name, "ratio_min": low}) for name in ("karras", "log_snr") for low in (0.002, 0.05)]
+    assert searched < 0.8 * min(usual)
+
+
+def test_no_grid_from_infinite_ratio():
+    t = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(UsageError, match=r"set prior.ratio_star"):
+        FineTrajectory(mixture(Decoupled()), torch.zeros(2, 2, 2, 2, dtype=torch.float64), t)
+
+
+# The search
+
+
+@pytest.fixture(autouse=True)
+def plain(undrawn: None, monkeypatch: pytest.MonkeyPatch):
+    """No kernel distance, which costs more than the points of tests."""
+    monkeypatch.setattr("diffaccel.evaluator.KernelDistance.compute", lambda self: torch.tensor(0.0))
+
+
+def trials(out: Path) -> list[dict]:
+    return read_points(out / "trials.jsonl")
+
+
+def test_the_winner_is_the_best_of_the_last_round_and_an_experiment(tmp_path: Path):
+    assert main(["search", "toy/edm", TOY, *QUICK, f"out={tmp_path}"]) == 0
+    found = trials(tmp_path)
+    config = load(str(tmp_path / "best.yaml"))
+    for budget in (5, 8):
+        rounds = [[trial for trial in found if (trial["nfe_budget"], trial["n"]) == (budget, n)] for n in (50, 100)]
+        assert [len(trials) for trials in rounds] == [6, 3]
+        assert len({json.dumps(trial["drawn"]) for trial in rounds[0]}) == 6
+        scores = sorted((trial["metrics"]["fd_identity"], json.dumps(trial["drawn"])) for trial in rounds[0])
+        assert {drawn for _, drawn in scores[:3]} == {json.dumps(trial["drawn"]) for trial in rounds[1]}
+        best = min(rounds[1], key=lambda trial: trial["metrics"]["fd_identity"])
+        assert config.at(budget)["solver"] | best["settings"]["solver"] == config.at(budget)["solver"]
+        assert all(trial["nfe"] <= budget for trial in [*rounds[0], *rounds[1]])
+    assert main(["bench", str(tmp_path / "best.yaml"), "nfe=[5,8]", "n=40", "logger=none", f"out={tmp_path}"]) == 0
+    points = read_points(tmp_path / "points.jsonl")
+    assert [point["settings"]["solver"] for point in points] == [config.at(budget)["solver"] for budget in (5, 8)]
+    assert all(point["tuned"] for point in points)
+
+
+def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A search that is interrupted goes on, and ends as one that is not."""
+    words = ["search", "toy/edm", TOY, *QUICK]
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    measure, calls = Evaluator.measure, itertools.count()
+
+    def interrupted(self, *args):
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return measure(self, *args)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    assert main([*words, f"out={tmp_path / 'parts'}"]) == 130
+    assert len(trials(tmp_path / "parts")) == 10
+    assert main([*words, f"out={tmp_path / 'parts'}"]) == 0
+    assert next(calls) - 1 == len(trials(tmp_path / "parts")) == 18
+
+    def essence(out: Path) -> list:
+        return [(trial["drawn"], trial["n"], trial["metrics"]) for trial in trials(out)]
+
+    assert essence(tmp_path / "parts") == essence(tmp_path / "whole")
+    assert load(str(tmp_path / "parts" / "best.yaml")).by_nfe == load(str(tmp_path / "whole" / "best.yaml")).by_nfe
+
+
+def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path):
+    """So that burn-in takes the share of the budget that it will take, and chains are as long."""
+    space = "search.space={prior.eta: [0.5, 1.0], prior.chains: [20, 40]}"
+    words = ["nfe=[40]", "n=400", "search.trials=4", "search.images=[100]", "chains=40"]
+    assert main(["search", "toy/dlg", space, *words, f"out={tmp_path}"]) == 0
+    assert all(38 < trial["nfe"] <= 40 for trial in trials(tmp_path))
+
+
+def test_a_setting_that_fails_is_noted_and_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measure = Evaluator.measure
+
+    def failing(self, trainer, method, budget, plan):
+        if type(method.solver).__name__ == "DDIM":
+            raise UsageError("the chain turned to NaN")
+        return measure(self, trainer, method, budget, plan)
+
+    monkeypatch.setattr(Evaluator, "measure", failing)
+    assert main(["search", "toy/edm", TOY, *QUICK, "search.trials=9", f"out={tmp_path}"]) == 0
+    failed = [trial for trial in trials(tmp_path) if trial["drawn"]["solver"]["name"] == "ddim"]
+    assert failed and all(trial["error"] == "the chain turned to NaN" for trial in failed)
+    assert all(entry["solver"]["name"] != "ddim" for entry in load(str(tmp_path / "best.yaml")).by_nfe.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["search.trials=0"], "search: trials"), (["search.keep=1.5"], "search: trials"), (["nfe=5.5"], "whole budgets"),
+     (["search.space={solver.nam: [heun]}"], "nam"), (["search.space={}"], "no search.space")],
+)  # fmt: skip
+def test_a_mistake_is_named_before_anything_is_measured(tmp_path: Path, words: list[str], named: str, capsys):
+    space = [] if any("space" in word for word in words) else [TOY]
+    assert main(["search", "toy/edm", *space, *words, f"out={tmp_path}"]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "trials.jsonl").exists()
+
+
+def test_a_searched_grid_is_written_out(tmp_path: Path):
+    space = "search.space={solver.grid.name: [listed], gamma: [1.0, 1.1, 1.2]}"
+    assert main(["search", "toy/edm", space, *QUICK, "search.trials=3", f"out={tmp_path}"]) == 0
+    listed = [trial for trial in trials(tmp_path) if trial["drawn"]["solver"].get("grid")]
+    assert listed
+    for trial in listed:
+        grid = trial["settings"]["solver"]["grid"]
+        assert set(grid) == {"name", "ratio_min", "fractions"} and math.isfinite(trial["metrics"]["fd_identity"])
+        assert isinstance(SOLVERS.build(trial["settings"]["solver"]).grid, Listed)
