@@ -143,7 +143,7 @@ def fit(config: Any) -> None:
     if config.reference and Path(config.reference).is_file():
         for budget in config.nfe:
             method.plan(budget, config.n)
-        evaluator = experiment.build_evaluator(config, method)
+        evaluator = experiment.build_evaluator(config, method, measured=False)
         callbacks.append(evaluator)
     else:
         console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")

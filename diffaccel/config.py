@@ -131,6 +131,8 @@ class Config:
     """Folder to write to; runs/<data>/<method> by default."""
     resume: str | None = None
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    again: bool = False
+    """Measure points that OUT has already once more."""
     dry_run: bool = False
     """Print the plan, its cost and memory; measure nothing."""
     format: str = "png"

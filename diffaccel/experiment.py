@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import nn
 
+from diffaccel import __version__
 from diffaccel.checkpoint import Checkpointer
 from diffaccel.config import Config, find, to_yaml
 from diffaccel.data import SOURCES, DataModule
@@ -144,8 +145,31 @@ def build_extractor(config: Config) -> Extractor:
     return EXTRACTORS.build(config.extractor)
 
 
-def build_evaluator(config: Config, method: Diffusion) -> Evaluator:
+def identify(config: Config, extractor: Extractor, reference: Reference, floor: Reference | None) -> dict[str, Any]:
+    """Say all that a point follows from besides budget and settings: a point of the same is not measured twice."""
+    keys = ("method", "shape", "process", "network", "denoiser", "n", "seed", "batch_size", "precision", "compile")
+    weights = {
+        name: file_sha256(Path(path)) if path and Path(path).is_file() else None
+        for name, path in (("denoiser", config.checkpoint), ("posterior", config.posterior.get("checkpoint")))
+    }
+    return {
+        **{key: getattr(config, key) for key in keys},
+        "posterior": {key: value for key, value in config.posterior.items() if key != "checkpoint"},
+        "weights": weights,
+        "extractor": extractor.sha256,
+        "reference": reference.sha256,
+        "floor": floor and floor.sha256,
+        "version": __version__,
+    }
+
+
+def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
     """Build the evaluation callback.
+
+    Args:
+        config: The run's.
+        method: What is measured.
+        measured: Whether with the weights that the configuration names, and not with some in training.
 
     Raises:
         UsageError: The extractor's weights or the reference are missing or don't fit each other.
@@ -173,6 +197,8 @@ def build_evaluator(config: Config, method: Diffusion) -> Evaluator:
             "checkpoint": describe_checkpoint(config),
         },
         settings=config.at,
+        identity=identify(config, extractor, reference, floor) if measured else None,
+        again=config.again,
         discrete=config.data["name"] != "toy",
     )
 
@@ -192,7 +218,7 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.seed,
         find(config.experiment),
         prior=lambda node: build_prior(node, posterior),
-        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method),
+        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
 
 

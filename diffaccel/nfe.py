@@ -32,6 +32,7 @@ class EvaluationCounter:
 
     Args:
         networks: Name -> module.
+        flops: Those known of an earlier counter, which are not measured again.
 
     Attributes:
         evaluations: Samples per network, burn-in included.
@@ -40,11 +41,11 @@ class EvaluationCounter:
             additions apart, matrix products and convolutions only, as ``torch.utils.flop_counter`` counts).
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], flops: Mapping[str, float] | None = None) -> None:
         self.networks = dict(networks)
         self.evaluations: Counter[str] = Counter()
         self.burn_in: Counter[str] = Counter()
-        self.flops: dict[str, float] = {}
+        self.flops = dict(flops or {})
         self._stack = ExitStack()
 
     def __enter__(self) -> "EvaluationCounter":

@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: bool = False) -> Evaluator:
     """Bench an experiment as the command line does; unless ``whole``, draw nothing and take KID to few real points."""
-    config = load(name, [*QUICK, f"out={out}", *words])
+    config = load(name, [*QUICK, f"out={out}", "again=true", *words])
     method = experiment.build_method(config).eval()
     evaluator = experiment.build_evaluator(config, method)
     if plan is not None:

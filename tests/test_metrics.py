@@ -10,7 +10,16 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.image.kid import poly_mmd
 
 from diffaccel.errors import UsageError
-from diffaccel.metrics import FrechetDistance, KernelDistance, Moments, MomentSums, frechet_distance, jackknife
+from diffaccel.metrics import (
+    FrechetDistance,
+    KernelDistance,
+    KernelReference,
+    Moments,
+    MomentSums,
+    frechet_distance,
+    jackknife,
+    kernel,
+)
 
 
 def gaussian(n: int, dim: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -84,6 +93,35 @@ def test_jackknife_removes_the_bias_and_knows_its_error():
     assert fd.mean() - true > 10 * fd.std() / 24**0.5
     assert (fd_inf.mean() - true).abs() < 3 * fd_inf.std() / 24**0.5
     assert 0.6 < se.mean() / fd_inf.std() < 1.6
+
+
+@pytest.mark.parametrize(("dim", "n", "true", "repeats"), [(64, 500, 0.771, 60), (256, 2500, 9.95, 20)])
+def test_bias_limit_and_error_at_the_sizes_of_use(dim, n, true, repeats):
+    """Correlations of two decades, an exact reference, standard deviations 1.2 times its own, and a shift of the mean.
+
+    By second-order perturbation of the root the plain distance is biased by
+
+        (tr C + 1/2 sum_ij (1 + [i = j]) mu_i mu_j / (mu_i + mu_j)) / n,    mu^2 = eigenvalues of C C_r
+    """
+    variance = torch.logspace(0, -2, dim, dtype=torch.float64)
+    shift = ((true - 0.2**2 * variance.sum()) / dim).sqrt()
+    mu = 1.2 * variance
+    harmonic = torch.outer(mu, mu) / (mu[:, None] + mu)
+    bias = (1.2**2 * variance.sum() + (harmonic.sum() + harmonic.trace()) / 2) / n
+    reference = Moments(10**9, torch.zeros(dim), variance.diag())
+    results = []
+    for seed in range(repeats):
+        noise = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        features = shift + 1.2 * variance.sqrt() * noise
+        results.append(torch.stack(scored(features, reference, batch=n // 20).compute()))
+    fd, fd_inf, se = torch.stack(results).unbind(1)
+    by_chance = 3 * fd.std() / repeats**0.5
+    assert abs(fd.mean() - true - bias) < by_chance + 0.05 * bias
+    assert abs(fd_inf.mean() - true) < by_chance + 0.03 * bias
+    assert bias > 5 * fd.std()
+    assert fd_inf.std() < 1.2 * fd.std(), "taking the bias away costs next to no variance"
+    chance = 3 * (1 / (2 * (repeats - 1)) + 1 / (18 * repeats)) ** 0.5
+    assert se.square().mean().sqrt() == pytest.approx(fd_inf.std().item(), rel=chance)
 
 
 def test_jackknife_of_equal_blocks_is_the_textbook_one():
@@ -189,6 +227,24 @@ def test_kernel_distance_is_torchmetrics_on_one_subset_of_all():
     assert metric.compute().item() == pytest.approx(poly_mmd(x.double(), y.double()).item(), rel=1e-11)
 
 
+def test_the_references_own_term_is_taken_once(monkeypatch: pytest.MonkeyPatch):
+    """And with it a distance is what it is with the features alone."""
+    y, of_itself = gaussian(90, 6, seed=2).float(), []
+    mean_off_diagonal = kernel.mean_off_diagonal
+    monkeypatch.setattr(
+        kernel, "mean_off_diagonal", lambda x, rows: (of_itself.append(len(x)), mean_off_diagonal(x, rows))[1]
+    )
+    shared = KernelReference(y)
+    for seed in (3, 4):
+        x, values = gaussian(80, 6, seed).float(), []
+        for reference in (shared, y):
+            metric = KernelDistance(6, reference)
+            metric.update(x, 0)
+            values.append(metric.compute())
+        assert values[0] == values[1]
+    assert of_itself.count(90) == 3, "one for what is shared, two without"
+
+
 def test_kernel_distance_is_unbiased_and_not_clamped():
     values = []
     for seed in range(20):
@@ -223,6 +279,8 @@ def test_what_does_not_fit_is_refused():
         Moments.from_features(reference[:1])
     with pytest.raises(UsageError, match="at least 2"):
         KernelDistance(3, reference[:1])
+    with pytest.raises(UsageError, match=r"shape \(50, 3\), not \(n, 4\)"):
+        KernelDistance(4, KernelReference(reference))
 
 
 def test_reset_starts_anew():

@@ -114,6 +114,10 @@ class Diffusion(TrainedModule):
         """Make what a group's batches share (a chain's state, after burn-in)."""
         return self.prior.open(self.denoiser, seed, group, self.shape)
 
+    def restore(self, seed: int, group: Group, saved: Any) -> Any:
+        """Make it anew from what its ``state_dict`` gave after some of the group's batches."""
+        return self.prior.restore(self.denoiser, seed, group, self.shape, saved)
+
     @torch.no_grad()
     def sample(self, seed: int, group: Group, plan: Plan, state: Any = None) -> Iterator[tuple[range, Tensor]]:
         """Make a group's images, batch by batch.

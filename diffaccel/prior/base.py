@@ -62,6 +62,10 @@ class Prior(nn.Module, ABC):
         """Make what a group's batches share, burn-in included; None for independent images."""
         return None
 
+    def restore(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...], saved: Any) -> Any:
+        """Make that again as it was after some of the batches, from its ``state_dict``; no evaluations."""
+        return None
+
     def burn_in_evaluations(self, n: int) -> int:
         """Evaluations spent on burn-in for n images in all."""
         return 0

@@ -201,11 +201,21 @@ class LangevinGibbsPrior(Prior):
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
         """Start a group's chains: integrate pure noise, add some noise back, warm up."""
-        noise = NoiseStreams(seed, group[0], "chain")
-        empty = torch.empty(len(noise), *shape, device=denoiser.device)
-        state = ChainState(empty, torch.empty(len(noise), dtype=torch.float64, device=denoiser.device), noise)
+        state = self._empty(denoiser, seed, group, shape)
         self._start(denoiser, state)
         return state
+
+    def restore(  # noqa: D102
+        self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...], saved: Mapping[str, Any]
+    ) -> ChainState:
+        state = self._empty(denoiser, seed, group, shape)
+        state.load_state_dict(saved)
+        return state
+
+    def _empty(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
+        noise, device = NoiseStreams(seed, group[0], "chain"), denoiser.device
+        ratio = torch.empty(len(noise), dtype=torch.float64, device=device)
+        return ChainState(torch.empty(len(noise), *shape, device=device), ratio, noise)
 
     @torch.no_grad()
     def _start(self, denoiser: Denoiser, state: ChainState) -> None:

@@ -1,0 +1,7 @@
+"""The evaluation callback, what it leaves on the way, and what a point's images add up to."""
+
+from diffaccel.evaluator.callback import Evaluator, comparable
+from diffaccel.evaluator.partial import Chunk, Partial
+from diffaccel.evaluator.scores import BLOCKS, Scores, to_uint8
+
+__all__ = ["BLOCKS", "Chunk", "Evaluator", "Partial", "Scores", "comparable", "to_uint8"]

@@ -1,0 +1,120 @@
+"""What is done of a point, on disk: whatever kills a run, the next one goes on from here.
+
+Every batch leaves a file, written whole or not at all, and a chain the state it is in after it. Batches are the same
+for any number of processes, so a point may be finished by another number than it was begun with.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.prior import Group
+
+
+@dataclass
+class Chunk:
+    """What a batch of images leaves.
+
+    Attributes:
+        indices: Of the images, (b,) int64.
+        features: (b, dim) float32, which is what extractors compute in.
+        digests: SHA-256 of each image, (b, 32) uint8.
+        shown: Those of the images that the sample grid shows, (s, C, H, W).
+        rank: Process that made them.
+        evaluations: Samples by network, burn-in included.
+        burn_in: The part of them spent in burn-in.
+        flops: Of one sample by network.
+        sampling: Seconds for making the images.
+        scoring: Seconds for their features.
+        trace: What a chain recorded in this round.
+    """
+
+    indices: Tensor
+    features: Tensor
+    digests: Tensor
+    shown: Tensor
+    rank: int
+    evaluations: dict[str, int]
+    burn_in: dict[str, int]
+    flops: dict[str, float]
+    sampling: float
+    scoring: float
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Partial:
+    """The batches done of one point.
+
+    Args:
+        folder: Where they lie; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def done(self, group: Group, chained: bool) -> tuple[list[Chunk], dict[str, Any] | None]:
+        """Return what is done of a group: its leading batches, and its chains' state after the last of them.
+
+        Args:
+            group: The batches.
+            chained: Whether they are rounds of chains. Then only as many count as the state knows of: a run that was
+                killed between the two files makes the last batch again.
+        """
+        state = self._read(self._state(group)) if chained else None
+        if chained and state is None:
+            return [], None
+        chunks: list[Chunk] = []
+        for indices in group[: state["rounds"]] if state else group:
+            content = self._read(self._chunk(indices))
+            if content is None:
+                break
+            chunks.append(Chunk(**content))
+        if state and len(chunks) < state["rounds"]:
+            return [], None  # someone removed files: a chain can't go back to where they end
+        return chunks, state and state["state"]
+
+    def save(self, group: Group, number: int, chunk: Chunk, state: dict[str, Any] | None) -> None:
+        """Write the chunk of a group's batch of this number, then the chain's state after it."""
+        if self.folder is None:
+            return
+        self._write(self._chunk(group[number]), asdict(chunk))
+        if state is not None:
+            self._write(self._state(group), {"rounds": number + 1, "state": state})
+
+    def clear(self) -> None:
+        """Remove everything: the point is measured."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _chunk(self, indices: Sequence[int]) -> Path | None:
+        return self.folder and self.folder / f"images_{indices[0]:08d}.pt"
+
+    def _state(self, group: Group) -> Path | None:
+        return self.folder and self.folder / f"chains_{group[0][0]:08d}.pt"
+
+    @staticmethod
+    def _write(path: Path | None, content: dict[str, Any]) -> None:
+        assert path is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        torch.save(content, part)
+        part.replace(path)
+
+    @staticmethod
+    def _read(path: Path | None) -> dict[str, Any] | None:
+        if path is None or not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises what the bytes lead it to
+            raise UsageError(
+                f"{path} is damaged ({error!r:.80}): remove the folder, and the point starts anew"
+            ) from None
+        return content

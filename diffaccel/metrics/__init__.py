@@ -1,0 +1,35 @@
+"""Scores of sets of images, from one pass over their features.
+
+Everything is float64: MPS has none, keep the metrics on the CPU there.
+"""
+
+from diffaccel.metrics.frechet import Frechet, FrechetDistance, frechet_distance, jackknife
+from diffaccel.metrics.kernel import KernelDistance, KernelReference, kernel_sum, mean_off_diagonal
+from diffaccel.metrics.manifold import Manifold, manifold_scores
+from diffaccel.metrics.memorisation import Memorisation, memorised
+from diffaccel.metrics.moments import Moments, MomentSums, all_reduce, check_features
+from diffaccel.metrics.neighbours import Neighbours, distances, nearest
+from diffaccel.metrics.paired import paired_difference
+
+__all__ = [
+    "Frechet",
+    "FrechetDistance",
+    "KernelDistance",
+    "KernelReference",
+    "Manifold",
+    "Memorisation",
+    "MomentSums",
+    "Moments",
+    "Neighbours",
+    "all_reduce",
+    "check_features",
+    "distances",
+    "frechet_distance",
+    "jackknife",
+    "kernel_sum",
+    "manifold_scores",
+    "mean_off_diagonal",
+    "memorised",
+    "nearest",
+    "paired_difference",
+]
