@@ -19,6 +19,7 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
   diffaccel bench EXPERIMENT nfe=[5,10,20] n=5000   measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
   diffaccel search EXPERIMENT nfe=[5,10] seed=7     find the best prior and solver for each budget, in search.trials
+  diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
   diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
   diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
 
@@ -33,7 +34,7 @@ Keys may be set on the command line; the frequent ones:
   checkpoint=FILE          weights of the denoiser
   batch_size= precision= threads= devices= accelerator=
   images=1000000 limit=64  training length; use only the first images of the data
-  logger=wandb|csv|none    W&B writes offline unless wandb_mode=online
+  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online
   out=DIR                  runs/<data>/<method> by default
   dry_run=true             print the plan and its cost; measure nothing
 """
@@ -60,17 +61,30 @@ def main(arguments: list[str] | None = None) -> int:
         "reference": reference,
     }
     verb = words.pop(0)
+    if verb == "compare" and not {"-h", "--help", "help"} & set(words):
+        return _guarded(lambda: compare(words))
     experiment = words.pop(0) if words and "=" not in words[0] else None
-    try:
+    if verb in verbs and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
+        print(HELP)
+        return 0
+
+    def run() -> None:
         if verb not in verbs:
-            raise UsageError(f"no command is called {verb!r}{suggest(verb, verbs)} (see `diffaccel help`)")
-        if experiment == "help" or {"-h", "--help"} & {experiment, *words}:
-            print(HELP)
-            return 0
+            raise UsageError(
+                f"no command is called {verb!r}{suggest(verb, [*verbs, 'compare'])} (see `diffaccel help`)"
+            )
         _quiet()
         from diffaccel.config import load
 
         verbs[verb](load(experiment, words))
+
+    return _guarded(run)
+
+
+def _guarded(run: Callable[[], None]) -> int:
+    """Run, and turn what a user can mend, or did, into one line and an exit status."""
+    try:
+        run()
     except UsageError as error:
         console.print(f"diffaccel: {error}", style="red", markup=False)
         return 2
@@ -82,11 +96,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def compare(words: list[str]) -> None:
+    """Print the points of several runs side by side, and write a page of them."""
+    from diffaccel import compare as comparison
+
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    if unknown := sorted(options.keys() - {"out"}):
+        raise UsageError(f"compare has no key {unknown[0]!r}{suggest(unknown[0], ['out'])}")
+    rows = comparison.compare([word for word in words if "=" not in word])
+    out = Path(options.get("out", "runs/compare"))
+    comparison.write(rows, out)
+    comparison.show(rows)
+    print(f"index.html, curve.png and compare.csv are in {out}")
+
+
 def bench(config: Any) -> None:
     """Measure the configured budgets with the configured weights."""
     from torch.utils.data import DataLoader
 
     from diffaccel import experiment
+    from diffaccel.terminal import print_points
 
     method = experiment.build_method(config, load=not config.dry_run)
     plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
@@ -104,7 +133,7 @@ def bench(config: Any) -> None:
     finally:
         _finish(config)
     if trainer.is_global_zero:
-        _report(evaluator)
+        print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
 
 
 def search(config: Any) -> None:
@@ -128,6 +157,7 @@ def search(config: Any) -> None:
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
     from diffaccel import experiment
+    from diffaccel.terminal import print_points
 
     if config.method_name == "extractor":
         _fit_extractor(config)
@@ -145,6 +175,11 @@ def fit(config: Any) -> None:
             method.plan(budget, config.n)
         evaluator = experiment.build_evaluator(config, method, measured=False)
         callbacks.append(evaluator)
+        if config.training.evaluate_every is not None:
+            for budget in config.nfe:
+                method.plan(budget, config.training.evaluate_n)
+        if config.training.keep_best is not None:
+            callbacks.append(experiment.build_best(config, evaluator))
     else:
         console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
     experiment.write_config(config)
@@ -158,7 +193,7 @@ def fit(config: Any) -> None:
     if config.method_name == "dlg":
         _report_acceptance(config, method, data)
     if evaluator is not None:
-        _report(evaluator)
+        print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
 
 
@@ -258,36 +293,6 @@ def _report_acceptance(config: Any, method: Any, data: Any) -> None:
         f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}",
         markup=False,
     )
-
-
-def _report(evaluator: Any) -> None:
-    """Print the points, and where the files are, last."""
-    from rich.table import Table
-
-    if not evaluator.points:
-        return
-    name = evaluator.extractor.metric_name
-    table = Table(box=None, header_style="bold")
-    for column in ("budget", "nfe", "burn-in", f"{name}@{evaluator.n}", "se", f"{name}_inf", "kid", "s/image"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for point in evaluator.points:
-        metrics = point["metrics"]
-        table.add_row(
-            "-" if point["nfe_budget"] is None else f"{point['nfe_budget']:g}",
-            f"{point['nfe']:.4g}",
-            f"{point['nfe_burn_in']:.3g}",
-            *(f"{metrics.get(key, float('nan')):.4g}" for key in (name, f"{name}_se", f"{name}_inf", "kid")),
-            f"{point['seconds_per_image']:.3g}",
-        )
-    wide = Console()
-    wide.width = max(wide.width, 100)  # a pipe has 80 columns, which cut the names of metrics
-    wide.print(table)
-    if any(point["nfe"] < (point["nfe_budget"] or 0) - 1e-9 for point in evaluator.points):
-        print("a budget that can't be met exactly was rounded down")
-    if f"{name}_floor" in evaluator.points[-1]["metrics"]:
-        floor, n = evaluator.points[-1]["metrics"][f"{name}_floor"], evaluator.points[-1]["floor"]["n"]
-        print(f"floor: {n} held-out real images are at {name} {floor:.4g}")
-    print(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {evaluator.out}")
 
 
 def _finish(config: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 
 from diffaccel import __version__
-from diffaccel.methods import DenoisingLangevinGibbs, Diffusion
+from diffaccel.evaluator.logs import log_weights
+from diffaccel.methods import Diffusion
 from diffaccel.weights import save_weights
 
 
@@ -49,7 +50,7 @@ class Checkpointer(L.Callback):
         assert isinstance(pl_module, Diffusion)
         self.save(trainer)
         if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
-            self._export(pl_module)
+            self._export(trainer, pl_module)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write ``last.ckpt``; every process calls this."""
@@ -59,20 +60,16 @@ class Checkpointer(L.Callback):
             partial.replace(self.out / "last.ckpt")
         self._saved = time.monotonic()
 
-    def _export(self, method: Diffusion) -> None:
-        name = method.__class__.__name__
+    def _export(self, trainer: L.Trainer, method: Diffusion) -> None:
         description = {
             **self.description,
-            "module": name,
+            "module": type(method).__name__,
             "images_seen": method.images_seen,
             "hours": round((time.monotonic() - self._started) / 3600, 3),
             "version": __version__,
         }
-        if isinstance(method, DenoisingLangevinGibbs):
-            save_weights(self.out / "classifier.safetensors", method.classifier.network.state_dict(), description)
-            return
-        state = method.denoiser.network.state_dict()
-        save_weights(self.out / "raw.safetensors", state, {**description, "averaged": False})
-        if method.ema is not None:
-            averaged = {**state, **method.ema.state_dict()}
-            save_weights(self.out / "ema.safetensors", averaged, {**description, "averaged": True})
+        for name, (state, said) in method.exports().items():
+            path = self.out / f"{name}.safetensors"
+            save_weights(path, state, {**description, **said})
+            for logger in trainer.loggers:
+                log_weights(logger, path, f"{description['experiment']}-{name}", {**description, **said})

@@ -124,13 +124,15 @@ class Config:
     num_nodes: int = 1
     """Nodes."""
     logger: str = "wandb"
-    """``wandb``, ``csv`` or ``none``."""
+    """``wandb``, ``csv``, ``tensorboard`` or ``none``."""
     wandb_mode: str = "offline"
     """``offline`` needs no account; ``online`` uploads."""
     out: str | None = None
     """Folder to write to; runs/<data>/<method> by default."""
     resume: str | None = None
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    keep_features: bool = True
+    """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
     again: bool = False
     """Measure points that OUT has already once more."""
     dry_run: bool = False
@@ -361,7 +363,7 @@ def _check(config: Config) -> None:
     if len(config.shape) != 3 or min(config.shape) < 1:
         raise UsageError(f"shape={config.shape}: give [channels, height, width]")
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("logger", config.logger, ("wandb", "csv", "none")),
+        ("logger", config.logger, ("wandb", "csv", "tensorboard", "none")),
         ("wandb_mode", config.wandb_mode, ("offline", "online", "disabled")),
         ("format", config.format, ("png", "npz")),
         ("precision", config.precision, ("32-true", "bf16-mixed", "16-mixed", "64-true")),

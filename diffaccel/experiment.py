@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 from torch import nn
 
 from diffaccel import __version__
@@ -199,6 +202,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         settings=config.at,
         identity=identify(config, extractor, reference, floor) if measured else None,
         again=config.again,
+        keep_features=config.keep_features,
         discrete=config.data["name"] != "toy",
     )
 
@@ -244,6 +248,11 @@ def build_loggers(config: Config) -> list[Logger]:
     out = config.folder
     if config.logger == "csv":
         return [CSVLogger(out, name="csv")]
+    if config.logger == "tensorboard":
+        try:
+            return [TensorBoardLogger(out, name="tensorboard")]
+        except ModuleNotFoundError:
+            raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb") from None
     if config.logger == "none":
         return []
     import wandb  # imported late: it takes a second that runs without it needn't wait
@@ -255,6 +264,9 @@ def build_loggers(config: Config) -> list[Logger]:
         save_dir=out,
         mode=cast(Any, config.wandb_mode),
         log_model=False,
+        id=_run_id(out, config.resume),
+        resume="allow",
+        config=OmegaConf.to_container(OmegaConf.structured(config)),
     )
     if config.wandb_mode == "online":
         try:
@@ -262,6 +274,15 @@ def build_loggers(config: Config) -> list[Logger]:
         except wandb.errors.Error as error:
             raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
     return [logger]
+
+
+@rank_zero_only
+def _run_id(out: Path, resume: str | None) -> str:
+    """Return the id of the W&B run: of the one that is resumed, or a new one, kept in OUT for that."""
+    file = out / "wandb_run_id"
+    if resume is None or not file.is_file():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
 
 
 class StepsBar(RichProgressBar):
@@ -283,6 +304,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
     make_folder(config)
     processes = config.devices * config.num_nodes
+    every = evaluation_steps(config) if training else None
     return L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -293,13 +315,45 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         limit_train_batches=-(-config.training.images // config.training.batch_size),
         logger=build_loggers(config),
         callbacks=[*callbacks, StepsBar()] if training else callbacks,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        limit_val_batches=int(every is not None),
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
         enable_model_summary=False,
         enable_progress_bar=training,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         log_every_n_steps=config.training.log_every,
     )
+
+
+def evaluation_steps(config: Config) -> int | None:
+    """Steps between evaluations while training; None for none.
+
+    Raises:
+        UsageError: They would be less than a step apart, or nothing of them is to be followed.
+    """
+    training = config.training
+    if training.evaluate_every is None:
+        if training.keep_best is not None:
+            raise UsageError("training.keep_best follows evaluations while training: set training.evaluate_every")
+        return None
+    if training.evaluate_every < training.batch_size:
+        raise UsageError(f"training.evaluate_every={training.evaluate_every} is less than a batch of images: raise it")
+    return training.evaluate_every // training.batch_size
+
+
+def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
+    """Build the callback that keeps the state of the least distance as best.ckpt.
+
+    Raises:
+        UsageError: The budget that it follows is none of those evaluated.
+    """
+    budget = config.training.keep_best
+    if budget not in config.nfe:
+        raise UsageError(f"training.keep_best={budget:g} is none of the budgets nfe={config.nfe}: add it there")
+    monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
+    return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
 
 
 def build_checkpointer(config: Config) -> Checkpointer:

@@ -152,6 +152,22 @@ def load_reference(path: str | Path, extractor: Extractor) -> Reference:
     Raises:
         UsageError: The file is missing, damaged, or was made with another extractor.
     """
+    reference = read_reference(path)
+    made_with = {key: reference.provenance["extractor"][key] for key in ("name", "sha256", "dim")}
+    wanted = {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim}
+    if made_with != wanted:
+        raise UsageError(
+            f"{path} was made with the extractor {_named(made_with)}, the run scores with {_named(wanted)}: {REMEDY}"
+        )
+    return reference
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Read a reference, whatever extractor it was made with.
+
+    Raises:
+        UsageError: The file is missing or damaged.
+    """
     if not Path(path).is_file():
         raise UsageError(f"no reference statistics at {path}: {REMEDY}")
     try:
@@ -167,12 +183,7 @@ def load_reference(path: str | Path, extractor: Extractor) -> Reference:
         )
     except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} holds no whole reference ({error!r:.100}): {REMEDY}") from None
-    wanted = {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim}
-    if made_with != wanted:
-        raise UsageError(
-            f"{path} was made with the extractor {_named(made_with)}, the run scores with {_named(wanted)}: {REMEDY}"
-        )
-    _check_shapes(reference, extractor.dim, str(path))
+    _check_shapes(reference, int(made_with["dim"]), str(path))
     return reference
 
 

@@ -174,13 +174,17 @@ def plot_curve(
     figure.savefig(path)
 
 
+def label_of(point: Point) -> str:
+    """Name the curve that a point belongs to; settings searched for each budget are one, whatever their solvers."""
+    parts = "tuned for each NFE" if point.get("tuned") else f"{point['solver']}, {point['prior']}"
+    return f"{point['method']} ({parts})"
+
+
 def _series(points: Sequence[Point], several_sizes: bool) -> dict[str, list[Point]]:
     """Group points into labelled lines, in the order of their first appearance."""
     series: dict[str, list[Point]] = defaultdict(list)
     for point in points:
-        # Settings searched for each budget are one line, whatever their solvers.
-        parts = "tuned for each NFE" if point.get("tuned") else f"{point['solver']}, {point['prior']}"
-        label = f"{point['method']} ({parts})"
+        label = label_of(point)
         series[f"{label} @{point['n']}" if several_sizes else label].append(point)
     return series
 

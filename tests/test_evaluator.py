@@ -23,7 +23,7 @@ from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluator import Evaluator, Real
 from diffaccel.methods import Diffusion
 from diffaccel.nn.features import Identity, Inception
 from diffaccel.prior import Plan
@@ -52,7 +52,8 @@ def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: 
         method.plan = lambda budget, n: plan  # type: ignore[method-assign]
     if not whole:
         evaluator._draw = lambda: None  # type: ignore[method-assign]
-        evaluator.reference = dataclasses.replace(evaluator.reference, features=evaluator.reference.features[:50])
+        few = dataclasses.replace(evaluator.reference, features=evaluator.reference.features[:50])
+        evaluator.real = Real(few, evaluator.floor)
     experiment.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     return evaluator
 
@@ -69,7 +70,12 @@ def test_a_point_has_every_key(tmp_path: Path):
     assert set(keys.split()) <= point.keys()
     assert set(point["extractor"]) == {"name", "sha256", "dim"}
     assert set(point["reference"]) == {"name", "split", "n", "sha256"}
-    assert set(point["metrics"]) == {f"fd_identity{end}" for end in ("", "_inf", "_se", "_floor")} | {"kid"}
+    neighbourhoods = {
+        f"{name}{end}" for name in ("precision", "recall", "density", "coverage") for end in ("", "_real")
+    }
+    distances = {f"fd_identity{end}" for end in ("", "_inf", "_se", "_floor")} | {"kid"}
+    assert set(point["metrics"]) == distances | neighbourhoods
+    assert set(point["memorisation"]) == {"share", "threshold", "closest"}
     expected = {"method": "dlg", "experiment": "toy/dlg", "prior": "chain", "chains": 10, "n": 60, "world_size": 1}
     assert {key: point[key] for key in expected} == expected
     for file in ("curve.csv", "curve.png", "samples_nfe20.png"):

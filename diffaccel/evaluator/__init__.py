@@ -2,6 +2,6 @@
 
 from diffaccel.evaluator.callback import Evaluator, comparable
 from diffaccel.evaluator.partial import Chunk, Partial
-from diffaccel.evaluator.scores import BLOCKS, Scores, to_uint8
+from diffaccel.evaluator.scores import BLOCKS, Real, Scores, to_uint8
 
-__all__ = ["BLOCKS", "Chunk", "Evaluator", "Partial", "Scores", "comparable", "to_uint8"]
+__all__ = ["BLOCKS", "Chunk", "Evaluator", "Partial", "Real", "Scores", "comparable", "to_uint8"]

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffaccel.errors import UsageError
+from diffaccel.evaluator.logs import budget_name, log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
 from diffaccel.evaluator.provenance import device_name, git_commit, versions
-from diffaccel.evaluator.scores import Scores, digests, to_uint8
+from diffaccel.evaluator.scores import Real, Scores, digests, to_uint8
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn.features import Extractor
@@ -55,6 +56,7 @@ class Evaluator(L.Callback):
             ...): a point of equal ``key`` is not measured twice, and one that was begun is finished. None for weights
             that are still in training.
         again: Measure points that OUT has already once more.
+        keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Evaluator(L.Callback):
         discrete: bool = True,
         identity: dict[str, Any] | None = None,
         again: bool = False,
+        keep_features: bool = True,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
-        self.extractor, self.reference, self.floor = extractor, reference, floor
+        self.extractor, self.reference, self.floor, self.real = extractor, reference, floor, Real(reference, floor)
         self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
-        self.identity, self.again = identity, again
+        self.identity, self.again, self.keep_features = identity, again, keep_features
         self.points: list[dict[str, Any]] = []
+        self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
 
     # Lightning's hooks
 
@@ -92,11 +96,23 @@ class Evaluator(L.Callback):
         if pl_module.images_seen < pl_module.training_plan.images:
             return  # interrupted: the run goes on later
         pl_module.eval()
-        if pl_module.ema is None:
+        with pl_module.averaged_weights():
             self.run(trainer, pl_module)
-        else:
-            with pl_module.ema.swapped():
-                self.run(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure every budget on fewer images, with the averaged weights, while training goes on; log scalars.
+
+        Every process logs the same values, so that a ``ModelCheckpoint`` follows them on all.
+        """
+        assert isinstance(pl_module, Diffusion)
+        n = pl_module.training_plan.evaluate_n
+        self.extractor.to(pl_module.device)
+        with pl_module.averaged_weights():
+            for budget in self.budgets:
+                point = self.measure(trainer, pl_module, budget, pl_module.plan(budget, n), n)
+                for name, value in {**point["metrics"], "nfe": point["nfe"]}.items():
+                    if value == value:  # a few images have no extrapolation
+                        pl_module.log(f"eval/nfe_{budget:03g}/{name}", value)
 
     def run(self, trainer: L.Trainer, method: Diffusion) -> None:
         """Plan all budgets before the first is measured; then measure, write and log one after the other."""
@@ -108,17 +124,22 @@ class Evaluator(L.Callback):
                 key = self.key(budget)
                 if key in before:
                     self.points.append(before[key])
+                    if trainer.is_global_zero:
+                        self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)", markup=False)
                     continue
                 point = self.measure(trainer, method, budget, plan)
                 self.points.append(point)
                 if trainer.is_global_zero:
+                    if key and self.keep_features:
+                        (self.out / "features").mkdir(exist_ok=True)
+                        np.save(self.out / "features" / f"{key}.npy", self.features.numpy())
                     append_point(self.out / "points.jsonl", point)
                     Partial(self.out / "partial" / key if key else None).clear()
                     self._draw()
         finally:  # an interrupt loses no finished point
             if trainer.is_global_zero and self.points:
                 for logger in trainer.loggers:
-                    self._log(logger)
+                    log_curve(logger, self.points, self.out, self.provenance)
 
     def _measured(self) -> dict[str | None, dict[str, Any]]:
         """Points that OUT has, by key."""
@@ -137,21 +158,31 @@ class Evaluator(L.Callback):
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @torch.no_grad()
-    def measure(self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan) -> dict[str, Any]:
-        """Sample n images under a plan, score them, and describe how that went.
+    def measure(
+        self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan, n: int | None = None
+    ) -> dict[str, Any]:
+        """Sample images under a plan, score them, and describe how that went.
 
         Batches that an earlier run has left in OUT/partial are not made again.
+
+        Args:
+            trainer: Says which process this is, and the precision.
+            method: Makes the images.
+            budget: Most evaluations per image.
+            plan: How it is spent.
+            n: Number of images; the evaluator's own if not given.
 
         Raises:
             UsageError: More was spent than the budget allows, or a network returned NaN.
         """
         method.tune(budget)
+        n = n or self.n
         key, chains = self.key(budget), getattr(method.prior, "chains", None)
         partial = Partial(self.out / "partial" / key if key else None)
         kind = torch.uint8 if self.discrete else torch.float32
         shown = SHOWN if self.discrete else SCATTERED
-        scores = Scores(self.n, self.extractor.dim, method.shape, shown, kind, self.reference, chains, method.device)
-        mine = method.prior.schedule(self.n, self.batch_size)[trainer.global_rank :: trainer.world_size]
+        scores = Scores(n, self.extractor.dim, method.shape, shown, kind, self.real, chains, method.device)
+        mine = method.prior.schedule(n, self.batch_size)[trainer.global_rank :: trainer.world_size]
         with self._progress(trainer, budget) as progress:
             bar = progress.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for group in mine:
@@ -159,7 +190,7 @@ class Evaluator(L.Callback):
                     scores.add(chunk)
                     progress.advance(bar, len(chunk.indices))
         scores.reduce()
-        point = self._point(trainer, method, budget, plan, scores)
+        point = self._point(trainer, method, budget, plan, scores, n)
         if key is not None:
             point["key"] = key
         return point
@@ -203,10 +234,10 @@ class Evaluator(L.Callback):
             clock = time.perf_counter()
 
     def _point(
-        self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan, scores: Scores
+        self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan, scores: Scores, n: int
     ) -> dict[str, Any]:
         """Describe the point. Every process gets here: it holds collectives."""
-        n, evaluated = self.n, method.evaluated_networks()
+        evaluated = method.evaluated_networks()
         nfe, burn_in = (sum(counts[name] for name in evaluated) / n for counts in (scores.evaluations, scores.burn_in))
         if nfe > budget * (1 + 1e-9):
             raise UsageError(f"nfe={budget:g} was overspent: {nfe:.6g} evaluations per image were counted")
@@ -219,7 +250,7 @@ class Evaluator(L.Callback):
             start + (rounds - 1) * plan.skips + method.planned_nfe(plan, n) - method.prior.burn_in_evaluations(n) / n
         )
         settings = self.settings(budget)
-        self.shown = scores.shown
+        self.shown, self.features = scores.shown, scores.features
         return {
             **self.provenance,
             "prior": settings["prior"]["name"],
@@ -243,7 +274,8 @@ class Evaluator(L.Callback):
             "seed": self.seed,
             "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
             "images_by_rank": [scores.images_by_rank[rank] for rank in range(trainer.world_size)],
-            "metrics": scores.metrics(self.extractor.metric_name, self.floor),
+            "metrics": scores.metrics(self.extractor.metric_name, all_of_them=self.identity is not None),
+            "memorisation": self._memorisation(scores),
             "extractor": {"name": self.extractor.name, "sha256": self.extractor.sha256, "dim": self.extractor.dim},
             "reference": {
                 "name": self.reference.provenance["label"],
@@ -260,6 +292,13 @@ class Evaluator(L.Callback):
             "git": git_commit(),
         }
 
+    def _memorisation(self, scores: Scores) -> dict[str, Any] | None:
+        found = scores.memorisation() if self.identity is not None else None
+        if found is None:
+            return None
+        pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
+        return {"share": found.share, "threshold": found.threshold, "closest": [list(pair) for pair in pairs]}
+
     # What it leaves
 
     def _draw(self) -> None:
@@ -273,26 +312,6 @@ class Evaluator(L.Callback):
         write_curve_csv(points, self.out / "curve.csv")
         plot_curve(points, self.out / "curve.png", f"{point['data']}: {point['reference']['name']}")
 
-    def _log(self, logger: Logger) -> None:
-        rows = [
-            {"curve/nfe": point["nfe"], **{f"curve/{key}": value for key, value in point["metrics"].items()},
-             "curve/nfe_marginal": point["nfe_marginal"], "curve/seconds_per_image": point["seconds_per_image"]}
-            for point in self.points
-        ]  # fmt: skip
-        if isinstance(logger, WandbLogger):
-            run = logger.experiment
-            run.define_metric("curve/nfe", hidden=True)
-            run.define_metric("curve/*", step_metric="curve/nfe", step_sync=False, summary="none")
-            for row in rows:
-                run.log(row)
-            grids = [self.out / f"samples_nfe{budget_name(point)}.png" for point in self.points]
-            logger.log_image("samples", [str(path) for path in grids])
-            logger.log_image("curve", [str(self.out / "curve.png")])
-            run.config.update({"provenance": self.provenance}, allow_val_change=True)
-        else:
-            for i, row in enumerate(rows):
-                logger.log_metrics({key: value for key, value in row.items() if value == value}, step=i)
-
     def _progress(self, trainer: L.Trainer, budget: float) -> Progress:
         columns = (
             TextColumn(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
@@ -302,14 +321,8 @@ class Evaluator(L.Callback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        console = Console(stderr=True)  # stdout holds results alone
-        shown = trainer.is_global_zero and console.is_terminal
-        return Progress(*columns, console=console, disable=not shown, transient=True)
-
-
-def budget_name(point: dict[str, Any]) -> str:
-    """The budget, or what an adaptive solver spent without one, for file names."""
-    return f"{point['nfe_budget'] or round(point['nfe']):g}"
+        shown = trainer.is_global_zero and self.console.is_terminal
+        return Progress(*columns, console=self.console, disable=not shown, transient=True)
 
 
 def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,13 +9,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffaccel.evaluator.partial import Chunk
-from diffaccel.metrics import FrechetDistance, KernelDistance, frechet_distance
+from diffaccel.metrics import (
+    FrechetDistance,
+    KernelDistance,
+    KernelReference,
+    Manifold,
+    Memorisation,
+    Neighbours,
+    frechet_distance,
+    manifold_scores,
+    memorised,
+)
 from diffaccel.reference import Reference
 
 BLOCKS = 10
 """Blocks of the jackknife."""
 KEPT = 10_000
 """Images whose features are kept, the first ones: for what is not made of sums. It bounds memory."""
+
+
+COMPARED = 5_000
+"""Most images of a kind whose neighbourhoods are compared: time goes as their square."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -50,6 +64,35 @@ def blocks_of(indices: Tensor, chains: int | None) -> Tensor:
     return (indices % chains if chains else indices) % BLOCKS
 
 
+class Real:
+    """The real images that points are compared with, and what of them is the same for every point.
+
+    Args:
+        reference: Training images.
+        floor: Held-out images, for the value beside each metric; or None.
+    """
+
+    def __init__(self, reference: Reference, floor: Reference | None) -> None:
+        self.reference, self.floor = reference, floor
+        self.features = reference.features.float()
+        self.held_out = floor.features.float() if floor else self.features[:0]
+        self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
+        self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
+
+    def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
+        """Neighbourhoods of m training images, and what as many held-out ones score among them."""
+        if m not in self._manifolds:
+            neighbours = Neighbours(spread(self.features, m))
+            held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
+            self._manifolds[m] = neighbours, held_out
+        return self._manifolds[m]
+
+
+def spread(rows: Tensor, m: int) -> Tensor:
+    """Take m rows, evenly spread over all."""
+    return rows[torch.linspace(0, len(rows) - 1, m, dtype=torch.float64).round().long()]
+
+
 class Scores:
     """What the images of a point add up to.
 
@@ -59,7 +102,7 @@ class Scores:
         shape: Of an image on the sample grid, (C, H, W), in the dtype ``dtype``.
         shown: Number of images on the grid.
         dtype: See ``shape``.
-        reference: Real images.
+        real: Real images.
         chains: Number of chains, or None for independent images.
         device: Where sums are held.
     """
@@ -71,12 +114,12 @@ class Scores:
         shape: tuple[int, ...],
         shown: int,
         dtype: torch.dtype,
-        reference: Reference,
+        real: Real,
         chains: int | None,
         device: torch.device,
     ) -> None:
-        self.n, self.reference, self.chains, self.device = n, reference, chains, device
-        self.frechet = FrechetDistance(dim, reference.moments, blocks=BLOCKS).to(device)
+        self.n, self.real, self.chains, self.device = n, real, chains, device
+        self.frechet = FrechetDistance(dim, real.reference.moments, blocks=BLOCKS).to(device)
         self.features = torch.zeros(min(n, KEPT), dim)
         self.digests = torch.zeros(n, 32, dtype=torch.uint8)
         self.shown = torch.zeros(min(shown, n), *shape, dtype=dtype)
@@ -122,17 +165,37 @@ class Scores:
             self.images_by_rank.update(images)
             self.traces |= traces
 
-    def metrics(self, name: str, floor: Reference | None) -> dict[str, float]:
-        """Compute every metric, ``name`` being the Frechet distance's; collective, after :meth:`reduce`."""
-        frechet = self.frechet.compute()
+    def metrics(self, name: str, all_of_them: bool) -> dict[str, float]:
+        """Compute the metrics; collective, after :meth:`reduce`.
+
+        Args:
+            name: Of the Frechet distance.
+            all_of_them: Whether to compare neighbourhoods too, which takes seconds.
+        """
+        frechet, floor = self.frechet.compute(), self.real.floor
         metrics = {name: float(frechet.fd), f"{name}_inf": float(frechet.fd_inf), f"{name}_se": float(frechet.se)}
-        if len(self.reference.features) >= 2:
-            metrics["kid"] = self._kid()
         if floor is not None:
-            metrics[f"{name}_floor"] = float(frechet_distance(floor.moments_of(self.n), self.reference.moments))
+            metrics[f"{name}_floor"] = float(frechet_distance(floor.moments_of(self.n), self.real.reference.moments))
+        if self.real.kernel is not None:
+            kernel = KernelDistance(self.features.shape[1], self.real.kernel, sync_on_compute=False)
+            kernel.update(self.features, 0)
+            metrics["kid"] = float(kernel.compute())
+        if all_of_them:
+            metrics |= self._manifold()
         return metrics
 
-    def _kid(self) -> float:
-        kernel = KernelDistance(self.features.shape[1], self.reference.features.float(), sync_on_compute=False)
-        kernel.update(self.features, 0)
-        return float(kernel.compute())
+    def _manifold(self) -> dict[str, float]:
+        """Precision, recall, density, coverage; with the suffix ``_real`` those of held-out images in their place."""
+        sizes = [COMPARED, len(self.features), len(self.real.features)]
+        m = min(sizes + [len(self.real.held_out)] * (self.real.floor is not None))
+        if m < 10:
+            return {}
+        neighbours, real = self.real.manifold(m)
+        found = manifold_scores(self.features[:m], neighbours)._asdict()
+        return found | ({f"{key}_real": value for key, value in real._asdict().items()} if real else {})
+
+    def memorisation(self) -> Memorisation | None:
+        """Look for copies of training images; None with too few images held out to say what is close."""
+        if len(self.real.held_out) < 100:
+            return None
+        return memorised(self.features[:COMPARED], self.real.features, self.real.held_out[:COMPARED])

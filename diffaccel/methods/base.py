@@ -70,6 +70,14 @@ class Diffusion(TrainedModule):
     def averaged(self) -> nn.Module | None:  # noqa: D102
         return self.denoiser.network if isinstance(self.denoiser, NetworkDenoiser) else None
 
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Return what training leaves: file name -> weights, and what its header says of them."""
+        state = self.denoiser.network.state_dict()
+        found = {"raw": (state, {"averaged": False})}
+        if self.ema is not None:
+            found["ema"] = ({**state, **self.ema.state_dict()}, {"averaged": True})
+        return found
+
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Squared error of the network's output at one level a sample, (B,)."""
         assert isinstance(self.denoiser, NetworkDenoiser)

@@ -70,6 +70,9 @@ class DenoisingLangevinGibbs(Diffusion):
     def averaged(self) -> nn.Module | None:  # noqa: D102
         return None
 
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:  # noqa: D102
+        return {"classifier": (self.classifier.network.state_dict(), {})}
+
     def classifier_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Cross-entropy at one level a sample, uniform over the table, (B,) in nats."""
         index = (noise.uniform() * len(self.classifier.levels)).long().to(self.device)

@@ -1,6 +1,7 @@
 """The one training loop: phases with their own optimisers, counters in images, exact resume."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ class Training:
     """Largest norm of a phase's gradient; null for none."""
     ema_half_life: int = 50_000
     """Half-life of the averaged weights."""
+    evaluate_every: int | None = None
+    """Images between evaluations of all budgets with the averaged weights; null for the full one at the end alone."""
+    evaluate_n: int = 1000
+    """Images per point of those."""
+    keep_best: float | None = None
+    """Budget whose distance decides which state is kept as best.ckpt; null keeps none."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     log_every: int = 50
@@ -90,6 +97,15 @@ class TrainedModule(L.LightningModule):
     def averaged(self) -> nn.Module | None:
         """The network whose weights are averaged: the one that samples."""
         return None
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Sample with the averaged weights, if there are any, for the length of a ``with`` block."""
+        with nullcontext() if self.ema is None else self.ema.swapped():
+            yield
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: evaluating is the evaluator's."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for each phase."""
