@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from diffaccel.errors import UsageError, suggest
+from diffaccel.errors import SharedError, UsageError, suggest
 
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
@@ -85,6 +85,11 @@ def _guarded(run: Callable[[], None]) -> int:
     """Run, and turn what a user can mend, or did, into one line and an exit status."""
     try:
         run()
+    except SharedError as error:
+        from lightning.pytorch.utilities import rank_zero_only  # late, as all that takes seconds to import
+
+        rank_zero_only(console.print)(f"diffaccel: {error}", style="red", markup=False)
+        return 2
     except UsageError as error:
         console.print(f"diffaccel: {error}", style="red", markup=False)
         return 2

@@ -12,6 +12,10 @@ class UsageError(Exception):
     """
 
 
+class SharedError(UsageError):
+    """One that every process raises, so that one of them is to print it."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest of ``known``, else ``; known: a, b, c``."""
     known = sorted(known)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffaccel.errors import UsageError
 from diffaccel.evaluator.logs import budget_name, log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
+from diffaccel.evaluator.processes import failing_together
 from diffaccel.evaluator.provenance import device_name, git_commit, versions
 from diffaccel.evaluator.scores import Real, Scores, digests, to_uint8
 from diffaccel.methods import Diffusion
@@ -183,7 +184,7 @@ class Evaluator(L.Callback):
         shown = SHOWN if self.discrete else SCATTERED
         scores = Scores(n, self.extractor.dim, method.shape, shown, kind, self.real, chains, method.device)
         mine = method.prior.schedule(n, self.batch_size)[trainer.global_rank :: trainer.world_size]
-        with self._progress(trainer, budget) as progress:
+        with failing_together(), self._progress(trainer, budget) as progress:
             bar = progress.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for group in mine:
                 for chunk in self._chunks(trainer, method, plan, group, partial, chains is not None):

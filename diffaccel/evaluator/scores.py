@@ -5,10 +5,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diffaccel.evaluator.partial import Chunk
+from diffaccel.evaluator.processes import all_gather, all_reduce
 from diffaccel.metrics import (
     FrechetDistance,
     KernelDistance,
@@ -41,22 +41,6 @@ def digests(images: Tensor) -> Tensor:
     """SHA-256 of each image: (B, C, H, W) -> (B, 32) uint8."""
     found = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu()]
     return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(-1, 32)
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over the processes, in place; the tensor itself where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_gather(thing: Any) -> list[Any]:
-    """One thing of each process, in order."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [thing]
-    things = [thing] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
-    return things
 
 
 def blocks_of(indices: Tensor, chains: int | None) -> Tensor:

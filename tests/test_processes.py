@@ -1,0 +1,82 @@
+"""Several processes: they train as one, and fail as one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffaccel.__main__ import main
+from diffaccel.errors import SharedError, UsageError
+from diffaccel.evaluator.processes import failing_together
+
+TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32"]
+FIT = ["digits/edm", *TINY, "images=256", "training.warmup=64", "precision=64-true", "accelerator=cpu", "threads=1"]
+FIT += ["logger=none", "nfe=2", "n=20"]
+PREAMBLE = """\
+import os, sys
+from diffaccel.__main__ import main
+from diffaccel.denoiser import MixtureDenoiser
+from diffaccel.evaluator import Evaluator
+
+Evaluator._draw = lambda self: None
+"""
+
+
+def run(tmp_path: Path, script: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script of its own: Lightning starts the other processes by running it again."""
+    file = tmp_path / "run.py"
+    file.write_text(f"{PREAMBLE}{script}\nsys.exit(main(sys.argv[1:]))\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(file), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_processes_train_as_one_with_their_batch(tmp_path: Path, undrawn: None):
+    """Batches, noise and times follow from the position in the stream, and gradients are averaged."""
+    assert main(["fit", *FIT, f"out={tmp_path / 'one'}"]) == 0
+    done = run(tmp_path, "", "fit", *FIT, "devices=2", f"out={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("one", "two"))
+    assert one["diffaccel"]["images_seen"] == two["diffaccel"]["images_seen"] == 256
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-7, atol=1e-9, msg=name)
+    for name, value in one["diffaccel"]["ema"].items():
+        torch.testing.assert_close(two["diffaccel"]["ema"][name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+FAILING = """
+forward, calls = MixtureDenoiser.forward, 0
+
+def evaluate(self, *arguments):
+    global calls
+    calls += 1
+    prediction = forward(self, *arguments)
+    broken = os.environ.get("LOCAL_RANK", "0") == "{rank}" and calls > 8
+    return prediction._replace(x_0=prediction.x_0 * float("nan")) if broken else prediction
+
+MixtureDenoiser.forward = evaluate
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_fails_ends_all_with_its_message(tmp_path: Path, rank: int):
+    words = ["toy/edm", "n=400", "batch_size=20", "nfe=6", "devices=2", "accelerator=cpu", "threads=1", "logger=none"]
+    done = run(tmp_path, FAILING.format(rank=rank), "bench", *words, f"out={tmp_path}")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if "diffaccel:" in line]
+    assert len(said) == 1 and f"process {rank} failed: the network returned NaN" in said[0]
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "partial").glob("*/images_*.pt")), "what was made is kept"
+
+
+def test_alone_an_error_is_itself():
+    with pytest.raises(UsageError, match="^too few$") as raised, failing_together():
+        raise UsageError("too few")
+    assert not isinstance(raised.value, SharedError)
+    with failing_together():
+        pass
