@@ -1,0 +1,64 @@
+"""What precision, torch.compile and channels-last do to one network: forward and training step, as ratios.
+
+taskset -c 1 python -m benchmarks.options [REPEATS]
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import compare, timed
+from diffaccel.config import load
+from diffaccel.experiment import build_method
+
+EXPERIMENT, BATCH = "cifar10_small/edm", 64
+OPTIONS = {
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "compile": {"compile": True},
+    "channels_last": {"channels_last": True},
+    "bf16-mixed, compile": {"precision": "bf16-mixed", "compile": True},
+    "bf16-mixed, channels_last": {"precision": "bf16-mixed", "channels_last": True},
+}
+
+
+def runs(precision: str = "32-true", **options: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Build a forward and a training step of the experiment's network under some options."""
+    words = [f"{key}={str(value).lower()}" for key, value in options.items()]
+    network = build_method(load(EXPERIMENT, words), load=False).denoiser.network
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    x, noise = torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+
+    def forward() -> None:
+        with torch.no_grad(), autocast:
+            network(x, noise)
+
+    def step() -> None:
+        with autocast:
+            loss = (network(x, noise) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    forward(), step()  # compile now
+    return forward, step
+
+
+def main(repeats: int = 9) -> None:
+    """Measure every option over float32 without any."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    plain = runs()
+    table = Table("option", "forward", "training step", box=None, header_style="bold")
+    for name, options in OPTIONS.items():
+        ratios = (compare(timed(ours), timed(bare), repeats) for ours, bare in zip(runs(**options), plain, strict=True))
+        table.add_row(name, *(f"{found.ratio:.2f} ({found.low:.2f} .. {found.high:.2f})" for found in ratios))
+    print(f"seconds over those of float32; {EXPERIMENT}'s network, batch {BATCH}, one thread")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
