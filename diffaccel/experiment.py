@@ -80,7 +80,7 @@ def build_method(config: Config, load: bool = True) -> Diffusion:
         parts = config.at(budget)
         method.by_nfe[budget] = build_prior(parts["prior"], posterior), SOLVERS.build(parts["solver"])
     if config.channels_last and network is not None:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+        network.to(memory_format=torch.channels_last)
     if config.compile and network is not None:
         # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
         network.forward = torch.compile(network.forward)
@@ -152,19 +152,8 @@ def build_extractor(config: Config) -> Extractor:
 
 def identify(config: Config, extractor: Extractor, reference: Reference, floor: Reference | None) -> dict[str, Any]:
     """Say all that a point follows from besides budget and settings: a point of the same is not measured twice."""
-    keys = (
-        "method",
-        "shape",
-        "process",
-        "network",
-        "denoiser",
-        "n",
-        "seed",
-        "batch_size",
-        "precision",
-        "compile",
-        "channels_last",
-    )
+    parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
+    keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
         name: file_sha256(Path(path)) if path and Path(path).is_file() else None
         for name, path in (("denoiser", config.checkpoint), ("posterior", config.posterior.get("checkpoint")))
