@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -83,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _guarded(run: Callable[[], None]) -> int:
     """Run, and turn what a user can mend, or did, into one line and an exit status."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # A scheduler's SIGTERM is a Ctrl-C: Lightning alone notes it and, but in training, goes on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run()
     except SharedError as error:
@@ -96,7 +101,10 @@ def _guarded(run: Callable[[], None]) -> int:
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        console.print("diffaccel: interrupted; what was finished is kept (fit goes on with resume=auto)", markup=False)
+        console.print(
+            "diffaccel: interrupted; what was finished is kept (bench and search go on by themselves, fit with resume=auto)",
+            markup=False,
+        )
         return 130
     return 0
 

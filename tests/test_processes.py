@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_one_that_fails_ends_all_with_its_message(tmp_path: Path, rank: int):
     assert len(said) == 1 and f"process {rank} failed: the network returned NaN" in said[0]
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "partial").glob("*/images_*.pt")), "what was made is kept"
+
+
+def test_a_schedulers_sigterm_is_a_ctrl_c(tmp_path: Path):
+    """Lightning notes it and goes on."""
+    command = [sys.executable, "-m", "diffaccel", "bench", "toy/edm", "n=400000", "nfe=9", "batch_size=20"]
+    process = subprocess.Popen([*command, "logger=none", f"out={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "partial").is_dir() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert not (tmp_path / "points.jsonl").exists()
 
 
 def test_alone_an_error_is_itself():
