@@ -5,6 +5,7 @@ for any number of processes, so a point may be finished by another number than i
 """
 
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,7 @@ class Partial:
             return None
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # torch raises what the bytes lead it to
+        except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
             raise UsageError(
                 f"{path} is damaged ({error!r:.80}): remove the folder, and the point starts anew"
             ) from None
