@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     if verb == "compare" and not {"-h", "--help", "help"} & set(words):
         return _guarded(lambda: compare(words))
     experiment = words.pop(0) if words and "=" not in words[0] else None
-    if verb in verbs and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
+    if verb in (*verbs, "compare") and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
         print(HELP)
         return 0
 
@@ -102,7 +102,7 @@ def _guarded(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; what was finished is kept (bench and search go on by themselves, fit with resume=auto)",
+            "diffaccel: interrupted; what was finished is kept (bench and search go on from it, fit with resume=auto)",
             markup=False,
         )
         return 130
@@ -113,10 +113,11 @@ def compare(words: list[str]) -> None:
     """Print the points of several runs side by side, and write a page of them."""
     from diffaccel import compare as comparison
 
-    options = dict(word.split("=", 1) for word in words if "=" in word)
+    sources = [word for word in words if "=" not in word or Path(word).exists()]
+    options = dict(word.lstrip("-").split("=", 1) for word in words if word not in sources)
     if unknown := sorted(options.keys() - {"out"}):
         raise UsageError(f"compare has no key {unknown[0]!r}{suggest(unknown[0], ['out'])}")
-    rows = comparison.compare([word for word in words if "=" not in word])
+    rows = comparison.compare(sources)
     out = Path(options.get("out", "runs/compare"))
     comparison.write(rows, out)
     comparison.show(rows)
@@ -271,6 +272,8 @@ def reference(config: Any) -> None:
 
 
 def _fit_extractor(config: Any) -> None:
+    import torch
+
     from diffaccel import experiment
     from diffaccel.nn.features import save_classifier
     from diffaccel.nn.fitting import fit_extractor
@@ -281,6 +284,8 @@ def _fit_extractor(config: Any) -> None:
     data = experiment.build_data(config)
     resume = _resume_from(config)
     experiment.make_folder(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     started = time.monotonic()
     recipe = dict(config.method)
     metric = recipe.pop("metric", config.data["name"])

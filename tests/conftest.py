@@ -37,4 +37,5 @@ def undrawn() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_draw", lambda self: None)
+        patch.setattr(Evaluator, "_draw_curve", lambda self: None)
         yield

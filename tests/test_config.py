@@ -208,7 +208,7 @@ MISTAKES = [
     (["devices=-1"], ["devices=-1"]),
     (["threads=0"], ["threads=0"]),
     (["shape=[2,1]"], ["shape", "[channels, height, width]"]),
-    (["logger=tensorboard"], ["logger='tensorboard'", "wandb, csv, none"]),
+    (["logger=tensorbord"], ["logger='tensorbord'", "wandb, csv, tensorboard, none"]),
     (["precision=8"], ["precision"]),
     (["accelerator=tpu"], ["accelerator='tpu'", "auto, cpu, gpu"]),
     (["format=gif"], ["format='gif'", "png, npz"]),

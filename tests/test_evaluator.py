@@ -51,7 +51,7 @@ def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: 
     if plan is not None:
         method.plan = lambda budget, n: plan  # type: ignore[method-assign]
     if not whole:
-        evaluator._draw = lambda: None  # type: ignore[method-assign]
+        evaluator._draw = evaluator._draw_curve = lambda: None  # type: ignore[method-assign]
         few = dataclasses.replace(evaluator.reference, features=evaluator.reference.features[:50])
         evaluator.real = Real(few, evaluator.floor)
     experiment.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
@@ -270,7 +270,8 @@ def curve_rows(records: list[Any]) -> list[dict[str, float]]:
 def test_wandb_and_csv_hold_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for logger in ("wandb", "csv"):
         if logger == "csv":
-            monkeypatch.setattr(Evaluator, "_draw", lambda self: None)
+            for name in ("_draw", "_draw_curve"):
+                monkeypatch.setattr(Evaluator, name, lambda self: None)
         words = [*QUICK, "nfe=[5,10]", f"out={tmp_path / logger}", f"logger={logger}"]
         assert main(["bench", "toy/edm", *words]) == 0
     points = read_points(tmp_path / "wandb" / "points.jsonl")
@@ -322,44 +323,70 @@ def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypat
     assert any(not torch.equal(weights[name], raw[name]) for name in raw), "the raw weights are back afterwards"
 
 
-# Two processes
+# Several processes
 
 SCRIPT = """\
 import sys
 from diffaccel.__main__ import main
 from diffaccel.evaluator import Evaluator
 
-Evaluator._draw = lambda self: None
+Evaluator._draw = Evaluator._draw_curve = lambda self: None
 for name, words in {runs!r}:
-    status = main(["bench", name, *words, "devices=2", "threads=1", f"out={out}/{{name}}"])
+    status = main(["bench", name, *words, "devices={devices}", "threads=1", f"out={out}/{{name}}"])
     if status:
         sys.exit(status)
 """
+SPREAD = {
+    "toy/dlg": ["n=64", "chains=10", "batch_size=2"],  # five groups; the last round is not whole
+    "toy/edm": ["n=90", "solver=edm_stochastic", "batch_size=20"],
+    "toy/ddpm": ["n=30", "batch_size=40"],  # one batch: the second process has nothing to do
+}
 
 
-def test_two_processes_make_the_same_points(tmp_path: Path):
-    quick = ["accelerator=cpu", "logger=none", "nfe=22"]
-    runs = [
-        ("toy/dlg", [*quick, "n=64", "chains=10", "batch_size=2"]),  # five groups; the last round is not whole
-        ("toy/edm", [*quick, "n=90", "solver=edm_stochastic", "batch_size=20"]),
-        ("toy/ddpm", [*quick, "n=30", "batch_size=40"]),  # one batch: the second process has nothing to do
-    ]
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Words by experiment, with few real points: every process would take seconds for the KID of all."""
+    folder = tmp_path_factory.mktemp("statistics")
+    files = [f"reference={folder / 'reference.npz'}", f"floor={folder / 'floor.npz'}"]
+    assert main(["reference", "toy/edm", "data.n=400", *files]) == 0
+    common = ["accelerator=cpu", "logger=none", "nfe=22", *files]
+    return {name: [*common, *words] for name, words in SPREAD.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(spread: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The points that one process makes."""
+    out = tmp_path_factory.mktemp("alone")
+    return {name: measure(out, name, *words, whole=True).points[0] for name, words in spread.items()}
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"toy/dlg": [38, 26], "toy/edm": [50, 40], "toy/ddpm": [30, 0]},
+        {"toy/dlg": [26, 26, 12], "toy/edm": [40, 30, 20]},
+    ],
+    ids=["two", "three"],
+)
+def test_several_processes_make_the_same_points(
+    shares: dict[str, list[int]], spread: dict[str, list[str]], alone: dict[str, dict[str, Any]], tmp_path: Path
+):
+    devices = len(shares["toy/dlg"])
+    runs = [(name, spread[name]) for name in shares]
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(runs=runs, out=tmp_path))
+    script.write_text(SCRIPT.format(runs=runs, devices=devices, out=tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    shares = {"toy/dlg": [38, 26], "toy/edm": [50, 40], "toy/ddpm": [30, 0]}
-    for name, words in runs:
-        (one,) = measure(tmp_path / "one", name, *words, whole=True).points
-        (two,) = read_points(tmp_path / name / "points.jsonl")
-        assert (one["world_size"], two["world_size"]) == (1, 2)
-        assert two["images_by_rank"] == shares[name]
-        assert two["images_sha256"] == one["images_sha256"]
-        assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9, nan_ok=True)
-        assert two["evaluations"] == one["evaluations"]
+    for name, share in shares.items():
+        one, (several,) = alone[name], read_points(tmp_path / name / "points.jsonl")
+        assert (one["world_size"], several["world_size"]) == (1, devices)
+        assert several["images_by_rank"] == share
+        assert several["images_sha256"] == one["images_sha256"]
+        assert several["metrics"] == pytest.approx(one["metrics"], rel=1e-9, nan_ok=True)
+        assert several["evaluations"] == one["evaluations"]
         same = ("nfe", "nfe_burn_in", "nfe_sequential", "gflops_per_image")
-        assert {key: two[key] for key in same} == pytest.approx({key: one[key] for key in same})
-        assert two["chain"] == pytest.approx(one["chain"], nan_ok=True)
+        assert {key: several[key] for key in same} == pytest.approx({key: one[key] for key in same})
+        assert several["chain"] == pytest.approx(one["chain"], nan_ok=True)

@@ -22,7 +22,7 @@ from diffaccel.__main__ import main
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.evaluator import Evaluator
 
-Evaluator._draw = lambda self: None
+Evaluator._draw = Evaluator._draw_curve = lambda self: None
 """
 
 

@@ -127,16 +127,19 @@ class Evaluator(L.Callback):
                     self.points.append(before[key])
                     if trainer.is_global_zero:
                         self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)", markup=False)
+                        Partial(self.out / "partial" / key if key else None).clear()  # a kill may have come between
                     continue
                 point = self.measure(trainer, method, budget, plan)
                 self.points.append(point)
                 if trainer.is_global_zero:
                     if key and self.keep_features:
-                        (self.out / "features").mkdir(exist_ok=True)
-                        np.save(self.out / "features" / f"{key}.npy", self.features.numpy())
+                        self._keep(self.out / "features" / f"{key}.npy")
+                    self._draw()  # before the point: what is killed in between is drawn again
                     append_point(self.out / "points.jsonl", point)
                     Partial(self.out / "partial" / key if key else None).clear()
-                    self._draw()
+                    self._draw_curve()
+            if before and trainer.is_global_zero:
+                self._draw_curve()  # the last run may have been killed before it
         finally:  # an interrupt loses no finished point
             if trainer.is_global_zero and self.points:
                 for logger in trainer.loggers:
@@ -201,12 +204,13 @@ class Evaluator(L.Callback):
     ) -> Iterator[Chunk]:
         """Yield a group's batches: those done before, then those made now."""
         done, saved = partial.done(group, chained)
-        yield from done
-        if len(done) == len(group):
+        for indices in group[:done]:
+            yield partial.read(indices)
+        if done == len(group):
             return
         autocast = trainer.precision_plugin.forward_context
         networks = {**method.evaluated_networks(), **method.auxiliary_networks()}
-        number, rounds = len(done), len(saved["trace"]) if saved else 0
+        number, rounds = done, len(saved["trace"]) if saved else 0
         clock = time.perf_counter()
         with autocast():
             counter = EvaluationCounter(networks)
@@ -251,6 +255,7 @@ class Evaluator(L.Callback):
             start + (rounds - 1) * plan.skips + method.planned_nfe(plan, n) - method.prior.burn_in_evaluations(n) / n
         )
         settings = self.settings(budget)
+        ranks = max(trainer.world_size, 1 + max(scores.images_by_rank))  # a run of more processes may have begun it
         self.shown, self.features = scores.shown, scores.features
         return {
             **self.provenance,
@@ -274,7 +279,7 @@ class Evaluator(L.Callback):
             "n": n,
             "seed": self.seed,
             "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
-            "images_by_rank": [scores.images_by_rank[rank] for rank in range(trainer.world_size)],
+            "images_by_rank": [scores.images_by_rank[rank] for rank in range(ranks)],
             "metrics": scores.metrics(self.extractor.metric_name, all_of_them=self.identity is not None),
             "memorisation": self._memorisation(scores),
             "extractor": {"name": self.extractor.name, "sha256": self.extractor.sha256, "dim": self.extractor.dim},
@@ -302,6 +307,14 @@ class Evaluator(L.Callback):
 
     # What it leaves
 
+    def _keep(self, path: Path) -> None:
+        """Write the features, whole or not at all."""
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, self.features.numpy())
+        part.replace(path)
+
     def _draw(self) -> None:
         point = self.points[-1]
         budget = budget_name(point)
@@ -309,6 +322,9 @@ class Evaluator(L.Callback):
             sample_grid(self.shown, self.out / f"samples_nfe{budget}.png")
         else:
             scatter(self.shown.flatten(1), self.out / f"samples_nfe{budget}.png", title=f"NFE {budget}")
+
+    def _draw_curve(self) -> None:
+        point = self.points[-1]
         points = comparable(read_points(self.out / "points.jsonl"), point)
         write_curve_csv(points, self.out / "curve.csv")
         plot_curve(points, self.out / "curve.png", f"{point['data']}: {point['reference']['name']}")

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Partial:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def done(self, group: Group, chained: bool) -> tuple[list[Chunk], dict[str, Any] | None]:
-        """Return what is done of a group: its leading batches, and its chains' state after the last of them.
+    def done(self, group: Group, chained: bool) -> tuple[int, dict[str, Any] | None]:
+        """Return how many of a group's leading batches are done, and its chains' state after the last of them.
 
         Args:
             group: The batches.
@@ -70,16 +71,18 @@ class Partial:
         """
         state = self._read(self._state(group)) if chained else None
         if chained and state is None:
-            return [], None
-        chunks: list[Chunk] = []
-        for indices in group[: state["rounds"]] if state else group:
-            content = self._read(self._chunk(indices))
-            if content is None:
-                break
-            chunks.append(Chunk(**content))
-        if state and len(chunks) < state["rounds"]:
-            return [], None  # someone removed files: a chain can't go back to where they end
-        return chunks, state and state["state"]
+            return 0, None
+        paths = [self._chunk(indices) for indices in (group[: state["rounds"]] if state else group)]
+        done = sum(1 for _ in takewhile(lambda path: path is not None and path.is_file(), paths))
+        if state and done < state["rounds"]:
+            return 0, None  # someone removed files: a chain can't go back to where they end
+        return done, state and state["state"]
+
+    def read(self, indices: Sequence[int]) -> Chunk:
+        """Read one of the batches that are done; one at a time, for a group of chains may be the whole point."""
+        content = self._read(self._chunk(indices))
+        assert content is not None
+        return Chunk(**content)
 
     def save(self, group: Group, number: int, chunk: Chunk, state: dict[str, Any] | None) -> None:
         """Write the chunk of a group's batch of this number, then the chain's state after it."""

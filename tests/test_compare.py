@@ -1,0 +1,385 @@
+"""Points of several runs side by side: what stands in a row, what makes a pair, what is written, what is refused."""
+
+import csv
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffaccel import compare as comparison
+from diffaccel.__main__ import main
+from diffaccel.compare import Row, compare, table
+from diffaccel.evaluator import BLOCKS
+from diffaccel.metrics import Frechet, paired_difference
+from diffaccel.reference import read_reference
+from diffaccel.report import append_point, read_points
+
+N = 300
+RUNS = {
+    "first": ["toy/edm", "solver=heun", "nfe=[15,31]"],
+    "second": ["toy/edm", "solver=dpmpp2m", "nfe=[31,15]"],
+    "a chain": ["toy/dlg", "chains=15", "nfe=15"],
+}
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+Printed = pytest.CaptureFixture[str]
+Bench = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Words that name real points, few ones: KID would take longer than the runs."""
+    folder = tmp_path_factory.mktemp("statistics")
+    words = [f"reference={folder / 'reference.npz'}", f"floor={folder / 'floor.npz'}"]
+    assert main(["reference", "toy/edm", "data.n=400", *words]) == 0
+    return words
+
+
+@pytest.fixture(scope="module")
+def bench(statistics: list[str]) -> Bench:
+    """Measure an experiment into a folder; returns the folder."""
+
+    def run(out: Path, name: str, *words: str) -> Path:
+        assert main(["bench", name, f"n={N}", "logger=none", *statistics, *words, f"out={out}"]) == 0
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(bench: Bench, undrawn: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two solvers that share their noise, and a chain."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: bench(folder / name, *words) for name, words in RUNS.items()}
+
+
+@pytest.fixture
+def refused(capsys: Printed) -> Callable[..., str]:
+    """Run words that must fail: status 2, one line on stderr, nothing else."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        assert main(["compare", *(str(word) for word in words)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("diffaccel: ") and printed.err.count("\n") == 1, printed.err
+        assert "Traceback" not in printed.err and printed.out == ""
+        return printed.err
+
+    return run
+
+
+def points_of(folder: Path) -> dict[float, dict[str, Any]]:
+    """By budget."""
+    return {point["nfe_budget"]: point for point in read_points(folder / "points.jsonl")}
+
+
+def features_of(folder: Path, point: dict[str, Any]) -> torch.Tensor:
+    return torch.from_numpy(np.load(folder / "features" / f"{point['key']}.npy"))
+
+
+def edited(folder: Path, out: Path, **changes: Any) -> Path:
+    """The points of a folder, changed, in another one."""
+    for point in read_points(folder / "points.jsonl"):
+        append_point(out / "points.jsonl", {**point, **changes})
+    return out
+
+
+def only(rows: list[Row], folder: Path) -> Row:
+    (row,) = (row for row in rows if row.folder == folder)
+    return row
+
+
+# Rows
+
+
+def test_rows_go_by_source_and_budget(runs: dict[str, Path]):
+    for order in (["first", "second", "a chain"], ["second", "first"], ["first", "a chain", "second"]):
+        rows = compare([str(runs[name]) for name in order])
+        budgets = {"first": [15, 31], "second": [15, 31], "a chain": [15]}
+        expected = [(runs[name], budget) for name in order for budget in budgets[name]]
+        assert [(row.folder, row.point["nfe_budget"]) for row in rows] == expected
+    assert compare([str(runs["first"] / "points.jsonl")]) == compare([str(runs["first"])]), "a file is a source too"
+    assert compare([str(runs["first"]), f"{runs['first']}/"]) == compare([str(runs["first"])]), "the same one twice"
+
+
+def test_the_table_is_printed_and_says_what_a_difference_is(runs: dict[str, Path], tmp_path: Path, capsys: Printed):
+    sources = [str(runs["first"]), str(runs["second"])]
+    capsys.readouterr()
+    assert main(["compare", *sources, f"out={tmp_path}"]) == 0
+    printed = capsys.readouterr()
+    heads, lines = table(compare(sources))
+    shown = [line.split() for line in printed.out.splitlines() if line.strip().startswith("edm (")]
+    assert len(shown) == len(lines) == 4
+    for words, line in zip(shown, lines, strict=True):
+        cells = dict(zip(heads, line, strict=True))
+        assert words[-2:] == [cells["difference"], cells["its se"]]
+        assert words[3:5] == [cells["budget"], cells["nfe"]]
+    assert f"less that of the first row of {runs['first']}" in printed.out and "floor: 300 held-out" in printed.out
+    assert printed.err == "" and printed.out.rstrip().endswith(str(tmp_path))
+
+
+def test_a_point_measured_again_shows_once_the_last(bench: Bench, tmp_path: Path):
+    for words in ([], ["again=true"]):
+        bench(tmp_path, "toy/edm", "nfe=[4,6]", *words)
+    points = read_points(tmp_path / "points.jsonl")
+    assert len(points) == 4
+    rows = compare([str(tmp_path)])
+    assert [row.point for row in rows] == points[2:]
+    assert rows[0].point["seconds_per_image"] != points[0]["seconds_per_image"]
+
+
+# Pairs
+
+
+def test_the_difference_is_that_of_the_kept_features(runs: dict[str, Path], statistics: list[str]):
+    """Second less first, with an error that the common noise has made smaller."""
+    reference = read_reference(statistics[0].removeprefix("reference=")).moments
+    first, second = points_of(runs["first"]), points_of(runs["second"])
+    rows = compare([str(runs["first"]), str(runs["second"])])
+    assert [row.difference for row in rows[:2]] == [None, None]
+    for row, budget in zip(rows[2:], (15, 31), strict=True):
+        features = features_of(runs["second"], second[budget]), features_of(runs["first"], first[budget])
+        expected = paired_difference(*features, torch.arange(N) % BLOCKS, reference)
+        torch.testing.assert_close(row.difference, expected, rtol=0, atol=0)
+        metrics = [point[budget]["metrics"] for point in (second, first)]
+        for value, name in zip(row.difference, ("fd_identity", "fd_identity_inf"), strict=False):
+            assert value.item() == pytest.approx(metrics[0][name] - metrics[1][name], rel=1e-6, abs=1e-9)
+        assert row.difference.se < np.hypot(*(each["fd_identity_se"] for each in metrics)) / 2
+
+
+def test_the_other_way_round_it_has_the_other_sign(runs: dict[str, Path]):
+    there = compare([str(runs["first"]), str(runs["second"])])[2:]
+    back = compare([str(runs["second"]), str(runs["first"])])[2:]
+    for row, other in zip(there, back, strict=True):
+        assert row.point["nfe_budget"] == other.point["nfe_budget"]
+        assert row.difference.fd == -other.difference.fd != 0
+        assert row.difference.se == pytest.approx(other.difference.se.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("other", ["nfe=17", "n=301", "seed=1"])
+def test_pairs_have_equal_budget_number_and_seed(other: str, runs: dict[str, Path], bench: Bench, tmp_path: Path):
+    words = ["toy/edm", "solver=dpmpp2m", "nfe=15"]
+    assert only(compare([str(runs["first"]), str(bench(tmp_path / "same", *words))]), tmp_path / "same").difference
+    rows = compare([str(runs["first"]), str(bench(tmp_path / "other", *words, other))])
+    assert only(rows, tmp_path / "other").difference is None
+    heads, lines = table(rows)
+    assert lines[-1][heads.index("difference")] == lines[-1][heads.index("its se")] == "-"
+
+
+def test_of_several_the_first_row_is_the_pair(bench: Bench, runs: dict[str, Path], tmp_path: Path):
+    """Runs of one experiment share a folder unless told otherwise."""
+    for solver in ("heun", "ddim", "dpm2"):
+        bench(tmp_path, "toy/edm", "nfe=15", f"solver={solver}")
+    rows = compare([str(tmp_path), str(runs["second"])])
+    (paired,) = [row for row in rows if row.difference]
+    fds = [row.point["metrics"]["fd_identity"] for row in (paired, rows[0])]
+    assert paired.difference.fd.item() == pytest.approx(fds[0] - fds[1], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("without", ["first", "second"])
+def test_no_features_no_difference(without: str, bench: Bench, runs: dict[str, Path], tmp_path: Path):
+    folder = bench(tmp_path / "run", *RUNS[without], "keep_features=false")
+    assert not (folder / "features").exists()
+    sources = {**runs, without: folder}
+    words = [str(sources[name]) for name in ("first", "second")]
+    assert main(["compare", *words, f"out={tmp_path / 'out'}"]) == 0
+    heads, lines = table(compare(words))
+    assert {line[heads.index(head)] for line in lines for head in ("difference", "its se")} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("chains", "blocks"),
+    [((None, 15), 10), ((15, None), 10), ((20, 30), 10), ((15, 20), 5), ((12, 12), 10)],
+    ids=str,
+)
+def test_a_block_holds_whole_chains_of_both(
+    chains: tuple[int | None, int | None], blocks: int, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[torch.Tensor] = []
+
+    def spy(a: torch.Tensor, b: torch.Tensor, block: torch.Tensor, *rest: Any) -> Frechet:
+        seen.append(block)
+        return paired_difference(a, b, block, *rest)
+
+    monkeypatch.setattr(comparison, "paired_difference", spy)
+    folders = []
+    for count, solver in zip(chains, ("dpmpp2m", "heun"), strict=True):
+        words = ["toy/dlg", f"chains={count}"] if count else ["toy/edm"]
+        folders.append(bench(tmp_path / solver, *words, f"solver={solver}", "nfe=30", "n=120"))
+    row = compare([str(folder) for folder in folders])[-1]
+    (block,) = seen
+    assert block.shape == (120,) and len(block.unique()) == blocks
+    for count in filter(None, chains):
+        whole = [set(block[chain::count].tolist()) for chain in range(count)]
+        assert all(len(found) == 1 for found in whole), f"a chain of {count} lies in several blocks"
+    assert row.difference.se > 0
+
+
+def test_chains_with_nothing_in_common_have_a_difference_without_an_error(bench: Bench, tmp_path: Path):
+    """Of 7 and 8 chains all images are linked with one another."""
+    folders = [str(bench(tmp_path / f"{count}", "toy/dlg", f"chains={count}", "nfe=15")) for count in (7, 8)]
+    rows = compare(folders)
+    heads, lines = table(rows)
+    assert rows[1].difference.fd.isfinite()
+    assert lines[1][heads.index("difference")] != "-" and lines[1][heads.index("its se")] == "-"
+
+
+# Files
+
+
+class Page(HTMLParser):
+    """The cells of a page's table, its text, and whatever it would fetch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.table: list[list[str]] = []
+        self.text: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.fetched += [str(value) for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
+        if tag == "tr":
+            self.table.append([])
+        elif tag in ("td", "th"):
+            self.table[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.table and self.table[-1] and self.get_starttag_text().startswith(("<td", "<th")):
+            self.table[-1][-1] += data.rstrip("\n")
+
+
+def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
+    sources = [str(folder) for folder in runs.values()]
+    assert main(["compare", *sources, f"out={tmp_path / 'a' / 'new folder'}"]) == 0
+    (out,) = (tmp_path / "a").iterdir()
+    assert {file.name for file in out.iterdir()} == {"compare.csv", "curve.png", "index.html"}
+    heads, lines = table(compare(sources))
+    with (out / "compare.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [heads, *lines]
+    with Image.open(out / "curve.png") as curve:
+        assert min(curve.size) > 100
+    page = Page(out / "index.html")
+    assert page.table == [heads, *lines]
+
+
+def test_the_page_needs_no_other_file(runs: dict[str, Path], tmp_path: Path):
+    pictures = [runs["first"] / "samples_nfe15.png", runs["a chain"] / "samples_nfe15.png"]
+    for picture in pictures:
+        Image.new("L", (4, 4)).save(picture)
+    try:
+        assert main(["compare", *(str(folder) for folder in runs.values()), f"out={tmp_path}"]) == 0
+    finally:
+        for picture in pictures:
+            picture.unlink()
+    page = Page(tmp_path / "index.html")
+    assert len(page.fetched) == 3, "the curve and two grids"
+    assert all(address.startswith("data:image/png;base64,") for address in page.fetched)
+    assert not page.tags & {"script", "link", "iframe", "object", "base"}
+    assert (
+        "url(" not in (tmp_path / "index.html").read_text() and "@import" not in (tmp_path / "index.html").read_text()
+    )
+    assert "edm (heun, gaussian), NFE 15" in page.text and "dlg (dpmpp2m, chain), NFE 15" in page.text
+
+
+def test_a_grid_stands_beside_the_point_that_drew_it(bench: Bench, tmp_path: Path):
+    """Two solvers at one budget in one folder: the second has overwritten the first one's grid."""
+    for solver in ("ddim", "heun"):
+        bench(tmp_path, "toy/edm", "nfe=7", f"solver={solver}")
+    Image.new("L", (4, 4)).save(tmp_path / "samples_nfe7.png")
+    assert main(["compare", str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
+    page = Page(tmp_path / "out" / "index.html")
+    assert len(page.fetched) == 2 and [text for text in page.text if ", NFE 7" in text] == [
+        "edm (heun, gaussian), NFE 7"
+    ]
+
+
+def test_the_page_escapes_what_it_is_given(runs: dict[str, Path], tmp_path: Path):
+    label = "<script>alert('&')</script>"
+    folder = edited(runs["first"], tmp_path / "run", solver=label, data='"<i>')
+    Image.new("L", (4, 4)).save(folder / "samples_nfe15.png")
+    assert main(["compare", str(folder), f"out={tmp_path / 'out'}"]) == 0
+    page = Page(tmp_path / "out" / "index.html")
+    assert not page.tags & {"script", "i"}
+    assert [line[0] for line in page.table[1:]] == [f"edm ({label}, gaussian)"] * 2
+    assert any(label in text and "NFE 15" in text for text in page.text), "the caption of the grid"
+
+
+# Mistakes
+
+
+def test_points_that_were_scored_otherwise_are_refused(
+    runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+):
+    (first, *_) = read_points(runs["first"] / "points.jsonl")
+    changes = {
+        "extractor": {**first["extractor"], "name": "inception", "sha256": "1" * 64},
+        "reference": {**first["reference"], "sha256": "2" * 64},
+    }
+    for key, said in (
+        ("extractor", ["identity", "inception"]),
+        ("reference", [first["reference"]["sha256"][:8], "2" * 8]),
+    ):
+        folder = edited(runs["first"], tmp_path / key, **{key: changes[key]})
+        error = refused(runs["first"], folder, f"out={tmp_path / 'out'}")
+        assert all(word in error for word in [*said, str(runs["first"]), str(folder), "bench them alike"]), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["changed", "missing", "damaged"])
+def test_a_reference_that_is_not_what_it_was_is_named(
+    change: str, tmp_path: Path, bench: Bench, refused: Callable[..., str]
+):
+    file = tmp_path / "reference.npz"
+    assert main(["reference", "toy/edm", "data.n=100", f"reference={file}", "floor="]) == 0
+    words = ["toy/edm", f"reference={file}", "floor=", "nfe=8"]
+    folders = [bench(tmp_path / solver, *words, f"solver={solver}") for solver in ("ddim", "dpmpp2m")]
+    assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
+    if change == "changed":
+        assert main(["reference", "toy/edm", "data.n=101", f"reference={file}", "floor="]) == 0
+    elif change == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:200])
+    assert str(file) in refused(*folders, f"out={tmp_path / 'out'}")
+
+
+def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
+    bench(tmp_path, *RUNS["second"])
+    file = tmp_path / "features" / f"{points_of(tmp_path)[15]['key']}.npy"
+    file.write_bytes(file.read_bytes()[:100])
+    assert str(file) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
+
+
+def test_a_folder_without_its_reference_is_named(
+    bench: Bench, runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+):
+    """A fit without an evaluation may have written another config.yaml there."""
+    bench(tmp_path, *RUNS["second"])
+    config = tmp_path / "config.yaml"
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join("reference: null" if line.startswith("reference:") else line for line in lines))
+    assert str(config) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
+    config.unlink()
+    assert str(config) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
+
+
+def test_mistakes_are_one_line(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
+    assert "Give folders of runs" in refused()
+    assert "Give folders of runs" in refused(f"out={tmp_path}")
+    assert str(tmp_path / "nowhere") in refused(runs["first"], tmp_path / "nowhere")
+    error = refused(runs["first"], "otu=here")
+    assert "'otu'" in error and "did you mean 'out'" in error
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "points.jsonl").touch()
+    assert str(tmp_path / "empty") in refused(tmp_path / "empty", f"out={tmp_path / 'out'}")
+    (tmp_path / "file").touch()
+    assert "can't be written to" in refused(runs["first"], f"out={tmp_path / 'file' / 'out'}")
