@@ -131,7 +131,7 @@ def bench(config: Any) -> None:
     from diffaccel import experiment
     from diffaccel.terminal import print_points
 
-    method = experiment.build_method(config, load=not config.dry_run)
+    method = experiment.build_method(config, load=not config.dry_run, frozen=True)
     plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
     if config.dry_run:
         from diffaccel.cost import print_cost
@@ -156,7 +156,7 @@ def search(config: Any) -> None:
 
     from diffaccel import experiment
 
-    method = experiment.build_method(config)
+    method = experiment.build_method(config, frozen=True)
     searcher = experiment.build_searcher(config, method)
     experiment.write_config(config)
     config.logger = "none"
@@ -236,7 +236,7 @@ def sample(config: Any) -> None:
     from diffaccel import experiment
     from diffaccel.evaluator import to_uint8
 
-    method = experiment.build_method(config).eval()
+    method = experiment.build_method(config, frozen=True).eval()
     plan = method.plan(config.nfe[0], config.n)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

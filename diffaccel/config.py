@@ -135,6 +135,8 @@ class Config:
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
     keep_features: bool = True
     """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
+    keep_images: bool = False
+    """Keep each point's images in OUT/images: benched again with another extractor, they are scored, not made anew."""
     again: bool = False
     """Measure points that OUT has already once more."""
     dry_run: bool = False

@@ -41,12 +41,13 @@ def shape_of(config: Config) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def build_method(config: Config, load: bool = True) -> Diffusion:
+def build_method(config: Config, load: bool = True, frozen: bool = False) -> Diffusion:
     """Build a method with its weights.
 
     Args:
         config: The run's.
         load: Whether to read the weights that the configuration names; without, networks start at random.
+        frozen: Whether weights will not change any more: ``compile`` then takes them for constants, which is faster.
 
     Raises:
         UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network.
@@ -83,7 +84,7 @@ def build_method(config: Config, load: bool = True) -> Diffusion:
         network.to(memory_format=torch.channels_last)
     if config.compile and network is not None:
         # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
-        network.forward = torch.compile(network.forward)
+        network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method
 
 
@@ -151,22 +152,21 @@ def build_extractor(config: Config) -> Extractor:
 
 
 def identify(config: Config, extractor: Extractor, reference: Reference, floor: Reference | None) -> dict[str, Any]:
-    """Say all that a point follows from besides budget and settings: a point of the same is not measured twice."""
+    """Say all that a point's images, and their scores, follow from besides budget and settings."""
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
         name: file_sha256(Path(path)) if path and Path(path).is_file() else None
         for name, path in (("denoiser", config.checkpoint), ("posterior", config.posterior.get("checkpoint")))
     }
-    return {
+    images = {
         **{key: getattr(config, key) for key in keys},
         "posterior": {key: value for key, value in config.posterior.items() if key != "checkpoint"},
         "weights": weights,
-        "extractor": extractor.sha256,
-        "reference": reference.sha256,
-        "floor": floor and floor.sha256,
         "version": __version__,
     }
+    scores = {"extractor": extractor.sha256, "reference": reference.sha256, "floor": floor and floor.sha256}
+    return {"images": images, "scores": scores}
 
 
 def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
@@ -206,6 +206,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         identity=identify(config, extractor, reference, floor) if measured else None,
         again=config.again,
         keep_features=config.keep_features,
+        keep_images=config.keep_images,
         discrete=config.data["name"] != "toy",
     )
 

@@ -22,7 +22,7 @@ from diffaccel.errors import UsageError, suggest
 from diffaccel.evaluator import Evaluator
 from diffaccel.methods import Diffusion
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import PRIORS, LangevinGibbsPrior, Plan, Prior
+from diffaccel.prior import PRIORS, ChainPrior, Plan, Prior
 from diffaccel.registry import Registry
 from diffaccel.report import append_point, read_points
 from diffaccel.solver import SOLVERS
@@ -223,7 +223,7 @@ class Searcher(L.Callback):
 
     def _scaled(self, prior: Prior, images: int) -> Prior:
         """Give a chain prior as many chains per image as the winner will have."""
-        if isinstance(prior, LangevinGibbsPrior):
+        if isinstance(prior, ChainPrior):
             prior.chains = max(1, prior.chains * images // self.n)
         return prior
 

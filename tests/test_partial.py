@@ -11,6 +11,8 @@ from diffaccel.__main__ import main
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Chunk, Partial
+from diffaccel.nn.features import SmallClassifier, save_classifier
+from diffaccel.nn.unet import UNet
 from diffaccel.report import read_points
 
 RUNS = {
@@ -108,13 +110,35 @@ def test_a_run_that_goes_on_reports_the_points_before(tmp_path: Path, capsys: py
     ]
 
 
+def test_another_extractor_scores_the_images_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = ["digits/dlg", "nfe=12", "n=120", "chains=40", "batch_size=16", "logger=none"]
+    save_classifier(SmallClassifier(1, 10, 8, (4,)), tmp_path / "other.safetensors", "other", "digits", 0.1, 0)
+    other = [f"extractor.path={tmp_path / 'other.safetensors'}", f"reference={tmp_path / 'other.npz'}", "floor=null"]
+    assert main(["reference", "digits/dlg", *other]) == 0
+    assert main(["bench", *own, "keep_images=true", f"out={tmp_path / 'kept'}"]) == 0
+    assert main(["bench", *own, *other, f"out={tmp_path / 'anew'}"]) == 0
+    calls = []
+    with monkeypatch.context() as patch:
+        forward = UNet.forward
+        patch.setattr(UNet, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+        assert main(["bench", *own, *other, f"out={tmp_path / 'kept'}"]) == 0
+        assert not calls, "the images were made anew"
+        assert main(["bench", *own, *other, f"out={tmp_path / 'kept'}", "again=true"]) == 0
+        assert calls, "again=true takes kept images for new ones"
+    (first, scored, again), (anew,) = essence(tmp_path / "kept"), essence(tmp_path / "anew")
+    assert scored == anew == again
+    assert "fd_digits" in first["metrics"] and "fd_other" in scored["metrics"]
+    assert first["images_sha256"] == scored["images_sha256"] and first["key"] != scored["key"]
+
+
 # The files
 
 
 def chunk(first: int, count: int = 2) -> Chunk:
     return Chunk(
         torch.arange(first, first + count), torch.randn(count, 3), torch.zeros(count, 32, dtype=torch.uint8),
-        torch.zeros(0, 1, 2, 2), 0, {"denoiser": 4}, {"denoiser": 1}, {"denoiser": 2.5}, 0.1, 0.2, [{"mean": [0.5]}],
+        torch.zeros(0, 1, 2, 2), None, "0123", 0, {"denoiser": 4}, {"denoiser": 1}, {"denoiser": 2.5}, 0.1, 0.2,
+        [{"mean": [0.5]}],
     )  # fmt: skip
 
 

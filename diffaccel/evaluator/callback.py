@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from diffaccel.errors import UsageError
 from diffaccel.evaluator.logs import budget_name, log_curve
@@ -53,11 +54,12 @@ class Evaluator(L.Callback):
         provenance: Keys that every point carries (method, experiment, checkpoint ...).
         settings: Budget -> ``{"prior": ..., "solver": ...}``, each with its name and keys, for the points.
         discrete: Whether samples are images, rounded to uint8; toy points are scored as they are.
-        identity: What a point follows from besides budget and settings (hashes of weights and statistics, n, seed
-            ...): a point of equal ``key`` is not measured twice, and one that was begun is finished. None for weights
-            that are still in training.
+        identity: What a point follows from besides budget and settings: ``images`` (hashes of weights, n, seed ...)
+            and ``scores`` (hashes of extractor and statistics). A point of equal ``key`` is not measured twice, and one
+            that was begun is finished. None for weights that are still in training.
         again: Measure points that OUT has already once more.
         keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
+        keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Evaluator(L.Callback):
         identity: dict[str, Any] | None = None,
         again: bool = False,
         keep_features: bool = True,
+        keep_images: bool = False,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.reference, self.floor, self.real = extractor, reference, floor, Real(reference, floor)
         self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
-        self.identity, self.again, self.keep_features = identity, again, keep_features
+        self.identity, self.again = identity, again
+        self.keep_features, self.keep_images = keep_features, keep_images
         self.points: list[dict[str, Any]] = []
         self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
 
@@ -127,7 +131,7 @@ class Evaluator(L.Callback):
                     self.points.append(before[key])
                     if trainer.is_global_zero:
                         self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)", markup=False)
-                        Partial(self.out / "partial" / key if key else None).clear()  # a kill may have come between
+                        self._partial(budget).clear()  # a kill may have come between
                     continue
                 point = self.measure(trainer, method, budget, plan)
                 self.points.append(point)
@@ -136,7 +140,7 @@ class Evaluator(L.Callback):
                         self._keep(self.out / "features" / f"{key}.npy")
                     self._draw()  # before the point: what is killed in between is drawn again
                     append_point(self.out / "points.jsonl", point)
-                    Partial(self.out / "partial" / key if key else None).clear()
+                    self._partial(budget).clear()
                     self._draw_curve()
             if before and trainer.is_global_zero:
                 self._draw_curve()  # the last run may have been killed before it
@@ -158,8 +162,19 @@ class Evaluator(L.Callback):
         """Hash of all that a point follows from, but for versions; None if it is not to be found again."""
         if self.identity is None:
             return None
-        whole = {**self.identity, "budget": budget, "settings": self.settings(budget)}
+        return self._hash({**self.identity["images"], **self.identity["scores"]}, budget)
+
+    def _hash(self, identity: dict[str, Any], budget: float) -> str:
+        whole = {**identity, "budget": budget, "settings": self.settings(budget)}
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _partial(self, budget: float) -> Partial:
+        """What is done of a point: under its key, or if images are kept, under a hash of what they follow from."""
+        if self.identity is None:
+            return Partial(None)
+        images = self.out / "images" / self._hash(self.identity["images"], budget)
+        kept = self.keep_images or images.is_dir()
+        return Partial(images if kept else self.out / "partial" / str(self.key(budget)), kept)
 
     @torch.no_grad()
     def measure(
@@ -182,7 +197,7 @@ class Evaluator(L.Callback):
         method.tune(budget)
         n = n or self.n
         key, chains = self.key(budget), getattr(method.prior, "chains", None)
-        partial = Partial(self.out / "partial" / key if key else None)
+        partial = self._partial(budget)
         kind = torch.uint8 if self.discrete else torch.float32
         shown = SHOWN if self.discrete else SCATTERED
         scores = Scores(n, self.extractor.dim, method.shape, shown, kind, self.real, chains, method.device)
@@ -203,9 +218,15 @@ class Evaluator(L.Callback):
         self, trainer: L.Trainer, method: Diffusion, plan: Plan, group: Group, partial: Partial, chained: bool
     ) -> Iterator[Chunk]:
         """Yield a group's batches: those done before, then those made now."""
-        done, saved = partial.done(group, chained)
+        done, saved = (0, None) if self.again and partial.kept else partial.done(group, chained)
         for indices in group[:done]:
-            yield partial.read(indices)
+            chunk = partial.read(indices)
+            if chunk.extractor != self.extractor.sha256:
+                assert chunk.images is not None  # without them, OUT/partial goes by the extractor too
+                started = time.perf_counter()
+                chunk.features = self._features(chunk.images.to(method.device))
+                chunk.scoring, chunk.extractor = time.perf_counter() - started, self.extractor.sha256
+            yield chunk
         if done == len(group):
             return
         autocast = trainer.precision_plugin.forward_context
@@ -223,20 +244,24 @@ class Evaluator(L.Callback):
                 indices, images = next(batches)
             sampled = time.perf_counter()
             final = to_uint8(images) if self.discrete else images.float()
-            features = self.extractor(final).float().cpu()
+            features = self._features(final)
             final, index = final.cpu(), torch.tensor(indices)
             shown = final[index < (SHOWN if self.discrete else SCATTERED)]
             scored = time.perf_counter()
             trace = state.trace[rounds:] if isinstance(state, ChainState) else []
             chunk = Chunk(
-                index, features, digests(final), shown, trainer.global_rank, dict(counter.evaluations),
-                dict(counter.burn_in), dict(counter.flops), sampled - clock, scored - sampled, trace,
+                index, features, digests(final), shown, final if partial.kept else None, self.extractor.sha256,
+                trainer.global_rank, dict(counter.evaluations), dict(counter.burn_in), dict(counter.flops),
+                sampled - clock, scored - sampled, trace,
             )  # fmt: skip
             partial.save(group, number, chunk, state.state_dict() if isinstance(state, ChainState) else None)
             yield chunk
             number, rounds = number + 1, rounds + len(trace)
             counter = EvaluationCounter(networks, counter.flops)
             clock = time.perf_counter()
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.extractor(images).float().cpu()
 
     def _point(
         self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan, scores: Scores, n: int

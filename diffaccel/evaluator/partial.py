@@ -29,6 +29,8 @@ class Chunk:
         features: (b, dim) float32, which is what extractors compute in.
         digests: SHA-256 of each image, (b, 32) uint8.
         shown: Those of the images that the sample grid shows, (s, C, H, W).
+        images: The images as they are scored, (b, C, H, W), if they are kept; else None.
+        extractor: Hash of what made the features: others take theirs from the images.
         rank: Process that made them.
         evaluations: Samples by network, burn-in included.
         burn_in: The part of them spent in burn-in.
@@ -42,6 +44,8 @@ class Chunk:
     features: Tensor
     digests: Tensor
     shown: Tensor
+    images: Tensor | None
+    extractor: str
     rank: int
     evaluations: dict[str, int]
     burn_in: dict[str, int]
@@ -56,10 +60,11 @@ class Partial:
 
     Args:
         folder: Where they lie; None keeps nothing.
+        kept: Whether they stay once the point is measured.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, kept: bool = False) -> None:
+        self.folder, self.kept = folder, kept
 
     def done(self, group: Group, chained: bool) -> tuple[int, dict[str, Any] | None]:
         """Return how many of a group's leading batches are done, and its chains' state after the last of them.
@@ -93,8 +98,8 @@ class Partial:
             self._write(self._state(group), {"rounds": number + 1, "state": state})
 
     def clear(self) -> None:
-        """Remove everything: the point is measured."""
-        if self.folder is not None:
+        """Remove everything, unless it is kept: the point is measured."""
+        if self.folder is not None and not self.kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _chunk(self, indices: Sequence[int]) -> Path | None:

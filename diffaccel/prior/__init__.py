@@ -1,11 +1,14 @@
 """Priors by name: the law of the state that sampling starts from."""
 
 from diffaccel.prior.base import PRIORS, GaussianPrior, Group, Plan, Prior
-from diffaccel.prior.chain import ChainState, LangevinGibbsPrior, keep_lower, langevin_step
+from diffaccel.prior.chain import ChainPrior, ChainState
+from diffaccel.prior.langevin import LangevinGibbsPrior, keep_lower, langevin_step
 from diffaccel.prior.posterior import ClassifierPosterior, ExactPosterior, LevelPosterior, geometric_levels
+from diffaccel.prior.restart import RestartPrior
 
 __all__ = [
     "PRIORS",
+    "ChainPrior",
     "ChainState",
     "ClassifierPosterior",
     "ExactPosterior",
@@ -15,6 +18,7 @@ __all__ = [
     "LevelPosterior",
     "Plan",
     "Prior",
+    "RestartPrior",
     "geometric_levels",
     "keep_lower",
     "langevin_step",
