@@ -33,7 +33,7 @@ SHOWN = ("kid", "precision", "recall", "density", "coverage")
 
 @dataclass(frozen=True)
 class Row:
-    """A point, where it lies, and how it differs from its pair in the first of the compared.
+    """A point, where it lies, and how it differs from its pair, the first measured of the first folder.
 
     Attributes:
         folder: Of the run.
@@ -60,7 +60,7 @@ def compare(sources: Sequence[str]) -> list[Row]:
         sources: Folders of runs, or their points.jsonl.
 
     Returns:
-        The rows, by source, curve and budget; of points measured again, the last.
+        The rows, by source, curve (as measured) and budget; of points measured again, the last.
 
     Raises:
         UsageError: Fewer than one source, no points, points of several extractors or references, or files of a run
@@ -87,7 +87,8 @@ def _rows(folder: Path) -> list[Row]:
     grids = {folder / f"samples_nfe{budget_name(point)}.png": point for point in points}  # the last to draw there
     drawn = {id(point): path for path, point in grids.items() if path.is_file()}
     rows = [Row(folder, point, drawn.get(id(point))) for point in latest.values()]
-    return sorted(rows, key=lambda row: (row.label, row.point["nfe"]))
+    curves = list(dict.fromkeys(row.label for row in rows))
+    return sorted(rows, key=lambda row: (curves.index(row.label), row.point["nfe"]))
 
 
 def _check(rows: Iterable[Row]) -> None:
@@ -106,7 +107,7 @@ def _pair(point: Point) -> tuple[Any, ...]:
 
 
 def _paired(row: Row, first: Row | None, moments: dict[Path, Moments]) -> Row:
-    if first is None or first is row or first.folder == row.folder:
+    if first is None or first is row:
         return row
     files = [one.folder / "features" / f"{one.point.get('key')}.npy" for one in (row, first)]
     if not all(file.is_file() for file in files):

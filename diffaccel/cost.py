@@ -1,12 +1,16 @@
 """What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
 
-import resource
 import time
+import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffaccel.config import Config
 from diffaccel.experiment import human
@@ -15,29 +19,66 @@ from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import Plan
 
 
+class LiveBytes(TorchDispatchMode):
+    """Follows how many bytes of tensors made within are alive, on any device, the meta device too.
+
+    Attributes:
+        live: Now.
+        peak: At most. A kernel's own workspace is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and take up the storages that it made."""
+        known = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._seen | known:  # neither a view nor in place
+                    self._seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
 @torch.no_grad()
-def forward_cost(method: Diffusion, images: int) -> tuple[float, float]:
+def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
     """Run one forward of the denoiser on a few images.
 
     Returns:
-        FLOPs of one image, and seconds of one image on this machine.
+        FLOPs of one image, seconds of one image on this machine, and bytes of activations of one image.
     """
     process = method.denoiser.process
     x_t = torch.randn(images, *method.shape, device=method.device)
     t = process.time(torch.ones(images, dtype=torch.float64, device=method.device))
     with EvaluationCounter(method.evaluated_networks()) as counter:
         method.denoiser(x_t, t)
+    with LiveBytes() as memory:
+        method.denoiser(x_t, t)
     started = time.perf_counter()
     method.denoiser(x_t, t)
     if method.device.type == "cuda":
         torch.cuda.synchronize()
-    return sum(counter.flops.values()), (time.perf_counter() - started) / images
+    return sum(counter.flops.values()), (time.perf_counter() - started) / images, memory.peak / images
 
 
 def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
     """Print a plan per budget, and the cost that one measured forward predicts."""
     images = min(config.batch_size, 16)
-    flops, seconds = forward_cost(method.eval(), images)
+    with torch.autocast(method.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+        flops, seconds, activations = forward_cost(method.eval(), images)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     table = Table(box=None, header_style="bold")
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "time for n"):
@@ -56,8 +97,12 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
     print(f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}")
     print(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none")
     Console().print(table)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"one forward of {images} images was run: {human(flops, 'FLOP')} and {seconds:.3g} s an image here; "
-        f"peak memory so far {human(peak, 'B')}"
+        f"one forward of {images} images was run: {human(flops, 'FLOP')}, {seconds:.3g} s and "
+        f"{human(activations, 'B')} of activations an image here"
+    )
+    weights, batch = human(4.0 * parameters, "B"), human(config.batch_size * activations, "B")
+    print(
+        f"memory of a process: {weights} of weights, {batch} of activations at batch_size={config.batch_size}, "
+        "besides the extractor's and the libraries' own"
     )

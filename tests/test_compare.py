@@ -171,14 +171,18 @@ def test_pairs_have_equal_budget_number_and_seed(other: str, runs: dict[str, Pat
     assert lines[-1][heads.index("difference")] == lines[-1][heads.index("its se")] == "-"
 
 
-def test_of_several_the_first_row_is_the_pair(bench: Bench, runs: dict[str, Path], tmp_path: Path):
+def test_the_pair_is_the_first_measured(bench: Bench, runs: dict[str, Path], tmp_path: Path):
     """Runs of one experiment share a folder unless told otherwise."""
     for solver in ("heun", "ddim", "dpm2"):
         bench(tmp_path, "toy/edm", "nfe=15", f"solver={solver}")
     rows = compare([str(tmp_path), str(runs["second"])])
-    (paired,) = [row for row in rows if row.difference]
-    fds = [row.point["metrics"]["fd_identity"] for row in (paired, rows[0])]
-    assert paired.difference.fd.item() == pytest.approx(fds[0] - fds[1], rel=1e-6, abs=1e-9)
+    assert [row.point["solver"] for row in rows[:3]] == ["heun", "ddim", "dpm2"]
+    pairs = [row for row in rows if row.point["nfe_budget"] == 15]
+    assert len(pairs) == 4 and pairs[0].difference is None
+    fds = [row.point["metrics"]["fd_identity"] for row in pairs]
+    for row, fd in zip(pairs[1:], fds[1:], strict=True):
+        assert row.difference is not None
+        assert row.difference.fd.item() == pytest.approx(fd - fds[0], rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("without", ["first", "second"])

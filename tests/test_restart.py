@@ -31,7 +31,7 @@ def rounds(prior: RestartPrior, count: int, skips: int, process: Process | None 
 
 @pytest.mark.parametrize("process", [EDMVarianceExploding(), VariancePreserving()])
 def test_the_law_at_its_level_stays_and_mixes_as_the_way_up_says(process):
-    """Noise and the exact way down scale a coordinate by c = sqrt((v + star^2) / (v + up^2)), so rounds correlate by c."""
+    """Noise and the exact way down scale by c = sqrt((v + star^2) / (v + up^2)), so that rounds correlate by c."""
     prior = RestartPrior(ratio_star=0.8, ratio_up=3.0, solver=FINE, chains=CHAINS, init_steps=60)
     states = rounds(prior, 12, 40, process)
     level = VAR + 0.8**2
