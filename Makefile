@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 METHOD ?= dlg
-DATA ?= digits
+DATA ?= cifar10_small
 NFE ?= 10
 
 BIN := .venv/bin

@@ -121,7 +121,7 @@ def compare(words: list[str]) -> None:
     out = Path(options.get("out", "runs/compare"))
     comparison.write(rows, out)
     comparison.show(rows)
-    print(f"index.html, curve.png and compare.csv are in {out}")
+    print(f"index.html, curve.png, compare.csv and table.md are in {out}")
 
 
 def bench(config: Any) -> None:

@@ -147,7 +147,7 @@ def _reference(row: Row) -> Moments:
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
-    """Write compare.csv, curve.png and index.html, which holds everything and needs no other file.
+    """Write compare.csv, table.md, curve.png and index.html, which holds everything and needs no other file.
 
     Raises:
         UsageError: The folder can't be written to.
@@ -160,9 +160,28 @@ def write(rows: Sequence[Row], out: Path) -> None:
     heads, lines = table(rows)
     with (out / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heads, *lines])
+    (out / "table.md").write_text(markdown(rows), encoding="utf-8")
     title = f"{points[0]['data']}: {points[0]['reference']['name']}"
     plot_curve(points, out / "curve.png", title)
     (out / "index.html").write_text(_page(title, heads, lines, rows, out / "curve.png"), encoding="utf-8")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Lay distances out with a line per curve and a column per budget: value, standard error, nfe where it is less."""
+    key = frechet_key([row.point for row in rows])
+    budgets = sorted({row.point["nfe_budget"] for row in rows}, key=lambda budget: budget or math.inf)
+    found: dict[str, dict[float | None, str]] = {}
+    for row in rows:
+        point, metrics = row.point, row.point["metrics"]
+        spent = "" if point["nfe"] == point["nfe_budget"] else f" ({point['nfe']:.4g})"
+        value = f"{metrics[key]:.2f} +- {number(metrics.get(f'{key}_se'), 2)}{spent}"
+        found.setdefault(row.label, {})[point["nfe_budget"]] = value
+    heads = [key, *("adaptive" if budget is None else f"NFE {budget:g}" for budget in budgets)]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[label, *(values.get(budget, "") for budget in budgets)] for label, values in found.items()]
+    if (floor := rows[-1].point["metrics"].get(f"{key}_floor")) is not None:
+        lines.append([f"{rows[-1].point['floor']['n']} held-out real images", *[f"{floor:.2f}"] * len(budgets)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -265,7 +265,7 @@ def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
     sources = [str(folder) for folder in runs.values()]
     assert main(["compare", *sources, f"out={tmp_path / 'a' / 'new folder'}"]) == 0
     (out,) = (tmp_path / "a").iterdir()
-    assert {file.name for file in out.iterdir()} == {"compare.csv", "curve.png", "index.html"}
+    assert {file.name for file in out.iterdir()} == {"compare.csv", "table.md", "curve.png", "index.html"}
     heads, lines = table(compare(sources))
     with (out / "compare.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [heads, *lines]
@@ -273,6 +273,13 @@ def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
         assert min(curve.size) > 100
     page = Page(out / "index.html")
     assert page.table == [heads, *lines]
+    first, *_, floor = (out / "table.md").read_text().splitlines()[2:]
+    points = {budget: point["metrics"] for budget, point in points_of(runs["first"]).items()}
+    said = [f"{points[budget]['fd_identity']:.2f} +- {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
+    assert first.split(" | ")[1:] == [said[0], f"{said[1]} |"] and first.startswith("| edm (heun, gaussian)")
+    assert (
+        floor.startswith("| 300 held-out real images | ") and floor.count(f"{points[15]['fd_identity_floor']:.2f}") == 2
+    )
 
 
 def test_the_page_needs_no_other_file(runs: dict[str, Path], tmp_path: Path):

@@ -14,7 +14,7 @@ from diffaccel.methods import Diffusion
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
-SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/"))]
+SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "cifar10_small/"))]
 PAPER = [name for name in NAMES if name.startswith("cifar10/")]
 
 
