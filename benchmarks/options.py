@@ -1,5 +1,7 @@
 """What precision, torch.compile and channels-last do to one network: forward and training step, as ratios.
 
+The forward is that of `bench`, whose weights ``compile`` takes for constants, the step that of `fit`.
+
 taskset -c 1 python -m benchmarks.options [REPEATS]
 """
 
@@ -21,20 +23,22 @@ OPTIONS = {
     "channels_last": {"channels_last": True},
     "bf16-mixed, compile": {"precision": "bf16-mixed", "compile": True},
     "bf16-mixed, channels_last": {"precision": "bf16-mixed", "channels_last": True},
+    "bf16-mixed, compile, channels_last": {"precision": "bf16-mixed", "compile": True, "channels_last": True},
 }
 
 
 def runs(precision: str = "32-true", **options: bool) -> tuple[Callable[[], None], Callable[[], None]]:
     """Build a forward and a training step of the experiment's network under some options."""
     words = [f"{key}={str(value).lower()}" for key, value in options.items()]
-    network = build_method(load(EXPERIMENT, words), load=False).denoiser.network
+    config = load(EXPERIMENT, words)
+    frozen, network = (build_method(config, load=False, frozen=yes).denoiser.network for yes in (True, False))
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     x, noise = torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
     def forward() -> None:
         with torch.no_grad(), autocast:
-            network(x, noise)
+            frozen(x, noise)
 
     def step() -> None:
         with autocast:
