@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Stopwatch, clock, compare, show
-from diffaccel import experiment
+from diffaccel import experiment, launch
 from diffaccel.__main__ import _quiet
 from diffaccel.config import Config, load
 from diffaccel.methods.ema import EMA
@@ -61,8 +61,8 @@ def fit(config: Config, stopwatch: Stopwatch) -> float:
     method, data, timer = experiment.build_method(config), experiment.build_data(config), StepTimer(stopwatch)
     stopwatch.watch(method.denoiser.network, "forward")
     stopwatch.watch(method, "manual_backward")
-    callbacks = [experiment.build_checkpointer(config), timer]
-    experiment.build_trainer(config, callbacks, training=True).fit(method, data)
+    callbacks = [launch.build_checkpointer(config), timer]
+    launch.build_trainer(config, callbacks, training=True).fit(method, data)
     return timer.seconds
 
 

@@ -128,7 +128,7 @@ def bench(config: Any) -> None:
     """Measure the configured budgets with the configured weights."""
     from torch.utils.data import DataLoader
 
-    from diffaccel import experiment
+    from diffaccel import experiment, launch
     from diffaccel.terminal import print_points
 
     method = experiment.build_method(config, load=not config.dry_run, frozen=True)
@@ -139,8 +139,8 @@ def bench(config: Any) -> None:
         print_cost(config, method, plans)
         return
     evaluator = experiment.build_evaluator(config, method)
-    experiment.write_config(config)
-    trainer = experiment.build_trainer(config, [evaluator])
+    launch.write_config(config)
+    trainer = launch.build_trainer(config, [evaluator])
     method.eval()
     try:
         trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
@@ -154,13 +154,13 @@ def search(config: Any) -> None:
     """Find the best prior and solver for each configured budget."""
     from torch.utils.data import DataLoader
 
-    from diffaccel import experiment
+    from diffaccel import experiment, launch
 
     method = experiment.build_method(config, frozen=True)
     searcher = experiment.build_searcher(config, method)
-    experiment.write_config(config)
+    launch.write_config(config)
     config.logger = "none"
-    trainer = experiment.build_trainer(config, [searcher])
+    trainer = launch.build_trainer(config, [searcher])
     method.eval()
     trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     if trainer.is_global_zero:
@@ -170,7 +170,7 @@ def search(config: Any) -> None:
 
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
-    from diffaccel import experiment
+    from diffaccel import experiment, launch
     from diffaccel.terminal import print_points
 
     if config.method_name == "extractor":
@@ -182,7 +182,7 @@ def fit(config: Any) -> None:
     resume = _resume_from(config)
     if resume is not None:
         experiment.check_resumable(resume, method)
-    callbacks: list[Any] = [experiment.build_checkpointer(config)]
+    callbacks: list[Any] = [launch.build_checkpointer(config)]
     evaluator = None
     if config.reference and Path(config.reference).is_file():
         for budget in config.nfe:
@@ -193,11 +193,11 @@ def fit(config: Any) -> None:
             for budget in config.nfe:
                 method.plan(budget, config.training.evaluate_n)
         if config.training.keep_best is not None:
-            callbacks.append(experiment.build_best(config, evaluator))
+            callbacks.append(launch.build_best(config, evaluator))
     else:
         console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
-    experiment.write_config(config)
-    trainer = experiment.build_trainer(config, callbacks, training=True)
+    launch.write_config(config)
+    trainer = launch.build_trainer(config, callbacks, training=True)
     try:
         trainer.fit(method, data, ckpt_path=resume, weights_only=True)
     finally:
@@ -274,7 +274,7 @@ def reference(config: Any) -> None:
 def _fit_extractor(config: Any) -> None:
     import torch
 
-    from diffaccel import experiment
+    from diffaccel import experiment, launch
     from diffaccel.nn.features import save_classifier
     from diffaccel.nn.fitting import fit_extractor
     from diffaccel.registry import Registry
@@ -283,7 +283,7 @@ def _fit_extractor(config: Any) -> None:
     recipes.register("extractor")(fit_extractor)
     data = experiment.build_data(config)
     resume = _resume_from(config)
-    experiment.make_folder(config)
+    launch.make_folder(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     started = time.monotonic()

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffaccel.config import Config
-from diffaccel.experiment import human
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import Plan
+from diffaccel.terminal import human
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,23 +1,15 @@
 """From a configuration to the objects of a run."""
 
 import dataclasses
-import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 from torch import nn
 
 from diffaccel import __version__
-from diffaccel.checkpoint import Checkpointer
-from diffaccel.config import Config, find, to_yaml
+from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
@@ -241,161 +233,3 @@ def describe_checkpoint(config: Config) -> dict[str, Any] | None:
     else:
         seen = read_checkpoint(path)["diffaccel"]["images_seen"]
     return {"path": os.path.relpath(path), "sha256": file_sha256(path), "images_seen": seen}
-
-
-def build_loggers(config: Config) -> list[Logger]:
-    """Build the logger that the configuration asks for.
-
-    Raises:
-        UsageError: W&B refuses to go online (without a key, say).
-    """
-    out = config.folder
-    if config.logger == "csv":
-        return [CSVLogger(out, name="csv")]
-    if config.logger == "tensorboard":
-        try:
-            return [TensorBoardLogger(out, name="tensorboard")]
-        except ModuleNotFoundError:
-            raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb") from None
-    if config.logger == "none":
-        return []
-    import wandb  # imported late: it takes a second that runs without it needn't wait
-
-    wandb.setup()  # reads WANDB_SILENT before there is anything to say
-    logger = WandbLogger(
-        project="diffaccel",
-        name=f"{config.data_name}/{Path(config.experiment).stem}",
-        save_dir=out,
-        mode=cast(Any, config.wandb_mode),
-        log_model=False,
-        id=_run_id(out, config.resume),
-        resume="allow",
-        config=OmegaConf.to_container(OmegaConf.structured(config)),
-    )
-    if config.wandb_mode == "online":
-        try:
-            logger.experiment  # noqa: B018 (starts the run, on rank zero)
-        except wandb.errors.Error as error:
-            raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
-    return [logger]
-
-
-@rank_zero_only
-def _run_id(out: Path, resume: str | None) -> str:
-    """Return the id of the W&B run: of the one that is resumed, or a new one, kept in OUT for that."""
-    file = out / "wandb_run_id"
-    if resume is None or not file.is_file():
-        file.write_text(secrets.token_hex(4))
-    return file.read_text().strip()
-
-
-class StepsBar(RichProgressBar):
-    """Lightning's bar over the steps of a run, which has no epochs."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
-
-
-def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False) -> L.Trainer:
-    """Build the trainer: processes, precision, logger.
-
-    Raises:
-        UsageError: A GPU was asked for and there is none.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
-    make_folder(config)
-    processes = config.devices * config.num_nodes
-    every = evaluation_steps(config) if training else None
-    return L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy="ddp" if processes > 1 else "auto",
-        precision=cast(Any, config.precision),
-        max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
-        limit_train_batches=-(-config.training.images // config.training.batch_size),
-        logger=build_loggers(config),
-        callbacks=[*callbacks, StepsBar()] if training else callbacks,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        limit_val_batches=int(every is not None),
-        val_check_interval=every,
-        check_val_every_n_epoch=None,
-        enable_model_summary=False,
-        enable_progress_bar=training,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.training.log_every,
-    )
-
-
-def evaluation_steps(config: Config) -> int | None:
-    """Steps between evaluations while training; None for none.
-
-    Raises:
-        UsageError: They would be less than a step apart, or nothing of them is to be followed.
-    """
-    training = config.training
-    if training.evaluate_every is None:
-        if training.keep_best is not None:
-            raise UsageError("training.keep_best follows evaluations while training: set training.evaluate_every")
-        return None
-    if training.evaluate_every < training.batch_size:
-        raise UsageError(f"training.evaluate_every={training.evaluate_every} is less than a batch of images: raise it")
-    return training.evaluate_every // training.batch_size
-
-
-def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
-    """Build the callback that keeps the state of the least distance as best.ckpt.
-
-    Raises:
-        UsageError: The budget that it follows is none of those evaluated.
-    """
-    budget = config.training.keep_best
-    if budget not in config.nfe:
-        raise UsageError(f"training.keep_best={budget:g} is none of the budgets nfe={config.nfe}: add it there")
-    monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
-    return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
-
-
-def build_checkpointer(config: Config) -> Checkpointer:
-    """Build the callback that saves training state and, at its end, weights."""
-    description = {
-        "method": config.method_name,
-        "experiment": config.experiment,
-        "data": config.data.get("label") or config.data["name"],
-        "seed": config.seed,
-        "network": config.network,
-        "denoiser": config.denoiser,
-        "process": config.process,
-    }
-    return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
-
-
-def make_folder(config: Config) -> None:
-    """Make the folder that a run writes to.
-
-    Raises:
-        UsageError: It can't be made or written to.
-    """
-    folder = config.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out={folder} can't be written to ({error.strerror}): choose another out=") from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"out={folder} can't be written to: choose another out=")
-
-
-def write_config(config: Config) -> None:
-    """Leave the resolved configuration beside the results."""
-    make_folder(config)
-    (config.folder / "config.yaml").write_text(to_yaml(config, config.folder))
-
-
-def human(number: float, unit: str) -> str:
-    """1234567, 'FLOP' -> '1.23 MFLOP'."""
-    power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
-    return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"

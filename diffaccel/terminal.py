@@ -1,5 +1,6 @@
 """What the terminal shows of points."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,3 +50,9 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
         held_out = f"{points[-1]['floor']['n']} held-out real images"
         print(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{beside}")
     print(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")
+
+
+def human(number: float, unit: str) -> str:
+    """1234567, 'FLOP' -> '1.23 MFLOP'."""
+    power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
+    return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from wandb.proto import wandb_internal_pb2
 
-from diffaccel import experiment
+from diffaccel import experiment, launch
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
@@ -54,7 +54,7 @@ def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: 
         evaluator._draw = evaluator._draw_curve = lambda: None  # type: ignore[method-assign]
         few = dataclasses.replace(evaluator.reference, features=evaluator.reference.features[:50])
         evaluator.real = Real(few, evaluator.floor)
-    experiment.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    launch.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     return evaluator
 
 
@@ -314,7 +314,7 @@ def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypat
     evaluator.on_train_end(None, method)  # type: ignore[arg-type]
     assert not measured, "a run that broke off is not measured"
     method.images_seen = 0
-    trainer = experiment.build_trainer(config, [evaluator], training=True)
+    trainer = launch.build_trainer(config, [evaluator], training=True)
     trainer.fit(method, experiment.build_data(config))
     (weights,) = measured
     raw = method.denoiser.network.state_dict()
