@@ -42,7 +42,7 @@ def main(experiment: str, *words: str) -> None:
         # As many of the budget's evaluations as a grid from the top has at this level and below.
         ratios = process.ratio(method.solver.grid(process, process.time(torch.tensor([80.0]).double()), int(budget)))
         steps = max(2, int((ratios <= level).sum()))
-        distance = FrechetDistance(evaluator.extractor.dim, evaluator.reference.moments, blocks=BLOCKS)
+        distance = FrechetDistance(evaluator.extractor.dim, evaluator.real.reference.moments, blocks=BLOCKS)
         for batch, first in enumerate(range(0, config.n, config.batch_size)):
             x_0 = to_float(images[first : first + config.batch_size])
             noise = NoiseStreams(config.seed, range(first, first + len(x_0)))

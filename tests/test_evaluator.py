@@ -52,8 +52,8 @@ def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: 
         method.plan = lambda budget, n: plan  # type: ignore[method-assign]
     if not whole:
         evaluator._draw = evaluator._draw_curve = lambda: None  # type: ignore[method-assign]
-        few = dataclasses.replace(evaluator.reference, features=evaluator.reference.features[:50])
-        evaluator.real = Real(few, evaluator.floor)
+        few = dataclasses.replace(evaluator.real.reference, features=evaluator.real.reference.features[:50])
+        evaluator.real = Real(few, evaluator.real.floor)
     launch.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     return evaluator
 

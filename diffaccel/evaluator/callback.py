@@ -81,7 +81,7 @@ class Evaluator(L.Callback):
         keep_images: bool = False,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
-        self.extractor, self.reference, self.floor, self.real = extractor, reference, floor, Real(reference, floor)
+        self.extractor, self.real = extractor, Real(reference, floor)
         self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images = keep_features, keep_images
@@ -279,7 +279,7 @@ class Evaluator(L.Callback):
         sequential = (
             start + (rounds - 1) * plan.skips + method.planned_nfe(plan, n) - method.prior.burn_in_evaluations(n) / n
         )
-        settings = self.settings(budget)
+        settings, reference, floor = self.settings(budget), self.real.reference, self.real.floor
         ranks = max(trainer.world_size, 1 + max(scores.images_by_rank))  # a run of more processes may have begun it
         self.shown, self.features = scores.shown, scores.features
         return {
@@ -309,12 +309,12 @@ class Evaluator(L.Callback):
             "memorisation": self._memorisation(scores),
             "extractor": {"name": self.extractor.name, "sha256": self.extractor.sha256, "dim": self.extractor.dim},
             "reference": {
-                "name": self.reference.provenance["label"],
-                "split": self.reference.provenance["split"],
-                "n": self.reference.moments.n,
-                "sha256": self.reference.sha256,
+                "name": reference.provenance["label"],
+                "split": reference.provenance["split"],
+                "n": reference.moments.n,
+                "sha256": reference.sha256,
             },
-            "floor": self.floor and {"n": self.floor.moments_of(n).n, "sha256": self.floor.sha256},
+            "floor": floor and {"n": floor.moments_of(n).n, "sha256": floor.sha256},
             "world_size": trainer.world_size,
             "device": device_name(method.device),
             "precision": str(trainer.precision),
