@@ -16,8 +16,8 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
 from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
+from diffaccel.nn import NETWORKS
 from diffaccel.nn.features import EXTRACTORS, Extractor
-from diffaccel.nn.unet import NETWORKS
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES

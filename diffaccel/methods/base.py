@@ -16,6 +16,7 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Group, Plan, Prior
 from diffaccel.registry import Registry
 from diffaccel.solver import Solver
+from diffaccel.weights import tensors_sha256
 
 METHODS: Registry["Diffusion"] = Registry("method")
 
@@ -59,6 +60,38 @@ class Diffusion(TrainedModule):
         self.denoiser, self.prior, self.solver, self.levels = denoiser, prior, solver, levels
         self.by_nfe: dict[int, tuple[Prior, Solver]] = {}
         self.shape = shape
+        self.frozen = False
+
+    # A frozen denoiser
+
+    def freeze_denoiser(self) -> None:
+        """Keep the denoiser's weights; a checkpoint refers to them by their hash instead of copying them."""
+        self.denoiser.requires_grad_(False)
+        self.strict_loading = False  # a checkpoint leaves the denoiser out
+        self.frozen = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
+        """Leave a frozen denoiser out."""
+        state = super().state_dict(*args, **kwargs)
+        left_out = "denoiser." if self.frozen else ()
+        return {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add a frozen denoiser's hash."""
+        super().on_save_checkpoint(checkpoint)
+        if self.frozen:
+            checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on over another denoiser than the one that was frozen.
+
+        Raises:
+            UsageError: The checkpoint was made over other weights.
+        """
+        super().on_load_checkpoint(checkpoint)
+        known = checkpoint["diffaccel"].get("denoiser_sha256")
+        if self.frozen and known != tensors_sha256(self.denoiser.state_dict()):
+            raise UsageError("resume: the checkpoint belongs to another denoiser: set checkpoint= to the one it had")
 
     # Training
 
@@ -91,7 +124,7 @@ class Diffusion(TrainedModule):
 
     def evaluated_networks(self) -> dict[str, nn.Module]:
         """Networks whose forwards are evaluations, by name."""
-        return {"denoiser": self.denoiser.network}
+        return {"denoiser": self.denoiser.network, **self.prior.networks()}
 
     def auxiliary_networks(self) -> dict[str, nn.Module]:
         """Networks whose FLOPs count and whose forwards don't."""
@@ -115,7 +148,7 @@ class Diffusion(TrainedModule):
         """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""
         if self.solver.adaptive:
             return math.nan
-        marginal = plan.skips + self.solver.evaluations(plan.steps) + self.extra_evaluations
+        marginal = plan.skips + self.solver.evaluations(plan.steps) + self.extra_evaluations + self.prior.evaluations
         return marginal + self.prior.burn_in_evaluations(n) / n
 
     def open(self, seed: int, group: Group) -> Any:

@@ -16,7 +16,6 @@ from diffaccel.methods.training import Phase, Training
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior, Prior
 from diffaccel.solver import Solver
-from diffaccel.weights import tensors_sha256
 
 
 @METHODS.register("dlg")
@@ -47,8 +46,7 @@ class DenoisingLangevinGibbs(Diffusion):
         tweedie_ratio: float | None = None,
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
-        self.denoiser.requires_grad_(False)
-        self.strict_loading = False  # a checkpoint leaves the denoiser out
+        self.freeze_denoiser()
         self.tweedie_ratio = tweedie_ratio
         self.extra_evaluations = 0 if tweedie_ratio is None else 1
 
@@ -81,26 +79,6 @@ class DenoisingLangevinGibbs(Diffusion):
     def auxiliary_networks(self) -> dict[str, nn.Module]:  # noqa: D102
         posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
         return {"classifier": posterior.network} if isinstance(posterior, ClassifierPosterior) else {}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
-        """Leave the frozen denoiser out: a checkpoint refers to it by its hash instead of copying it."""
-        state = super().state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in state.items() if not name.startswith("denoiser.")}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the denoiser's hash."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on over another denoiser.
-
-        Raises:
-            UsageError: The checkpoint was made over other weights.
-        """
-        super().on_load_checkpoint(checkpoint)
-        if checkpoint["diffaccel"]["denoiser_sha256"] != tensors_sha256(self.denoiser.state_dict()):
-            raise UsageError("resume: the checkpoint belongs to another denoiser: set checkpoint= to the one it had")
 
     def finish(self, x_0: Tensor) -> Tensor:
         """Take the Tweedie step, x + e^2 score(x, e), if there is one."""

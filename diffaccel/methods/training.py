@@ -61,6 +61,8 @@ class Phase:
         loss: (batch, noise streams of the batch) -> scalar, or one value per sample (B,).
         every: The phase runs on every ``every``-th step.
         lr: Learning rate over the run's own.
+        betas: Adam's; None takes the run's.
+        clip: Whether the run's clipping applies.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Phase:
     loss: Callable[[Batch, NoiseStreams], Tensor]
     every: int = 1
     lr: float = 1.0
+    betas: tuple[float, float] | None = None
+    clip: bool = True
 
 
 class TrainedModule(L.LightningModule):
@@ -112,7 +116,7 @@ class TrainedModule(L.LightningModule):
         self._phases = self.phases()
         plan, (beta_1, beta_2) = self.training_plan, self.training_plan.betas
         return [
-            torch.optim.Adam(phase.parameters, plan.lr * phase.lr, betas=(beta_1, beta_2), fused=True)
+            torch.optim.Adam(phase.parameters, plan.lr * phase.lr, betas=phase.betas or (beta_1, beta_2), fused=True)
             for phase in self._phases
         ]
 
@@ -176,7 +180,7 @@ class TrainedModule(L.LightningModule):
 
     def _check_finite(self, phase: Phase, loss: Tensor, optimizer: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.training_plan.clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, (phase.clip and self.training_plan.clip) or float("inf"))
         if not norm.isfinite():  # also when the loss isn't: its gradient carries the NaN
             raise UsageError(
                 f"{phase.name}: the loss is {loss.item():.4g} and its gradient {norm.item():.4g} after "

@@ -1,1 +1,6 @@
-"""Networks; none of them knows anything of diffusion."""
+"""Networks, which know nothing of diffusion: how to condition and precondition them is a denoiser's business."""
+
+from diffaccel.nn.ddpm import DDPMUNet
+from diffaccel.nn.unet import NETWORKS, UNet
+
+__all__ = ["NETWORKS", "DDPMUNet", "UNet"]

@@ -37,6 +37,13 @@ class Plan:
 class Prior(nn.Module, ABC):
     """Makes starting states. A prior may use the denoiser (a chain needs its score) and keep state between calls."""
 
+    evaluations = 0
+    """Evaluations that a starting state takes, besides those of a chain."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Its own networks whose forwards are evaluations, by name."""
+        return {}
+
     @abstractmethod
     def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
@@ -84,6 +91,7 @@ class Prior(nn.Module, ABC):
         """
         if math.isinf(budget):
             return Plan(_only_adaptive(solver))
+        extra += self.evaluations
         least = solver.least_evaluations + extra
         if budget < least:
             raise UsageError(f"nfe={budget:g} is below the minimum of {least} for this solver: raise nfe")

@@ -1,0 +1,319 @@
+"""Critics: D(x) -> one logit a sample, the opponent of an implicit prior.
+
+All layers have an equalised learning rate: weights are drawn from N(0, 1) and multiplied by 1 / sqrt(fan_in) as they
+are used, so that Adam moves every layer by the same fraction of its scale. The learning rates of TDPM's recipe, some
+2e-3, suit no other initialisation.
+
+References:
+    Analyzing and Improving the Image Quality of StyleGAN (Karras et al., 2020), https://arxiv.org/abs/1912.04958
+    Training Generative Adversarial Networks with Limited Data (Karras et al., 2020), https://arxiv.org/abs/2006.06676
+    Truncated Diffusion Probabilistic Models (Zheng et al., 2023), https://arxiv.org/abs/2202.09671
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from einops import einsum, rearrange, reduce, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffaccel.errors import UsageError
+from diffaccel.registry import Registry
+
+CRITICS: Registry["Critic"] = Registry("critic")
+
+GROUP = 4  # samples that share a minibatch deviation, at most
+MAPPING_LAYERS, MAPPING_RATE = 8, 0.01
+
+
+class EqualisedLinear(nn.Linear):
+    """Linear layer with an equalised learning rate: y = (rate / sqrt(fan_in)) W x + rate * bias.
+
+    Args:
+        width_in: Features in.
+        width: Features out.
+        rate: Learning rate relative to the other layers': W starts as N(0, 1 / rate^2), so that y doesn't depend on it.
+    """
+
+    def __init__(self, width_in: int, width: int, rate: float = 1.0) -> None:
+        super().__init__(width_in, width)
+        self.rate = rate
+        self.gain = rate * _equalise(self, rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width_in) -> (..., width)."""
+        return F.linear(x, self.gain * self.weight, self.rate * self.bias)
+
+
+class EqualisedConv2d(nn.Conv2d):
+    """Convolution with an equalised learning rate: y = (W * x) / sqrt(fan_in) + bias, W ~ N(0, 1), bias = 0."""
+
+    def __init__(
+        self, width_in: int, width: int, size: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__(width_in, width, size, stride, padding, bias=bias)
+        self.gain = _equalise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H', W')."""
+        return F.conv2d(x, self.gain * self.weight, self.bias, self.stride, self.padding)
+
+
+def _equalise(layer: nn.Linear | nn.Conv2d, rate: float = 1.0) -> float:
+    """Start a layer at N(0, 1 / rate^2) weights and zero bias, and return 1 / sqrt(fan_in)."""
+    nn.init.normal_(layer.weight, std=1 / rate)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return 1 / math.sqrt(layer.weight[0].numel())
+
+
+class Blur(nn.Module):
+    """Low-pass filter [1, 3, 3, 1] in each direction, normalised to sum 1, each channel by itself.
+
+    Args:
+        padding: Zeros on each side: 2 before an unpadded 3x3 convolution of stride 2, 1 where the filter strides.
+            Both put output pixel i in the middle of input pixels 2i and 2i + 1.
+        stride: Keep every ``stride``-th pixel.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, padding: int, stride: int = 1) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
+        self.padding, self.stride = padding, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, (H + 2 padding - 4) // stride + 1, ...)."""
+        channels = x.shape[1]
+        return F.conv2d(x, self.kernel.expand(channels, -1, -1, -1), None, self.stride, self.padding, groups=channels)
+
+
+class CriticBlock(nn.Module):
+    """Residual block that halves the resolution: (conv, blur, strided conv) plus (blur, 1x1), over sqrt(2).
+
+    Args:
+        width_in: Channels in.
+        width: Channels out.
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.conv_1 = EqualisedConv2d(width_in, width_in, 3, padding=1)
+        self.conv_2 = EqualisedConv2d(width_in, width, 3, stride=2)
+        self.skip = EqualisedConv2d(width_in, width, 1, bias=False)
+        self.blur, self.downsample = Blur(padding=2), Blur(padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H / 2, W / 2)."""
+        hidden = _activate(self.conv_2(self.blur(_activate(self.conv_1(x)))))
+        # On smooth images both branches keep the second moment at the start; so does their sum over sqrt(2).
+        return (self.skip(self.downsample(x)) + hidden) / math.sqrt(2)
+
+
+def _activate(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2; the gain keeps the second moment, within 4 %."""
+    return math.sqrt(2) * F.leaky_relu(x, 0.2)
+
+
+def minibatch_deviation(x: Tensor) -> Tensor:
+    """Standard deviation over a group of samples, averaged to one number: (B, C, H, W) -> (B, 1, H, W).
+
+    A generator that makes the same image again and again shows here and nowhere else. A group is B / G samples apart:
+    of B = 8, samples 0, 2, 4, 6 are one and 1, 3, 5, 7 the other. Its size G is the largest divisor of B that is at
+    most 4; where that is 1, as for a prime B above 3, the channel is constant and says nothing. The batch is this
+    process's own, and should be all real or all generated.
+    """
+    size = next(size for size in range(GROUP, 0, -1) if len(x) % size == 0)
+    members = rearrange(x, "(member group) c h w -> member group c h w", member=size)
+    # Inside the root: its slope at the 0 of equal samples is infinite, and R1 differentiates it twice.
+    deviation = (members.var(0, correction=0) + 1e-8).sqrt()
+    average = reduce(deviation, "group c h w -> group", "mean")
+    return repeat(average, "group -> (member group) 1 h w", member=size, h=x.shape[2], w=x.shape[3])
+
+
+class CriticHead(nn.Module):
+    """Features -> logit; with classes, their projection on a mapping of the label.
+
+        logit = <out(features), m(c)> / sqrt(width),    m: normalised embedding, 8 layers at a hundredth of the rate
+
+    Args:
+        width: Number of features.
+        classes: Number of class labels; 0 for a plain linear layer.
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.out = EqualisedLinear(width, width if classes else 1)
+        self.embed_class = nn.Embedding(classes, width) if classes else None
+        self.mapping = nn.ModuleList(
+            EqualisedLinear(width, width, MAPPING_RATE) for _ in range(MAPPING_LAYERS if classes else 0)
+        )
+
+    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
+        """(B, width), labels (B,) -> (B,).
+
+        Raises:
+            UsageError: There are classes, and no labels.
+        """
+        out = self.out(features)
+        if self.embed_class is None:
+            return rearrange(out, "b 1 -> b")
+        if condition is None:
+            raise UsageError(
+                "a critic with classes was called without labels: give it the batch's, or build it with classes=0"
+            )
+        mapped = self.embed_class(condition)
+        mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+        for layer in self.mapping:
+            mapped = _activate(layer(mapped))
+        return einsum(out, mapped, "b width, b width -> b") / math.sqrt(mapped.shape[1])
+
+
+class Critic(nn.Module, ABC):
+    """Samples -> logits of being real, in the precision of the weights whatever autocast says.
+
+    The optimum is log q(x) - log p(x), real over generated, which small differences decide, and R1 differentiates it
+    twice: bfloat16's three digits are too few. A backward pass rounds under its caller's autocast all the same: call
+    it outside.
+
+    Args:
+        shape: Sample shape (C, H, W).
+        width: Number of features.
+        classes: Number of class labels; 0 for an unconditional critic, which ignores labels.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.head = CriticHead(width, classes)
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, width)."""
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits of samples: (B, C, H, W), labels (B,) -> (B,).
+
+        Args:
+            x: Samples, not confined to [-1, 1]; the same kind, real or generated, throughout a call.
+            condition: Class labels, int64; the same for real and generated samples.
+
+        Raises:
+            UsageError: Samples of another shape than the critic was built for; labels are missing.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise UsageError(
+                f"a critic built for samples of shape {self.shape} got {tuple(x.shape[1:])}: build one for these"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.features(x.to(self.head.out.weight.dtype)), condition)
+
+
+@CRITICS.register("stylegan2")
+class StyleGAN2Critic(Critic):
+    """Residual discriminator of StyleGAN2: channels C(r) = min(channel_base // r, channel_max) at r x r pixels.
+
+    A 1x1 convolution to C(H); blocks from H down to 4 x 4; there the minibatch deviation as one more channel, a 3x3
+    convolution, a layer of C(4) features and the logit.
+
+    Args:
+        shape: Image shape (C, H, W), H = W a power of two, 4 or more.
+        channel_base: Sets the widths where ``channel_max`` doesn't: 16384 for 32 x 32, 32768 for 64 x 64 and more in
+            TDPM; 512 makes a critic of digits of 8 x 8, 64 and 128 channels wide.
+        channel_max: Largest width.
+        classes: Number of class labels; 0 for an unconditional critic.
+
+    Raises:
+        UsageError: Images that can't be halved down to 4 x 4, or widths under 1.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], channel_base: int = 16384, channel_max: int = 512, classes: int = 0
+    ) -> None:
+        channels, size, width = shape
+        if size != width or size < 4 or size & (size - 1):
+            raise UsageError(
+                f"critic 'stylegan2': images of {size}x{width} can't be halved down to 4x4: use squares of a power of "
+                "two from 4 up, or the critic 'mlp'"
+            )
+        if min(channel_base // size, channel_max) < 1:
+            raise UsageError(
+                f"critic 'stylegan2': channel_base={channel_base} and channel_max={channel_max} leave no channels at "
+                f"{size}x{size}: use a channel_base of {size} or more, and a channel_max of 1 or more"
+            )
+        resolutions = [2**power for power in range(int(math.log2(size)), 1, -1)]
+        widths = [min(channel_base // resolution, channel_max) for resolution in resolutions]
+        super().__init__(shape, widths[-1], classes)
+        self.from_image = EqualisedConv2d(channels, widths[0], 1)
+        self.blocks = nn.Sequential(
+            *(CriticBlock(before, after) for before, after in zip(widths, widths[1:], strict=False))
+        )
+        self.conv = EqualisedConv2d(widths[-1] + 1, widths[-1], 3, padding=1)
+        self.linear = EqualisedLinear(widths[-1] * 4 * 4, widths[-1])
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C(4))."""
+        hidden = self.blocks(_activate(self.from_image(x)))
+        hidden = _activate(self.conv(torch.cat([hidden, minibatch_deviation(hidden)], dim=1)))
+        return _activate(self.linear(rearrange(hidden, "b c h w -> b (c h w)")))
+
+
+@CRITICS.register("mlp")
+class MLPCritic(Critic):
+    """Perceptron on the flattened sample, for toy points and images under 4 pixels; samples don't see one another.
+
+    Args:
+        shape: Sample shape (C, H, W), any.
+        width: Features of each hidden layer.
+        depth: Number of hidden layers.
+        classes: Number of class labels; 0 for an unconditional critic.
+
+    Raises:
+        UsageError: A width or a depth under 1.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int = 128, depth: int = 3, classes: int = 0) -> None:
+        if min(width, depth) < 1:
+            raise UsageError(f"critic 'mlp': width={width} and depth={depth}: use 1 or more for each")
+        super().__init__(shape, width, classes)
+        widths = [math.prod(shape)] + [width] * depth
+        self.layers = nn.ModuleList(
+            EqualisedLinear(before, after) for before, after in zip(widths, widths[1:], strict=False)
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, width)."""
+        hidden = rearrange(x, "b c h w -> b (c h w)")
+        for layer in self.layers:
+            hidden = _activate(layer(hidden))
+        return hidden
+
+
+def r1_penalty(critic: Callable[[Tensor], Tensor], x: Tensor, gamma: float) -> Tensor:
+    """R1 penalty at each sample, differentiable by the critic's parameters.
+
+        gamma / 2 ||d/dx_b sum_b' D(x_b')||^2
+
+    The sum runs over the batch because a minibatch deviation makes each logit depend on other samples.
+
+    Args:
+        critic: Samples (B, C, H, W) -> logits (B,); bind labels first, as ``partial(critic, condition=labels)``.
+        x: Real samples of the law that the generator is to match, noise included: (B, C, H, W).
+        gamma: Weight. TDPM's takes it as it is, every 16th step, without StyleGAN2's factor of 16.
+
+    Returns:
+        (B,), in float32 or in float64 if ``x`` is; the penalty of a batch is their mean.
+
+    References:
+        Which Training Methods for GANs do actually Converge? (Mescheder et al., 2018),
+        https://arxiv.org/abs/1801.04406, Eq. 9
+    """
+    # The critic switches autocast off for itself, but the products of its backward pass run under ours.
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        return gamma / 2 * reduce(gradient.square(), "b c h w -> b", "sum")
