@@ -176,8 +176,9 @@ def fit(config: Any) -> None:
     if config.method_name == "extractor":
         _fit_extractor(config)
         return
-    config.posterior.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
-    method = experiment.build_method(config, load=config.method_name == "dlg")
+    for part in (config.posterior, config.prior):
+        part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
+    method = experiment.build_method(config, load=config.method_name == "dlg" or bool(config.method.get("frozen")))
     data = experiment.build_data(config)
     resume = _resume_from(config)
     if resume is not None:

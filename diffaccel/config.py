@@ -32,6 +32,7 @@ PARTS = (
 PATHS = (
     "checkpoint",
     "posterior.checkpoint",
+    "prior.checkpoint",
     "reference",
     "floor",
     "extractor.path",

@@ -62,7 +62,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=build_prior(config.prior, posterior),
+        prior=build_prior(config.prior, posterior, denoiser, load),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
@@ -71,24 +71,35 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     )
     for budget in config.by_nfe:
         parts = config.at(budget)
-        method.by_nfe[budget] = build_prior(parts["prior"], posterior), SOLVERS.build(parts["solver"])
-    if config.channels_last and network is not None:
-        network.to(memory_format=torch.channels_last)
-    if config.compile and network is not None:
-        # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
-        network.forward = torch.compile(network.forward, options={"freezing": frozen})
+        method.by_nfe[budget] = build_prior(parts["prior"], posterior, denoiser, load), SOLVERS.build(parts["solver"])
+    for network in method.evaluated_networks().values() if config.network else ():
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if config.compile:
+            # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
+            network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method
 
 
-def build_prior(node: dict[str, Any], posterior: LevelPosterior | None) -> Prior:
-    """Build a prior.
+def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser: Denoiser, load: bool = True) -> Prior:
+    """Build a prior, with its own weights if it has any (``checkpoint``).
 
     Raises:
-        UsageError: An unknown name or key, a value out of range, or a chain without anything that reads noise levels.
+        UsageError: An unknown name or key, a value out of range, a chain without anything that reads noise levels, or
+            weights that are missing or of another network.
     """
     if node.get("name") == "chain" and posterior is None:
         raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
-    return PRIORS.build(node, **({} if posterior is None else {"posterior": posterior}))
+    node = dict(node)
+    checkpoint = node.pop("checkpoint", None)
+    context = {} if posterior is None else {"posterior": posterior}
+    prior = PRIORS.build(node, denoiser=denoiser, **context)
+    if checkpoint and not prior.networks():
+        raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
+    if checkpoint and load:
+        (network,) = prior.networks().values()
+        load_weights(Path(checkpoint), network)
+    return prior
 
 
 def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
@@ -102,7 +113,9 @@ def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
     content = read_checkpoint(path)
     if "ema" not in content["diffaccel"]:
         raise UsageError(f"checkpoint {path} holds no averaged denoiser: give one of a run that trained it")
-    assign_weights(content["diffaccel"]["ema"], network, f"the weights of {path}")
+    average = content["diffaccel"]["ema"]
+    own = {name.removeprefix("denoiser."): tensor for name, tensor in average.items() if name.startswith("denoiser.")}
+    assign_weights(own or average, network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
 
 
@@ -149,7 +162,11 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
         name: file_sha256(Path(path)) if path and Path(path).is_file() else None
-        for name, path in (("denoiser", config.checkpoint), ("posterior", config.posterior.get("checkpoint")))
+        for name, path in (
+            ("denoiser", config.checkpoint),
+            ("posterior", config.posterior.get("checkpoint")),
+            ("prior", config.prior.get("checkpoint")),
+        )
     }
     images = {
         **{key: getattr(config, key) for key in keys},
@@ -217,7 +234,7 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(node, posterior),
+        prior=lambda node: build_prior(node, posterior, method.denoiser),
         evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
 

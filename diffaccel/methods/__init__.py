@@ -2,6 +2,7 @@
 
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
+from diffaccel.methods.tdpm import TruncatedDiffusion
 from diffaccel.methods.training import Phase, TrainedModule, Training
 
-__all__ = ["METHODS", "DenoisingLangevinGibbs", "Diffusion", "Phase", "TrainedModule", "Training"]
+__all__ = ["METHODS", "DenoisingLangevinGibbs", "Diffusion", "Phase", "TrainedModule", "Training", "TruncatedDiffusion"]

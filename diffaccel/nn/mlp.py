@@ -1,0 +1,35 @@
+"""A perceptron for toy points, where a convolution has nothing to share."""
+
+import math
+
+from einops import pack, rearrange
+from torch import Tensor, nn
+
+from diffaccel.nn.unet import NETWORKS, NoiseEmbedding
+
+
+@NETWORKS.register("mlp")
+class MLP(nn.Module):
+    """Perceptron on the flattened sample and the embedded noise conditioning.
+
+    Args:
+        shape: Sample shape (C, H, W).
+        width: Hidden units a layer.
+        depth: Hidden layers.
+        embedding: Width of the noise embedding.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int = 128, depth: int = 3, embedding: int = 32) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        size = math.prod(shape)
+        self.embed_noise = NoiseEmbedding(embedding)
+        widths = [size + embedding, *[width] * depth]
+        hidden = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, size))
+
+    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Map samples (B, C, H, W) at noise conditioning (B,) to an output of the same shape; labels are ignored."""
+        flat, _ = pack([rearrange(x, "b c h w -> b (c h w)"), self.embed_noise(noise).to(x)], "b *")
+        channels, height, width = self.shape
+        return rearrange(self.layers(flat), "b (c h w) -> b c h w", c=channels, h=height, w=width)
