@@ -174,13 +174,13 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         point, metrics = row.point, row.point["metrics"]
         spent = "" if point["nfe"] == point["nfe_budget"] else f" ({point['nfe']:.4g})"
-        value = f"{metrics[key]:.2f} +- {number(metrics.get(f'{key}_se'), 2)}{spent}"
+        value = f"{number(metrics[key], 3)} +- {number(metrics.get(f'{key}_se'), 2)}{spent}"
         found.setdefault(row.label, {})[point["nfe_budget"]] = value
     heads = [key, *("adaptive" if budget is None else f"NFE {budget:g}" for budget in budgets)]
     lines = [heads, ["---"] * len(heads)]
     lines += [[label, *(values.get(budget, "") for budget in budgets)] for label, values in found.items()]
     if (floor := rows[-1].point["metrics"].get(f"{key}_floor")) is not None:
-        lines.append([f"{rows[-1].point['floor']['n']} held-out real images", *[f"{floor:.2f}"] * len(budgets)])
+        lines.append([f"{rows[-1].point['floor']['n']} held-out real images", *[number(floor, 2)] * len(budgets)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -275,10 +275,10 @@ def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
     assert page.table == [heads, *lines]
     first, *_, floor = (out / "table.md").read_text().splitlines()[2:]
     points = {budget: point["metrics"] for budget, point in points_of(runs["first"]).items()}
-    said = [f"{points[budget]['fd_identity']:.2f} +- {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
+    said = [f"{points[budget]['fd_identity']:.3g} +- {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
     assert first.split(" | ")[1:] == [said[0], f"{said[1]} |"] and first.startswith("| edm (heun, gaussian)")
     assert (
-        floor.startswith("| 300 held-out real images | ") and floor.count(f"{points[15]['fd_identity_floor']:.2f}") == 2
+        floor.startswith("| 300 held-out real images | ") and floor.count(f"{points[15]['fd_identity_floor']:.2g}") == 2
     )
 
 
