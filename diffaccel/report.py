@@ -6,7 +6,6 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,15 +156,24 @@ def plot_curve(
     sizes = sorted({point["n"] for point in drawn})
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    styles = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
-    for (label, members), (colour, marker) in zip(_series(drawn, len(sizes) > 1).items(), styles, strict=False):
-        _draw_series(axes, members, key, label, colour, marker)
+    series = _series(drawn, len(sizes) > 1)
+    for number, (label, members) in enumerate(series.items()):
+        line = "-" if number < len(COLOURS) else ":"  # the colours begin anew
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
+        _draw_series(axes, members, key, label, MARKERS[number % len(MARKERS)], style)
     if floor is None:
         floor = next((point["metrics"][f"{key}_floor"] for point in drawn if f"{key}_floor" in point["metrics"]), None)
     if floor is not None:
-        axes.axhline(floor, color="0.35", linestyle="--", linewidth=1, label=f"real images ({floor:.3g})", zorder=1)
+        near = 10 * floor > min(point["metrics"][key] for point in drawn)  # one far below would squeeze all else
+        said = f"real images ({floor:.3g}{'' if near else ', below'})"
+        look: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1, "label": said}
+        if near:
+            axes.axhline(floor, zorder=1, **look)
+        else:
+            axes.plot([], [], **look)
     _draw_published(axes, published)
-    _finish(axes, [*(point["nfe"] for point in drawn), *(figure.nfe for figure in published)])
+    spent = [*(point["nfe"] for point in drawn), *(figure.nfe for figure in published)]
+    _finish(axes, spent, [point.get("nfe_budget") or point["nfe"] for point in drawn])
     axes.set_xlabel("evaluations per image (NFE)")
     axes.set_ylabel(f"{key}@{sizes[0]}" if len(sizes) == 1 else key)
     axes.set_title(title, loc="left", fontsize=11)
@@ -189,7 +197,10 @@ def _series(points: Sequence[Point], several_sizes: bool) -> dict[str, list[Poin
     return series
 
 
-def _draw_series(axes: Axes, points: Sequence[Point], key: str, label: str, colour: str, marker: str) -> None:
+def _draw_series(
+    axes: Axes, points: Sequence[Point], key: str, label: str, marker: str, style: Mapping[str, Any]
+) -> None:
+    colour = style["color"]
     at: dict[float, list[float]] = defaultdict(list)
     for point in points:
         at[point["nfe"]].append(point["metrics"][key])
@@ -197,10 +208,10 @@ def _draw_series(axes: Axes, points: Sequence[Point], key: str, label: str, colo
         if error is not None:
             axes.errorbar(point["nfe"], point["metrics"][key], error, color=colour, capsize=2.5, linewidth=1)
     nfes = sorted(at)
-    axes.plot(nfes, [float(np.mean(at[nfe])) for nfe in nfes], color=colour, linewidth=1.5, zorder=2)
+    axes.plot(nfes, [float(np.mean(at[nfe])) for nfe in nfes], **style, linewidth=1.5, zorder=2)
     every = sorted((nfe, value) for nfe, values in at.items() for value in values)
     axes.plot(*zip(*every, strict=True), marker, color=colour, markersize=5, markeredgecolor="white", zorder=3)
-    axes.plot([], [], marker=marker, color=colour, linewidth=1.5, markersize=5, markeredgecolor="white", label=label)
+    axes.plot([], [], **style, marker=marker, linewidth=1.5, markersize=5, markeredgecolor="white", label=label)
 
 
 def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
@@ -217,12 +228,12 @@ def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
         )
 
 
-def _finish(axes: Axes, nfes: Sequence[float]) -> None:
-    """Logarithmic axes with plain numbers, x ticks where there are points."""
+def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
+    """Logarithmic axes with plain numbers, wide enough for all ``nfes``."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(nfes) / 1.25, max(nfes) * 1.25)
-    axes.set_xticks(_apart(nfes))
+    axes.set_xticks(_apart(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))

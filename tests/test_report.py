@@ -127,6 +127,13 @@ def test_curve_takes_the_floor_from_the_points(tmp_path, figures):
     assert labels == ["edm (heun, gaussian) @5000", "edm (heun, gaussian) @1000", "real images (0.25)"]
 
 
+def test_a_floor_far_below_does_not_squeeze_the_curves(tmp_path, figures):
+    plot_curve([point(5), point(10)], tmp_path / "curve.png", "", floor=1e-4)
+    axes = figures[0].axes[0]
+    assert "real images (0.0001, below)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_ylim()[0] > 0.1
+
+
 @pytest.mark.parametrize("points", [[], [point(5, None)]], ids=["none", "not scored"])
 def test_nothing_to_plot_is_an_error(tmp_path, points):
     with pytest.raises(UsageError):
