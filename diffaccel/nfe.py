@@ -71,7 +71,7 @@ class EvaluationCounter:
                 mode.__enter__()
                 measuring.append((mode, eager, samples))
 
-        def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | None) -> None:
             if measuring:
                 mode, eager, samples = measuring.pop()
                 mode.__exit__(None, None, None)
@@ -80,6 +80,7 @@ class EvaluationCounter:
                     return
                 self.flops[name] = mode.get_total_flops() / samples
 
+        self._stack.callback(after, module, (), None)  # an interrupt in the network calls no hook
         self._stack.callback(module.register_forward_pre_hook(before).remove)
         self._stack.callback(module.register_forward_hook(after, always_call=True).remove)
 

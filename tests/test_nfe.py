@@ -111,6 +111,22 @@ def test_a_failed_first_call_does_not_spoil_the_flops():
     assert counter.flops["net"] == 2 * (15 + 10)
 
 
+def test_an_interrupt_in_the_first_call_leaves_nothing_behind():
+    """Hooks on all modules, which a FLOP counter sets, would break every later double backward."""
+
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    network = nn.Sequential(nn.Linear(3, 3), Interrupted())
+    with pytest.raises(KeyboardInterrupt), EvaluationCounter({"net": network}):
+        network(torch.zeros(2, 3))
+    assert not nn.modules.module._global_forward_pre_hooks
+    x = torch.ones(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nn.Linear(3, 1)(x).square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+
+
 def exact() -> MixtureDenoiser:
     means = 0.5 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     return MixtureDenoiser(means, 0.05)
