@@ -84,6 +84,7 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "time for n"):
         table.add_column(column, justify="right")
     for budget, plan in plans.items():
+        method.tune(budget)
         nfe = method.planned_nfe(plan, config.n)
         table.add_row(
             f"{budget:g}",

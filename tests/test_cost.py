@@ -34,3 +34,16 @@ def test_a_dry_run_says_what_a_bench_takes(capsys: pytest.CaptureFixture[str]):
         value, unit = line.split(" of weights, ")[1].split()[:2]
         memory[batch_size] = float(value) * {"kB": 1e3, "MB": 1e6}[unit]
     assert memory[20] == pytest.approx(2 * memory[10], rel=0.1)
+
+
+def test_each_budget_is_planned_with_its_own_settings(capsys: pytest.CaptureFixture[str]):
+    words = [
+        "nfe=[7,20]",
+        "n=1000",
+        "dry_run=true",
+        "by_nfe={7: {solver: {name: heun}}, 20: {solver: {name: dpmpp2m}}}",
+    ]
+    assert main(["bench", "digits/edm", *words]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:2] in ("7 ", "20")]
+    assert [row[2] for row in rows] == ["4", "20"], "solver steps: two evaluations each but the last, and one each"
+    assert [row[4] for row in rows] == ["7", "20"]
