@@ -133,9 +133,9 @@ class TruncatedDiffusion(Diffusion):
         return x_0 + self.implicit.ratio_star * noise.normal(x_0)
 
     def scaled(self, y: Tensor) -> Tensor:
-        """X / alpha in variance preserving units."""
+        """Bring states x / alpha (B, C, H, W) to variance preserving units."""
         return y / (1 + self.implicit.ratio_star**2) ** 0.5
 
     def judge(self, y: Tensor) -> Tensor:
-        """The critic's logits, (B,)."""
+        """The critic's logits of states x / alpha: (B, C, H, W) -> (B,)."""
         return self.critic(self.scaled(y))
