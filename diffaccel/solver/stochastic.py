@@ -90,20 +90,12 @@ class Ancestral(Solver):
         variance: ``small`` or ``large``; the latter suits many steps, the former few.
         clip: Confine predictions of x_0 to [-1, 1], as DDPM does with images.
 
-    Raises:
-        UsageError: Another variance.
-
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 3.2
     """
 
     variance: Literal["small", "large"] = "large"
     clip: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variance not in ("small", "large"):
-            raise UsageError(f"solver 'ancestral': variance is {self.variance!r}: take small or large")
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
         process = denoiser.process
