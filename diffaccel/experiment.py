@@ -106,13 +106,18 @@ def build_prior(
     if checkpoint and not prior.networks():
         raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
     if checkpoint and load:
-        (network,) = prior.networks().values()
-        load_weights(Path(checkpoint), network)
+        ((name, network),) = prior.networks().items()
+        load_denoiser(Path(checkpoint), network, name)
     return prior
 
 
-def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
-    """Read a denoiser's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dict[str, Any]:
+    """Read a network's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+
+    Args:
+        path: The file.
+        network: What they are for.
+        name: Which network of a run that averaged several, ``denoiser`` or ``generator``.
 
     Raises:
         UsageError: The file is missing, broken, holds code, or belongs to another network.
@@ -121,9 +126,9 @@ def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
         return load_weights(path, network)
     content = read_checkpoint(path)
     if "ema" not in content["diffaccel"]:
-        raise UsageError(f"checkpoint {path} holds no averaged denoiser: give one of a run that trained it")
+        raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
     average = content["diffaccel"]["ema"]
-    own = {name.removeprefix("denoiser."): tensor for name, tensor in average.items() if name.startswith("denoiser.")}
+    own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
     assign_weights(own or average, network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
 
