@@ -198,7 +198,7 @@ def fit(config: Any) -> None:
     else:
         console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
     launch.write_config(config)
-    trainer = launch.build_trainer(config, callbacks, training=True)
+    trainer = launch.build_trainer(config, callbacks, training=True, phases=len(method.phases()))
     try:
         trainer.fit(method, data, ckpt_path=resume, weights_only=True)
     finally:

@@ -62,7 +62,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=build_prior(config.prior, posterior, denoiser, load),
+        prior=build_prior(config.prior, posterior, denoiser, load, shape),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
@@ -71,7 +71,10 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     )
     for budget in config.by_nfe:
         parts = config.at(budget)
-        method.by_nfe[budget] = build_prior(parts["prior"], posterior, denoiser, load), SOLVERS.build(parts["solver"])
+        prior: Prior = method.prior  # shared where a budget changes the solver alone: it may be in training
+        if parts["prior"] != config.prior:
+            prior = build_prior(parts["prior"], posterior, denoiser, load, shape)
+        method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
     for network in method.evaluated_networks().values() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -81,7 +84,13 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     return method
 
 
-def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser: Denoiser, load: bool = True) -> Prior:
+def build_prior(
+    node: dict[str, Any],
+    posterior: LevelPosterior | None,
+    denoiser: Denoiser,
+    load: bool,
+    shape: tuple[int, int, int],
+) -> Prior:
     """Build a prior, with its own weights if it has any (``checkpoint``).
 
     Raises:
@@ -93,17 +102,22 @@ def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser
     node = dict(node)
     checkpoint = node.pop("checkpoint", None)
     context = {} if posterior is None else {"posterior": posterior}
-    prior = PRIORS.build(node, denoiser=denoiser, **context)
+    prior = PRIORS.build(node, denoiser=denoiser, shape=shape, **context)
     if checkpoint and not prior.networks():
         raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
     if checkpoint and load:
-        (network,) = prior.networks().values()
-        load_weights(Path(checkpoint), network)
+        ((name, network),) = prior.networks().items()
+        load_denoiser(Path(checkpoint), network, name)
     return prior
 
 
-def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
-    """Read a denoiser's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dict[str, Any]:
+    """Read a network's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+
+    Args:
+        path: The file.
+        network: What they are for.
+        name: Which network of a run that averaged several, ``denoiser`` or ``generator``.
 
     Raises:
         UsageError: The file is missing, broken, holds code, or belongs to another network.
@@ -112,9 +126,9 @@ def load_denoiser(path: Path, network: nn.Module) -> dict[str, Any]:
         return load_weights(path, network)
     content = read_checkpoint(path)
     if "ema" not in content["diffaccel"]:
-        raise UsageError(f"checkpoint {path} holds no averaged denoiser: give one of a run that trained it")
+        raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
     average = content["diffaccel"]["ema"]
-    own = {name.removeprefix("denoiser."): tensor for name, tensor in average.items() if name.startswith("denoiser.")}
+    own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
     assign_weights(own or average, network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
 
@@ -234,7 +248,7 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(node, posterior, method.denoiser),
+        prior=lambda node: build_prior(node, posterior, method.denoiser, True, method.shape),
         evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
 

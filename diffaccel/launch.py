@@ -71,8 +71,14 @@ class StepsBar(RichProgressBar):
         return "training"
 
 
-def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False) -> L.Trainer:
+def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False, phases: int = 1) -> L.Trainer:
     """Build the trainer: processes, precision, logger.
+
+    Args:
+        config: The run's.
+        callbacks: Evaluator, checkpoints.
+        training: Whether for a fit.
+        phases: Of a training step; each of several trains a part of the parameters, which processes must look for.
 
     Raises:
         UsageError: A GPU was asked for and there is none.
@@ -88,7 +94,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy="ddp" if processes > 1 else "auto",
+        strategy=("ddp" if phases == 1 else "ddp_find_unused_parameters_true") if processes > 1 else "auto",
         precision=cast(Any, config.precision),
         max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
         limit_train_batches=-(-config.training.images // config.training.batch_size),

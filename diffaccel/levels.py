@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.process import DiscreteVariancePreserving
 from diffaccel.registry import Registry
 
 
@@ -45,3 +47,20 @@ class Uniform:
         """See :class:`Levels`."""
         low, high = denoiser.process.time(torch.tensor(denoiser.ratio_range, dtype=u.dtype, device=u.device))
         return low + u * (high - low)
+
+
+@LEVELS.register("index")
+@dataclass(frozen=True)
+class Index:
+    """Index uniform on those of a discrete process up to the top of the denoiser's range: {0 .. K - 1} (DDPM, TDPM).
+
+    Raises:
+        UsageError: On training, the process has no indices.
+    """
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        if not isinstance(denoiser.process, DiscreteVariancePreserving):
+            raise UsageError("levels 'index' are those of process=vp_discrete: take it, or levels=uniform or lognormal")
+        top = denoiser.process.time(torch.tensor(denoiser.ratio_range[1], dtype=u.dtype, device=u.device)).round()
+        return torch.minimum((u * (top + 1)).floor(), top)  # a mirrored u may be 1

@@ -7,6 +7,7 @@ law on every process. Times and coefficients are (B,) tensors, float64 where the
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -199,6 +200,79 @@ class CosineVariancePreserving(Process):
 
     def drift(self, t: Tensor) -> Tensor:  # noqa: D102
         return -0.5 * math.pi / (1 + self.offset) * self._u(t).tan()
+
+    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-2 * self.drift(t)).sqrt()
+
+
+@lru_cache(maxsize=8)
+def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
+    """Logarithms of alpha_bar_i for i = -1 (which is the data, 0) .. steps - 1: (steps + 1,) float64 on the CPU."""
+    beta = torch.linspace(beta_0, beta_1, steps, dtype=torch.float64, device="cpu")
+    return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), torch.log1p(-beta).cumsum(0)])
+
+
+@PROCESSES.register("vp_discrete")
+@dataclass(frozen=True)
+class DiscreteVariancePreserving(Process):
+    """DDPM's chain of T steps with linear beta; its times are the indices i = 0 .. T - 1, and i = -1 is the data.
+
+        alpha_i^2 = alpha_bar_i = (1 - beta_0) (1 - beta_1) .. (1 - beta_i),    sigma_i^2 = 1 - alpha_bar_i
+
+    Between indices, where solvers with grids of their own may go, ln alpha_bar is joined by straight lines; beyond the
+    last it goes on straight.
+
+    Attributes:
+        steps: T.
+        beta_0: First beta.
+        beta_1: Last beta.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 4
+    """
+
+    steps: int = 1000
+    beta_0: float = 1e-4
+    beta_1: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.beta_0 <= self.beta_1 < 1:
+            raise UsageError(
+                f"process 'vp_discrete': steps={self.steps} and beta from {self.beta_0} to {self.beta_1}: give one step"
+                " or more, and betas that rise between 0 and 1"
+            )
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        """The last index."""
+        return self.steps - 1.0
+
+    def _table(self, like: Tensor) -> Tensor:
+        return _log_alpha_bar(self.steps, self.beta_0, self.beta_1).to(like)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Index into the table of the line that a time lies on, and the line's slope."""
+        table = self._table(t)
+        below = (t.detach() + 1).floor().clamp(0, self.steps - 1).long()
+        return below, table[below + 1] - table[below]
+
+    def _log_alpha_bar(self, t: Tensor) -> Tensor:
+        below, slope = self._segment(t)
+        return self._table(t)[below] + (t + 1 - below) * slope
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (0.5 * self._log_alpha_bar(t)).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return (-torch.expm1(self._log_alpha_bar(t))).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+        log_alpha_bar, table = -torch.log1p(ratio.square()), self._table(ratio)
+        below = (torch.searchsorted(-table, -log_alpha_bar, right=True) - 1).clamp(0, self.steps - 1)
+        return below - 1 + (log_alpha_bar - table[below]) / (table[below + 1] - table[below])
+
+    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        return 0.5 * self._segment(t)[1]
 
     def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
         return (-2 * self.drift(t)).sqrt()

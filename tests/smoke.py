@@ -25,6 +25,7 @@ from diffaccel.report import read_points
 
 N, BUDGET, LIMIT = 32, 12, 256
 QUICK = ["logger=csv", "threads=1"]
+CRITIC = {"name": "mlp", "width": 16, "depth": 1}  # takes images of any size
 
 METHODS: dict[str, dict[str, Any]] = {
     "edm": {"process": "edm", "denoiser": "karras", "levels": "lognormal", "solver": "dpmpp2m"},
@@ -39,7 +40,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "posterior": {"name": "classifier", "count": 50, "width": 4},
         "prior": {"name": "chain", "chains": 4, "init_steps": 5, "warmup": [[5, None]]},
     },
+    "tdpm": {
+        "base": "edm.yaml",
+        "method": {"name": "tdpm", "frozen": True, "critic": CRITIC, "objectives": [{"name": "ode_pair", "steps": 2}]},
+        "prior": {"name": "implicit", "ratio_star": 1.0},
+    },
+    "tdpm_shared": {
+        "method": {"name": "tdpm", "critic": CRITIC},
+        "process": "vp_discrete",
+        "denoiser": {"name": "eps", "ratio_min": 0.01, "time_scale": 0.1},
+        "levels": "index",
+        "prior": {"name": "implicit", "generator": "shared", "K": 10},
+        "solver": {"name": "ancestral", "clip": True, "grid": {"name": "index"}},
+    },
 }
+FROZEN = {"dlg": "posterior.checkpoint=classifier", "tdpm": "prior.checkpoint=generator"}
+"""Methods on the edm weights, and what names the file of their own."""
 
 
 def source(subset: str) -> dict[str, Any]:
@@ -108,10 +124,11 @@ def make_scorer(folder: Path, images: DataModule) -> None:
 def fit_and_bench(folder: Path, name: str) -> list[str]:
     """Fit a method, bench what it left, and check the point; returns the words that name the weights."""
     file, out = str(folder / f"{name}.yaml"), folder / name
-    weights = [f"checkpoint={folder / ('edm' if name == 'dlg' else name) / 'ema.safetensors'}"]
-    run("fit", file, f"out={out}", *QUICK, *(weights if name == "dlg" else []))
-    if name == "dlg":
-        weights.append(f"posterior.checkpoint={out / 'classifier.safetensors'}")
+    weights = [f"checkpoint={folder / ('edm' if name in FROZEN else name) / 'ema.safetensors'}"]
+    run("fit", file, f"out={out}", *QUICK, *(weights if name in FROZEN else []))
+    if name in FROZEN:
+        key, _, left = FROZEN[name].partition("=")
+        weights.append(f"{key}={out / left}.safetensors")
     run("bench", file, f"out={out}", *QUICK, *weights)
     at_the_end, point = read_points(out / "points.jsonl")
     check(point["n"] == N and 0 < point["nfe"] <= BUDGET, f"{name}: nfe {point['nfe']} of {BUDGET}")
@@ -150,9 +167,8 @@ def smoke(subset: str) -> None:
         folder = Path(name)
         write_experiments(folder, images, data)
         make_scorer(folder, images)
-        for method in METHODS:
-            weights = fit_and_bench(folder, method)
-        bench_with_two_processes(folder, "dlg", weights)
+        weights = {method: fit_and_bench(folder, method) for method in METHODS}
+        bench_with_two_processes(folder, "dlg", weights["dlg"])
     print(f"smoke: all done in {time.monotonic() - started:.0f} s")
 
 

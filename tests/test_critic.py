@@ -131,13 +131,12 @@ def test_both_branches_of_a_block_downsample_about_the_same_points():
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (7, 1), (8, 4), (10, 2)])
 def test_minibatch_deviation_is_a_loop_over_groups(batch, size):
-    """The largest divisor up to 4; members lie batch / size apart."""
+    """The largest divisor up to 4; members are neighbours."""
     x = torch.randn(batch, 3, 2, 5)
-    groups = batch // size
     deviation = minibatch_deviation(x)
     assert deviation.shape == (batch, 1, 2, 5)
     for sample in range(batch):
-        members = [x[sample % groups + step * groups].flatten().tolist() for step in range(size)]
+        members = [x[sample // size * size + step].flatten().tolist() for step in range(size)]
         columns = [[value - sum(column) / size for value in column] for column in zip(*members, strict=True)]
         roots = [math.sqrt(sum(value**2 for value in column) / size + 1e-8) for column in columns]
         assert torch.allclose(deviation[sample], torch.tensor(sum(roots) / len(roots)), atol=1e-6)
@@ -179,9 +178,9 @@ def reference(critic: StyleGAN2Critic, x: Tensor) -> Tensor:
         strided = F.conv2d(filtered(y, 2), weights(block.conv_2), block.conv_2.bias)[:, :, ::2, ::2]
         y = skip + activate(strided, gain=1.0)
     deviation = torch.empty(6, 1, 4, 4)
-    for first in (0, 1):  # a batch of 6 makes two groups of 3
-        members = y[[first, first + 2, first + 4]]
-        deviation[[first, first + 2, first + 4]] = (members.std(0, correction=0).square() + 1e-8).sqrt().mean()
+    for first in (0, 3):  # a batch of 6 makes two groups of 3
+        members = y[first : first + 3]
+        deviation[first : first + 3] = (members.std(0, correction=0).square() + 1e-8).sqrt().mean()
     y = activate(F.conv2d(torch.cat([y, deviation], 1), weights(critic.conv), critic.conv.bias, padding=1))
     y = activate(y.flatten(1) @ weights(critic.linear).T + critic.linear.bias)
     return (y @ weights(critic.head.out).T + critic.head.out.bias)[:, 0]

@@ -10,24 +10,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, load
-from diffaccel.methods import Diffusion
+from diffaccel.methods import Diffusion, TruncatedDiffusion
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
 SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "cifar10_small/"))]
-PAPER = [name for name in NAMES if name.startswith("cifar10/")]
+PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.endswith("/tdpm")]
 
 
 def weights_of(name: str) -> list[Path]:
     """Files of weights and statistics that an experiment names."""
     config = load(name)
-    paths = [config.checkpoint, config.posterior.get("checkpoint"), config.extractor.get("path")]
+    paths = [config.checkpoint, config.posterior.get("checkpoint"), config.prior.get("checkpoint")]
+    paths.append(config.extractor.get("path"))
     return [Path(path) for path in [*paths, config.reference, config.floor] if path]
 
 
 def test_there_are_experiments():
     assert {"toy/edm", "toy/ddpm", "toy/dlg", "digits/edm", "digits/ddpm", "digits/dlg"} <= set(SMALL)
     assert {"cifar10/edm", "cifar10/dlg"} <= set(PAPER)
+    assert {f"{data}/tdpm" for data in ("toy", "digits", "cifar10_small", "cifar10", "lsun256")} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("/base")])
@@ -95,6 +97,31 @@ def test_a_paper_size_one_has_the_papers_size(name: str):
     parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
     assert 50e6 < parameters < 62e6, "EDM's DDPM++ has 55.7 M"
     assert 20e9 < flops < 60e9, "EDM's DDPM++ takes about 21 G multiply-adds, two FLOPs each"
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser", "critic", "rates"),
+    [
+        ("cifar10/tdpm", 35_746_307, 21_507_073, [2e-4, 2e-5, 2.5e-3]),
+        ("lsun256/tdpm", 113_673_219, 28_864_129, [2e-5, 1e-5, 2e-3]),
+    ],
+)
+def test_tdpm_has_the_papers_sizes_and_rates(name: str, denoiser: int, critic: int, rates: list[float]):
+    method, _ = build_on_meta(name)
+    assert isinstance(method, TruncatedDiffusion)
+    assert sum(parameter.numel() for parameter in method.denoiser.network.parameters()) == denoiser
+    assert method.critic and sum(parameter.numel() for parameter in method.critic.parameters()) == critic
+    assert [phase.lr * method.training_plan.lr for phase in method.phases()] == pytest.approx(rates)
+    assert method.implicit.token == 99 and method.plan(100, 10).steps == 99
+
+
+def test_the_small_critic_costs_no_more_than_the_network():
+    """Forwards a step, a backward being two: of the critic 8, of the network 4."""
+    method, flops = build_on_meta("cifar10_small/tdpm")
+    assert isinstance(method, TruncatedDiffusion) and method.critic
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        method.critic.head(method.critic.features(torch.empty(2, 3, 32, 32)), None)
+    assert 8 * counter.get_total_flops() / 2 < 4 * flops
 
 
 def test_the_papers_noise_classifier():

@@ -85,7 +85,7 @@ class Broken(Denoiser):
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
-@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("name", sorted(set(GRIDS) - {"index"}))
 @pytest.mark.parametrize("denoise", [True, False])
 def test_grid_falls_from_each_start(name: str, process: Process, denoise: bool) -> None:
     t = process.time(f64(0.7, 5.0, 40.0))

@@ -13,7 +13,7 @@ from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
 from diffaccel.methods.training import Phase, TrainedModule, Training
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import Group, Plan, Prior
+from diffaccel.prior import ChainPrior, Group, Plan, Prior
 from diffaccel.registry import Registry
 from diffaccel.solver import Solver
 from diffaccel.weights import tensors_sha256
@@ -61,14 +61,22 @@ class Diffusion(TrainedModule):
         self.by_nfe: dict[int, tuple[Prior, Solver]] = {}
         self.shape = shape
         self.frozen = False
+        self.classes: int = getattr(denoiser.network, "classes", 0)
 
     # A frozen denoiser
 
     def freeze_denoiser(self) -> None:
         """Keep the denoiser's weights; a checkpoint refers to them by their hash instead of copying them."""
-        self.denoiser.requires_grad_(False)
+        self.denoiser.requires_grad_(False).eval()
         self.strict_loading = False  # a checkpoint leaves the denoiser out
         self.frozen = True
+
+    def train(self, mode: bool = True) -> "Diffusion":
+        """Leave a frozen denoiser without dropout."""
+        super().train(mode)
+        if self.frozen:
+            self.denoiser.eval()
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         """Leave a frozen denoiser out."""
@@ -114,8 +122,30 @@ class Diffusion(TrainedModule):
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Squared error of the network's output at one level a sample, (B,)."""
         assert isinstance(self.denoiser, NetworkDenoiser)
-        t = self.levels(self.denoiser, noise.uniform().to(self.device))
-        return self.denoiser.loss(batch.image, t, noise.normal(batch.image), batch.condition)
+        u = self.level_quantiles(batch, noise)
+        t, eps = self.levels(self.denoiser, u.to(self.device)), noise.normal(batch.image)
+        loss = self.denoiser.loss(batch.image, t, eps, self.drop_labels(batch.condition, noise))
+        if self.training_plan.pixel_sum:
+            loss = loss * batch.image[0].numel()
+        if self.logs_now:  # by quarters of the levels' law, from the least noise up
+            quarters = [loss[(4 * u).long().clamp_max(3) == quarter] for quarter in range(4)]
+            self.note({f"denoiser_loss_quarter_{i}": part.mean() for i, part in enumerate(quarters, 1) if len(part)})
+        return loss
+
+    def level_quantiles(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """Where each sample's level lies in their law, (B,) in [0, 1]."""
+        if not self.training_plan.antithetic:
+            return noise.uniform()
+        # Neighbours in the stream share a number, in whatever batches and processes they are.
+        u = NoiseStreams(self.seed, batch.index // 2, "pairs of levels").uniform()
+        return torch.where(batch.index.cpu() % 2 == 1, 1 - u, u)
+
+    def drop_labels(self, condition: Tensor | None, noise: NoiseStreams) -> Tensor | None:
+        """Replace some labels by the null class."""
+        if condition is None or not self.classes:
+            return None
+        dropped = noise.uniform().to(condition.device) < self.training_plan.label_drop
+        return condition.masked_fill(dropped, self.classes)
 
     # Sampling
 
@@ -148,7 +178,8 @@ class Diffusion(TrainedModule):
         """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""
         if self.solver.adaptive:
             return math.nan
-        marginal = plan.skips + self.solver.evaluations(plan.steps) + self.extra_evaluations + self.prior.evaluations
+        solver = self.solver.evaluations(plan.steps) if plan.steps else 0
+        marginal = plan.skips + solver + self.extra_evaluations + self.prior.evaluations
         return marginal + self.prior.burn_in_evaluations(n) / n
 
     def open(self, seed: int, group: Group) -> Any:
@@ -174,8 +205,18 @@ class Diffusion(TrainedModule):
         """
         for indices in group:
             noise = NoiseStreams(seed, indices)
-            x_t, t = self.prior(self.denoiser, noise, self.shape, plan, state)
-            yield indices, self.finish(self.solver(self.denoiser, x_t, t, noise, plan.steps))
+            denoiser = self.denoiser.given(self.labels(indices))
+            x_t, t = self.prior(denoiser, noise, self.shape, plan, state)
+            yield indices, self.finish(self.solver(denoiser, x_t, t, noise, plan.steps) if plan.steps else x_t)
+
+    def labels(self, indices: range) -> Tensor | None:
+        """Class labels of images, index mod classes, (B,): balanced, and the same in any batch.
+
+        None, which a network takes for its null class, if it has no classes, and for chains, which change them.
+        """
+        if not self.classes or isinstance(self.prior, ChainPrior):
+            return None
+        return torch.tensor(indices, device=self.device) % self.classes
 
     def finish(self, x_0: Tensor) -> Tensor:
         """What the method does after the solver."""

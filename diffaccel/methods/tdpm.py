@@ -1,5 +1,6 @@
 """Truncated diffusion with an adversarial prior (Zheng et al., 2023), arXiv 2202.09671."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,14 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffaccel.data import Batch
-from diffaccel.denoiser import Denoiser
+from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.objectives import OBJECTIVES, in_units
 from diffaccel.methods.training import Phase, Training
+from diffaccel.metrics.states import compare_states
 from diffaccel.nn.critic import CRITICS, r1_penalty
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import ImplicitPrior, Prior
+from diffaccel.prior import GaussianPrior, ImplicitPrior, Prior
 from diffaccel.solver import Solver
 
 
@@ -22,13 +25,15 @@ from diffaccel.solver import Solver
 class TruncatedDiffusion(Diffusion):
     """A diffusion cut off at ``ratio_star``, whose prior is a generator trained against a critic.
 
-    A training step is up to three phases, in the reference's order: the denoiser (unless it is frozen), the generator,
-    the critic. The critic sees states in units of variance preserving processes, x / sqrt(1 + ratio_star^2), so that
-    its inputs do not depend on the process.
+    A training step is up to three phases, in the reference's order: the denoiser (unless it is frozen or exact), the
+    generator, the critic. The denoiser is trained up to ``ratio_star`` and no further. The critic sees states in units
+    of variance preserving processes, x / sqrt(1 + ratio^2), so that its inputs do not depend on the process; it sees
+    labels if the network has classes. At ``ratio_star`` 0 there is no denoiser to train, and all of it is a GAN; with a
+    Gaussian prior there is no game to play, and all of it is plain diffusion.
 
     Args:
         denoiser: See :class:`Diffusion`.
-        prior: An :class:`~diffaccel.prior.ImplicitPrior`.
+        prior: An :class:`~diffaccel.prior.ImplicitPrior`, to be trained; or any other that needs no training.
         solver: See :class:`Diffusion`.
         levels: See :class:`Diffusion`.
         training: See :class:`Diffusion`.
@@ -38,8 +43,12 @@ class TruncatedDiffusion(Diffusion):
         frozen: Whether the denoiser keeps its weights and only generator and critic are trained.
         generator_lr: The generator's rate over the run's.
         critic_lr: The critic's rate over the run's.
+        generator_since: Images seen before the generator meets the critic, as after a warm-up by ``objectives``.
+        critic_since: Images seen before the critic is trained.
         gamma: Weight of the gradient penalty R1 on real states.
         r1_every: Steps between penalties; the reference does not scale them up for that.
+        objectives: What the generator learns from the frozen denoiser besides, each with its own optimiser: names
+            (``ode_pair``, ``distribution_matching``) and keys.
     """
 
     def __init__(
@@ -55,22 +64,50 @@ class TruncatedDiffusion(Diffusion):
         frozen: bool = False,
         generator_lr: float = 0.1,
         critic_lr: float = 12.5,
+        generator_since: int = 0,
+        critic_since: int = 0,
         gamma: float = 0.01,
         r1_every: int = 16,
+        objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
-        self.critic: nn.Module = CRITICS.build(critic, shape=shape)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
+        self.generator_since, self.critic_since = generator_since, critic_since
+        self.critic: nn.Module | None = None
+        if isinstance(prior, ImplicitPrior):
+            self.classes = getattr(prior.generator or denoiser.network, "classes", 0)
+            self.critic = CRITICS.build(critic, shape=shape, classes=self.classes)
+        if frozen:
+            if isinstance(prior, ImplicitPrior) and prior.generator is None:
+                raise UsageError(
+                    "method 'tdpm': a shared generator trains the denoiser's weights: set method.frozen=false"
+                )
+            self.freeze_denoiser()
+        self._truncate(denoiser, prior)
+        self._objectives = [OBJECTIVES.build(node) for node in objectives]
+        if objectives and isinstance(denoiser, NetworkDenoiser) and not frozen:
+            raise UsageError("method 'tdpm': objectives take a denoiser that is trained already: set method.frozen")
+        for objective in self._objectives:
+            objective.attach(denoiser, self.implicit)
+        self.learning = nn.ModuleList(self._objectives)  # what they learn of their own
+
+    def _truncate(self, denoiser: Denoiser, prior: Prior) -> None:
+        """Train a denoiser up to the start level alone.
+
+        Raises:
+            UsageError: It is not to be trained, or sampled from, that far.
+        """
+        star = prior.ratio_star if isinstance(prior, ImplicitPrior | GaussianPrior) else None
         low, high = denoiser.ratio_range
-        if not low < self.implicit.ratio_star <= high:
+        if star is None or star == 0:
+            return
+        if not low < star <= high * 1.001:
             raise UsageError(
-                f"method 'tdpm': ratio_star {self.implicit.ratio_star} is none that the denoiser is trained on, "
+                f"method 'tdpm': ratio_star {star:.4g} is none that the denoiser is trained on, "
                 f"[{low:.4g}, {high:.4g}]: set denoiser.ratio_max"
             )
-        if frozen and self.implicit.own is None:
-            raise UsageError("method 'tdpm': a shared generator trains the denoiser's weights: set method.frozen=false")
-        if frozen:
-            self.freeze_denoiser()
+        if isinstance(denoiser, NetworkDenoiser) and not self.frozen:
+            denoiser.ratio_range = (low, star)
 
     @property
     def implicit(self) -> ImplicitPrior:
@@ -83,59 +120,88 @@ class TruncatedDiffusion(Diffusion):
             raise UsageError("method 'tdpm' trains an implicit prior: set prior=implicit")
         return self.prior
 
+    @property
+    def trains_denoiser(self) -> bool:
+        """Whether the denoiser has a phase of its own."""
+        image_level = isinstance(self.prior, ImplicitPrior) and self.prior.ratio_star == 0
+        return isinstance(self.denoiser, NetworkDenoiser) and not self.frozen and not image_level
+
     def phases(self) -> list[Phase]:  # noqa: D102
-        generator = self.denoiser if self.implicit.own is None else self.implicit.own
-        found = [] if self.frozen else super().phases()
-        for name, parameters, loss, lr in (
-            ("generator", generator.network.parameters(), self.generator_loss, self.generator_lr),
-            ("critic", self.critic.parameters(), self.critic_loss, self.critic_lr),
+        found = super().phases() if self.trains_denoiser else []
+        if not isinstance(self.prior, ImplicitPrior):
+            if not found:
+                raise UsageError("method 'tdpm': a frozen denoiser and no implicit prior leave nothing to train")
+            return found
+        for objective in self._objectives:
+            found += objective.phases(self.prior, self.given, self.shape)
+        assert self.critic is not None
+        generator = self.prior.generator or self.denoiser.network
+        for name, network, loss, lr, since in (
+            ("generator", generator, self.generator_loss, self.generator_lr, self.generator_since),
+            ("critic", self.critic, self.critic_loss, self.critic_lr, self.critic_since),
         ):
-            found.append(Phase(name, parameters, loss, lr=lr, betas=(0.0, 0.99), clip=False))
+            game = Phase(name, network.parameters(), loss, lr=lr, since=since, betas=(0.0, 0.99), clip=False)
+            found.append(game)
         return found
 
-    def averaged(self) -> nn.Module | None:
+    def _trained_networks(self) -> dict[str, nn.Module]:
         """Denoiser and generator, whichever is trained."""
-        networks = self.evaluated_networks()
-        return nn.ModuleDict({name: networks[name] for name in networks if name != "denoiser" or not self.frozen})
+        shared = isinstance(self.prior, ImplicitPrior) and self.prior.kind == "shared"
+        own = {"denoiser": self.denoiser.network} if self.trains_denoiser or shared else {}
+        return {**own, **self.prior.networks()}
+
+    def averaged(self) -> nn.Module | None:  # noqa: D102
+        return nn.ModuleDict(self._trained_networks())
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
         """Denoiser (``ema``, ``raw``) and generator, averaged and not."""
         found: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         average = self.ema.state_dict() if self.ema is not None else {}
-        for name, network in self.evaluated_networks().items():
-            if name == "denoiser" and self.frozen:
-                continue
+        for name, network in self._trained_networks().items():
             own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
             ema, raw = ("ema", "raw") if name == "denoiser" else (name, f"{name}_raw")
             found[raw] = (network.state_dict(), {"averaged": False})
             found[ema] = ({**network.state_dict(), **own}, {"averaged": bool(own)})
         return found
 
+    # The game
+
+    def given(self, batch: Batch) -> Denoiser:
+        """The denoiser with a batch's labels bound, if it or the generator has classes."""
+        return self.denoiser.given(batch.condition if self.classes else None)
+
     def generator_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Non-saturating logistic loss, softplus(-D(G(z))), (B,)."""
+        assert self.critic is not None
         self.critic.requires_grad_(False)
-        loss = F.softplus(-self.judge(self.implicit.generate(self.denoiser, noise, self.shape)))
+        loss = F.softplus(-self.judge(self.implicit.generate(self.given(batch), noise, self.shape), batch))
         self.critic.requires_grad_(True)
         return loss
 
     def critic_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """softplus(D(G(z))) + softplus(-D(y)) with fresh noise, and R1 on real states when due, (B,)."""
         with torch.no_grad():
-            fake = self.implicit.generate(self.denoiser, noise, self.shape)
+            made = self.implicit.generate(self.given(batch), noise, self.shape)
         real = self.diffused(batch.image, noise)
-        loss = F.softplus(self.judge(fake)) + F.softplus(-self.judge(real))
+        d_made, d_real = self.judge(made, batch), self.judge(real, batch)
+        loss = F.softplus(d_made) + F.softplus(-d_real)
         if self.steps % self.r1_every == 0:
-            loss = loss + r1_penalty(self.critic, self.scaled(real), self.gamma)
+            penalty = r1_penalty(partial(self._logits, batch=batch), in_units(self.implicit, real), self.gamma)
+            self.note({"critic_penalty": penalty.mean()})
+            loss = loss + penalty
+        if self.logs_now:
+            self.note({"critic_real": d_real.mean(), "critic_made": d_made.mean()})
+            self.note({f"generator_{name}": value for name, value in compare_states(made, real).items()})
         return loss
 
     def diffused(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:
-        """Real states x / alpha at the start level, (B, C, H, W)."""
-        return x_0 + self.implicit.ratio_star * noise.normal(x_0)
+        """Real states x / alpha at the generator's level, (B, C, H, W)."""
+        return x_0 + self.implicit.ratio_made * noise.normal(x_0)
 
-    def scaled(self, y: Tensor) -> Tensor:
-        """Bring states x / alpha (B, C, H, W) to variance preserving units."""
-        return y / (1 + self.implicit.ratio_star**2) ** 0.5
-
-    def judge(self, y: Tensor) -> Tensor:
+    def judge(self, y: Tensor, batch: Batch) -> Tensor:
         """The critic's logits of states x / alpha: (B, C, H, W) -> (B,)."""
-        return self.critic(self.scaled(y))
+        return self._logits(in_units(self.implicit, y), batch)
+
+    def _logits(self, x: Tensor, batch: Batch) -> Tensor:
+        assert self.critic is not None
+        return self.critic(x, batch.condition if self.classes else None)

@@ -1,6 +1,7 @@
 """The one training loop: phases with their own optimisers, counters in images, exact resume."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,12 @@ class Training:
     """Largest norm of a phase's gradient; null for none."""
     ema_half_life: int = 50_000
     """Half-life of the averaged weights."""
+    antithetic: bool = False
+    """Draw a denoiser's levels in mirrored pairs, u and 1 - u for neighbours in the stream: a less noisy loss."""
+    pixel_sum: bool = False
+    """Sum a denoiser's loss over pixels instead of averaging it, as DDPM's code does; ``clip`` acts on its gradient."""
+    label_drop: float = 0.1
+    """Share of labels that a class-conditional denoiser doesn't see in training, so that it can be guided."""
     evaluate_every: int | None = None
     """Images between evaluations of all budgets with the averaged weights; null for the full one at the end alone."""
     evaluate_n: int = 1000
@@ -59,7 +66,9 @@ class Phase:
         name: Prefix of what it logs.
         parameters: What it optimises.
         loss: (batch, noise streams of the batch) -> scalar, or one value per sample (B,).
-        every: The phase runs on every ``every``-th step.
+        every: The phase runs on every ``every``-th step,
+        since: from so many images seen on,
+        until: and before so many.
         lr: Learning rate over the run's own.
         betas: Adam's; None takes the run's.
         clip: Whether the run's clipping applies.
@@ -69,6 +78,8 @@ class Phase:
     parameters: Iterable[nn.Parameter]
     loss: Callable[[Batch, NoiseStreams], Tensor]
     every: int = 1
+    since: int = 0
+    until: float = math.inf
     lr: float = 1.0
     betas: tuple[float, float] | None = None
     clip: bool = True
@@ -90,7 +101,7 @@ class TrainedModule(L.LightningModule):
         self.automatic_optimization = False
         self.training_plan, self.seed = training, seed
         self.images_seen, self.steps = 0, 0
-        self.mid_step = False
+        self.mid_step = self.logs_now = False
         self.ema: EMA | None = None
         self._phases: list[Phase] = []
 
@@ -107,6 +118,11 @@ class TrainedModule(L.LightningModule):
         """Sample with the averaged weights, if there are any, for the length of a ``with`` block."""
         with nullcontext() if self.ema is None else self.ema.swapped():
             yield
+
+    def note(self, values: Mapping[str, Tensor]) -> None:
+        """Log what a phase saw under ``train/``, on a step that is logged."""
+        if self.logs_now:
+            self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: evaluating is the evaluator's."""
@@ -150,29 +166,31 @@ class TrainedModule(L.LightningModule):
             UsageError: A loss or gradient is NaN or infinite.
         """
         self.mid_step = True  # an interrupt before the end leaves weights and counters apart
+        self.logs_now = self.steps % self.training_plan.log_every == 0
         torch.manual_seed(stream_seed(self.seed, f"step {self.steps} rank {self.global_rank}"))
         noise = NoiseStreams(self.seed, batch.index, "training")
         optimizers = self.optimizers(use_pl_optimizer=True)
         for phase, optimizer in zip(
             self._phases, optimizers if isinstance(optimizers, list) else [optimizers], strict=True
         ):
-            if self.steps % phase.every:
+            if self.steps % phase.every or not phase.since <= self.images_seen < phase.until:
                 continue
             loss = phase.loss(batch, noise).mean()
             optimizer.zero_grad()
-            self.manual_backward(loss)
+            with torch.autocast(self.device.type, enabled=False):  # or products of a float32 part would be rounded
+                self.manual_backward(loss)
             self._check_finite(phase, loss, optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate() * phase.lr
             optimizer.step()
-            if self.steps % self.training_plan.log_every == 0:
+            if self.logs_now:
                 self.log(f"train/{phase.name}_loss", loss.detach(), prog_bar=True)
         self.steps += 1
         images = len(batch.index) * self.trainer.world_size
         self.images_seen += images
         if self.ema is not None:
             self.ema.update(images, self.images_seen)
-        self.mid_step = False
+        self.mid_step = self.logs_now = False
         if self.steps % self.training_plan.log_every == 1:
             self.log("train/images", float(self.images_seen), prog_bar=True)
         if self.images_seen >= self.training_plan.images:

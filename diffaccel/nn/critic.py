@@ -122,17 +122,17 @@ def _activate(x: Tensor) -> Tensor:
 def minibatch_deviation(x: Tensor) -> Tensor:
     """Standard deviation over a group of samples, averaged to one number: (B, C, H, W) -> (B, 1, H, W).
 
-    A generator that makes the same image again and again shows here and nowhere else. A group is B / G samples apart:
-    of B = 8, samples 0, 2, 4, 6 are one and 1, 3, 5, 7 the other. Its size G is the largest divisor of B that is at
-    most 4; where that is 1, as for a prime B above 3, the channel is constant and says nothing. The batch is this
-    process's own, and should be all real or all generated.
+    A generator that makes the same image again and again shows here and nowhere else. A group is G neighbours, so that
+    the same samples make the same groups on any number of processes whose shares G divides. G is the largest divisor of
+    B that is at most 4; where that is 1, as for a prime B above 3, the channel is constant and says nothing. The batch
+    is this process's own, and should be all real or all generated.
     """
     size = next(size for size in range(GROUP, 0, -1) if len(x) % size == 0)
-    members = rearrange(x, "(member group) c h w -> member group c h w", member=size)
+    members = rearrange(x, "(group member) c h w -> member group c h w", member=size)
     # Inside the root: its slope at the 0 of equal samples is infinite, and R1 differentiates it twice.
     deviation = (members.var(0, correction=0) + 1e-8).sqrt()
     average = reduce(deviation, "group c h w -> group", "mean")
-    return repeat(average, "group -> (member group) 1 h w", member=size, h=x.shape[2], w=x.shape[3])
+    return repeat(average, "group -> (group member) 1 h w", member=size, h=x.shape[2], w=x.shape[3])
 
 
 class CriticHead(nn.Module):

@@ -1,15 +1,18 @@
 """Implicit priors: a generator makes the state at the start level in one evaluation (TDPM, arXiv 2202.09671)."""
 
 import copy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
+from diffaccel.nn import NETWORKS
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior.base import PRIORS, Plan, Prior
+from diffaccel.process import DiscreteVariancePreserving, Process
+from diffaccel.solver import Indices, Solver
 
 Kind = Literal["separate", "diffuse", "shared"]
 
@@ -27,13 +30,23 @@ class ImplicitPrior(Prior):
 
     Args:
         denoiser: What the generator is made of.
-        ratio_star: Noise-to-data ratio of the states.
+        ratio_star: Noise-to-data ratio of the states, 1 if neither it nor ``K`` is given. At 0 the generator makes the
+            images: a GAN, whose one evaluation is all that is spent.
         generator: See above.
         ratio_init: Level of the generator's input in units of the data, for ``separate`` and ``diffuse``.
-        token: The network's noise conditioning for ``shared``.
+        token: The network's noise conditioning for ``shared``; that of index ``K`` if it is given.
+        K: Instead of ``ratio_star``, on a discrete process: the number of denoising evaluations at full length, which
+            go from index K - 1 to 0. K = 0 is a GAN.
+        prior_level_offset: The generator's states are those of index K - 1 + offset. With 1, as in TDPM's reference
+            code, the first denoising step takes them for less noisy than they are.
+        network: A network to be the generator for ``separate`` and ``diffuse`` instead of the denoiser's copy, so that
+            the denoiser may be exact: a name and keys. Its output is the state in units of variance preserving
+            processes, or the image.
+        shape: Image shape (C, H, W), for such a network.
 
     Raises:
-        UsageError: The denoiser is exact, so that there is no network; a value out of range; no ``token``.
+        UsageError: The denoiser is exact and there is no ``network``; a value out of range; no ``token``; K on a
+            process without indices.
 
     References:
         Truncated Diffusion Probabilistic Models (Zheng et al., 2023), https://arxiv.org/abs/2202.09671
@@ -44,45 +57,116 @@ class ImplicitPrior(Prior):
     def __init__(
         self,
         denoiser: Denoiser,
-        ratio_star: float = 1.0,
+        ratio_star: float | None = None,
         generator: Kind = "separate",
         ratio_init: float = 20.0,
         token: float | None = None,
+        K: int | None = None,
+        prior_level_offset: int = 0,
+        network: dict[str, Any] = {},  # noqa: B006 (read only; a mapping, for YAML)
+        shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(denoiser, NetworkDenoiser):
-            raise UsageError("prior 'implicit' is made of the denoiser's network, and this denoiser is exact")
         if generator not in get_args(Kind):
             raise UsageError(f"prior 'implicit': generator is {generator!r}: take {', '.join(get_args(Kind))}")
-        if not 0 < ratio_star < ratio_init:
+        if not network and not isinstance(denoiser, NetworkDenoiser):
             raise UsageError(
-                f"prior 'implicit': ratio_star is {ratio_star} and ratio_init {ratio_init}: both must be positive, "
-                "and ratio_init the larger"
+                "prior 'implicit' is made of the denoiser's network, and this denoiser is exact: set prior.network"
             )
-        if (generator == "shared") != (token is not None):
+        self.kind, self.ratio_init, self.K = generator, ratio_init, K
+        self.ratio_star, self.ratio_made = _levels(denoiser.process, ratio_star, K, prior_level_offset)
+        copies = generator != "shared" and not network
+        if self.ratio_star < 0 or (copies and not self.ratio_made < ratio_init):
+            raise UsageError(
+                f"prior 'implicit': ratio_star is {self.ratio_star} and ratio_init {ratio_init}: neither may be "
+                "negative, and ratio_init the larger"
+            )
+        if generator == "shared" and network:
+            raise UsageError("prior 'implicit': a shared generator is the denoiser's network: remove prior.network")
+        self.token = self._token(denoiser, token)
+        self.own: Denoiser | None = None
+        self.made: nn.Module | None = None
+        if network:
+            self.made = NETWORKS.build(network, shape=shape)
+        elif copies:
+            self.own = copy.deepcopy(denoiser)
+
+    def _token(self, denoiser: Denoiser, token: float | None) -> float:
+        if self.kind == "shared" and token is None and self.K is not None and isinstance(denoiser, NetworkDenoiser):
+            index = torch.tensor([self.K], dtype=torch.float64, device="cpu")
+            return denoiser.noise_conditioning(index).item()
+        if (self.kind == "shared") != (token is not None):
             raise UsageError("prior 'implicit': a shared generator needs its token, the others have none: set token")
-        self.ratio_star, self.ratio_init, self.kind, self.token = ratio_star, ratio_init, generator, token
-        self.own = None if generator == "shared" else copy.deepcopy(denoiser)
+        return token or 0.0
+
+    @property
+    def generator(self) -> nn.Module | None:
+        """The network of its own; None if it is the denoiser's."""
+        return self.made if self.own is None else self.own.network
 
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
-        return {} if self.own is None else {"generator": self.own.network}
+        return {} if self.generator is None else {"generator": self.generator}
+
+    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
+        """One evaluation for the generator, the rest for the solver; no solver at ratio 0, K steps at most on indices.
+
+        Raises:
+            UsageError: The budget is below the minimum.
+        """
+        if self.ratio_star == 0:
+            if budget < self.evaluations + extra:
+                raise UsageError(f"nfe={budget:g} is below the minimum of {self.evaluations + extra}: raise nfe")
+            return Plan(0)
+        plan = super().plan(solver, budget, n, extra)
+        return Plan(min(plan.steps, self.K)) if self.K and isinstance(solver.grid, Indices) else plan
 
     def forward(  # noqa: D102
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: object = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             y = self.generate(denoiser, noise, shape)
+        # With an offset the reference hands the state over as it is, in units of variance preserving processes.
+        y = y * ((1 + self.ratio_star**2) / (1 + self.ratio_made**2)) ** 0.5
         ratio = torch.full((len(y),), self.ratio_star, dtype=torch.float64, device=y.device)
         return denoiser.process.from_ratio(y, ratio)
 
-    def generate(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> Tensor:
-        """Make states x / alpha at ``ratio_star``, (B, C, H, W), with gradients."""
-        z = noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))
-        if self.own is None:
-            assert self.token is not None
-            output = denoiser.network(z, torch.full((len(z),), self.token, device=z.device), None).to(z)
-            return (1 + self.ratio_star**2) ** 0.5 * output
-        init = torch.full((len(z),), self.ratio_init, dtype=torch.float64, device=z.device)
-        made = self.own(*denoiser.process.from_ratio(self.ratio_init * z, init))
-        eps = noise.normal(z) if self.kind == "diffuse" else made.eps
-        return made.x_0 + self.ratio_star * eps
+    def latent(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> Tensor:
+        """Draw what a generator starts from, standard normal of the images' shape, (B, C, H, W)."""
+        return noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))
+
+    def generate(
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], z: Tensor | None = None
+    ) -> Tensor:
+        """Make states x / alpha at ``ratio_made``, (B, C, H, W), with gradients; from a ``latent`` z if it is given."""
+        z = self.latent(denoiser, noise, shape) if z is None else z
+        if self.own is not None:
+            init = torch.full((len(z),), self.ratio_init, dtype=torch.float64, device=z.device)
+            x_0, eps = self.own(*denoiser.process.from_ratio(self.ratio_init * z, init), denoiser.condition)
+            return x_0 + self.ratio_made * (noise.normal(z) if self.kind == "diffuse" else eps)
+        network = denoiser.network if self.made is None else self.made
+        output = network(z, torch.full((len(z),), self.token, device=z.device), denoiser.condition).to(z)
+        if self.kind == "diffuse":
+            return output + self.ratio_made * noise.normal(z)
+        return (1 + self.ratio_made**2) ** 0.5 * output
+
+
+def _levels(process: Process, ratio_star: float | None, K: int | None, offset: int) -> tuple[float, float]:
+    """Ratio that sampling starts at, and ratio of the states that the generator is to make.
+
+    Raises:
+        UsageError: Both ``ratio_star`` and ``K``; a K or an offset that the process has no index for.
+    """
+    if K is None:
+        if offset:
+            raise UsageError("prior 'implicit': prior_level_offset counts indices: set K too, or remove it")
+        return (1.0, 1.0) if ratio_star is None else (ratio_star, ratio_star)
+    if ratio_star is not None or not isinstance(process, DiscreteVariancePreserving):
+        raise UsageError("prior 'implicit': K is for process=vp_discrete, ratio_star for any: set one of them")
+    if not (0 <= K <= process.steps and 0 <= offset <= process.steps - K):
+        raise UsageError(
+            f"prior 'implicit': K={K} and prior_level_offset={offset}: the process has the indices 0 to "
+            f"{process.steps - 1}, K goes from 0 to their number, and K - 1 + offset must be an index"
+        )
+    index = torch.tensor([K - 1, K - 1 + offset], dtype=torch.float64, device="cpu")
+    start, made = process.ratio(index).tolist()
+    return start, made

@@ -2,12 +2,13 @@
 
 from diffaccel.solver import adaptive, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
-from diffaccel.solver.grid import GRIDS, Grid, Karras, Listed, LogSNR, Quadratic, TimeToZero, UniformTime
+from diffaccel.solver.grid import GRIDS, Grid, Indices, Karras, Listed, LogSNR, Quadratic, TimeToZero, UniformTime
 
 __all__ = [
     "GRIDS",
     "SOLVERS",
     "Grid",
+    "Indices",
     "Karras",
     "Listed",
     "LogSNR",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import UsageError
-from diffaccel.process import Process
+from diffaccel.process import DiscreteVariancePreserving, Process
 from diffaccel.registry import Registry
 
 GRIDS: Registry["Grid"] = Registry("grid")
@@ -162,3 +162,27 @@ class TimeToZero(Grid):
                 " take fewer steps, a lower ratio_min, or the grid 'time'"
             )
         return torch.maximum(levels, last)
+
+
+@GRIDS.register("index")
+@dataclass(frozen=True)
+class Indices(Grid):
+    """Indices of a discrete process, evenly spread from the start to 0 and rounded, as DDIM's linear sub-sequence.
+
+    The start is always among them: 5 steps from index 99 are evaluated at 99, 74, 50, 25 and 0. ``ratio_min`` and
+    ``ratio_cap`` have no part in it.
+
+    Raises:
+        UsageError: The process has no indices, or fewer than steps.
+    """
+
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        if not isinstance(process, DiscreteVariancePreserving):
+            raise UsageError("grid 'index' needs the indices of process=vp_discrete: take it, or another grid")
+        top = process.time(start).round()
+        if (len(fraction) > top).any():
+            raise UsageError(
+                f"grid 'index': more than {int(top.min()) + 1} steps from index {int(top.min())}: lower nfe, or take "
+                "another grid"
+            )
+        return (top * (1 - fraction)).round()

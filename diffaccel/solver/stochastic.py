@@ -5,6 +5,7 @@ that they run on any process. There x_0 = y - rho eps, and the score is -eps / r
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +75,41 @@ class ReverseDiffusion(Solver):
         if trajectory.final:
             return mean
         return mean + expand(process.alpha(s) * where_finite(removed.sqrt()), x_t) * trajectory.noise.normal(x_t)
+
+
+@SOLVERS.register("ancestral")
+@dataclass(frozen=True)
+class Ancestral(Solver):
+    """DDPM's sampling: the posterior's mean at the predicted x_0, and noise of one of two fixed variances.
+
+    The mean is that of :class:`ReverseDiffusion`. ``small`` is the posterior's own variance, which makes this DDIM with
+    eta = 1 on a Markov process; ``large`` is beta, the variance of the step up on the variance preserving process of
+    these ratios. No noise is added on the way to ratio 0, nor from infinite ratio.
+
+    Attributes:
+        variance: ``small`` or ``large``; the latter suits many steps, the former few.
+        clip: Confine predictions of x_0 to [-1, 1], as DDPM does with images.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 3.2
+    """
+
+    variance: Literal["small", "large"] = "large"
+    clip: bool = False
+
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+        process = denoiser.process
+        rho_t, rho_s, removed = process.ratio(t), process.ratio(s), _removed(process, t, s)
+        prediction = denoiser(x_t, t)
+        if self.clip:
+            x_0 = prediction.x_0.clamp(-1, 1)
+            prediction = Prediction(x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t))
+        mean = _state(process, prediction, s, rho_t - removed / rho_t)
+        if trajectory.final:
+            return mean
+        share = rho_s.square() / rho_t.square() if self.variance == "small" else (1 + rho_s**2) / (1 + rho_t**2)
+        std = process.alpha(s) * where_finite((removed * share).sqrt())  # infinite or NaN from infinite ratio
+        return mean + expand(std, x_t) * trajectory.noise.normal(x_t)
 
 
 @SOLVERS.register("pc")

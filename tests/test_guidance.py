@@ -1,0 +1,141 @@
+"""Class labels: whose they are, when they are dropped, and guidance by them, which counts double."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffaccel.data import Batch
+from diffaccel.denoiser import Denoiser, GuidedDenoiser, KarrasDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import LogNormal
+from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
+from diffaccel.nfe import EvaluationCounter
+from diffaccel.nn import UNet
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ExactPosterior, GaussianPrior, ImplicitPrior, LangevinGibbsPrior, Plan, geometric_levels
+from diffaccel.process import EDMVarianceExploding, Prediction, expand
+from diffaccel.solver import SOLVERS
+
+SHAPE, CLASSES = (1, 8, 8), 3
+
+
+class ByClass(Denoiser):
+    """Data of class k are N(k, 1), those of the null class, 3, are N(3, 1)."""
+
+    process, ratio_range = EDMVarianceExploding(), (0.0, math.inf)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
+        mean = expand(torch.full((len(x_t),), 3) if condition is None else condition, x_t)
+        residual = (x_t - mean) / expand(1 + t.square(), x_t)
+        return Prediction(mean + residual, expand(t, x_t) * residual)
+
+
+def test_guidance_goes_beyond_the_label_away_from_the_null_class():
+    """(1 + w) k - 3 w is where the guided score leads: a Gaussian's shifts add up."""
+    labels, weight = torch.tensor([0, 1, 2]), 0.5
+    guided = ByClass().given(labels).guided(weight)
+    x_t, t = torch.randn(3, 1, 2, 2), torch.full((3,), 0.7, dtype=torch.float64)
+    shifted = ByClass()(x_t, t, (1 + weight) * labels - 3 * weight)
+    torch.testing.assert_close(guided(x_t, t), shifted)
+    chosen = guided.select(torch.tensor([2, 0]))
+    assert isinstance(chosen, GuidedDenoiser)
+    torch.testing.assert_close(chosen(x_t[[2, 0]], t[:2]).x_0, shifted.x_0[[2, 0]])
+    solver = SOLVERS.build({"name": "ddim", "guidance": weight})
+    made = solver(
+        ByClass().given(labels), 80 * torch.randn(3, 1, 2, 2), torch.full((3,), 80.0), NoiseStreams(0, range(3)), 60
+    )
+    assert made.mean((1, 2, 3)).sub((1 + weight) * labels - 3 * weight).abs().max() < 1.5
+
+
+def network(classes: int = CLASSES) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(SHAPE, widths=[8], blocks=1, embedding=8, classes=classes)
+    for parameter in unet.parameters():  # off zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+def diffusion(solver: dict[str, object], classes: int = CLASSES, **training: float) -> Diffusion:
+    model = KarrasDenoiser(network(classes), EDMVarianceExploding())
+    return Diffusion(model, GaussianPrior(), SOLVERS.build(solver), LogNormal(), Training(**training), SHAPE)
+
+
+def test_an_images_label_is_its_index_in_any_batch():
+    method, plan = diffusion({"name": "ddim"}), Plan(3)
+    assert method.labels(range(4, 9)).tolist() == [1, 2, 0, 1, 2]
+    whole = next(iter(method.sample(0, [range(6)], plan)))[1]
+    parts = torch.cat([images for _, images in method.sample(0, [range(2), range(2, 6)], plan)])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    method.classes = 0
+    assert not torch.allclose(next(iter(method.sample(0, [range(6)], plan)))[1], whole, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "budget", "steps"), [("ddim", 9, 4), ("heun", 12, 3), ("dpmpp2m", 2, 1)])
+def test_guidance_counts_double(name: str, budget: int, steps: int):
+    method = diffusion({"name": name, "guidance": 1.0})
+    plan = method.plan(budget, 4)
+    assert plan.steps == steps
+    with EvaluationCounter(method.evaluated_networks()) as counter:
+        list(method.sample(0, [range(4)], plan))
+    assert counter.evaluations["denoiser"] == 4 * method.planned_nfe(plan, 4) <= 4 * budget
+    with pytest.raises(UsageError, match="minimum of 2"):
+        method.plan(1, 4)
+
+
+def test_guidance_without_labels_is_refused():
+    method = diffusion({"name": "ddim", "guidance": 1.0}, classes=0)
+    with pytest.raises(UsageError, match="network.classes"):
+        next(iter(method.sample(0, [range(2)], Plan(2))))
+
+
+def test_chains_are_of_no_class():
+    method = diffusion({"name": "ddim"})
+    posterior = ExactPosterior(ByClass(), geometric_levels(50))  # type: ignore[arg-type]
+    method.prior = LangevinGibbsPrior(posterior, chains=4)
+    assert method.labels(range(4)) is None
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 0.25), (1.0, 1)])
+def test_labels_are_dropped_in_the_denoisers_loss(share: float, expected: float):
+    method = diffusion({"name": "ddim"}, label_drop=share)
+    labels = method.drop_labels(torch.arange(2000) % CLASSES, NoiseStreams(0, range(2000)))
+    assert (labels == CLASSES).double().mean().item() == pytest.approx(expected, abs=0.03)
+    kept = labels != CLASSES
+    assert torch.equal(labels[kept], (torch.arange(2000) % CLASSES)[kept])
+    assert diffusion({"name": "ddim"}, classes=0).drop_labels(labels, NoiseStreams(0, range(2000))) is None
+
+
+def tdpm(generator: str, frozen: bool, **options: object) -> TruncatedDiffusion:
+    model = KarrasDenoiser(network(), EDMVarianceExploding())
+    prior = ImplicitPrior(model, 1.5, generator, token=2.0 if generator == "shared" else None)
+    solver, critic = SOLVERS.build({"name": "ddim", **options}), {"name": "stylegan2", "channel_base": 64}
+    return TruncatedDiffusion(model, prior, solver, LogNormal(), Training(), SHAPE, critic=critic, frozen=frozen)
+
+
+@pytest.mark.parametrize(("generator", "frozen"), [("separate", True), ("shared", False), ("diffuse", True)])
+def test_generator_and_critic_see_the_labels(generator: str, frozen: bool):
+    method, images = tdpm(generator, frozen), torch.randn(8, *SHAPE)
+    one, other = (Batch(images, torch.full((8,), label), torch.arange(8)) for label in (0, 1))
+    for loss in (method.generator_loss, method.critic_loss):
+        values = [loss(batch, NoiseStreams(0, range(8))) for batch in (one, other)]
+        assert not torch.allclose(*values, atol=1e-6)
+    made = [method.implicit.generate(method.given(b), NoiseStreams(0, range(8)), SHAPE) for b in (one, other)]
+    assert not torch.allclose(*made, atol=1e-3)
+    states = torch.randn(8, *SHAPE)
+    assert not torch.allclose(method.judge(states, one), method.judge(states, other), atol=1e-6)
+
+
+@pytest.mark.parametrize(("generator", "frozen"), [("separate", True), ("shared", False)])
+def test_the_prior_is_never_guided(generator: str, frozen: bool):
+    """2 (budget - 1) / 2 evaluations of the denoiser, one of the generator; the state is that without guidance."""
+    method, plain = tdpm(generator, frozen, guidance=2.0), tdpm(generator, frozen)
+    plan = method.plan(10, 3)
+    assert plan.steps == 4 and method.planned_nfe(plan, 3) == 9
+    with EvaluationCounter(method.evaluated_networks()) as counter:
+        list(method.sample(0, [range(3)], plan))
+    assert sum(counter.evaluations.values()) == 27
+    denoiser = method.denoiser.given(method.labels(range(3)))
+    states = [m.prior(denoiser, NoiseStreams(0, range(3)), SHAPE, plan)[0] for m in (method, plain)]
+    assert torch.allclose(*states)

@@ -1,0 +1,189 @@
+"""What a frozen denoiser teaches a generator, where the answer is known: Gaussians."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffaccel.data import Batch
+from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.levels import LogNormal
+from diffaccel.methods import Training, TruncatedDiffusion
+from diffaccel.methods.objectives import OBJECTIVES, DistributionMatching, OdePair
+from diffaccel.nn import UNet
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ImplicitPrior
+from diffaccel.process import EDMVarianceExploding, VariancePreserving
+from diffaccel.solver import SOLVERS
+
+SHAPE, STAR, INIT = (1, 4, 4), 0.5, 20.0
+
+
+class Scale(nn.Module):
+    """A generator z -> a z + b, in units of variance preserving processes."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
+
+    def forward(self, z: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
+        return self.a * z + self.b
+
+
+def prior_of(denoiser: Denoiser, a: float = 0.1, b: float = 0.0) -> ImplicitPrior:
+    prior = ImplicitPrior(denoiser, STAR, network={"name": "mlp"}, shape=SHAPE)
+    prior.made = Scale(a, b)
+    return prior
+
+
+@pytest.mark.parametrize("process", [EDMVarianceExploding(), VariancePreserving()], ids=repr)
+def test_pairs_follow_the_gaussians_flow(process: object):
+    """For N(m, v) the probability-flow ODE rescales: (y - m) / sqrt(v + ratio^2) stays what it was."""
+    mean, var = 0.3, 0.25
+    denoiser = GaussianDenoiser(torch.full(SHAPE, mean), var, process)
+    pair, z = OdePair(steps=200), torch.randn(6, *SHAPE)
+    y = pair.integrate(denoiser, prior_of(denoiser), z, NoiseStreams(0, range(6)))
+    start = (INIT * z - mean) / (var + INIT**2) ** 0.5
+    torch.testing.assert_close(y, mean + start * (var + STAR**2) ** 0.5, rtol=1e-3, atol=2e-3)
+
+
+def exact(a: float, b: float, **objective: object) -> TruncatedDiffusion:
+    denoiser = GaussianDenoiser(torch.full(SHAPE, 0.3), 0.25)
+    prior = prior_of(denoiser, a, b)
+    return TruncatedDiffusion(
+        denoiser, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), SHAPE,
+        critic={"name": "mlp", "width": 8, "depth": 1}, objectives=[objective],
+    )  # fmt: skip
+
+
+def batch(count: int) -> Batch:
+    return Batch(torch.zeros(count, *SHAPE), None, torch.arange(count))
+
+
+def test_pairs_teach_the_gaussians_map():
+    method = exact(0.1, 0.0, name="ode_pair", steps=25)
+    (phase,) = (phase for phase in method.phases() if phase.name == "ode_pair")
+    optimizer = torch.optim.Adam(phase.parameters, 0.05)
+    for step in range(100):
+        loss = phase.loss(batch(16), NoiseStreams(step, range(16))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    generator, unit = method.implicit.generator, (1 + STAR**2) ** 0.5
+    assert generator.a.item() * unit == pytest.approx((0.25 + STAR**2) ** 0.5, rel=0.03)
+    assert generator.b.item() * unit == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_pair_is_of_the_same_noise():
+    """A copy of the denoiser is one DDIM step of the very ODE: with one step the pair has no error left."""
+    network = UNet((1, 8, 8), [8], blocks=1, embedding=8)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model = KarrasDenoiser(network, EDMVarianceExploding())
+    prior = ImplicitPrior(model, STAR)
+    pair = OdePair({"name": "ddim"}, steps=1)
+    (phase,) = pair.phases(prior, lambda _: model, (1, 8, 8))
+    images = Batch(torch.zeros(4, 1, 8, 8), None, torch.arange(4))
+    assert phase.loss(images, NoiseStreams(0, range(4))).max() < 1e-9
+    pair.steps = 6
+    assert phase.loss(images, NoiseStreams(0, range(4))).min() > 1e-4
+
+
+class Law(MixtureDenoiser):
+    """The exact denoiser of a generator's states at ratio STAR, in place of the one that learns them."""
+
+    def __init__(self, mean: float, var: float) -> None:
+        super().__init__(torch.full((1, *SHAPE), mean), var - STAR**2)
+
+
+def test_matching_moves_towards_the_data_and_stops_there():
+    """d(states) = -(score of the data - own score), so a mean that is off, or a spread, is pulled right."""
+    denoiser, objective = GaussianDenoiser(torch.full(SHAPE, 0.3), 0.25), DistributionMatching()
+    true, z, noise = (0.25 + STAR**2) ** 0.5, torch.randn(512, *SHAPE), NoiseStreams(0, range(512))
+    for mean, spread in ((0.3, 1.0), (0.8, 1.0), (0.3, 1.4), (0.3, 0.8)):
+        std = spread * true
+        objective.fake = Law(mean, std**2)
+        y = mean + std * z
+        gradient = objective.gradient(y, prior_of(denoiser), denoiser, noise)
+        push, stretch = gradient.mean().item(), ((y - mean) * gradient).mean().item()
+        if (mean, spread) == (0.3, 1.0):
+            assert gradient.abs().max() < 1e-5
+        assert (push > 0.1) == (mean > 0.3) and (abs(stretch) > 0.05) == (spread != 1)
+        assert spread == 1 or stretch * (spread - 1) > 0
+
+
+def test_the_second_denoiser_learns_the_generators_law():
+    """Its loss is least, among Gaussian laws, at the states' own."""
+    objective = DistributionMatching(scale_max=5.0)
+    y, noise = 0.8 + 0.9 * torch.randn(2000, *SHAPE), range(2000)
+
+    class Parametrised(KarrasDenoiser):
+        """Karras' denoiser around the exact answer for N(mean, var) data at ratio 0."""
+
+        def __init__(self, mean: float, var: float) -> None:
+            super().__init__(nn.Identity(), EDMVarianceExploding())
+            self.law = GaussianDenoiser(torch.full(SHAPE, mean), var)
+
+        def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+            return self.target(*self.law(x_t, t), t)
+
+    losses = {}
+    for mean, std in ((0.8, 0.9), (0.6, 0.9), (1.0, 0.9), (0.8, 0.8), (0.8, 1.0)):
+        objective.fake = Parametrised(mean, std**2 - STAR**2)
+        losses[mean, std] = objective.fake_loss(y, prior_of(objective.fake), None, NoiseStreams(0, noise)).mean().item()
+    assert min(losses, key=losses.__getitem__) == (0.8, 0.9)
+
+
+def frozen(**objective: object) -> TruncatedDiffusion:
+    torch.manual_seed(0)
+    model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())
+    prior = ImplicitPrior(model, 1.0)
+    return TruncatedDiffusion(
+        model, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), (1, 8, 8), frozen=True,
+        critic={"name": "stylegan2", "channel_base": 64}, objectives=[objective],
+    )  # fmt: skip
+
+
+def test_phases_have_their_own_optimisers_and_windows():
+    method = frozen(name="distribution_matching", since=100, until=500, lr=2.0, fake_lr=3.0)
+    phases = {phase.name: phase for phase in method.phases()}
+    assert list(phases) == ["fake_denoiser", "matching", "generator", "critic"]
+    assert [phases[name].lr for name in ("fake_denoiser", "matching")] == [3.0, 2.0]
+    assert all((phases[name].since, phases[name].until) == (100, 500) for name in ("fake_denoiser", "matching"))
+    assert any(name.startswith("learning.0.fake.") for name in method.state_dict()), "for an exact resume"
+    images = Batch(torch.randn(8, 1, 8, 8), None, torch.arange(8))
+    for name, moved in (("fake_denoiser", "learning"), ("matching", "prior")):
+        method.zero_grad()
+        method.phases()
+        phases[name].loss(images, NoiseStreams(0, range(8))).mean().backward()
+        touched = {key.split(".")[0] for key, p in method.named_parameters() if p.grad is not None}
+        assert touched == {moved}
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"name": "ode_pairs"}, "did you mean 'ode_pair'"),
+        ({"name": "ode_pair", "steps": 0}, "1 or more"),
+        ({"name": "distribution_matching", "scale_min": 0.0}, "must be positive"),
+        ({"name": "distribution_matching", "scale_max": 0.5}, "above scale_min"),
+        ({"name": "distribution_matching", "scale_max": 500.0}, "trained on"),
+    ],
+)
+def test_objectives_that_are_refused(objective: dict[str, object], message: str):
+    with pytest.raises(UsageError, match=message):
+        frozen(**objective)
+
+
+def test_a_teacher_is_frozen_or_exact():
+    model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())
+    solver, critic = SOLVERS.build({"name": "ddim"}), {"name": "stylegan2", "channel_base": 64}
+    parts = (solver, LogNormal(), Training(), (1, 8, 8))
+    with pytest.raises(UsageError, match=r"set method\.frozen"):
+        TruncatedDiffusion(model, ImplicitPrior(model), *parts, critic=critic, objectives=[{"name": "ode_pair"}])
+    with pytest.raises(UsageError, match="generator=separate"):
+        prior = ImplicitPrior(model, generator="diffuse")
+        TruncatedDiffusion(model, prior, *parts, critic=critic, frozen=True, objectives=[{"name": "ode_pair"}])
+    with pytest.raises(UsageError, match="this denoiser is exact"):
+        exact(1.0, 0.0, name="distribution_matching")
+    assert sorted(OBJECTIVES) == ["distribution_matching", "ode_pair"]

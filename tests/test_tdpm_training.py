@@ -1,0 +1,199 @@
+"""Truncated diffusion as it is trained: exact resume, two processes, precision, logs, and what a fit leaves."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_processes import run
+from torch import nn
+
+from diffaccel.__main__ import main
+from diffaccel.config import load
+from diffaccel.data import to_float
+from diffaccel.experiment import build_data, build_method
+from diffaccel.methods import TruncatedDiffusion
+from diffaccel.metrics.states import compare_states, radial_power
+from diffaccel.noise import NoiseStreams
+from diffaccel.report import read_points
+from diffaccel.weights import read_weights
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32", "threads=1"]
+TINY += ["training.warmup=64", "method.critic.channel_base=64", "logger=none", "n=20", "nfe=3"]
+PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
+OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, until: 64}, {name: distribution_matching, since: 96}]"
+"""A separate generator on a frozen denoiser, whose weights are random here."""
+
+
+def fit(out: Path, *words: str, images: int = 256) -> int:
+    return main(["fit", "digits/tdpm", *TINY, f"images={images}", "reference=", *words, f"out={out}"])
+
+
+def state(out: Path) -> dict[str, Any]:
+    return torch.load(out / "last.ckpt", weights_only=True)
+
+
+# Resume
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizers"),
+    [(["network.dropout=0.1"], 3), ([*PRODUCT, OBJECTIVES], 5)],
+    ids=["shared", "objectives"],
+)
+def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of the optimisers, the critic, the average and the counters, from the middle of a run."""
+    assert fit(tmp_path / "whole", *words) == 0
+    loss, calls = TruncatedDiffusion.critic_loss, [0]
+
+    def interrupted(self: TruncatedDiffusion, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        return loss(self, *arguments)
+
+    from diffaccel.checkpoint import Checkpointer
+
+    monkeypatch.setattr(TruncatedDiffusion, "critic_loss", interrupted)
+    monkeypatch.setattr(  # every 3 steps and not every 10
+        Checkpointer, "on_train_batch_end", lambda self, trainer, method, *_: method.steps % 3 or self.save(trainer)
+    )
+    assert fit(tmp_path / "halves", *words) == 130
+    assert state(tmp_path / "halves")["diffaccel"]["steps"] == 3, "the last whole state, before the interrupted step"
+    assert fit(tmp_path / "halves", *words, "resume=auto") == 0
+    one, other = state(tmp_path / "whole"), state(tmp_path / "halves")
+    assert one["diffaccel"]["steps"] == 8
+    assert one["diffaccel"].pop("denoiser_sha256", 0) == other["diffaccel"].pop("denoiser_sha256", 0)
+    for key in ("state_dict", "diffaccel", "optimizer_states"):
+        torch.testing.assert_close(other[key], one[key], rtol=0, atol=0)
+    assert len(one["optimizer_states"]) == optimizers
+
+
+# Two processes
+
+
+@pytest.mark.parametrize(
+    "words", [[], pytest.param([*PRODUCT, OBJECTIVES], marks=pytest.mark.slow)], ids=["shared", "objectives"]
+)
+def test_two_processes_train_as_one_with_their_batch(words: list[str], tmp_path: Path):
+    """Each phase's gradient is averaged, whatever part of the parameters it touches; deviations are of neighbours."""
+    words = [*words, "precision=64-true", "accelerator=cpu", "images=160", "training.log_every=1", "reference="]
+    assert fit(tmp_path / "one", *words) == 0
+    done = run(tmp_path, "", "fit", "digits/tdpm", *TINY, *words, "devices=2", f"out={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-7, atol=1e-9, msg=name)
+    for name, value in one["diffaccel"]["ema"].items():
+        torch.testing.assert_close(two["diffaccel"]["ema"][name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+# Precision
+
+
+def test_the_critic_learns_in_float32_under_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its gradient, R1's among it, is that of precision=32-true at the same states.
+
+    Under autocast a linear layer's backward pass would round to three digits.
+    """
+    loss, step = TruncatedDiffusion.critic_loss, torch.optim.Adam.step
+    states = torch.randn(32, 1, 8, 8)
+    critic: list[nn.Parameter] = []
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def on_given_states(self: TruncatedDiffusion, *arguments: Any) -> torch.Tensor:
+        critic[:] = self.critic.parameters()
+        monkeypatch.setattr(self.implicit, "generate", lambda *_: states)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(TruncatedDiffusion, "critic_loss", on_given_states)
+    for precision in ("32-true", "bf16-mixed"):
+
+        def stepping(self: Any, *arguments: Any, precision: str = precision, **words: Any) -> Any:
+            if critic and self.param_groups[0]["params"][0] is critic[0]:
+                found[precision] = [parameter.grad.clone() for parameter in critic]
+            return step(self, *arguments, **words)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", stepping)
+        assert fit(tmp_path / precision, f"precision={precision}", "method.gamma=10", images=32) == 0
+    assert len(found["32-true"]) == len(found["bf16-mixed"]) > 10
+    for gradient, rounded in zip(found["32-true"], found["bf16-mixed"], strict=True):
+        torch.testing.assert_close(rounded, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+
+
+# Logs
+
+
+def test_what_is_logged(tmp_path: Path):
+    assert fit(tmp_path, "logger=csv", "training.log_every=2", images=128) == 0
+    (file,) = tmp_path.glob("csv/version_*/metrics.csv")
+    with file.open() as stream:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stream)]
+    names = {key for row in rows for key in row if key.startswith("train/")}
+    expected = {f"train/denoiser_loss_quarter_{k}" for k in (1, 2, 3, 4)}
+    expected |= {"train/critic_real", "train/critic_made", "train/critic_penalty", "train/critic_loss"}
+    expected |= {"train/generator_mean_0", "train/generator_std_0", *(f"train/generator_power_{k}" for k in range(4))}
+    assert expected <= names
+    assert sum("train/critic_real" in row for row in rows) == 2, "on every second step of four"
+
+
+def test_states_of_one_law_compare_as_equal():
+    found = compare_states(torch.randn(4000, 3, 8, 8), torch.randn(4000, 3, 8, 8))
+    assert set(found) == {f"{name}_{c}" for name in ("mean", "std") for c in range(3)} | {
+        f"power_{k}" for k in range(4)
+    }
+    for name, value in found.items():
+        assert value.item() == pytest.approx(float(not name.startswith("mean")), abs=0.03), name
+
+
+def test_states_that_differ_show_where():
+    real = torch.randn(4000, 1, 8, 8)
+    found = compare_states(nn.functional.avg_pool2d(real, 3, 1, 1, count_include_pad=False) + 0.5, real + 0.3)
+    assert found["mean_0"].item() == pytest.approx(0.2, abs=0.02) and found["std_0"] < 0.5
+    assert found["power_1"] > found["power_2"] > found["power_3"]
+
+
+def test_power_of_a_wave():
+    rows = torch.arange(16)[:, None] / 16
+    wave = torch.cos(2 * torch.pi * 6 * rows).expand(2, 1, 16, 16)
+    power = radial_power(wave)
+    assert power.argmax() == 3 and power[:3].max() < 1e-9, "6 of 16 is in the band from 3/8 of a cycle a pixel on"
+    assert radial_power(torch.randn(2000, 1, 8, 8)).sub(1).abs().max() < 0.05
+
+
+# Digits
+
+
+def test_one_generator_serves_all_budgets(tmp_path: Path):
+    """Weights that a fit leaves are those that a bench reads, at the ends of both ways to train."""
+    for name, words in (("shared", []), ("product", PRODUCT)):
+        out = tmp_path / name
+        assert fit(out, *words, images=64) == 0
+        left = {file.stem for file in out.glob("*.safetensors")}
+        assert left == ({"ema", "raw"} if name == "shared" else {"generator", "generator_raw"})
+        weights = [f"checkpoint={out / 'ema.safetensors'}"]
+        if name == "product":
+            assert "denoiser_sha256" in state(out)["diffaccel"]
+            weights = [f"prior.checkpoint={out / 'generator.safetensors'}", "checkpoint="]
+        assert main(["bench", "digits/tdpm", *TINY, *words, *weights, f"out={out}", "nfe=[2,4]"]) == 0
+        assert [point["nfe"] for point in read_points(out / "points.jsonl")] == [2, 4]
+
+
+@pytest.mark.slow
+def test_digits_from_scratch(tmp_path: Path):
+    """After 300 steps the generator's pixels spread as the states do, within 20 %."""
+    words = ["training.batch_size=64", "prior.K=4", "denoiser.time_scale=0.25", "logger=none", "n=20", "nfe=3"]
+    assert main(["fit", "digits/tdpm", *words, "images=19200", f"out={tmp_path}"]) == 0
+    config = load("digits/tdpm", [*words, f"checkpoint={tmp_path / 'ema.safetensors'}"])
+    method = build_method(config)
+    assert isinstance(method, TruncatedDiffusion)
+    with torch.no_grad():
+        made = method.implicit.generate(method.denoiser, NoiseStreams(0, range(500)), (1, 8, 8))
+    images = to_float(build_data(config).images("train").read(torch.arange(1000)))
+    expected = (images.var() + method.implicit.ratio_made**2).sqrt()
+    assert made.std().item() == pytest.approx(expected.item(), rel=0.2)
+    assert all(tensor.isfinite().all() for tensor in read_weights(tmp_path / "ema.safetensors")[0].values())
