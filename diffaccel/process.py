@@ -133,9 +133,7 @@ class Process(ABC):
         return self.mean(prediction, s) + expand(remaining, prediction.eps) * prediction.eps, std
 
 
-PROCESSES: Registry[Process] = Registry(
-    "process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS}
-)
+PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS})
 
 
 @PROCESSES.register("vp")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
+from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
@@ -98,6 +99,8 @@ class Diffusion(TrainedModule):
     def phases(self) -> list[Phase]:  # noqa: D102
         if not isinstance(self.denoiser, NetworkDenoiser):
             raise UsageError("this experiment's denoiser is exact: there is nothing to train")
+        if self.training_plan.augment and not getattr(self.denoiser.network, "takes_augment", False):
+            raise UsageError(f"training.augment: the network is told of augmentations: set network.augment={LABELS}")
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
     def averaged(self) -> nn.Module | None:  # noqa: D102
@@ -115,7 +118,14 @@ class Diffusion(TrainedModule):
         """Squared error of the network's output at one level a sample, (B,)."""
         assert isinstance(self.denoiser, NetworkDenoiser)
         t = self.levels(self.denoiser, noise.uniform().to(self.device))
-        return self.denoiser.loss(batch.image, t, noise.normal(batch.image), batch.condition)
+        image, labels = self.augmented(batch)
+        return self.denoiser.loss(image, t, noise.normal(image), batch.condition, labels)
+
+    def augmented(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Images to train on and their augmentation labels, (B, 9); None if images are left as they are."""
+        if not self.training_plan.augment:
+            return batch.image, None
+        return augment(batch.image, self.training_plan.augment, NoiseStreams(self.seed, batch.index, "augmentation"))
 
     # Sampling
 

@@ -245,6 +245,7 @@ class ADMUNet(nn.Module):
         _check(shape, width, multipliers, attention)
         channels, rows, _ = shape
         self.shape, self.heads = tuple(shape), tuple(heads)
+        self.takes_augment = augment > 0
         layout = Layout(rows, width, multipliers, attention, 4 * width, dropout)
         self.embed = NoiseEmbedding(width, 4 * width, classes, augment)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)

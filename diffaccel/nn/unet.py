@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -190,6 +191,7 @@ class UNet(Decoder):
                 f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
             )
         self.shape, self.unshuffle, self.classes, self.heads = tuple(shape), unshuffle, classes, tuple(heads)
+        self.takes_augment = augment > 0
         self.embed_noise = NoiseEmbedding(embedding)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
         self.embed_augment = nn.Linear(augment, embedding, bias=False) if augment else None
@@ -211,8 +213,13 @@ class UNet(Decoder):
         self.middle = nn.ModuleList([stage(widths[-1], len(widths) - 1) for _ in range(2)])
         self.blocks = blocks
         self.branches = nn.ModuleList([Branch(widths[-1]) for _ in heads] if len(heads) > 1 else [])
-        for decoder, multiple in zip(self.branches or [self], heads, strict=True):
+        for decoder, multiple in zip(self.decoders, heads, strict=True):
             decoder.build_decoder(stage, widths, blocks, skips, folded * multiple)
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """One a head: its branches, or itself."""
+        return cast(list[Decoder], list(self.branches)) or [self]
 
     def forward(
         self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
@@ -248,5 +255,5 @@ class UNet(Decoder):
             skips.append(hidden)
         for stage in self.middle:
             hidden = stage(hidden, embedding)
-        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.branches or [self]]
+        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.decoders]
         return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)

@@ -18,7 +18,7 @@ from diffaccel.solver.onestep import DDIM
 class Bridge(DDIM):
     """DDM's step, which keeps the state and adds what lies between t and s.
 
-        x_s = x_t + H(s; phi) - H(t; phi) - (sigma_t - sqrt(sigma_s^2 - c^2)) eps + c z,    c = eta * posterior_std(t, s)
+        x_s = x_t + H(s; phi) - H(t; phi) - (sigma_t - sqrt(sigma_s^2 - c^2)) eps + c z,    c = eta * posterior_std
 
     For eta = 1 the factor of eps is (v_t - v_s) / sigma_t, as published. On other processes (alpha_s - alpha_t) x_0
     stands for H(s) - H(t). Where x_t = alpha_t x_0 + sigma_t eps, as for every denoiser with one head, this is
