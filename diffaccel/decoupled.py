@@ -132,9 +132,10 @@ class DecoupledDenoiser(NetworkDenoiser):
         channels = x_t.shape[1]
         first, second = (output, output) if self.single else output.split([output.shape[1] - channels, channels], 1)
         c = expand(k.skip_c, x_t) * x_t + expand(k.out_c, x_t) * first[:, -channels:]
-        free = [expand(self._skip_free(t), x_t) * x_t + one for one in first[:, :-channels].split(channels, 1)]
+        others = first[:, :-channels].split(channels, 1) if self.process.attenuation.free else ()
+        free = [expand(self._skip_free(t), x_t) * x_t + other for other in others]
         eps = expand(k.skip_eps, x_t) * x_t + expand(k.out_eps, x_t) * second
-        return Heads(torch.cat([*free, c], 1) if self.process.attenuation.free else c, eps)
+        return Heads(torch.cat([*free, c], 1), eps)
 
     def predict_heads(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None

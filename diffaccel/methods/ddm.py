@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffaccel.data import Batch
 from diffaccel.decoupled import DecoupledDenoiser, Heads
@@ -18,8 +18,8 @@ from diffaccel.prior import Plan, Prior
 from diffaccel.process import Decoupled
 from diffaccel.solver import Solver
 
-Weighting = Literal["unit", "reference", "later", "off"]
-Reconstruction = Literal["off", "pixel", "latent", "later"]
+Weighting = Literal["unit", "reference", "later", "none"]
+Reconstruction = Literal["none", "pixel", "latent", "later"]
 
 
 @METHODS.register("ddm")
@@ -40,11 +40,11 @@ class DecoupledDiffusion(Diffusion):
         shape: See :class:`Diffusion`.
         seed: See :class:`Diffusion`.
         weighting: ``unit``: all outputs of the network weigh alike, in units of their targets; ``reference``: 1 / t and
-            1 / (1 - t + t_min); ``later``, that of the authors' later code; ``off``: 1 and 1.
+            1 / (1 - t + t_min); ``later``, that of the authors' later code; ``none``: 1 and 1.
         l1: Whether absolute errors join the squared ones, half and half.
         reconstruction: Term in the image that both heads say together: ``pixel`` and ``latent`` with the reference's
             w_r, (1 - t)^2 and 1 - t; ``later`` with -ln(t) / 2, which weighs LPIPS of the image of C alone or, without
-            LPIPS, as ``latent`` does; ``off`` for none.
+            LPIPS, as ``latent`` does; ``none`` for none.
         perceptual_weight: Weight of LPIPS within it; 0 for none. The reference reads it as yes or no.
 
     Raises:
@@ -65,7 +65,7 @@ class DecoupledDiffusion(Diffusion):
         seed: int = 0,
         weighting: Weighting = "unit",
         l1: bool = False,
-        reconstruction: Reconstruction = "off",
+        reconstruction: Reconstruction = "none",
         perceptual_weight: float = 0.0,
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
@@ -77,12 +77,12 @@ class DecoupledDiffusion(Diffusion):
         ):
             if choice not in get_args(known):
                 raise UsageError(f"method 'ddm': {key} {choice!r} is none of {', '.join(get_args(known))}")
-        if weighting == "unit" and (l1 or reconstruction != "off" or not denoiser.process.scales_data):
+        if weighting == "unit" and (l1 or reconstruction != "none" or not denoiser.process.scales_data):
             raise UsageError(
                 "method 'ddm': weighting=unit is a squared error for constant attenuation alone: set method.weighting "
-                "to later, reference or off"
+                "to later, reference or none"
             )
-        if perceptual_weight and (reconstruction == "off" or shape[0] != 3):
+        if perceptual_weight and (reconstruction == "none" or shape[0] != 3):
             raise UsageError(
                 "method 'ddm': perceptual_weight needs a reconstruction term and images of three channels: set "
                 "method.reconstruction=pixel, or perceptual_weight=0"
@@ -90,8 +90,7 @@ class DecoupledDiffusion(Diffusion):
         self.process: Decoupled = denoiser.process
         self.weighting, self.l1, self.reconstruction = weighting, l1, reconstruction
         self.perceptual_weight = perceptual_weight
-        # Not a submodule: it is in no checkpoint, no average, no optimiser, and no train() reaches it.
-        self._lpips = [build_lpips()] if perceptual_weight else []
+        self._lpips: list[nn.Module] = []
 
     def plan(self, nfe: float, n: int) -> Plan:
         """See :class:`Diffusion`.
@@ -107,11 +106,13 @@ class DecoupledDiffusion(Diffusion):
         """See :class:`Diffusion`.
 
         Raises:
-            UsageError: The denoiser is exact, or has no heads.
+            UsageError: The denoiser is exact, or has no heads; or LPIPS is asked for and can't be had.
         """
         phases = super().phases()
         if not isinstance(self.denoiser, DecoupledDenoiser):
             raise UsageError("method 'ddm' trains heads: set denoiser=decoupled")
+        # Not a submodule: it is in no checkpoint, no average, no optimiser, and no train() reaches it.
+        self._lpips = [build_lpips()] if self.perceptual_weight else []
         return phases
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
@@ -128,7 +129,7 @@ class DecoupledDiffusion(Diffusion):
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """w_1 and w_2 at times (B,); the later code's are V / v and, about, V / (1 - t) or V / (1 - t)^2."""
-        if self.weighting == "off":
+        if self.weighting == "none":
             return torch.ones_like(t), torch.ones_like(t)
         low = self.process.time(torch.full_like(t, self.denoiser.ratio_range[0]))
         rest = 1 - t + low
@@ -153,7 +154,7 @@ class DecoupledDiffusion(Diffusion):
 
     def reconstruction_loss(self, heads: Heads, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Weighted error of the image, (B,): one weight a sample."""
-        if self.reconstruction == "off":
+        if self.reconstruction == "none":
             return x_0.new_zeros(len(x_0))
         assert isinstance(self.denoiser, DecoupledDenoiser)
         image = self.denoiser.image(heads, x_t, t)
