@@ -131,7 +131,7 @@ class Noise:
 
 
 def test_published_means_agree() -> None:
-    """Constant attenuation: x_t - D C - D / sqrt(t) eps = (1 - D / t) x_t + D / t x_0 = (1 - s) x_0 + s / sqrt(t) eps."""
+    """x_t - D C - D / sqrt(t) eps = (1 - D / t) x_t + D / t x_0 = (1 - s) x_0 + s / sqrt(t) eps, D = t - s."""
     t, s, (x_0, eps) = 0.8, 0.3, torch.randn(2, 1, 3, 4, 4).double()
     x_t = (1 - t) * x_0 + math.sqrt(t) * eps
     mean, _ = Decoupled().transition(Prediction(x_0, eps), f64(t), f64(s), eta=1.0)

@@ -325,7 +325,7 @@ def test_the_later_schedule() -> None:
 
 def test_the_average_has_the_references_half_life() -> None:
     """Every eighth step of 256 images by 0.999, once the decay min(0.999, 1 - (1 + n)^(-2/3)) has reached it."""
-    assert 1 - (1 + 31_622) ** (-2 / 3) == pytest.approx(0.999, abs=1e-6)
+    assert pytest.approx(0.999, abs=1e-6) == 1 - (1 + 31_622) ** (-2 / 3)
     layer = nn.Linear(1, 1)
     ema = EMA(layer, half_life=1_420_000)
     with torch.no_grad():
