@@ -69,7 +69,7 @@ class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``edm_best``, ``ddpm``, ``dlg``; or ``extractor`` for the feature network that scores."""
+    """``edm``, ``edm_best``, ``ddpm``, ``ddm``, ``dlg``; or ``extractor`` for the feature network that scores."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING

@@ -153,18 +153,43 @@ class DecoupledDenoiser(NetworkDenoiser):
         heads = heads._replace(phi=self.process.attenuation.confine(heads.phi))
         return DecoupledPrediction(self.image(heads, x_t, t), heads.eps, heads.phi)
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What each head's output should be for constant attenuation, (B, sum(heads) C, H, W).
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor, phi: Tensor | None = None) -> Tensor:
+        """What each head's output should be, (B, sum(heads) C, H, W).
 
         Unless the preconditioning is the reference's both are (1 - t) sigma_data / sqrt(V) eps - sqrt(v / V) /
-        sigma_data x_0, whose variance is 1.
+        sigma_data x_0, whose variance is 1. Free parameters, which ``phi`` holds, add their part to both.
         """
+        first, second = self._constant_targets(x_0, eps, t)
+        if phi is None or not self.process.attenuation.free:
+            return first if self.single else torch.cat([first, second], 1)
+        k, channels = self.coefficients(t), x_0.shape[1]
+        moved = self.process.attenuated(phi, t) + expand(t, x_0) * x_0  # what the free parameters add to x_t
+        first = first + (phi[:, -channels:] + x_0 - expand(k.skip_c, x_0) * moved) / expand(k.out_c, x_0)
+        second = second - expand(k.skip_eps / k.out_eps, x_0) * moved
+        skipped = expand(self._skip_free(t), x_0) * self.process.diffuse(x_0, phi, t, eps)
+        free = [one - skipped for one in phi[:, :-channels].split(channels, 1)]
+        return torch.cat([*free, first, second], 1)
+
+    def _constant_targets(self, x_0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both heads' targets for constant attenuation."""
         v, rest = self.process.sigma(t).square(), 1 - t
         if self.preconditioning == "reference":
             first = expand((1 + t).sqrt() * rest / t.sqrt(), eps) * eps - expand((1 + t).sqrt() * (2 - t), x_0) * x_0
-            second = expand((rest * (1 + t)).sqrt(), eps) * (eps - expand(t.sqrt(), x_0) * x_0)
-        else:
-            norm = ((rest * self.sigma_data).square() + v).sqrt()
-            first = expand(rest * self.sigma_data / norm, eps) * eps
-            first = second = first - expand(v.sqrt() / (norm * self.sigma_data), x_0) * x_0
-        return first if self.single else torch.cat([first, second], 1)
+            return first, expand((rest * (1 + t)).sqrt(), eps) * (eps - expand(t.sqrt(), x_0) * x_0)
+        norm = ((rest * self.sigma_data).square() + v).sqrt()
+        both = expand(rest * self.sigma_data / norm, eps) * eps - expand(v.sqrt() / (norm * self.sigma_data), x_0) * x_0
+        return both, both
+
+    def loss(
+        self,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+        augment: Tensor | None = None,
+        phi: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`NetworkDenoiser`; with the attenuation's parameters, where there are free ones."""
+        x_t = self.process.marginal(x_0, t, eps) if phi is None else self.process.diffuse(x_0, phi, t, eps)
+        error = self.output(x_t, t, condition, augment) - self.target(x_0, eps, t, phi)
+        return error.square().flatten(1).mean(1)

@@ -77,10 +77,10 @@ class DecoupledDiffusion(Diffusion):
         ):
             if choice not in get_args(known):
                 raise UsageError(f"method 'ddm': {key} {choice!r} is none of {', '.join(get_args(known))}")
-        if weighting == "unit" and (l1 or reconstruction != "none" or not denoiser.process.scales_data):
+        if weighting == "unit" and (l1 or reconstruction != "none"):
             raise UsageError(
-                "method 'ddm': weighting=unit is a squared error for constant attenuation alone: set method.weighting "
-                "to later, reference or none"
+                "method 'ddm': weighting=unit is a squared error and nothing else: set method.weighting to later, "
+                "reference or none"
             )
         if perceptual_weight and (reconstruction == "none" or shape[0] != 3):
             raise UsageError(
@@ -117,12 +117,12 @@ class DecoupledDiffusion(Diffusion):
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """The loss of the class at one level a sample, (B,)."""
-        if self.weighting == "unit":
-            return super().denoiser_loss(batch, noise)
         assert isinstance(self.denoiser, DecoupledDenoiser)
         t = self.levels(self.denoiser, noise.uniform().to(self.device))
         x_0, labels = self.augmented(batch)
         eps, phi = noise.normal(x_0), self.process.attenuation.draw(x_0, noise)
+        if self.weighting == "unit":
+            return self.denoiser.loss(x_0, t, eps, batch.condition, labels, phi)
         x_t = self.process.diffuse(x_0, phi, t, eps)
         heads = self.denoiser.predict_heads(x_t, t, batch.condition, labels)
         return self.main_loss(heads, Heads(phi, eps), t) + self.reconstruction_loss(heads, x_0, x_t, t)
