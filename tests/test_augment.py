@@ -112,6 +112,14 @@ def test_a_stretch_keeps_the_area(turn: float, towards: float) -> None:
     assert labels[5:7] == pytest.approx([2, 0] if turn > 0 else [0, 2], abs=1e-3)
 
 
+def test_a_stretch_goes_where_its_label_says() -> None:
+    """Along x and y alike for an angle of 45 degrees, y pointing down."""
+    images, labels = run(blob(6, 0), stretch=-5, z1=2.0, turn=-1.0, towards=0.3186)
+    along, across = 2**0.4, 2**-0.4
+    assert middle(images) == pytest.approx((3 * (along + across), 3 * (along - across)), abs=0.05)
+    assert labels[5:7] == pytest.approx([2**0.5, 2**0.5], abs=2e-3)
+
+
 def test_a_rotation_of_a_wide_image_turns_pixels() -> None:
     image = torch.nn.functional.pad(blob(6, 0), (16, 16))
     images, _ = augment.augment(image, 0.5, Chosen(rotate=-5, angle=0.6745))  # type: ignore[arg-type]
