@@ -25,7 +25,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 PARTS = (
     *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
-    *("grid", "init_solver"),  # parts of parts
+    *("grid", "init_solver", "attenuation"),  # parts of parts
 )
 """Keys that hold a part; a bare string there is its name."""
 
@@ -69,7 +69,7 @@ class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``edm_best``, ``ddpm``, ``dlg``, ``tdpm``; or ``extractor`` for the feature network that scores."""
+    """``edm``, ``edm_best``, ``ddpm``, ``ddm``, ``dlg``, ``tdpm``; ``extractor`` for the network that scores."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING

@@ -179,15 +179,18 @@ class NetworkDenoiser(Denoiser):
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """What an output says of x_0 and eps."""
 
-    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Run the network once, (B, C, H, W), in the state's dtype whatever the network computes in."""
         noise = self.noise_conditioning(t).to(x_t)
-        return self._network(self.scale_input(x_t, t), noise, condition).to(x_t)
+        labels = () if augment is None else (augment,)  # not every network takes any
+        return self._network(self.scale_input(x_t, t), noise, condition, *labels).to(x_t)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
         return self.prediction(self.output(x_t, t, condition), x_t, t)
 
-    def loss(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Tensor | None = None) -> Tensor:
+    def loss(
+        self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
         """Squared error of the output against its target, one value per sample.
 
         Args:
@@ -195,11 +198,12 @@ class NetworkDenoiser(Denoiser):
             t: Times, (B,).
             eps: Standard normal noise, (B, C, H, W).
             condition: Class labels, (B,), or None.
+            augment: Augmentation labels, (B, L), or None.
 
         Returns:
             Mean over C, H, W of each sample, (B,), in units of the target's.
         """
-        output = self.output(self.process.marginal(x_0, t, eps), t, condition)
+        output = self.output(self.process.marginal(x_0, t, eps), t, condition, augment)
         return (output - self.target(x_0, eps, t)).square().flatten(1).mean(1)
 
 

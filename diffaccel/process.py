@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffaccel.attenuation import ATTENUATIONS, Attenuation, Constant
 from diffaccel.errors import UsageError
 from diffaccel.registry import Registry
 
@@ -26,6 +27,21 @@ class Prediction(NamedTuple):
     """E[eps | x_t], (B, C, H, W)."""
 
 
+class DecoupledPrediction(Prediction):
+    """A prediction with the parameters of the attenuation, for the decoupled process.
+
+    Attributes:
+        phi: E[phi | x_t], (B, (free + 1) C, H, W).
+    """
+
+    phi: Tensor
+
+    def __new__(cls, x_0: Tensor, eps: Tensor, phi: Tensor) -> "DecoupledPrediction":  # noqa: D102
+        prediction = super().__new__(cls, x_0, eps)
+        prediction.phi = phi
+        return prediction
+
+
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """Give a (B,) coefficient the dtype and device of ``x`` and the axes to broadcast over it."""
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
@@ -35,6 +51,11 @@ class Process(ABC):
     """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``."""
 
     t_max: float = 1.0
+
+    @property
+    def scales_data(self) -> bool:
+        """Whether the mean of q(x_t | x_0) is alpha_t x_0, which all need that work with x / alpha."""
+        return True
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -76,6 +97,18 @@ class Process(ABC):
         """
         return self.sigma(s) * (1 - (self.ratio(s) / self.ratio(t)).square()).clamp_min(0).sqrt()
 
+    def mean(self, prediction: Prediction, s: Tensor) -> Tensor:
+        """Mean of the state at time ``s`` (B,), without its noise: (B, C, H, W)."""
+        return expand(self.alpha(s), prediction.x_0) * prediction.x_0
+
+    def change(self, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+        """How the state's mean moves from ``t`` to ``s``, (B, C, H, W)."""
+        return expand(self.alpha(s) - self.alpha(t), prediction.x_0) * prediction.x_0
+
+    def reprojected(self, prediction: Prediction, x_0: Tensor) -> Prediction:
+        """Give a prediction another ``x_0`` (B, C, H, W), and make whatever the mean depends on fit it."""
+        return Prediction(x_0, prediction.eps)
+
     def transition(self, prediction: Prediction, t: Tensor, s: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a step from t to s < t that knows the prediction at t.
 
@@ -98,11 +131,10 @@ class Process(ABC):
         """
         std = eta * self.posterior_std(t, s) if eta else torch.zeros_like(s)
         remaining = (self.sigma(s).square() - std.square()).clamp_min(0).sqrt()
-        x_0, eps = prediction.x_0, prediction.eps
-        return expand(self.alpha(s), x_0) * x_0 + expand(remaining, eps) * eps, std
+        return self.mean(prediction, s) + expand(remaining, prediction.eps) * prediction.eps, std
 
 
-PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes")
+PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS})
 
 
 @PROCESSES.register("vp")
@@ -345,23 +377,31 @@ class EDMVarianceExploding(Process):
 @PROCESSES.register("decoupled")
 @dataclass(frozen=True)
 class Decoupled(Process):
-    """Image to zero, zero to noise, with constant attenuation: alpha = 1 - t, sigma^2 = v(t).
+    """Image to zero, zero to noise: x_t = x_0 + H(t; phi) + sigma_t eps, sigma^2 = v(t).
 
     The state is x_0 attenuated plus a Wiener path on the clock v, so x_s given x_t and x_0 is a Brownian bridge and not
-    the Markov posterior of equal marginals. At t = 1 alpha is 0: the ratio is infinite and the state is pure noise.
+    the Markov posterior of equal marginals. At t = 1 nothing is left of the image: the ratio is infinite and the state
+    pure noise. With constant attenuation x_0 + H = alpha x_0, alpha = 1 - t. Any other one keeps that factor of x_0 and
+    adds free parameters, which the state's mean depends on too: see :meth:`diffuse` and :meth:`mean`.
 
     Attributes:
         clock: v(t) = ``t`` (the paper) or ``t^2``.
+        attenuation: h(t; phi), how the image goes to zero.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
     """
 
     clock: Literal["t", "t^2"] = "t"
+    attenuation: Attenuation = Constant()
 
     def __post_init__(self) -> None:
         if self.clock not in ("t", "t^2"):
             raise UsageError(f"process 'decoupled': clock {self.clock!r} is neither 't' nor 't^2'")
+
+    @property
+    def scales_data(self) -> bool:  # noqa: D102
+        return not self.attenuation.free
 
     def _v(self, t: Tensor) -> Tensor:
         return t if self.clock == "t" else t.square()
@@ -379,6 +419,7 @@ class Decoupled(Process):
         return 1 / (1 + inverse)
 
     def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+        self._require_scaled("an SDE of the state alone: take solver=ddim or bridge")
         return -1 / (1 - t)
 
     def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
@@ -389,3 +430,53 @@ class Decoupled(Process):
         """Bridge deviation sqrt(v_s (v_t - v_s) / v_t), the paper's q(x_s | x_t, x_0)."""
         v_t, v_s = self._v(t), self._v(s)
         return (v_s * (v_t - v_s) / v_t).clamp_min(0).sqrt()
+
+    def attenuated(self, phi: Tensor, t: Tensor) -> Tensor:
+        """H(t; phi), what has been added to the image by time ``t`` (B,): (B, C, H, W)."""
+        return self.attenuation.integral(phi, expand(t, phi))
+
+    def diffuse(self, x_0: Tensor, phi: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = x_0 + H(t; phi) + sigma_t eps, (B, C, H, W)."""
+        return x_0 + self.attenuated(phi, t) + expand(self.sigma(t), x_0) * eps
+
+    def phi_of(self, prediction: Prediction) -> Tensor:
+        """The attenuation's parameters of a prediction; those of its x_0 where it has none and that says all.
+
+        Raises:
+            UsageError: The denoiser predicts no free parameters.
+        """
+        if isinstance(prediction, DecoupledPrediction):
+            return prediction.phi
+        self._require_scaled("a denoiser that predicts no attenuation: take denoiser=decoupled")
+        return self.attenuation.parameters(prediction.x_0, prediction.x_0[:, :0])
+
+    def mean(self, prediction: Prediction, s: Tensor) -> Tensor:
+        """x_0 + H(s; phi); alpha_s x_0 for constant attenuation."""
+        if self.scales_data:
+            return super().mean(prediction, s)
+        return prediction.x_0 + self.attenuated(self.phi_of(prediction), s)
+
+    def change(self, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+        """H(s; phi) - H(t; phi) of the prediction's own phi."""
+        phi = self.phi_of(prediction)
+        return self.attenuated(phi, s) - self.attenuated(phi, t)
+
+    def reprojected(self, prediction: Prediction, x_0: Tensor) -> Prediction:
+        """Give a prediction another ``x_0``, and the C that takes it to zero."""
+        free = self.phi_of(prediction)[:, : -x_0.shape[1]]
+        return DecoupledPrediction(x_0, prediction.eps, self.attenuation.parameters(x_0, free))
+
+    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:  # noqa: D102
+        self._require_scaled("a loss that draws none: take method=ddm")
+        return super().marginal(x_0, t, eps)
+
+    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        self._require_scaled("states x / alpha: take prior=gaussian without ratio_star, and a solver that needs none")
+        return super().from_ratio(y, ratio)
+
+    def _require_scaled(self, what: str) -> None:
+        if not self.scales_data:
+            raise UsageError(
+                f"process 'decoupled': the attenuation {type(self.attenuation).__name__} has free parameters, which "
+                f"don't go with {what}, or attenuation=constant"
+            )

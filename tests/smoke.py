@@ -35,6 +35,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "levels": "uniform",
         "solver": {"name": "ddim", "eta": 1.0, "grid": {"name": "time", "ratio_min": 0.01}},
     },
+    "ddm": {
+        "process": {"name": "decoupled", "clock": "t^2"},
+        "network": {"heads": [1, 1]},
+        "denoiser": "decoupled",
+        "levels": "uniform",
+        "solver": {"name": "bridge", "clamp": True},
+    },
     "dlg": {
         "base": "edm.yaml",
         "posterior": {"name": "classifier", "count": 50, "width": 4},

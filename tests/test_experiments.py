@@ -15,7 +15,9 @@ from diffaccel.methods import Diffusion, TruncatedDiffusion
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
 SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "cifar10_small/"))]
-PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.endswith("/tdpm")]
+OTHERS = ("/tdpm", "/ddm")
+"""Of the papers' size too, but each its own."""
+PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.endswith(OTHERS)]
 
 
 def weights_of(name: str) -> list[Path]:
@@ -28,6 +30,7 @@ def weights_of(name: str) -> list[Path]:
 
 def test_there_are_experiments():
     assert {"toy/edm", "toy/ddpm", "toy/dlg", "digits/edm", "digits/ddpm", "digits/dlg"} <= set(SMALL)
+    assert {"toy/ddm", "digits/ddm", "cifar10_small/ddm"} <= set(SMALL)
     assert {"cifar10/edm", "cifar10/dlg"} <= set(PAPER)
     assert {f"{data}/tdpm" for data in ("toy", "digits", "cifar10_small", "cifar10", "lsun256")} <= set(NAMES)
 
@@ -60,10 +63,10 @@ def test_what_a_small_one_needs_is_shipped(name: str):
     experiment.build_evaluator(load(name), method)  # extractor and references fit each other
 
 
-def test_digits_ship_in_two_megabytes_with_their_story():
+def test_digits_ship_in_four_megabytes_with_their_story():
     files = list((EXPERIMENTS / "digits" / "weights").iterdir())
-    assert sum(file.stat().st_size for file in files) < 2_000_000
-    for name in ("edm", "ddpm", "classifier"):
+    assert sum(file.stat().st_size for file in files) < 4_000_000
+    for name in ("edm", "ddpm", "ddm", "classifier"):
         with safe_open(EXPERIMENTS / "digits" / "weights" / f"{name}.safetensors", framework="pt") as file:
             story = json.loads(file.metadata()["diffaccel"])
         assert {"method", "experiment", "data", "seed", "module", "images_seen", "hours", "version"} <= story.keys()
@@ -78,7 +81,8 @@ def build_on_meta(name: str) -> tuple[Diffusion, float]:
         x = torch.empty(2, *config.shape)
         with FlopCounterMode(display=False) as counter:
             output = method.denoiser.network(x, torch.empty(2))
-    assert output.shape == x.shape and output.is_meta
+    heads = sum(config.network.get("heads", [1]))
+    assert output.shape == (2, heads * x.shape[1], *x.shape[2:]) and output.is_meta
     assert all(parameter.is_meta for parameter in method.parameters())
     return method, counter.get_total_flops() / len(x)
 
@@ -122,6 +126,21 @@ def test_the_small_critic_costs_no_more_than_the_network():
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         method.critic.head(method.critic.features(torch.empty(2, 3, 32, 32)), None)
     assert 8 * counter.get_total_flops() / 2 < 4 * flops
+
+
+@pytest.mark.parametrize(("name", "millions"), [("cifar10/ddm", 216.1), ("celebahq256/ddm", 121.1)])
+def test_ddm_has_the_sizes_of_its_reference(name: str, millions: float):
+    method, _ = build_on_meta(name)
+    parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10_small"])
+def test_ddm_is_as_large_as_edm(data: str):
+    (edm, edm_flops), (ddm, ddm_flops) = (build_on_meta(f"{data}/{method}") for method in ("edm", "ddm"))
+    sizes = [sum(p.numel() for p in method.denoiser.network.parameters()) for method in (edm, ddm)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert ddm_flops == pytest.approx(edm_flops, rel=0.04)
 
 
 def test_the_papers_noise_classifier():

@@ -1,8 +1,18 @@
 """LightningModules: one file per published method."""
 
 from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.ddm import DecoupledDiffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
 from diffaccel.methods.tdpm import TruncatedDiffusion
 from diffaccel.methods.training import Phase, TrainedModule, Training
 
-__all__ = ["METHODS", "DenoisingLangevinGibbs", "Diffusion", "Phase", "TrainedModule", "Training", "TruncatedDiffusion"]
+__all__ = [
+    "METHODS",
+    "DecoupledDiffusion",
+    "DenoisingLangevinGibbs",
+    "Diffusion",
+    "Phase",
+    "TrainedModule",
+    "Training",
+    "TruncatedDiffusion",
+]

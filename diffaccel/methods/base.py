@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
+from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
@@ -106,6 +107,8 @@ class Diffusion(TrainedModule):
     def phases(self) -> list[Phase]:  # noqa: D102
         if not isinstance(self.denoiser, NetworkDenoiser):
             raise UsageError("this experiment's denoiser is exact: there is nothing to train")
+        if self.training_plan.augment and not getattr(self.denoiser.network, "takes_augment", False):
+            raise UsageError(f"training.augment: the network is told of augmentations: set network.augment={LABELS}")
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
     def averaged(self) -> nn.Module | None:  # noqa: D102
@@ -121,16 +124,23 @@ class Diffusion(TrainedModule):
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Squared error of the network's output at one level a sample, (B,)."""
-        assert isinstance(self.denoiser, NetworkDenoiser)
         u = self.level_quantiles(batch, noise)
-        t, eps = self.levels(self.denoiser, u.to(self.device)), noise.normal(batch.image)
-        loss = self.denoiser.loss(batch.image, t, eps, self.drop_labels(batch.condition, noise))
+        x_0, labels = self.augmented(batch)
+        t = self.levels(self.denoiser, u.to(self.device))
+        loss = self.level_loss(x_0, t, noise, self.drop_labels(batch.condition, noise), labels)
         if self.training_plan.pixel_sum:
-            loss = loss * batch.image[0].numel()
+            loss = loss * x_0[0].numel()
         if self.logs_now:  # by quarters of the levels' law, from the least noise up
             quarters = [loss[(4 * u).long().clamp_max(3) == quarter] for quarter in range(4)]
             self.note({f"denoiser_loss_quarter_{i}": part.mean() for i, part in enumerate(quarters, 1) if len(part)})
         return loss
+
+    def level_loss(
+        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """Error at times t, (B,), on images with their class and augmentation labels."""
+        assert isinstance(self.denoiser, NetworkDenoiser)
+        return self.denoiser.loss(x_0, t, noise.normal(x_0), condition, augment)
 
     def level_quantiles(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Where each sample's level lies in their law, (B,) in [0, 1]."""
@@ -146,6 +156,12 @@ class Diffusion(TrainedModule):
             return None
         dropped = noise.uniform().to(condition.device) < self.training_plan.label_drop
         return condition.masked_fill(dropped, self.classes)
+
+    def augmented(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Images to train on and their augmentation labels, (B, 9); None if images are left as they are."""
+        if not self.training_plan.augment:
+            return batch.image, None
+        return augment(batch.image, self.training_plan.augment, NoiseStreams(self.seed, batch.index, "augmentation"))
 
     # Sampling
 

@@ -26,6 +26,8 @@ class Training:
     """Images per step, over all processes."""
     flip: bool = False
     """Mirror images left to right at random."""
+    augment: float = 0.0
+    """Probability of each of EDM's geometric augmentations, which the network is told of: it needs augment=9."""
     workers: int = 0
     """Processes that read images; 0 suits data in memory."""
     lr: float = 1e-3
@@ -33,9 +35,15 @@ class Training:
     warmup: int = 10_000
     """Images over which the rate rises linearly."""
     decay: float = 0.3
-    """Last fraction of the run over which it falls linearly to 0."""
+    """Last fraction of the run over which it falls to ``floor``."""
+    decay_power: float = 1.0
+    """Exponent of the fall; 1 is linear."""
+    floor: float = 0.0
+    """Least rate after warm-up, over ``lr``."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """Adam's."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW's)."""
     clip: float | None = 1.0
     """Largest norm of a phase's gradient; null for none."""
     ema_half_life: int = 50_000
@@ -128,11 +136,17 @@ class TrainedModule(L.LightningModule):
         """Do nothing: evaluating is the evaluator's."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam for each phase."""
+        """AdamW for each phase, which is Adam without weight decay."""
         self._phases = self.phases()
         plan, (beta_1, beta_2) = self.training_plan, self.training_plan.betas
         return [
-            torch.optim.Adam(phase.parameters, plan.lr * phase.lr, betas=phase.betas or (beta_1, beta_2), fused=True)
+            torch.optim.AdamW(
+                phase.parameters,
+                plan.lr * phase.lr,
+                betas=phase.betas or (beta_1, beta_2),
+                weight_decay=plan.weight_decay,
+                fused=True,
+            )
             for phase in self._phases
         ]
 
@@ -153,11 +167,11 @@ class TrainedModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def learning_rate(self) -> float:
-        """Rate at the images seen so far: linear warm-up, constant, linear decay to 0."""
+        """Rate at the images seen so far: linear warm-up, constant, decay to the floor."""
         plan, seen = self.training_plan, self.images_seen
         rise = min(1.0, (seen + 1) / max(1, plan.warmup))
         fall = min(1.0, max(0.0, (plan.images - seen) / max(1.0, plan.decay * plan.images)))
-        return plan.lr * rise * fall
+        return plan.lr * rise * max(fall**plan.decay_power, plan.floor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run the phases that are due and count the global batch's images.

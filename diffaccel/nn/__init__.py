@@ -1,7 +1,8 @@
 """Networks, which know nothing of diffusion: how to condition and precondition them is a denoiser's business."""
 
+from diffaccel.nn.adm import ADMUNet
 from diffaccel.nn.ddpm import DDPMUNet
 from diffaccel.nn.mlp import MLP
 from diffaccel.nn.unet import NETWORKS, UNet
 
-__all__ = ["MLP", "NETWORKS", "DDPMUNet", "UNet"]
+__all__ = ["MLP", "NETWORKS", "ADMUNet", "DDPMUNet", "UNet"]

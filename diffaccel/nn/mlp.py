@@ -17,19 +17,27 @@ class MLP(nn.Module):
         width: Hidden units a layer.
         depth: Hidden layers.
         embedding: Width of the noise embedding.
+        heads: Channels of each head in units of the sample's; several share all but the last layer.
     """
 
-    def __init__(self, shape: tuple[int, int, int], width: int = 128, depth: int = 3, embedding: int = 32) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        width: int = 128,
+        depth: int = 3,
+        embedding: int = 32,
+        heads: list[int] = [1],  # noqa: B006 (read only; a list, for YAML)
+    ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.heads = tuple(shape), tuple(heads)
         size = math.prod(shape)
         self.embed_noise = NoiseEmbedding(embedding)
         widths = [size + embedding, *[width] * depth]
         hidden = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, size))
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, sum(heads) * size))
 
     def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map samples (B, C, H, W) at noise conditioning (B,) to an output of the same shape; labels are ignored."""
+        """Map samples (B, C, H, W) at noise conditioning (B,) to (B, sum(heads) C, H, W); labels are ignored."""
         flat, _ = pack([rearrange(x, "b c h w -> b (c h w)"), self.embed_noise(noise).to(x)], "b *")
-        channels, height, width = self.shape
-        return rearrange(self.layers(flat), "b (c h w) -> b c h w", c=channels, h=height, w=width)
+        _, height, width = self.shape
+        return rearrange(self.layers(flat), "b (c h w) -> b c h w", h=height, w=width)

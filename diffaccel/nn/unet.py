@@ -1,6 +1,8 @@
 """The small U-Net behind the shipped weights: convolutions only where it is cheap, FiLM by the noise level."""
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
+from diffaccel.nn.decouple import Decouple
 from diffaccel.registry import Registry
 
 NETWORKS: Registry[nn.Module] = Registry("network")
@@ -84,9 +87,9 @@ class Stage(nn.ModuleList):
         return self[1](self[0](x, embedding))
 
 
-def _zero(convolution: nn.Conv2d) -> None:
+def _zero(layer: nn.Module) -> None:
     """Start a residual branch, or the whole network, at 0."""
-    for parameter in convolution.parameters():
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
@@ -95,8 +98,58 @@ def _groups(width: int) -> int:
     return next(groups for groups in range(min(32, max(1, width // 4)), 0, -1) if width % groups == 0)
 
 
+class Decoder(nn.Module):
+    """The way up: stages that take the encoder's skips, coarse to fine, and the output convolution from zero.
+
+    It is built by the module that it is a part of, so that the U-Net with a single one holds it under its own names.
+    """
+
+    up: nn.ModuleList
+    merge: nn.Conv2d
+    norm: nn.GroupNorm
+    out: nn.Conv2d
+
+    def build_decoder(
+        self, stage: Callable[[int, int], Stage], widths: list[int], blocks: int, skips: list[int], channels: int
+    ) -> None:
+        """Make the layers: ``skips`` are the widths of the encoder's outputs, finest first."""
+        skips = list(skips)
+        self.blocks, self.up = blocks, nn.ModuleList()
+        hidden = widths[-1]
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks):
+                self.up.append(stage(hidden + skips.pop(), level))
+                hidden = widths[level]
+        self.merge = nn.Conv2d(hidden + skips.pop(), hidden, 1)
+        self.norm = nn.GroupNorm(_groups(hidden), hidden)
+        self.out = nn.Conv2d(hidden, channels, 3, padding=1)
+        _zero(self.out)
+
+    def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        """Bottleneck (B, C, H, W) and the encoder's outputs, finest first -> (B, channels, H', W')."""
+        skips = list(skips)
+        for index, stage in enumerate(self.up):
+            if index and index % self.blocks == 0:
+                hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
+            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), embedding)
+        hidden = self.merge(torch.cat([hidden, skips.pop()], dim=1))
+        return self.out(F.silu(self.norm(hidden)))
+
+
+class Branch(Decoder):
+    """A decoder beside others, with its own view of the bottleneck."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decouple = Decouple(width)
+
+    def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return super().decode(self.decouple(hidden), skips, embedding)
+
+
 @NETWORKS.register("unet")
-class UNet(nn.Module):
+class UNet(Decoder):
     """Small U-Net.
 
     Args:
@@ -109,6 +162,8 @@ class UNet(nn.Module):
         embedding: Width of the noise embedding.
         dropout: Dropout rate in the residual blocks.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
+        heads: Channels of each head in units of the image's. Several have a decoder each, behind one encoder.
+        augment: Number of augmentation labels, which are zero when sampling; 0 for none.
 
     Raises:
         UsageError: The image can't be halved as often as ``widths`` asks.
@@ -124,6 +179,8 @@ class UNet(nn.Module):
         embedding: int = 256,
         dropout: float = 0.0,
         classes: int = 0,
+        heads: list[int] = [1],  # noqa: B006
+        augment: int = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -133,9 +190,13 @@ class UNet(nn.Module):
                 f"network 'unet': images of {height}x{width} can't be divided by {factor} "
                 f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
             )
-        self.shape, self.unshuffle, self.classes = tuple(shape), unshuffle, classes
+        self.shape, self.unshuffle, self.classes, self.heads = tuple(shape), unshuffle, classes, tuple(heads)
+        self.takes_augment = augment > 0
         self.embed_noise = NoiseEmbedding(embedding)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
+        self.embed_augment = nn.Linear(augment, embedding, bias=False) if augment else None
+        if self.embed_augment is not None:
+            _zero(self.embed_augment)
         folded = channels * unshuffle**2
 
         def stage(width_in: int, level: int) -> Stage:
@@ -150,19 +211,29 @@ class UNet(nn.Module):
                 self.down.append(stage(widths[level - 1] if coarser else width_level, level))
                 skips.append(width_level)
         self.middle = nn.ModuleList([stage(widths[-1], len(widths) - 1) for _ in range(2)])
-        hidden = widths[-1]
-        for level in reversed(range(len(widths))):
-            for _ in range(blocks):
-                self.up.append(stage(hidden + skips.pop(), level))
-                hidden = widths[level]
-        self.merge = nn.Conv2d(hidden + skips.pop(), hidden, 1)
-        self.blocks, self.levels = blocks, len(widths)
-        self.norm = nn.GroupNorm(_groups(hidden), hidden)
-        self.out = nn.Conv2d(hidden, folded, 3, padding=1)
-        _zero(self.out)
+        self.blocks = blocks
+        self.branches = nn.ModuleList([Branch(widths[-1]) for _ in heads] if len(heads) > 1 else [])
+        for decoder, multiple in zip(self.decoders, heads, strict=True):
+            decoder.build_decoder(stage, widths, blocks, skips, folded * multiple)
 
-    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map images (B, C, H, W) at noise conditioning (B,) to an output of the same shape.
+    @property
+    def decoders(self) -> list[Decoder]:
+        """One a head: its branches, or itself."""
+        return cast(list[Decoder], list(self.branches)) or [self]
+
+    def forward(
+        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        """Map images to the heads' outputs, side by side in the channels.
+
+        Args:
+            x: Images, (B, C, H, W).
+            noise: Noise conditioning, (B,).
+            condition: Class labels, (B,); None for the null class.
+            augment: Augmentation labels, (B, augment); None for zero.
+
+        Returns:
+            (B, sum(heads) C, H, W).
 
         Raises:
             UsageError: The images have another shape than the network was built for.
@@ -173,6 +244,8 @@ class UNet(nn.Module):
         if self.embed_class is not None:
             label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
             embedding = embedding + self.embed_class(label)
+        if self.embed_augment is not None and augment is not None:
+            embedding = embedding + self.embed_augment(augment)
         hidden = self.stem(F.pixel_unshuffle(x, self.unshuffle))
         skips = [hidden]
         for index, stage in enumerate(self.down):
@@ -182,9 +255,5 @@ class UNet(nn.Module):
             skips.append(hidden)
         for stage in self.middle:
             hidden = stage(hidden, embedding)
-        for index, stage in enumerate(self.up):
-            if index and index % self.blocks == 0:
-                hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
-            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), embedding)
-        hidden = self.merge(torch.cat([hidden, skips.pop()], dim=1))
-        return F.pixel_shuffle(self.out(F.silu(self.norm(hidden))), self.unshuffle)
+        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.decoders]
+        return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)

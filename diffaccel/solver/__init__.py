@@ -1,6 +1,6 @@
 """Reverse integrators by name, their grids, and the one loop that runs them."""
 
-from diffaccel.solver import adaptive, exponential, multistep, onestep, stochastic, unipc
+from diffaccel.solver import adaptive, bridge, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
 from diffaccel.solver.grid import GRIDS, Grid, Indices, Karras, Listed, LogSNR, Quadratic, TimeToZero, UniformTime
 
@@ -19,6 +19,7 @@ __all__ = [
     "Trajectory",
     "UniformTime",
     "adaptive",
+    "bridge",
     "exponential",
     "multistep",
     "onestep",

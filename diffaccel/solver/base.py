@@ -16,7 +16,7 @@ from torch import Tensor
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
-from diffaccel.process import Prediction, expand
+from diffaccel.process import Prediction, Process, expand
 from diffaccel.registry import Registry
 from diffaccel.solver.grid import GRIDS, Grid, Karras
 
@@ -89,6 +89,8 @@ class Solver(ABC):
 
     adaptive: ClassVar[bool] = False
     """Whether the number of evaluations follows from a tolerance, so that no budget can be kept."""
+    any_mean: ClassVar[bool] = False
+    """Whether it needs no more than the process's own transition, so that the mean of x_t need not be alpha x_0."""
 
     grid: Grid = Karras()
     denoise: bool = True
@@ -136,6 +138,19 @@ class Solver(ABC):
             steps += 1
         return steps
 
+    def check(self, process: Process) -> None:
+        """Refuse a process that the steps can't run on.
+
+        Raises:
+            UsageError: The mean of its state is not alpha x_0.
+        """
+        if not process.scales_data and (self.analytic_first is not None or not self.any_mean):
+            option = "" if self.analytic_first is None else " with analytic_first"
+            raise UsageError(
+                f"{type(self).__name__}{option} takes the mean of x_t to be alpha x_0, which it is not on {process}: "
+                "take solver=bridge or ddim without analytic_first, or attenuation=constant"
+            )
+
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
         """Integrate to the data.
@@ -151,8 +166,10 @@ class Solver(ABC):
             Samples (B, C, H, W) in the units of x_0.
 
         Raises:
-            UsageError: A start level out of the trained range, or NaN from the network.
+            UsageError: A start level out of the trained range, a process that :meth:`check` refuses, or NaN from the
+                network.
         """
+        self.check(denoiser.process)
         denoiser.check_range(denoiser.process.ratio(t.double()))
         if self.guidance:
             denoiser = denoiser.guided(self.guidance)

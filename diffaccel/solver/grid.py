@@ -143,7 +143,11 @@ class Quadratic(Grid):
 class TimeToZero(Grid):
     """Equal steps in time to 0, the last of which stops at ``ratio_min``: the grid of DDM's reference code.
 
-    Its n steps with the least time 1e-4 and a final evaluation are n + 1 here, on the decoupled process.
+    Its n steps with the least time 1e-4 and a final evaluation are n + 1 here, on the decoupled process; without that
+    evaluation they are n, and the last goes from 1 / n to 0. The later code's grid of n levels is ``time``.
+
+    Attributes:
+        final_evaluation: Whether there is a level ``ratio_min``; if not, that counts for nothing.
 
     Raises:
         UsageError: The steps are shorter than the time of ``ratio_min``, so that the last would go up.
@@ -153,8 +157,11 @@ class TimeToZero(Grid):
     """
 
     ratio_min: float = 1e-2 / (1 - 1e-4)  # t = 1e-4 on the decoupled process
+    final_evaluation: bool = True
 
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+        if not self.final_evaluation:
+            return process.time(start) * (1 - fraction * (len(fraction) / (len(fraction) + 1)))
         last, levels = process.time(stop), process.time(start) * (1 - fraction)
         if (levels[:-1] <= last).any():
             raise UsageError(

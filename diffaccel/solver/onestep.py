@@ -30,12 +30,14 @@ class DDIM(Solver):
         Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
     """
 
+    any_mean = True
+
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.eta <= 1:
-            raise UsageError(f"solver 'ddim': eta is {self.eta}, it must lie in [0, 1]")
+            raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must lie in [0, 1]")
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
         mean, std = denoiser.process.transition(denoiser(x_t, t), t, s, self.eta)
