@@ -25,7 +25,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 PARTS = (
     *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
-    *("grid", "init_solver"),  # parts of parts
+    *("grid", "init_solver", "density"),  # parts of parts
 )
 """Keys that hold a part; a bare string there is its name."""
 

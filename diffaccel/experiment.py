@@ -62,7 +62,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=build_prior(config.prior, posterior, denoiser, load),
+        prior=build_prior(config.prior, posterior, denoiser, shape, load),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
@@ -71,7 +71,10 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     )
     for budget in config.by_nfe:
         parts = config.at(budget)
-        method.by_nfe[budget] = build_prior(parts["prior"], posterior, denoiser, load), SOLVERS.build(parts["solver"])
+        method.by_nfe[budget] = (
+            build_prior(parts["prior"], posterior, denoiser, shape, load),
+            SOLVERS.build(parts["solver"]),
+        )
     for network in method.evaluated_networks().values() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -81,7 +84,13 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     return method
 
 
-def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser: Denoiser, load: bool = True) -> Prior:
+def build_prior(
+    node: dict[str, Any],
+    posterior: LevelPosterior | None,
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    load: bool = True,
+) -> Prior:
     """Build a prior, with its own weights if it has any (``checkpoint``).
 
     Raises:
@@ -92,8 +101,8 @@ def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser
         raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
     node = dict(node)
     checkpoint = node.pop("checkpoint", None)
-    context = {} if posterior is None else {"posterior": posterior}
-    prior = PRIORS.build(node, denoiser=denoiser, **context)
+    context: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
+    prior = PRIORS.build(node, denoiser=denoiser, shape=shape, **context)
     if checkpoint and not prior.networks():
         raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
     if checkpoint and load:
@@ -234,7 +243,7 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(node, posterior, method.denoiser),
+        prior=lambda node: build_prior(node, posterior, method.denoiser, method.shape),
         evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
 

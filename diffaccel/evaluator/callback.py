@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffaccel.collective import failing_together
 from diffaccel.errors import UsageError
 from diffaccel.evaluator.logs import budget_name, log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
-from diffaccel.evaluator.processes import failing_together
 from diffaccel.evaluator.provenance import device_name, git_commit, versions
 from diffaccel.evaluator.scores import Real, Scores, digests, to_uint8
 from diffaccel.methods import Diffusion
@@ -272,7 +272,7 @@ class Evaluator(L.Callback):
         if nfe > budget * (1 + 1e-9):
             raise UsageError(f"nfe={budget:g} was overspent: {nfe:.6g} evaluations per image were counted")
         flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
-        one = max((scores.flops.get(name, 0.0) for name in evaluated), default=0.0)
+        one = scores.flops.get("denoiser", 0.0)
         start = getattr(method.prior, "burn_in_per_chain", 0)
         rounds = -(-n // getattr(method.prior, "chains", n))
         # One image's own evaluations, and those of the chain before it.

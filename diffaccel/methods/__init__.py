@@ -2,7 +2,17 @@
 
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
+from diffaccel.methods.small_t import SmallTimeDiffusion
 from diffaccel.methods.tdpm import TruncatedDiffusion
 from diffaccel.methods.training import Phase, TrainedModule, Training
 
-__all__ = ["METHODS", "DenoisingLangevinGibbs", "Diffusion", "Phase", "TrainedModule", "Training", "TruncatedDiffusion"]
+__all__ = [
+    "METHODS",
+    "DenoisingLangevinGibbs",
+    "Diffusion",
+    "Phase",
+    "SmallTimeDiffusion",
+    "TrainedModule",
+    "Training",
+    "TruncatedDiffusion",
+]
