@@ -1,6 +1,6 @@
 """Likelihood: of the probability flow, exact but for its solver, and the variational bound of the reverse SDE.
 
-In y = x / alpha every process has the same bound and the flow dy / d rho = eps(y, rho), on which d ln q / d rho = -div eps.
+In y = x / alpha all processes have one bound and one flow, dy / d rho = eps(y, rho) with d ln q / d rho = -div eps.
 Both are returned as densities of x at the least level, in the denoiser's own coordinates.
 """
 

@@ -1,4 +1,4 @@
-"""Densities: normalised, sampling what they say, right at their level, and no worse than the Gaussian they start from."""
+"""Densities: normalised, sampling what they say, right at their level, at first no worse than the Gaussian."""
 
 import math
 from pathlib import Path
@@ -193,16 +193,16 @@ def test_a_dirichlet_mixture_is_an_ordinary_one():
     from scipy.stats import multivariate_normal
 
     density = build("dirichlet")
-    y = torch.randn(20, 2)
+    y = torch.randn(20, *PLANE)
+    c = density.basis.coordinates(y).double().numpy()
     expected = sum(
-        weight
-        * multivariate_normal(mean, (vectors * values) @ vectors.T).pdf(density.basis.coordinates(y[:, :, None, None]))
+        weight * multivariate_normal(mean, (vectors * values) @ vectors.T).pdf(c)
         for weight, mean, values, vectors in zip(
             *(tensor.double().numpy() for tensor in (density.weights, density.means, density.values, density.vectors)),
             strict=True,
         )
     )
-    assert np.allclose(density.log_prob(y[:, :, None, None]).exp(), expected, rtol=1e-4)
+    assert np.allclose(density.log_prob(y).exp(), expected, rtol=1e-4)
     assert 2.5 < density.effective_components < 6
 
 

@@ -108,9 +108,8 @@ class MixtureDensity(LeadingDensity):
         options: dict[str, Any] = {"max_iter": self.iterations, "warm_start": True, "random_state": seed}
         if self.dirichlet:
             options["weight_concentration_prior"] = self.concentration
-        model = (BayesianGaussianMixture if self.dirichlet else GaussianMixture)(
-            n_components=self.components, **options
-        )
+        kind = BayesianGaussianMixture if self.dirichlet else GaussianMixture
+        model = kind(n_components=self.components, **options)
         rng = np.random.default_rng(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # each draw of the noise gets a few iterations
