@@ -65,6 +65,20 @@ class Search:
 
 
 @dataclass
+class Tradeoff:
+    """Start times to compare for small T."""
+
+    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Times of the experiment's process."""
+    images: int = 512
+    """Test images that the bound is taken of."""
+    draws: int = 16
+    """Evaluations on each."""
+    fd: bool = True
+    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
+
+
+@dataclass
 class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
@@ -138,6 +152,12 @@ class Config:
     """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
     keep_images: bool = False
     """Keep each point's images in OUT/images: benched again with another extractor, they are scored, not made anew."""
+    likelihood: bool = False
+    """Measure bits per dimension of test images beside each point, by the probability flow."""
+    likelihood_n: int = 512
+    """How many test images."""
+    tradeoff: Tradeoff = field(default_factory=Tradeoff)
+    """What `diffaccel tradeoff` tries."""
     again: bool = False
     """Measure points that OUT has already once more."""
     dry_run: bool = False

@@ -13,7 +13,7 @@ from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn import NETWORKS
@@ -183,7 +183,10 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
         "weights": weights,
         "version": __version__,
     }
-    scores = {"extractor": extractor.sha256, "reference": reference.sha256, "floor": floor and floor.sha256}
+    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
+    scores["floor"] = floor and floor.sha256
+    if config.likelihood:
+        scores["likelihood"] = config.likelihood_n
     return {"images": images, "scores": scores}
 
 
@@ -204,6 +207,10 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
     reference = load_reference(config.reference, extractor)
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    likelihood = None
+    if config.likelihood and measured:
+        likelihood = BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
+        method.prior.start_ratio(method.denoiser)  # a prior without a density is an error now
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
@@ -225,6 +232,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         again=config.again,
         keep_features=config.keep_features,
         keep_images=config.keep_images,
+        likelihood=likelihood,
         discrete=config.data["name"] != "toy",
     )
 

@@ -29,7 +29,8 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     if not points:
         return
     n, last = points[-1]["n"], points[-1]["metrics"]
-    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS) if key in last]
+    likelihood = ("bits_per_dim", "bits_per_dim_se")
+    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood) if key in last]
     heads = {name: f"{name}@{n}", f"{name}_se": "se"}
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
