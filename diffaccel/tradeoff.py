@@ -187,7 +187,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axis, key in zip(axes[0], shown, strict=True):
         for name in dict.fromkeys(row["density"] for row in rows):
             own = sorted((row for row in rows if row["density"] == name), key=lambda row: row["T"])
-            errors = [row[f"{key}_se"] for row in own]
+            # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
+            errors = None if key == shown[0] else [row[f"{key}_se"] for row in own]
             axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
         axis.set(xlabel="T", ylabel=key, yscale="linear" if key == shown[0] else "log")
         axis.grid(alpha=0.3)

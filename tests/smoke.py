@@ -34,12 +34,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "levels": "uniform",
         "solver": {"name": "ddim", "eta": 1.0, "grid": {"name": "time", "ratio_min": 0.01}},
     },
+    "small_t": {
+        "base": "edm.yaml",
+        "process": "vp",
+        "method": {"name": "small_t", "frozen": True},
+        "prior": {"name": "density", "T": 0.4, "density": {"name": "flow", "rank": 8, "width": 16}},
+    },
     "dlg": {
         "base": "edm.yaml",
         "posterior": {"name": "classifier", "count": 50, "width": 4},
         "prior": {"name": "chain", "chains": 4, "init_steps": 5, "warmup": [[5, None]]},
     },
 }
+
+
+LEFT = {"dlg": ("posterior", "classifier.safetensors"), "small_t": ("prior", "density.safetensors")}
+"""What a fit over the frozen edm network leaves, and the part that it is the checkpoint of."""
 
 
 def source(subset: str) -> dict[str, Any]:
@@ -108,10 +118,11 @@ def make_scorer(folder: Path, images: DataModule) -> None:
 def fit_and_bench(folder: Path, name: str) -> list[str]:
     """Fit a method, bench what it left, and check the point; returns the words that name the weights."""
     file, out = str(folder / f"{name}.yaml"), folder / name
-    weights = [f"checkpoint={folder / ('edm' if name == 'dlg' else name) / 'ema.safetensors'}"]
-    run("fit", file, f"out={out}", *QUICK, *(weights if name == "dlg" else []))
-    if name == "dlg":
-        weights.append(f"posterior.checkpoint={out / 'classifier.safetensors'}")
+    weights = [f"checkpoint={folder / ('edm' if name in LEFT else name) / 'ema.safetensors'}"]
+    run("fit", file, f"out={out}", *QUICK, *(weights if name in LEFT else []))
+    if name in LEFT:
+        part, left = LEFT[name]
+        weights.append(f"{part}.checkpoint={out / left}")
     run("bench", file, f"out={out}", *QUICK, *weights)
     at_the_end, point = read_points(out / "points.jsonl")
     check(point["n"] == N and 0 < point["nfe"] <= BUDGET, f"{name}: nfe {point['nfe']} of {BUDGET}")

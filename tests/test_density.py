@@ -26,7 +26,7 @@ KINDS = {
     "flow": {"transforms": 2, "width": 16},
     "maf": {"name": "flow", "kind": "maf", "passes": None, "width": 16},
 }
-IMAGES = {**KINDS, "glow": {"levels": 2, "steps": 2, "width": 8}}
+IMAGES = {**KINDS, "glow": {"scales": 2, "steps": 2, "width": 8}}
 
 
 def source(images: torch.Tensor, flip: bool = False, **where) -> TrainingImages:

@@ -10,7 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, load
+from diffaccel.data import Batch
+from diffaccel.density import TrainingImages
 from diffaccel.methods import Diffusion
+from diffaccel.noise import NoiseStreams
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
@@ -21,13 +24,14 @@ PAPER = [name for name in NAMES if name.startswith("cifar10/")]
 def weights_of(name: str) -> list[Path]:
     """Files of weights and statistics that an experiment names."""
     config = load(name)
-    paths = [config.checkpoint, config.posterior.get("checkpoint"), config.extractor.get("path")]
+    parts = (config.posterior, config.prior)
+    paths = [config.checkpoint, *(part.get("checkpoint") for part in parts), config.extractor.get("path")]
     return [Path(path) for path in [*paths, config.reference, config.floor] if path]
 
 
 def test_there_are_experiments():
     assert {"toy/edm", "toy/ddpm", "toy/dlg", "digits/edm", "digits/ddpm", "digits/dlg"} <= set(SMALL)
-    assert {"cifar10/edm", "cifar10/dlg"} <= set(PAPER)
+    assert {"cifar10/edm", "cifar10/dlg", "cifar10/small_t"} <= set(PAPER)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("/base")])
@@ -95,6 +99,22 @@ def test_a_paper_size_one_has_the_papers_size(name: str):
     parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
     assert 50e6 < parameters < 62e6, "EDM's DDPM++ has 55.7 M"
     assert 20e9 < flops < 60e9, "EDM's DDPM++ takes about 21 G multiply-adds, two FLOPs each"
+
+
+def test_the_papers_glow_is_trained_from_the_gaussian_on():
+    """Of 22 M parameters; a step on a few images, at a fraction of the width, comes off the Gaussian."""
+    method, _ = build_on_meta("cifar10/small_t")
+    density = method.evaluated_networks()["density"]
+    assert 10e6 < sum(parameter.numel() for parameter in density.parameters()) < 40e6
+    method = experiment.build_method(load("cifar10/small_t", ["prior.density.width=16", "network.widths=[16,16,16]"]))
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    method.density.fit(TrainingImages(lambda rank, world: iter([(0, images)])))
+    before = method.density.log_prob(images)
+    *_, phase = method.phases()
+    optimizer = torch.optim.Adam(phase.parameters, 1e-3)
+    phase.loss(Batch(images, None, torch.arange(8)), NoiseStreams(0, range(8))).mean().backward()
+    optimizer.step()
+    assert phase.name == "density" and not torch.equal(method.density.log_prob(images), before)
 
 
 def test_the_papers_noise_classifier():

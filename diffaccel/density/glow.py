@@ -18,7 +18,7 @@ class GlowDensity(GaussianDensity):
         shape: See :class:`~diffaccel.density.base.Density`.
         ratio: See :class:`~diffaccel.density.base.Density`.
         basis: See :class:`~diffaccel.density.gaussian.GaussianDensity`.
-        levels: See :class:`~diffaccel.nn.flow.Glow`.
+        scales: See :class:`~diffaccel.nn.flow.Glow`.
         steps: See :class:`~diffaccel.nn.flow.Glow`.
         width: See :class:`~diffaccel.nn.flow.Glow`.
     """
@@ -30,12 +30,12 @@ class GlowDensity(GaussianDensity):
         shape: tuple[int, int, int],
         ratio: float,
         basis: BasisName = "dct",
-        levels: int = 3,
+        scales: int = 3,
         steps: int = 16,
         width: int = 512,
     ) -> None:
         super().__init__(shape, ratio, basis)
-        self.flow = Glow(self.shape, levels, steps, width)
+        self.flow = Glow(self.shape, scales, steps, width)
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         c = self.basis.rotate(self.flow.decode(z).flatten(1))

@@ -86,38 +86,38 @@ class FlowStep(nn.Module):
 
 
 class Glow(nn.Module):
-    """Levels of squeeze, steps, and a split that gives half of the channels away.
+    """Scales of squeeze, steps, and a split that gives half of the channels away.
 
     Args:
         shape: Image shape (C, H, W).
-        levels: Number of levels; each halves height and width.
-        steps: Steps a level.
+        scales: Number of scales; each halves height and width.
+        steps: Steps a scale.
         width: Hidden channels of the couplings.
 
     Raises:
         UsageError: Height or width can't be halved so often.
     """
 
-    def __init__(self, shape: tuple[int, int, int], levels: int = 3, steps: int = 16, width: int = 512) -> None:
+    def __init__(self, shape: tuple[int, int, int], scales: int = 3, steps: int = 16, width: int = 512) -> None:
         super().__init__()
         channels, height, side = shape
-        if height % 2**levels or side % 2**levels:
-            raise UsageError(f"images of {height}x{side} can't be halved {levels} times: lower density.levels")
-        self.shape, self.channels = shape, [channels * 2 ** (level + 2) for level in range(levels)]
+        if height % 2**scales or side % 2**scales:
+            raise UsageError(f"images of {height}x{side} can't be halved {scales} times: lower density.scales")
+        self.shape, self.channels = shape, [channels * 2 ** (scale + 2) for scale in range(scales)]
         self.steps = nn.ModuleList(nn.ModuleList(FlowStep(c, width) for _ in range(steps)) for c in self.channels)
         self.splits = nn.ModuleList(Affine(c // 2, width // 8, c // 2) for c in self.channels[:-1])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) -> as many numbers (B, D), white noise at the start, and the log-determinant (B,)."""
         given, log_det = [], torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for level, steps in enumerate(self.steps):
+        for scale, steps in enumerate(self.steps):
             x = rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
             for step in steps:  # type: ignore[attr-defined]  # a ModuleList of ModuleLists
                 x, more = step.encode(x)
                 log_det = log_det + more
-            if level < len(self.splits):
+            if scale < len(self.splits):
                 x, away = x.chunk(2, dim=1)
-                away, more = self.splits[level].encode(x, away)  # type: ignore[operator]
+                away, more = self.splits[scale].encode(x, away)  # type: ignore[operator]
                 given.append(away.flatten(1))
                 log_det = log_det + more
         return torch.cat([*given, x.flatten(1)], dim=1), log_det
@@ -125,16 +125,16 @@ class Glow(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Undo :meth:`encode`."""
         _, height, side = self.shape
-        shapes = [(c, height // 2 ** (level + 1), side // 2 ** (level + 1)) for level, c in enumerate(self.channels)]
+        shapes = [(c, height // 2 ** (scale + 1), side // 2 ** (scale + 1)) for scale, c in enumerate(self.channels)]
         kept = [(c // 2, h, w) for c, h, w in shapes[:-1]] + [shapes[-1]]
         parts = [
             part.reshape(-1, *shape) for part, shape in zip(z.split([*map(math.prod, kept)], 1), kept, strict=True)
         ]
         x = parts[-1]
-        for level in reversed(range(len(shapes))):
-            if level < len(self.splits):
-                x = torch.cat([x, self.splits[level].decode(x, parts[level])], dim=1)  # type: ignore[operator]
-            for step in reversed(self.steps[level]):  # type: ignore[call-overload]
+        for scale in reversed(range(len(shapes))):
+            if scale < len(self.splits):
+                x = torch.cat([x, self.splits[scale].decode(x, parts[scale])], dim=1)  # type: ignore[operator]
+            for step in reversed(self.steps[scale]):  # type: ignore[call-overload]
                 x = step.decode(x)
             x = rearrange(x, "b (c i j) h w -> b c (h i) (w j)", i=2, j=2)
         return x
