@@ -175,11 +175,12 @@ def tradeoff(config: Any) -> None:
     from torch.utils.data import DataLoader
 
     from diffaccel import experiment, launch
+    from diffaccel.methods import SmallTimeDiffusion
     from diffaccel.tradeoff import TradeoffCurve, best, starts_of
 
-    if config.method_name != "small_t":
-        raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
     method = experiment.build_method(config, frozen=True)
+    if not isinstance(method, SmallTimeDiffusion):
+        raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
     starts_of(method, config.tradeoff.T)  # an unfitted density is an error now
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None

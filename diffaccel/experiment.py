@@ -11,6 +11,7 @@ from torch import nn
 from diffaccel import __version__
 from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
+from diffaccel.density import Density
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import BitsPerDim, Evaluator
@@ -78,7 +79,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     for network in method.evaluated_networks().values() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
-        if config.compile:
+        if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
             network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method

@@ -179,6 +179,15 @@ def test_an_image_belongs_to_its_stream():
     assert torch.allclose(draw([3, 4, 5])[1], draw([4])[0], atol=1e-6)
 
 
+def test_a_draw_is_as_exact_under_autocast():
+    method = fitted(small_t())
+    draw = lambda: method.prior(method.denoiser, NoiseStreams(0, range(4)), SHAPE, Plan(1))[0]  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = draw()
+        log_prob = method.prior.log_prob(method.denoiser, mixed)
+    assert torch.equal(mixed, draw()) and torch.equal(log_prob, method.prior.log_prob(method.denoiser, mixed))
+
+
 def test_an_unfitted_density_is_refused():
     method = small_t()
     with pytest.raises(UsageError, match="not fitted"):

@@ -43,8 +43,6 @@ def test_a_fit_without_steps_sees_each_point_once_and_says_its_level(mixture: Pa
     assert sorted(read_weights(mixture)[0]["weights"].tolist()) == pytest.approx(sorted(TOY), abs=0.2)
     assert main(["sample", "toy/small_t", "prior.T=0.3", f"prior.checkpoint={mixture}", "n=4"]) == 2
     assert "are of ratio_star 2.02832, the experiment's prior starts at 1.23415" in capsys.readouterr().err
-        "\n", " "
-    )
 
 
 def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path):

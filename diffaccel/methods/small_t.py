@@ -17,6 +17,7 @@ from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.training import Phase, Training
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior, Prior
+from diffaccel.prior.density import full_precision
 from diffaccel.solver import Solver
 
 Weighting = Literal["sigma", "likelihood"]
@@ -143,7 +144,9 @@ class SmallTimeDiffusion(Diffusion):
 
     def density_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """The density's loss on the batch with fresh noise, (B,)."""
-        return self.density.loss(batch.image + self.density.ratio * noise.normal(batch.image))
+        y = batch.image + self.density.ratio * noise.normal(batch.image)
+        with full_precision(y):
+            return self.density.loss(y)
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Weighted squared error of the predicted noise, mean over C, H, W: (B,)."""

@@ -14,6 +14,11 @@ from diffaccel.prior.base import PRIORS, Plan, Prior
 from diffaccel.process import expand
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """No autocast on the device of x: in bfloat16 a density's rotations would be none."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @PRIORS.register("density")
 class DensityPrior(Prior):
     """Start from a density of y = x / alpha at one level. Drawing from it is one evaluation, whatever it costs.
@@ -63,7 +68,7 @@ class DensityPrior(Prior):
         if not self.density.fitted:
             raise UsageError("prior 'density' is not fitted: run `diffaccel fit`, and set prior.checkpoint to its file")
         z = noise.normal(torch.empty(len(noise), self.density.noise_size, device=denoiser.device))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(z):
             y = self.density(z, noise.uniform().to(z.device))
         ratio = torch.full((len(y),), self.ratio_star, dtype=torch.float64, device=y.device)
         return denoiser.process.from_ratio(y, ratio)
@@ -72,4 +77,5 @@ class DensityPrior(Prior):
         """See :class:`Prior`: the density of y = x / alpha over alpha^D."""
         ratio = torch.full((len(x_t),), self.ratio_star, dtype=torch.float64, device=x_t.device)
         alpha = denoiser.process.alpha(denoiser.process.time(ratio))
-        return self.density.log_prob(x_t / expand(alpha, x_t)) - x_t[0].numel() * alpha.log()
+        with full_precision(x_t):
+            return self.density.log_prob(x_t / expand(alpha, x_t)) - x_t[0].numel() * alpha.log()
