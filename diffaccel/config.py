@@ -19,6 +19,7 @@ from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.methods.base import nearest
+from diffaccel.methods.small_t import Tradeoff
 from diffaccel.methods.training import Training
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -65,25 +66,11 @@ class Search:
 
 
 @dataclass
-class Tradeoff:
-    """Start times to compare for small T."""
-
-    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-    """Times of the experiment's process."""
-    images: int = 512
-    """Test images that the bound is taken of."""
-    draws: int = 16
-    """Evaluations on each."""
-    fd: bool = True
-    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
-
-
-@dataclass
 class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``edm_best``, ``ddpm``, ``dlg``; or ``extractor`` for the feature network that scores."""
+    """``edm``, ``edm_best``, ``ddpm``, ``dlg``, ``small_t``; or ``extractor`` for the feature network that scores."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING

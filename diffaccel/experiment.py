@@ -11,8 +11,8 @@ from torch import nn
 from diffaccel import __version__
 from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
-from diffaccel.density import Density
 from diffaccel.denoiser import DENOISERS, Denoiser
+from diffaccel.density import Density
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.levels import LEVELS

@@ -16,13 +16,13 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from diffaccel.config import Tradeoff
 from diffaccel.data import DataModule
 from diffaccel.density import Density, GaussianDensity, NormalDensity
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator, least_ratio
 from diffaccel.likelihood import Bound, LogDensity, bits_per_dim, bound, decoding, dequantised
 from diffaccel.methods import Diffusion, SmallTimeDiffusion
+from diffaccel.methods.small_t import Tradeoff
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior
 

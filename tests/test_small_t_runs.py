@@ -45,13 +45,14 @@ def test_a_fit_without_steps_sees_each_point_once_and_says_its_level(mixture: Pa
     assert "are of ratio_star 2.02832, the experiment's prior starts at 1.23415" in capsys.readouterr().err
 
 
-def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path):
+def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path, capsys):
     """A flow's steps, stopped half-way and resumed, end where an unbroken run does."""
     flow = ["prior.density.name=flow", "prior.density.transforms=1", "prior.density.width=8", "training.batch_size=50"]
     whole = read_weights(fit(tmp_path / "whole", *flow, "images=1000", "training.decay=0", "training.warmup=0"))[0]
     fit(tmp_path / "parts", *flow, "images=500", "training.decay=0", "training.warmup=0")
     words = [*flow, "images=1000", "training.decay=0", "training.warmup=0", "resume=auto"]
     resumed = read_weights(fit(tmp_path / "parts", *words))[0]
+    assert "below N(0, I)" in capsys.readouterr().err
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -177,6 +178,20 @@ class SmallTimeDiffusion(Diffusion):
 
 def _under(name: str, average: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
+
+
+@dataclass
+class Tradeoff:
+    """Start times to compare for small T."""
+
+    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Times of the experiment's process."""
+    images: int = 512
+    """Test images that the bound is taken of."""
+    draws: int = 16
+    """Evaluations on each."""
+    fd: bool = True
+    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
 
 
 class Fit(NamedTuple):
