@@ -21,6 +21,7 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
   diffaccel bench EXPERIMENT nfe=[5,10,20] n=5000   measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
   diffaccel search EXPERIMENT nfe=[5,10] seed=7     find the best prior and solver for each budget, in search.trials
+  diffaccel tradeoff EXPERIMENT                     small T: the bound and the distance for each start time
   diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
   diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
   diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         "bench": bench,
         "fit": fit,
         "search": search,
+        "tradeoff": tradeoff,
         "sample": sample,
         "reference": reference,
     }
@@ -168,6 +170,31 @@ def search(config: Any) -> None:
               f"{Path(searcher.out, 'best.yaml')}: measure them on another seed with `diffaccel bench`")  # fmt: skip
 
 
+def tradeoff(config: Any) -> None:
+    """Measure the bound and the distance of samples as functions of the start time."""
+    from torch.utils.data import DataLoader
+
+    from diffaccel import experiment, launch
+    from diffaccel.methods import SmallTimeDiffusion
+    from diffaccel.tradeoff import TradeoffCurve, best, starts_of
+
+    method = experiment.build_method(config, frozen=True)
+    if not isinstance(method, SmallTimeDiffusion):
+        raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
+    starts_of(method, config.tradeoff.T)  # an unfitted density is an error now
+    settings, data = config.tradeoff, experiment.build_data(config)
+    evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
+    curve = TradeoffCurve(settings, data, evaluator, config.seed, config.batch_size, config.folder)
+    launch.write_config(config)
+    config.logger = "none"
+    trainer = launch.build_trainer(config, [curve])
+    method.eval()
+    trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    if trainer.is_global_zero:
+        found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
+        print(f"least bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
+
+
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
     from diffaccel import experiment, launch
@@ -207,6 +234,8 @@ def fit(config: Any) -> None:
         return
     if config.method_name == "dlg":
         _report_acceptance(config, method, data)
+    if config.method_name == "small_t":
+        _report_density(config, method, data)
     if evaluator is not None:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
@@ -310,6 +339,24 @@ def _report_acceptance(config: Any, method: Any, data: Any) -> None:
     console.print(
         f"noise classifier: mean |ln sigma error| by decade {decades}"
         f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}",
+        markup=False,
+    )
+
+
+def _report_density(config: Any, method: Any, data: Any) -> None:
+    """Say what the density knows of held-out noisy images."""
+    from diffaccel.data import to_float
+    from diffaccel.methods.small_t import judge
+
+    if not method.density.normalised:
+        return
+    with method.averaged_weights():
+        density = method.density.cpu().eval()
+        found = judge(density, (to_float(images) for _, images, _ in data.batches("test", 250)), config.seed)
+    verdict = "" if found.plausible else "; BELOW THE NOISE'S OWN ENTROPY: it has learned noise, or isn't normalised"
+    console.print(
+        f"density: {found.bits:.4f} bits/dim on held-out noisy images, {found.gain:.4f} +- {found.se:.4f} below N(0, I)"
+        f" (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws {found.largest:.3g}{verdict}",
         markup=False,
     )
 

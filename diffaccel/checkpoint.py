@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from diffaccel import __version__
 from diffaccel.evaluator.logs import log_weights
@@ -46,7 +47,7 @@ class Checkpointer(L.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the state and, if the budget of images is used up, the weights in bf16."""
+        """Save the state and, if the budget of images is used up, the weights in bf16, unless they say."""
         assert isinstance(pl_module, Diffusion)
         self.save(trainer)
         if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
@@ -70,6 +71,6 @@ class Checkpointer(L.Callback):
         }
         for name, (state, said) in method.exports().items():
             path = self.out / f"{name}.safetensors"
-            save_weights(path, state, {**description, **said})
+            save_weights(path, state, {**description, **said}, getattr(torch, said.get("dtype", "bfloat16")))
             for logger in trainer.loggers:
                 log_weights(logger, path, f"{description['experiment']}-{name}", {**description, **said})

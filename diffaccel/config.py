@@ -19,13 +19,14 @@ from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.methods.base import nearest
+from diffaccel.methods.small_t import Tradeoff
 from diffaccel.methods.training import Training
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 PARTS = (
     *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
-    *("grid", "init_solver", "attenuation"),  # parts of parts
+    *("grid", "init_solver", "attenuation", "density"),  # parts of parts
 )
 """Keys that hold a part; a bare string there is its name."""
 
@@ -69,7 +70,7 @@ class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``edm_best``, ``ddpm``, ``ddm``, ``dlg``, ``tdpm``; ``extractor`` for the network that scores."""
+    """``edm``, ``edm_best``, ``ddpm`` and the four methods, or ``extractor`` for the feature network that scores."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING
@@ -138,6 +139,12 @@ class Config:
     """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
     keep_images: bool = False
     """Keep each point's images in OUT/images: benched again with another extractor, they are scored, not made anew."""
+    likelihood: bool = False
+    """Measure bits per dimension of test images beside each point, by the probability flow."""
+    likelihood_n: int = 512
+    """How many test images."""
+    tradeoff: Tradeoff = field(default_factory=Tradeoff)
+    """What `diffaccel tradeoff` tries."""
     again: bool = False
     """Measure points that OUT has already once more."""
     dry_run: bool = False

@@ -12,8 +12,9 @@ from diffaccel import __version__
 from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser
+from diffaccel.density import Density
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn import NETWORKS
@@ -62,7 +63,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=build_prior(config.prior, posterior, denoiser, load, shape),
+        prior=build_prior(config.prior, posterior, denoiser, shape, load),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
@@ -73,12 +74,12 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         parts = config.at(budget)
         prior: Prior = method.prior  # shared where a budget changes the solver alone: it may be in training
         if parts["prior"] != config.prior:
-            prior = build_prior(parts["prior"], posterior, denoiser, load, shape)
+            prior = build_prior(parts["prior"], posterior, denoiser, shape, load)
         method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
     for network in method.evaluated_networks().values() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
-        if config.compile:
+        if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
             network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method
@@ -88,8 +89,8 @@ def build_prior(
     node: dict[str, Any],
     posterior: LevelPosterior | None,
     denoiser: Denoiser,
-    load: bool,
     shape: tuple[int, int, int],
+    load: bool = True,
 ) -> Prior:
     """Build a prior, with its own weights if it has any (``checkpoint``).
 
@@ -101,7 +102,7 @@ def build_prior(
         raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
     node = dict(node)
     checkpoint = node.pop("checkpoint", None)
-    context = {} if posterior is None else {"posterior": posterior}
+    context: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     prior = PRIORS.build(node, denoiser=denoiser, shape=shape, **context)
     if checkpoint and not prior.networks():
         raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
@@ -188,7 +189,10 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
         "weights": weights,
         "version": __version__,
     }
-    scores = {"extractor": extractor.sha256, "reference": reference.sha256, "floor": floor and floor.sha256}
+    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
+    scores["floor"] = floor and floor.sha256
+    if config.likelihood:
+        scores["likelihood"] = config.likelihood_n
     return {"images": images, "scores": scores}
 
 
@@ -209,6 +213,10 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
     reference = load_reference(config.reference, extractor)
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    likelihood = None
+    if config.likelihood and measured:
+        likelihood = BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
+        method.prior.start_ratio(method.denoiser)  # a prior without a density is an error now
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
@@ -230,6 +238,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         again=config.again,
         keep_features=config.keep_features,
         keep_images=config.keep_images,
+        likelihood=likelihood,
         discrete=config.data["name"] != "toy",
     )
 
@@ -248,7 +257,7 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(node, posterior, method.denoiser, True, method.shape),
+        prior=lambda node: build_prior(node, posterior, method.denoiser, method.shape),
         evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
 

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -71,6 +72,16 @@ class StepsBar(RichProgressBar):
         return "training"
 
 
+class Processes(DDPStrategy):
+    """DDP, also for a fit without gradients, which has nothing to wrap: that of a density in closed form."""
+
+    def configure_ddp(self) -> None:
+        """Wrap the module if there are gradients to sum."""
+        assert self.lightning_module is not None
+        if any(parameter.requires_grad for parameter in self.lightning_module.parameters()):
+            super().configure_ddp()
+
+
 def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False, phases: int = 1) -> L.Trainer:
     """Build the trainer: processes, precision, logger.
 
@@ -94,7 +105,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=("ddp" if phases == 1 else "ddp_find_unused_parameters_true") if processes > 1 else "auto",
+        strategy=Processes(find_unused_parameters=phases > 1) if processes > 1 else "auto",
         precision=cast(Any, config.precision),
         max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
         limit_train_batches=-(-config.training.images // config.training.batch_size),
@@ -151,6 +162,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "network": config.network,
         "denoiser": config.denoiser,
         "process": config.process,
+        "prior": config.prior,
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
 

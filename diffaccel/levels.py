@@ -64,3 +64,18 @@ class Index:
             raise UsageError("levels 'index' are those of process=vp_discrete: take it, or levels=uniform or lognormal")
         top = denoiser.process.time(torch.tensor(denoiser.ratio_range[1], dtype=u.dtype, device=u.device)).round()
         return torch.minimum((u * (top + 1)).floor(), top)  # a mirrored u may be 1
+
+
+@LEVELS.register("log_uniform")
+@dataclass(frozen=True)
+class LogUniform:
+    """ln(rho) uniform over the denoiser's range: density proportional to g^2 / sigma^2 on every process.
+
+    That is the importance sampling of maximum-likelihood training (Song et al., 2021, arXiv 2101.09258), for
+    g^2 / sigma^2 dt = 2 d ln(rho): on VP uniform in ln(e^B - 1), on sub-VP in 2 ln sinh(B / 2), on VE in t.
+    """
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.ratio_range
+        return denoiser.process.time(low * (high / low) ** u)

@@ -29,8 +29,9 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     if not points:
         return
     n, last = points[-1]["n"], points[-1]["metrics"]
-    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS) if key in last]
-    heads = {name: f"{name}@{n}", f"{name}_se": "se"}
+    likelihood = ("bits_per_dim", "bits_per_dim_se")
+    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood) if key in last]
+    heads = {name: f"{name}@{n}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -41,7 +42,7 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
             number(point["seconds_per_image"], 3),
         )
     wide = Console()
-    wide.width = max(wide.width, 110)  # a pipe has 80 columns, which cut the names of metrics
+    wide.width = max(wide.width, 130)  # a pipe has 80 columns, which cut the names of metrics
     wide.print(table)
     if any(point["nfe"] < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print("a budget that can't be met exactly was rounded down")

@@ -42,6 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "levels": "uniform",
         "solver": {"name": "bridge", "clamp": True},
     },
+    "small_t": {
+        "base": "edm.yaml",
+        "process": "vp",
+        "method": {"name": "small_t", "frozen": True},
+        "prior": {"name": "density", "T": 0.4, "density": {"name": "flow", "rank": 8, "width": 16}},
+    },
     "dlg": {
         "base": "edm.yaml",
         "posterior": {"name": "classifier", "count": 50, "width": 4},
@@ -61,8 +67,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "solver": {"name": "ancestral", "clip": True, "grid": {"name": "index"}},
     },
 }
-FROZEN = {"dlg": "posterior.checkpoint=classifier", "tdpm": "prior.checkpoint=generator"}
-"""Methods on the edm weights, and what names the file of their own."""
+LEFT = {
+    "dlg": ("posterior", "classifier.safetensors"),
+    "small_t": ("prior", "density.safetensors"),
+    "tdpm": ("prior", "generator.safetensors"),
+}
+"""What a fit over the frozen edm network leaves, and the part that it is the checkpoint of."""
 
 
 def source(subset: str) -> dict[str, Any]:
@@ -131,11 +141,11 @@ def make_scorer(folder: Path, images: DataModule) -> None:
 def fit_and_bench(folder: Path, name: str) -> list[str]:
     """Fit a method, bench what it left, and check the point; returns the words that name the weights."""
     file, out = str(folder / f"{name}.yaml"), folder / name
-    weights = [f"checkpoint={folder / ('edm' if name in FROZEN else name) / 'ema.safetensors'}"]
-    run("fit", file, f"out={out}", *QUICK, *(weights if name in FROZEN else []))
-    if name in FROZEN:
-        key, _, left = FROZEN[name].partition("=")
-        weights.append(f"{key}={out / left}.safetensors")
+    weights = [f"checkpoint={folder / ('edm' if name in LEFT else name) / 'ema.safetensors'}"]
+    run("fit", file, f"out={out}", *QUICK, *(weights if name in LEFT else []))
+    if name in LEFT:
+        part, left = LEFT[name]
+        weights.append(f"{part}.checkpoint={out / left}")
     run("bench", file, f"out={out}", *QUICK, *weights)
     at_the_end, point = read_points(out / "points.jsonl")
     check(point["n"] == N and 0 < point["nfe"] <= BUDGET, f"{name}: nfe {point['nfe']} of {BUDGET}")

@@ -10,7 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, load
+from diffaccel.data import Batch
+from diffaccel.density import TrainingImages
 from diffaccel.methods import Diffusion, TruncatedDiffusion
+from diffaccel.noise import NoiseStreams
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
@@ -23,15 +26,15 @@ PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.ends
 def weights_of(name: str) -> list[Path]:
     """Files of weights and statistics that an experiment names."""
     config = load(name)
-    paths = [config.checkpoint, config.posterior.get("checkpoint"), config.prior.get("checkpoint")]
-    paths.append(config.extractor.get("path"))
+    parts = (config.posterior, config.prior)
+    paths = [config.checkpoint, *(part.get("checkpoint") for part in parts), config.extractor.get("path")]
     return [Path(path) for path in [*paths, config.reference, config.floor] if path]
 
 
 def test_there_are_experiments():
     assert {"toy/edm", "toy/ddpm", "toy/dlg", "digits/edm", "digits/ddpm", "digits/dlg"} <= set(SMALL)
-    assert {"toy/ddm", "digits/ddm", "cifar10_small/ddm"} <= set(SMALL)
-    assert {"cifar10/edm", "cifar10/dlg"} <= set(PAPER)
+    assert {f"{data}/ddm" for data in ("toy", "digits", "cifar10_small")} <= set(SMALL)
+    assert {"cifar10/edm", "cifar10/dlg", "cifar10/small_t"} <= set(PAPER)
     assert {f"{data}/tdpm" for data in ("toy", "digits", "cifar10_small", "cifar10", "lsun256")} <= set(NAMES)
 
 
@@ -141,6 +144,22 @@ def test_ddm_is_as_large_as_edm(data: str):
     sizes = [sum(p.numel() for p in method.denoiser.network.parameters()) for method in (edm, ddm)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
     assert ddm_flops == pytest.approx(edm_flops, rel=0.04)
+
+
+def test_the_papers_glow_is_trained_from_the_gaussian_on():
+    """Of 22 M parameters; a step on a few images, at a fraction of the width, comes off the Gaussian."""
+    method, _ = build_on_meta("cifar10/small_t")
+    density = method.evaluated_networks()["density"]
+    assert 10e6 < sum(parameter.numel() for parameter in density.parameters()) < 40e6
+    method = experiment.build_method(load("cifar10/small_t", ["prior.density.width=16", "network.widths=[16,16,16]"]))
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    method.density.fit(TrainingImages(lambda rank, world: iter([(0, images)])))
+    before = method.density.log_prob(images)
+    *_, phase = method.phases()
+    optimizer = torch.optim.Adam(phase.parameters, 1e-3)
+    phase.loss(Batch(images, None, torch.arange(8)), NoiseStreams(0, range(8))).mean().backward()
+    optimizer.step()
+    assert phase.name == "density" and not torch.equal(method.density.log_prob(images), before)
 
 
 def test_the_papers_noise_classifier():

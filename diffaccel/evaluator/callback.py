@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffaccel.collective import failing_together
 from diffaccel.errors import UsageError
+from diffaccel.evaluator.bits import BitsPerDim
 from diffaccel.evaluator.logs import budget_name, log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
-from diffaccel.evaluator.processes import failing_together
 from diffaccel.evaluator.provenance import device_name, git_commit, versions
 from diffaccel.evaluator.scores import Real, Scores, digests, to_uint8
 from diffaccel.methods import Diffusion
@@ -60,6 +61,7 @@ class Evaluator(L.Callback):
         again: Measure points that OUT has already once more.
         keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
         keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
+        likelihood: Measures bits per dimension beside each point, if asked for.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class Evaluator(L.Callback):
         again: bool = False,
         keep_features: bool = True,
         keep_images: bool = False,
+        likelihood: BitsPerDim | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.real = extractor, Real(reference, floor)
         self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
         self.identity, self.again = identity, again
-        self.keep_features, self.keep_images = keep_features, keep_images
+        self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
         self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
 
@@ -134,6 +137,8 @@ class Evaluator(L.Callback):
                         self._partial(budget).clear()  # a kill may have come between
                     continue
                 point = self.measure(trainer, method, budget, plan)
+                if self.likelihood is not None:
+                    point["metrics"] |= self.likelihood(method, trainer.global_rank, trainer.world_size)
                 self.points.append(point)
                 if trainer.is_global_zero:
                     if key and self.keep_features:
@@ -272,7 +277,7 @@ class Evaluator(L.Callback):
         if nfe > budget * (1 + 1e-9):
             raise UsageError(f"nfe={budget:g} was overspent: {nfe:.6g} evaluations per image were counted")
         flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
-        one = max((scores.flops.get(name, 0.0) for name in evaluated), default=0.0)
+        one = scores.flops.get("denoiser", 0.0)
         start = getattr(method.prior, "burn_in_per_chain", 0)
         rounds = -(-n // getattr(method.prior, "chains", n))
         # One image's own evaluations, and those of the chain before it.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.collective import all_gather, all_reduce
 from diffaccel.evaluator.partial import Chunk
-from diffaccel.evaluator.processes import all_gather, all_reduce
 from diffaccel.metrics import (
     FrechetDistance,
     KernelDistance,

@@ -3,6 +3,7 @@
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.ddm import DecoupledDiffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
+from diffaccel.methods.small_t import SmallTimeDiffusion
 from diffaccel.methods.tdpm import TruncatedDiffusion
 from diffaccel.methods.training import Phase, TrainedModule, Training
 
@@ -12,6 +13,7 @@ __all__ = [
     "DenoisingLangevinGibbs",
     "Diffusion",
     "Phase",
+    "SmallTimeDiffusion",
     "TrainedModule",
     "Training",
     "TruncatedDiffusion",

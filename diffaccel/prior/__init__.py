@@ -2,6 +2,7 @@
 
 from diffaccel.prior.base import PRIORS, GaussianPrior, Group, Plan, Prior
 from diffaccel.prior.chain import ChainPrior, ChainState
+from diffaccel.prior.density import DensityPrior
 from diffaccel.prior.implicit import ImplicitPrior
 from diffaccel.prior.langevin import LangevinGibbsPrior, keep_lower, langevin_step
 from diffaccel.prior.posterior import ClassifierPosterior, ExactPosterior, LevelPosterior, geometric_levels
@@ -12,6 +13,7 @@ __all__ = [
     "ChainPrior",
     "ChainState",
     "ClassifierPosterior",
+    "DensityPrior",
     "ExactPosterior",
     "GaussianPrior",
     "Group",

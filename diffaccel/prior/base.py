@@ -61,6 +61,22 @@ class Prior(nn.Module, ABC):
             x_t (B, C, H, W) and t (B,) on the denoiser's process.
         """
 
+    def start_ratio(self, denoiser: Denoiser) -> float:
+        """Noise-to-data ratio of all its states.
+
+        Raises:
+            UsageError: They have levels of their own.
+        """
+        raise UsageError(f"{type(self).__name__} starts each image at a level of its own: there is no likelihood")
+
+    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
+        """Normalised log-density of its states x_t (B, C, H, W) on the denoiser's process, in nats: (B,) float64.
+
+        Raises:
+            UsageError: It has none.
+        """
+        raise UsageError(f"{type(self).__name__} has no density: set prior=gaussian or density for a likelihood")
+
     def schedule(self, n: int, batch_size: int) -> list[Group]:
         """Cut image indices 0 .. n - 1 into batches, and batches into groups that must stay on one process."""
         return [[range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
@@ -129,12 +145,25 @@ class GaussianPrior(Prior):
     def forward(  # noqa: D102
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
     ) -> tuple[Tensor, Tensor]:
-        process, device = denoiser.process, denoiser.device
-        t = torch.full((len(noise),), process.t_max, dtype=torch.float64, device=device)
+        t = self._start(denoiser, len(noise))
+        z = noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))
+        return expand(denoiser.process.sigma(t), z) * z, t
+
+    def _start(self, denoiser: Denoiser, count: int) -> Tensor:
+        """The start's time, (count,)."""
+        process = denoiser.process
+        t = torch.full((count,), process.t_max, dtype=torch.float64, device=denoiser.device)
         top = process.ratio(t).clamp_max(denoiser.ratio_range[1])
         if self.ratio_star is not None:
             t = process.time(torch.full_like(t, self.ratio_star))
         elif (top < process.ratio(t)).any():
             t = process.time(top)
-        z = noise.normal(torch.empty(len(noise), *shape, device=device))
-        return expand(process.sigma(t), z) * z, t
+        return t
+
+    def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+        return denoiser.process.ratio(self._start(denoiser, 1)).item()
+
+    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:  # noqa: D102
+        sigma = denoiser.process.sigma(self._start(denoiser, 1))
+        square = x_t.flatten(1).double().square().sum(1)
+        return -0.5 * (square / sigma.square() + x_t[0].numel() * (2 * math.pi * sigma.square()).log())

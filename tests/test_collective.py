@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffaccel.__main__ import main
+from diffaccel.collective import failing_together
 from diffaccel.errors import SharedError, UsageError
-from diffaccel.evaluator.processes import failing_together
 
 TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32"]
 FIT = ["digits/edm", *TINY, "images=256", "training.warmup=64", "precision=64-true", "accelerator=cpu", "threads=1"]

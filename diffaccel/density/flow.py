@@ -1,0 +1,65 @@
+"""Normalising flows of vectors (zuko) on the leading coordinates."""
+
+from typing import Literal
+
+import torch
+import zuko
+from torch import Tensor, nn
+
+from diffaccel.density.base import DENSITIES, gaussian_log_prob
+from diffaccel.density.basis import BasisName
+from diffaccel.density.gaussian import LeadingDensity
+
+Kind = Literal["nsf", "maf"]
+
+
+@DENSITIES.register("flow")
+class FlowDensity(LeadingDensity):
+    """A flow on the leading coordinates of y, whitened by the Gaussian of equal moments.
+
+    Its transforms start at the identity, and so does the density at that Gaussian: the first loss says what the
+    Gaussian is worth, and what comes off it is the flow's.
+
+    Args:
+        shape: See :class:`~diffaccel.density.base.Density`.
+        ratio: See :class:`~diffaccel.density.base.Density`.
+        basis: See :class:`~diffaccel.density.gaussian.GaussianDensity`.
+        rank: See :class:`~diffaccel.density.gaussian.LeadingDensity`.
+        kind: ``nsf``, rational-quadratic splines (arXiv 1906.04032), or ``maf``, affine transforms (arXiv 1705.07057).
+        transforms: Number of transforms.
+        width: Hidden units a layer of their networks.
+        depth: Hidden layers.
+        passes: Passes of each network for one draw; 2 couples two halves, None is fully autoregressive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        ratio: float,
+        basis: BasisName = "dct",
+        rank: int = 64,
+        kind: Kind = "nsf",
+        transforms: int = 6,
+        width: int = 128,
+        depth: int = 2,
+        passes: int | None = 2,
+    ) -> None:
+        super().__init__(shape, ratio, basis, rank)
+        flow = {"nsf": zuko.flows.NSF, "maf": zuko.flows.MAF}[kind]
+        self.flow = flow(self.rank, transforms=transforms, hidden_features=[width] * depth, passes=passes)
+        for transform in self.flow.transform.transforms:
+            last = transform.hyper[-1]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    @property
+    def _scale(self) -> Tensor:
+        """Deviations of the leading coordinates, (rank,) float64."""
+        return self.variances[: self.rank].sqrt()
+
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        return self.flow().transform.inv(z) * self._scale.to(z)
+
+    def leading_log_prob(self, c: Tensor) -> Tensor:  # noqa: D102
+        z, log_det = self.flow().transform.call_and_ladj(c / self._scale.to(c))
+        return gaussian_log_prob(z, torch.ones_like(self._scale)) + log_det.double() - self._scale.log().sum()

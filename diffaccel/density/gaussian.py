@@ -1,0 +1,80 @@
+"""A Gaussian with the data's moments, and densities that differ from it in the leading coordinates alone."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffaccel.density.base import DENSITIES, Density, TrainingImages, gaussian_log_prob
+from diffaccel.density.basis import BasisName, make_basis
+
+
+@DENSITIES.register("gaussian")
+class GaussianDensity(Density):
+    """N(mean, C + ratio^2 I): of all Gaussians the nearest to the law of y, at every level from one decomposition.
+
+    With the basis ``pca`` C is the full covariance; with ``dct`` it is diagonal in rotated colours and cosines.
+
+    Args:
+        shape: See :class:`Density`.
+        ratio: See :class:`Density`.
+        basis: ``pca`` or ``dct``.
+    """
+
+    bound = False
+
+    def __init__(self, shape: tuple[int, int, int], ratio: float, basis: BasisName = "pca") -> None:
+        super().__init__(shape, ratio)
+        self.basis = make_basis(basis, self.shape)
+
+    @property
+    def variances(self) -> Tensor:
+        """Of the coordinates of y, (D,) float64."""
+        return self.basis.variances.double() + self.ratio**2
+
+    @torch.no_grad()
+    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+        self.basis.fit(images)
+        self.fitted.fill_(True)
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        return self.basis.images(z * self.variances.sqrt().to(z))
+
+    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+        return gaussian_log_prob(self.basis.coordinates(y), self.variances)
+
+
+class LeadingDensity(GaussianDensity):
+    """That Gaussian, but for a law of their own of the ``rank`` coordinates of largest variance.
+
+    The basis is orthogonal and the other coordinates are independent, so log-densities add.
+
+    Args:
+        shape: See :class:`Density`.
+        ratio: See :class:`Density`.
+        basis: See :class:`GaussianDensity`.
+        rank: Number of leading coordinates; all, where there are not so many.
+    """
+
+    bound = True
+
+    def __init__(self, shape: tuple[int, int, int], ratio: float, basis: BasisName, rank: int) -> None:
+        super().__init__(shape, ratio, basis)
+        self.rank = min(rank, self.size)
+
+    @abstractmethod
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:
+        """Draw leading coordinates (B, rank) from z (B, rank) and u (B,)."""
+
+    @abstractmethod
+    def leading_log_prob(self, c: Tensor) -> Tensor:
+        """Log-density of leading coordinates (B, rank): (B,) float64."""
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        rest = z[:, self.rank :] * self.variances[self.rank :].sqrt().to(z)
+        return self.basis.images(torch.cat([self.draw(z[:, : self.rank], u).to(z), rest], dim=1))
+
+    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+        c = self.basis.coordinates(y)
+        rest = gaussian_log_prob(c[:, self.rank :], self.variances[self.rank :])
+        return self.leading_log_prob(c[:, : self.rank]) + rest

@@ -1,0 +1,241 @@
+"""Small-time diffusion: a short diffusion and a density that bridges the rest (Franzese et al., 2023, 2206.05173)."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.collective import failing_together
+from diffaccel.data import Batch, to_float
+from diffaccel.denoiser import Denoiser
+from diffaccel.density import Density, NormalDensity, TrainingImages
+from diffaccel.errors import UsageError
+from diffaccel.levels import Levels
+from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.training import Phase, Training
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import DensityPrior, Prior
+from diffaccel.prior.density import full_precision
+from diffaccel.solver import Solver
+
+Weighting = Literal["sigma", "likelihood"]
+
+
+@METHODS.register("small_t")
+class SmallTimeDiffusion(Diffusion):
+    """A diffusion up to the prior's level alone, whose start is a density fitted to the noisy data there.
+
+    Score and density have objectives and weights of their own, so they are fitted in any order; densities in closed
+    form, and those fitted by EM, are fitted before the first step. A frozen denoiser of the full range may be reused:
+    that costs no training, and is at worst as good as one trained on [epsilon, T].
+
+    Args:
+        denoiser: See :class:`Diffusion`; if it is trained, up to the prior's level.
+        prior: A :class:`~diffaccel.prior.DensityPrior` to be fitted; any other only samples.
+        solver: See :class:`Diffusion`.
+        levels: See :class:`Diffusion`; ``uniform`` in time is the paper's, ``log_uniform`` the importance sampling that
+            goes with ``likelihood``.
+        training: See :class:`Diffusion`.
+        shape: See :class:`Diffusion`.
+        seed: See :class:`Diffusion`.
+        frozen: Whether the denoiser keeps its weights and only the density is fitted.
+        weighting: Of the score's loss at t: ``sigma``, |sigma_t s + z|^2, or ``likelihood``, g^2 |s + z / sigma_t|^2
+            over twice the levels' density, whose mean is the bound's term I for any levels.
+        stratified: Whether a step's times are one of each of as many equal shares of the levels.
+        density_lr: The density's learning rate over the run's.
+
+    References:
+        How Much Is Enough? A Study on Diffusion Times in Score-Based Generative Models (Franzese et al., 2023),
+        https://arxiv.org/abs/2206.05173
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: Prior,
+        solver: Solver,
+        levels: Levels,
+        training: Training,
+        shape: tuple[int, int, int],
+        seed: int = 0,
+        frozen: bool = False,
+        weighting: Weighting = "sigma",
+        stratified: bool = True,
+        density_lr: float = 1.0,
+    ) -> None:
+        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        self.weighting, self.stratified, self.density_lr = weighting, stratified, density_lr
+        if isinstance(prior, DensityPrior):
+            low, high = denoiser.ratio_range
+            if not low < prior.ratio_star <= high * 1.001:
+                raise UsageError(
+                    f"method 'small_t': the start's ratio {prior.ratio_star:.4g} is none that the denoiser knows, "
+                    f"[{low:.4g}, {high:.4g}]: change prior.T, or denoiser.ratio_max"
+                )
+            if not frozen:
+                denoiser.ratio_range = low, prior.ratio_star
+        if frozen:
+            self.freeze_denoiser()
+
+    @property
+    def density(self) -> Density:
+        """What is fitted.
+
+        Raises:
+            UsageError: The experiment has another prior.
+        """
+        if not isinstance(self.prior, DensityPrior):
+            raise UsageError("method 'small_t' fits a density prior: set prior=density")
+        return self.prior.density
+
+    def phases(self) -> list[Phase]:
+        """The denoiser's, unless it is frozen, and the density's, if it is trained by steps."""
+        found = [] if self.frozen else super().phases()
+        if parameters := list(self.density.parameters()):
+            found.append(Phase("density", parameters, self.density_loss, lr=self.density_lr))
+        return found
+
+    def averaged(self) -> nn.Module | None:
+        """Denoiser and density, whichever is trained by steps."""
+        networks = {} if self.frozen else {"denoiser": self.denoiser.network}
+        if list(self.density.parameters()):
+            networks["density"] = self.density
+        return nn.ModuleDict(networks) if networks else None
+
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Denoiser (``ema``, ``raw``) and ``density``, averaged, in float32: rounding would move its moments."""
+        average = self.ema.state_dict() if self.ema is not None else {}
+        own = {name: _under(name, average) for name in ("denoiser", "density")}
+        level = {"ratio_star": self.density.ratio, "any_level": not self.density.bound}
+        said = {"dtype": "float32", "density": type(self.density).__name__, **level, "shape": list(self.shape)}
+        found = {"density": ({**self.density.state_dict(), **own["density"]}, said)}
+        if not self.frozen:
+            state = self.denoiser.network.state_dict()
+            found["raw"] = (state, {"averaged": False})
+            found["ema"] = ({**state, **own["denoiser"]}, {"averaged": True})
+        return found
+
+    # Fitting
+
+    def on_fit_start(self) -> None:
+        """Fit what needs no steps, unless the checkpoint brought it."""
+        super().on_fit_start()
+        if self.density.fitted:
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+
+        def read(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
+            for index, images, _ in data.batches("train", 250, rank, world):
+                yield index, to_float(images).to(self.device)
+
+        flip = self.training_plan.flip
+        with failing_together():
+            self.density.fit(TrainingImages(read, self.global_rank, self.trainer.world_size, flip, self.seed))
+        self.density.broadcast()
+
+    def on_train_start(self) -> None:
+        """Where there is nothing to step, the run is done: it has seen every image once."""
+        if not self._phases:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.images_seen = self.training_plan.images = data.size("train")
+        super().on_train_start()
+
+    def density_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """The density's loss on the batch with fresh noise, (B,)."""
+        y = batch.image + self.density.ratio * noise.normal(batch.image)
+        with full_precision(y):
+            return self.density.loss(y)
+
+    def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """Weighted squared error of the predicted noise, mean over C, H, W: (B,)."""
+        t, weight = self.times(batch, noise)
+        eps = noise.normal(batch.image)
+        found = self.denoiser.given(batch.condition)(self.denoiser.process.marginal(batch.image, t, eps), t).eps
+        return weight.to(eps) * (found - eps).square().flatten(1).mean(1)
+
+    @torch.enable_grad()
+    def times(self, batch: Batch, noise: NoiseStreams) -> tuple[Tensor, Tensor]:
+        """Training times and the weights of |sigma_t s + z|^2 there, (B,) each, float64.
+
+        One over the density of t = levels(u) is dt / du, so that g^2 / (2 sigma^2) dt / du is the likelihood's weight
+        for any levels: with ``log_uniform`` a constant.
+        """
+        u = noise.uniform().to(self.device)
+        if self.stratified:
+            size = self.training_plan.batch_size  # the global batch: its share of the levels goes with the position
+            u = ((batch.index.to(u) % size) + u) / size
+        if self.weighting == "sigma":
+            t = self.levels(self.denoiser, u)
+            return t, torch.ones_like(t)
+        t = self.levels(self.denoiser, u.requires_grad_())
+        (derivative,) = torch.autograd.grad(t.sum(), u)
+        t, process = t.detach(), self.denoiser.process
+        return t, 0.5 * (process.diffusion(t) / process.sigma(t)).square() * derivative
+
+
+def _under(name: str, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
+
+
+@dataclass
+class Tradeoff:
+    """Start times to compare for small T."""
+
+    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Times of the experiment's process."""
+    images: int = 512
+    """Test images that the bound is taken of."""
+    draws: int = 16
+    """Evaluations on each."""
+    fd: bool = True
+    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
+
+
+class Fit(NamedTuple):
+    """How well a density knows held-out noisy images.
+
+    Attributes:
+        bits: -log nu(y) in bits per dimension of VP's x = y / sqrt(1 + ratio^2).
+        gain: Bits per dimension below N(0, I).
+        se: Standard error of the gain.
+        floor: What no density can have less of: the entropy of the noise.
+        largest: Largest |x| of as many draws.
+    """
+
+    bits: float
+    gain: float
+    se: float
+    floor: float
+    largest: float
+
+    @property
+    def plausible(self) -> bool:
+        """Whether it keeps to the floor; below it noise was learned by heart, or the density isn't normalised."""
+        return self.bits >= self.floor - 3 * self.se
+
+
+@torch.no_grad()
+def judge(density: Density, batches: Iterable[Tensor], seed: int = 0) -> Fit:
+    """Test a density on clean images in [-1, 1], (B, C, H, W) each, with noise from streams of their own."""
+    normal = NormalDensity(density.shape, density.ratio)
+    scale, own, control, largest, first = math.sqrt(1 + density.ratio**2), [], [], 0.0, 0
+    for x_0 in batches:
+        noise = NoiseStreams(seed, range(first, first + len(x_0)), "density")
+        first += len(x_0)
+        y = x_0 + density.ratio * noise.normal(x_0)
+        own.append(density.log_prob(y))
+        control.append(normal.log_prob(y))
+        z = noise.normal(torch.empty(len(x_0), density.noise_size, device=x_0.device))
+        largest = max(largest, density(z, noise.uniform().to(z.device)).abs().max().item() / scale)
+    unit = density.size * math.log(2)
+    gain = (torch.cat(own) - torch.cat(control)) / unit
+    return Fit(
+        -torch.cat(own).mean().item() / unit - math.log2(scale),
+        gain.mean().item(),
+        gain.std().item() / math.sqrt(len(gain)),
+        0.5 * math.log2(2 * math.pi * math.e) + math.log2(density.ratio / scale),
+        largest,
+    )

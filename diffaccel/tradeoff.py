@@ -1,0 +1,197 @@
+"""Where to stop: the bound and the distance as functions of the start time, for each density, from one network.
+
+A small T makes the score's part of the bound small and the mismatch of the start large. The bound hardly sees a
+mismatch that ruins images, so the distance of samples stands beside it: T is never chosen on the bound alone.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib
+import torch
+from torch import Tensor
+
+from diffaccel.data import DataModule
+from diffaccel.density import Density, GaussianDensity, NormalDensity
+from diffaccel.errors import UsageError
+from diffaccel.evaluator import Evaluator, least_ratio
+from diffaccel.likelihood import Bound, LogDensity, bits_per_dim, bound, decoding, dequantised
+from diffaccel.methods import Diffusion, SmallTimeDiffusion
+from diffaccel.methods.small_t import Tradeoff
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import DensityPrior
+
+matplotlib.use("Agg")
+
+Row = dict[str, Any]
+
+
+class TradeoffCurve(L.Callback):
+    """Measures L(T), and the distance of samples, for N(0, I), the Gaussian of the data's moments, and the density.
+
+    Args:
+        settings: Times, images, draws.
+        data: Where test images come from.
+        evaluator: Measures samples; None leaves that out.
+        seed: Of the noise, which all times and densities share.
+        out: Folder of ``tradeoff.csv`` and ``tradeoff.png``.
+    """
+
+    def __init__(
+        self, settings: Tradeoff, data: DataModule, evaluator: Evaluator | None, seed: int, batch_size: int, out: Path
+    ) -> None:
+        self.settings, self.data, self.evaluator = settings, data, evaluator
+        self.seed, self.batch_size, self.out = seed, batch_size, out
+        self.rows: list[Row] = []
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure everything and write it."""
+        assert isinstance(pl_module, SmallTimeDiffusion)
+        starts = starts_of(pl_module, self.settings.T)
+        self.rows = self.bounds(pl_module, starts)
+        if self.evaluator is not None:
+            self.evaluator.extractor.to(pl_module.device)
+            for row in self.rows:
+                row |= self.distances(trainer, pl_module, starts[row["density"]][row["T"]])
+        if trainer.is_global_zero:
+            write(self.rows, self.out)
+
+    @torch.no_grad()
+    def bounds(self, method: Diffusion, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
+        """One row a density and time, in bits per dimension, with standard errors."""
+        times = sorted({T for priors in starts.values() for T in priors})
+        process = method.denoiser.process
+        ratios = process.ratio(torch.tensor(times, dtype=torch.float64)).tolist()
+        method.denoiser.check_range(torch.tensor(ratios))
+        laws = {
+            name: [_law(method, priors[T]) if T in priors else _nowhere for T in times]
+            for name, priors in starts.items()
+        }
+        parts: list[tuple[Bound, Tensor]] = []
+        for index, images, _ in self.data.batches("test", self.batch_size):
+            first = index * self.batch_size
+            if first >= self.settings.images:
+                break
+            images = images[: self.settings.images - first]
+            noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
+            quantised = images.dtype == torch.uint8
+            x_0 = (dequantised(images, noise) if quantised else images).to(method.device)
+            low = least_ratio(method)
+            terms = bound(method.denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
+            parts.append((terms, decoding(method.denoiser, x_0, low, noise)))
+        bounds, deltas = [terms for terms, _ in parts], torch.cat([delta for _, delta in parts])
+        return [
+            {"density": name, "T": T, "ratio": ratios[i], **self._terms(name, i, bounds, deltas, quantised)}
+            for name, priors in starts.items()
+            for i, T in enumerate(times)
+            if T in priors
+        ]
+
+    def _terms(self, name: str, i: int, bounds: list[Bound], deltas: Tensor, quantised: bool) -> Row:
+        """The bound and its terms at the i-th time, means over the images."""
+        size, width = math.prod(self.data.shape), 2.0 if quantised else None
+        total = torch.cat([terms.total(name)[:, i] for terms in bounds])
+        bits, unit = bits_per_dim(total, size, width), size * math.log(2)
+        return {
+            "bits_per_dim_bound": bits.mean().item(),
+            "bits_per_dim_bound_se": bits.std().item() / math.sqrt(len(bits)),
+            "bits_per_dim_bound_of_x_0": bits_per_dim(total + deltas, size, width).mean().item(),
+            "log_nu": torch.cat([terms.start[name][:, i] for terms in bounds]).mean().item() / unit,
+            "I": torch.cat([terms.score_matching[:, i] for terms in bounds]).mean().item() / unit,
+            "R": bounds[0].entropy[i].item() / unit,
+            "n": len(bits),
+        }
+
+    def distances(self, trainer: L.Trainer, method: Diffusion, prior: DensityPrior) -> Row:
+        """Distances of samples from one start, at each budget."""
+        assert self.evaluator is not None
+        method.prior, method.by_nfe = prior.to(method.device), {}
+        found: Row = {}
+        for budget in self.evaluator.budgets:
+            plan = method.plan(budget, self.evaluator.n)
+            metrics = self.evaluator.measure(trainer, method, budget, plan)["metrics"]
+            name = self.evaluator.extractor.metric_name
+            found |= {f"{name}_nfe{budget:g}": metrics[name], f"{name}_nfe{budget:g}_se": metrics[f"{name}_se"]}
+        return found
+
+
+def starts_of(method: SmallTimeDiffusion, times: Sequence[float]) -> dict[str, dict[float, DensityPrior]]:
+    """Density by name -> the prior at each time where it is known.
+
+    Raises:
+        UsageError: The experiment's density is not fitted, or has no log-density.
+    """
+    own = method.density
+    if not own.fitted or not own.normalised:
+        raise UsageError("the trade-off needs a fitted density with a log-density: set prior.checkpoint")
+    known: dict[str, Density] = {"N(0, I)": NormalDensity(own.shape, own.ratio)}
+    if isinstance(own, GaussianDensity):  # or one that holds the same moments
+        known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
+        known["Gaussian"].basis = own.basis
+        known["Gaussian"].fitted.fill_(True)
+    if not own.bound:
+        return {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
+    T_own = method.denoiser.process.time(torch.tensor(own.ratio, dtype=torch.float64)).item()
+    times = [T for T in times if not math.isclose(T, T_own, rel_tol=1e-6)] + [T_own]
+    found = {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
+    return found | {type(own).__name__.removesuffix("Density").lower(): {T_own: prior_at(method, own)}}
+
+
+def prior_at(method: Diffusion, density: Density, T: float | None = None) -> DensityPrior:
+    """A prior of a density at a time of the process, or at the density's own level."""
+    level = {"ratio_star": density.ratio} if T is None else {"T": T}
+    prior = DensityPrior(method.denoiser, method.shape, {"name": "normal"}, **level)
+    prior.density = density.at(prior.ratio_star)
+    prior.evaluations = density.evaluations
+    return prior
+
+
+def _law(method: Diffusion, prior: DensityPrior) -> LogDensity:
+    return partial(prior.to(method.device).log_prob, method.denoiser)
+
+
+def _nowhere(x: Tensor) -> Tensor:
+    return torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
+
+
+def best(rows: Sequence[Row]) -> dict[str, float]:
+    """The time of the least bound for each density."""
+    names = dict.fromkeys(row["density"] for row in rows)
+    return {
+        name: min((row for row in rows if row["density"] == name), key=lambda row: row["bits_per_dim_bound"])["T"]
+        for name in names
+    }
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """Write ``tradeoff.csv`` and ``tradeoff.png``."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "tradeoff.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, out / "tradeoff.png")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the bound, and the distances if there are any, against T."""
+    from matplotlib import pyplot as plt
+
+    shown = ["bits_per_dim_bound", *(key for key in rows[0] if "_nfe" in key and not key.endswith("_se"))]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], shown, strict=True):
+        for name in dict.fromkeys(row["density"] for row in rows):
+            own = sorted((row for row in rows if row["density"] == name), key=lambda row: row["T"])
+            # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
+            errors = None if key == shown[0] else [row[f"{key}_se"] for row in own]
+            axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
+        axis.set(xlabel="T", ylabel=key, yscale="linear" if key == shown[0] else "log")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(title="start")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,112 @@
+"""Small T from the command line: fits with and without steps, in two processes; bits/dim; the trade-off."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffaccel.__main__ import main
+from diffaccel.config import load
+from diffaccel.experiment import build_method
+from diffaccel.report import read_points
+from diffaccel.weights import read_description, read_weights
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+QUICK = ["logger=none", "threads=1", "reference=", "data.n=2000"]
+TOY = (0.2, 0.3, 0.5)
+ENTROPY = -sum(w * math.log(w) for w in TOY) + math.log(2 * math.pi * math.e * 0.3**2)
+"""Of the toy mixture, whose modes don't overlap, in nats."""
+
+
+def fit(out: Path, *words: str) -> Path:
+    """Fit on toy points; returns the density's file."""
+    assert main(["fit", "toy/small_t", *QUICK, *words, f"out={out}"]) == 0
+    return out / "density.safetensors"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    return fit(tmp_path_factory.mktemp("mixture"))
+
+
+def test_a_fit_without_steps_sees_each_point_once_and_says_its_level(mixture: Path, capsys):
+    story = read_description(mixture)
+    assert story["images_seen"] == 2000 and story["density"] == "MixtureDensity" and not story["any_level"]
+    assert story["ratio_star"] == pytest.approx(2.0283, abs=1e-4)
+    assert sorted(read_weights(mixture)[0]["weights"].tolist()) == pytest.approx(sorted(TOY), abs=0.2)
+    assert main(["sample", "toy/small_t", "prior.T=0.3", f"prior.checkpoint={mixture}", "n=4"]) == 2
+    assert "are of ratio_star 2.02832, the experiment's prior starts at 1.23415" in capsys.readouterr().err
+
+
+def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path, capsys):
+    """A flow's steps, stopped half-way and resumed, end where an unbroken run does."""
+    flow = ["prior.density.name=flow", "prior.density.transforms=1", "prior.density.width=8", "training.batch_size=50"]
+    whole = read_weights(fit(tmp_path / "whole", *flow, "images=1000", "training.decay=0", "training.warmup=0"))[0]
+    fit(tmp_path / "parts", *flow, "images=500", "training.decay=0", "training.warmup=0")
+    words = [*flow, "images=1000", "training.decay=0", "training.warmup=0", "resume=auto"]
+    resumed = read_weights(fit(tmp_path / "parts", *words))[0]
+    assert "below N(0, I)" in capsys.readouterr().err
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_fit_what_one_fits(mixture: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "diffaccel", "fit", "toy/small_t", *QUICK, "devices=2", "accelerator=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, f"out={tmp_path}"], env=environment, timeout=300, check=True)
+    one, two = read_weights(mixture)[0], read_weights(tmp_path / "density.safetensors")[0]
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_bits_per_dimension_are_the_data_s_entropy(mixture: Path, tmp_path: Path):
+    words = ["bench", "toy/small_t", "logger=none", "nfe=5", "n=100", f"prior.checkpoint={mixture}", f"out={tmp_path}"]
+    assert main([*words, "likelihood=true", "likelihood_n=150"]) == 0
+    (point,) = read_points(tmp_path / "points.jsonl")
+    found = point["metrics"]
+    assert found["bits_per_dim_n"] == 150 and found["bits_per_dim_nfe"] > 20
+    assert abs(found["bits_per_dim"] - ENTROPY / (2 * math.log(2))) < 4 * found["bits_per_dim_se"] < 0.5
+    assert point["evaluations"] == {"denoiser": 400, "density": 100}, "likelihoods are not sampling"
+    assert main(words) == 0
+    assert len(read_points(tmp_path / "points.jsonl")) == 2, "with and without are two points"
+
+
+def test_a_prior_without_density_has_no_likelihood(tmp_path: Path, capsys):
+    assert main(["bench", "toy/dlg", "logger=none", "likelihood=true", f"out={tmp_path}"]) == 2
+    assert "there is no likelihood" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsys):
+    words = ["nfe=4", "n=100", f"prior.checkpoint={mixture}", "tradeoff.T=[0.2,0.9]", "tradeoff.images=100"]
+    assert main(["tradeoff", "toy/small_t", *words, f"out={tmp_path}", "logger=none"]) == 0
+    with (tmp_path / "tradeoff.csv").open() as file:
+        rows = {(row["density"], round(float(row["T"]), 3)): row for row in csv.DictReader(file)}
+    free = {(name, T) for name in ("N(0, I)", "Gaussian") for T in (0.2, 0.4, 0.9)}
+    assert set(rows) == free | {("mixture", 0.4)}
+    bits = {key: float(row["bits_per_dim_bound"]) for key, row in rows.items()}
+    assert bits["N(0, I)", 0.2] > bits["N(0, I)", 0.4] + 0.5 > bits["N(0, I)", 0.9]
+    assert bits["mixture", 0.4] < bits["Gaussian", 0.4] < bits["N(0, I)", 0.4]
+    assert bits["Gaussian", 0.9] == pytest.approx(ENTROPY / (2 * math.log(2)), abs=0.6)
+    assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+    assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out
+
+
+def test_the_trade_off_wants_a_density_that_is_known(tmp_path: Path, capsys):
+    words = ["prior.checkpoint=", f"out={tmp_path}", "logger=none"]
+    assert main(["tradeoff", "toy/small_t", *words]) == 2
+    assert "needs a fitted density" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["tradeoff", "toy/edm", *words[1:]]) == 2
+    assert "small_t" in capsys.readouterr().err
+
+
+def test_the_digits_variant_is_trained_up_to_its_T():
+    method = build_method(load("digits/small_t_trained", ["prior.T=0.2"]), load=False)
+    assert method.denoiser.ratio_range == pytest.approx((0.01, 0.7204), abs=1e-4)
+    assert [phase.name for phase in method.phases()] == ["denoiser"]
+    assert json.dumps(method.exports()["density"][1])
