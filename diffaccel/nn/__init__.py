@@ -2,6 +2,7 @@
 
 from diffaccel.nn.ddpm import DDPMUNet
 from diffaccel.nn.mlp import MLP
+from diffaccel.nn.ncsnpp import NCSNpp
 from diffaccel.nn.unet import NETWORKS, UNet
 
-__all__ = ["MLP", "NETWORKS", "DDPMUNet", "UNet"]
+__all__ = ["MLP", "NETWORKS", "DDPMUNet", "NCSNpp", "UNet"]
