@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
-    """Run one forward of the denoiser on a few images.
+    """Run the denoiser twice on a few images, once watched and once timed.
 
     Returns:
         FLOPs of one image, seconds of one image on this machine, and bytes of activations of one image.
@@ -63,9 +63,7 @@ def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
     process = method.denoiser.process
     x_t = torch.randn(images, *method.shape, device=method.device)
     t = process.time(torch.ones(images, dtype=torch.float64, device=method.device))
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        method.denoiser(x_t, t)
-    with LiveBytes() as memory:
+    with EvaluationCounter(method.evaluated_networks()) as counter, LiveBytes() as memory:
         method.denoiser(x_t, t)
     started = time.perf_counter()
     method.denoiser(x_t, t)
@@ -76,7 +74,8 @@ def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
 
 def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
     """Print a plan per budget, and the cost that one measured forward predicts."""
-    images = min(config.batch_size, 16)
+    pixels = config.shape[1] * config.shape[2]
+    images = min(config.batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
     with torch.autocast(method.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
         flops, seconds, activations = forward_cost(method.eval(), images)
     parameters = sum(parameter.numel() for parameter in method.parameters())

@@ -25,7 +25,17 @@ from diffaccel.pretrained.score_sde import read_score_sde
 from diffaccel.pretrained.torchfile import Stored
 from diffaccel.weights import file_sha256, read_description, read_weights, save_weights
 
-__all__ = ["FOREIGN", "OPTIONS", "Pretrained", "convert", "files_sha256", "is_pretrained", "read", "read_own"]
+__all__ = [
+    "FOREIGN",
+    "OPTIONS",
+    "Pretrained",
+    "convert",
+    "describe",
+    "files_sha256",
+    "is_pretrained",
+    "read",
+    "read_own",
+]
 
 FOREIGN = {".pth": read_score_sde, ".pt": read_score_sde, ".pkl": read_edm}
 """Suffix -> reader of other programs' files."""
@@ -93,9 +103,10 @@ def read_own(path: Path, options: Mapping[str, Any]) -> Pretrained:
     tensors, said = read_weights(path)
     parts = [said.get(key) for key in ("network", "denoiser", "process")]
     shape = said.get("shape")
-    sized = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
-    if not all(isinstance(part, dict) for part in parts) or not sized:
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(shape, list):
         raise refuse(origin, "its header does not say network, denoiser, process and shape")
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise refuse(origin, "its header's shape is not [channels, height, width]")
     channels, rows, columns = shape
     size: tuple[int, int, int] = (channels, rows, columns)
     network, denoiser, process = (dict(part) for part in parts if part is not None)
@@ -116,3 +127,21 @@ def convert(source: Path, target: Path, **options: Any) -> Pretrained:
     found = read(source, **options)
     save_weights(target, found.tensors, found.description, torch.float32)
     return found
+
+
+def describe(found: Pretrained) -> str:
+    """Say in a few lines what a checkpoint holds."""
+
+    def part(node: Mapping[str, Any]) -> str:
+        return ", ".join([str(node["name"]), *(f"{key} {value}" for key, value in node.items() if key != "name")])
+
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    rows = {
+        "from": part({"name": found.source.get("format", "diffaccel"), **found.source}),
+        "images": f"{found.shape}, in units of [-1, 1]",
+        "network": part(found.network),
+        "tensors": f"{len(found.tensors)}, {count:,} numbers",
+        "denoiser": part(found.denoiser),
+        "process": part(found.process),
+    }
+    return "\n".join(f"{key:9} {value}" for key, value in rows.items())
