@@ -168,6 +168,11 @@ def bench(config: Any) -> None:
 
         print_cost(config, method, plans)
         return
+    if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
+        console.print(
+            "the noise classifier has no weights, so that it reads levels at random: train it with `diffaccel fit`, and "
+            "set posterior.checkpoint=FILE"
+        )
     evaluator = experiment.build_evaluator(config, method)
     launch.write_config(config)
     trainer = launch.build_trainer(config, [evaluator])

@@ -1,5 +1,6 @@
 """What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
 
+import math
 import time
 import weakref
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
     table = Table(box=None, header_style="bold")
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "time for n"):
         table.add_column(column, justify="right")
+    total = seconds * config.n / config.devices / config.num_nodes
     for budget, plan in plans.items():
         method.tune(budget)
         nfe = method.planned_nfe(plan, config.n)
@@ -91,8 +93,7 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
             str(plan.steps),
             f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}",
             f"{nfe:.4g}",
-            human(nfe * flops, "FLOP"),
-            f"{nfe * seconds * config.n / config.devices / config.num_nodes:.3g} s",
+            *(("by its tolerance", "") if math.isnan(nfe) else (human(nfe * flops, "FLOP"), f"{nfe * total:.3g} s")),
         )
     print(f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}")
     print(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none")

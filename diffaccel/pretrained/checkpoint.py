@@ -91,7 +91,7 @@ def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int
         UsageError: It would have more layers than the file has tensors, or can't be built.
     """
     lists, blocks = [len(value) for value in network.values() if isinstance(value, list)], network.get("blocks", 1)
-    if type(blocks) is not int or max(lists, default=0) * blocks > tensors:
+    if type(blocks) is not int or max([1, *lists]) * blocks > tensors:
         raise refuse(origin, f"its network would have more layers than it has tensors ({tensors})")
     try:
         with torch.device("meta"):

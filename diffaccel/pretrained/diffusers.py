@@ -103,7 +103,11 @@ def read_diffusers(path: Path, options: Mapping[str, Any]) -> Pretrained:
         denoiser, process = _ve(scheduler, 2.0 if centred else 1.0, options.get("sigma_max"), origin)
         units = "[0, 1] in the file: noise levels doubled, once" if centred else "[-1, 1], as in the file"
     else:
-        denoiser, process, units = _discrete(scheduler, origin), {"name": "vp"}, "[-1, 1], as in the file"
+        denoiser, process, units = (
+            _discrete(scheduler, origin),
+            {"name": "edm", "sigma_max": 1e3},
+            "[-1, 1], as in the file",
+        )
     return Pretrained(
         shape, network, denoiser, process, tensors, {"format": "diffusers", "weights": "file's", "units": units}
     )

@@ -1,6 +1,6 @@
 """Reverse integrators by name, their grids, and the one loop that runs them."""
 
-from diffaccel.solver import adaptive, dlg, exponential, multistep, onestep, stochastic, unipc
+from diffaccel.solver import adaptive, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
 from diffaccel.solver.grid import GRIDS, Grid, Karras, Listed, LogSNR, Quadratic, TimeToZero, UniformTime
 
@@ -18,7 +18,6 @@ __all__ = [
     "Trajectory",
     "UniformTime",
     "adaptive",
-    "dlg",
     "exponential",
     "multistep",
     "onestep",
