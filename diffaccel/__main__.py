@@ -170,8 +170,8 @@ def bench(config: Any) -> None:
         return
     if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
         console.print(
-            "the noise classifier has no weights, so that it reads levels at random: train it with `diffaccel fit`, and "
-            "set posterior.checkpoint=FILE"
+            "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit`, then set "
+            "posterior.checkpoint=FILE"
         )
     evaluator = experiment.build_evaluator(config, method)
     launch.write_config(config)

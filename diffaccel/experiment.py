@@ -25,7 +25,7 @@ from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.reference import Reference, load_reference
 from diffaccel.search import Searcher
-from diffaccel.solver import SOLVERS
+from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
 
 
@@ -55,6 +55,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
     if pretrained is not None and network is not None:
         denoiser.source = pretrained.source
+        check_grid(solver, denoiser)
         if load:
             assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
     elif load and config.checkpoint and network is not None:
@@ -107,6 +108,20 @@ def adopt(config: Config) -> Pretrained | None:
         )
     config.network, config.denoiser = found.network, found.denoiser
     return found
+
+
+def check_grid(solver: Solver, denoiser: Denoiser) -> None:
+    """Refuse a grid of the experiment's that goes on below what a checkpoint was trained on.
+
+    Raises:
+        UsageError: It does.
+    """
+    least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
+    if least < 0.999 * low:
+        raise UsageError(
+            f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
+            f"solver.grid.ratio_min={low:.6g} (and solver.grid.name, if the experiment names no grid)"
+        )
 
 
 def build_prior(node: dict[str, Any], posterior: LevelPosterior | None, denoiser: Denoiser, load: bool = True) -> Prior:

@@ -17,6 +17,7 @@ from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import GaussianDenoiser
+from diffaccel.errors import UsageError
 from diffaccel.evaluator import to_uint8
 from diffaccel.methods import DenoisingLangevinGibbs
 from diffaccel.nfe import EvaluationCounter
@@ -314,3 +315,11 @@ def test_a_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixt
     torch.save(score_sde_content(random_network(1, **VE), random_network(2, **VE)), tmp_path / "a.pth")
     assert main(["bench", "celebahq256/dlg", f"checkpoint={tmp_path / 'a.pth'}", "dry_run=true"]) == 2
     assert "makes images of shape (3, 32, 32)" in capsys.readouterr().err
+
+
+def test_a_grid_below_what_a_checkpoint_is_trained_on(tmp_path: Path) -> None:
+    torch.save(score_sde_content(random_network(1, **VE), random_network(2, **VE)), tmp_path / "a.pth")
+    words = [f"checkpoint={tmp_path / 'a.pth'}"]
+    with pytest.raises(UsageError, match=r"solver.grid.ratio_min=0.02"):
+        experiment.build_method(load("cifar10/edm", words))
+    experiment.build_method(load("cifar10/edm", [*words, "solver.grid.name=karras", "solver.grid.ratio_min=0.02"]))
