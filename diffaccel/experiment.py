@@ -54,9 +54,9 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
     if pretrained is not None and network is not None:
-        denoiser.source = pretrained.source
         check_grid(solver, denoiser)
         if load:
+            denoiser.source = pretrained.source
             assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
     elif load and config.checkpoint and network is not None:
         load_denoiser(Path(config.checkpoint), network)

@@ -78,8 +78,8 @@ def test_names_shapes_and_order_are_the_published_ones(name: str) -> None:
     """By a hash of the listing; where DIFFACCEL_MANIFESTS names a folder of the published ones, line by line."""
     lines_of, file, count, sha256 = LISTINGS[name]
     lines = lines_of(on_meta(name))
-    folder = os.environ.get("DIFFACCEL_MANIFESTS")
-    if folder:
+    folder = os.environ.get("DIFFACCEL_MANIFESTS", "absent")
+    if Path(folder).is_dir():
         entries = json.loads(Path(folder, f"{file}.json").read_text())["entries"]
         dropped = ("sigmas", "resample_filter")
         kept = [row for row in entries if not row[0].endswith(dropped)]
