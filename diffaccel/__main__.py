@@ -23,6 +23,7 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
   diffaccel search EXPERIMENT nfe=[5,10] seed=7     find the best prior and solver for each budget, in search.trials
   diffaccel tradeoff EXPERIMENT                     small T: the bound and the distance for each start time
   diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
+  diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC says what it is
   diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
   diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
 
@@ -65,17 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
         "reference": reference,
     }
     verb = words.pop(0)
-    if verb == "compare" and not {"-h", "--help", "help"} & set(words):
-        return _guarded(lambda: compare(words))
+    if verb in PATH_VERBS and not {"-h", "--help", "help"} & set(words):
+        return _guarded(lambda: PATH_VERBS[verb](words))
     experiment = words.pop(0) if words and "=" not in words[0] else None
-    if verb in (*verbs, "compare") and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
+    if verb in (*verbs, *PATH_VERBS) and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
         print(HELP)
         return 0
 
     def run() -> None:
         if verb not in verbs:
             raise UsageError(
-                f"no command is called {verb!r}{suggest(verb, [*verbs, 'compare'])} (see `diffaccel help`)"
+                f"no command is called {verb!r}{suggest(verb, [*verbs, *PATH_VERBS])} (see `diffaccel help`)"
             )
         _quiet()
         from diffaccel.config import load
@@ -126,6 +127,35 @@ def compare(words: list[str]) -> None:
     print(f"index.html, curve.png, compare.csv and table.md are in {out}")
 
 
+def convert(words: list[str]) -> None:
+    """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
+    from diffaccel import pretrained
+
+    inspects, words = "--inspect" in words, [word for word in words if word != "--inspect"]
+    paths = [word for word in words if "=" not in word or Path(word).exists()]
+    options = dict(word.lstrip("-").split("=", 1) for word in words if word not in paths)
+    if len(paths) != (1 if inspects else 2):
+        raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")
+    typed: dict[str, Any] = {}
+    for key, value in options.items():
+        kind = pretrained.OPTIONS.get(key)
+        if kind is None:
+            raise UsageError(f"convert has no key {key!r}{suggest(key, pretrained.OPTIONS)}")
+        try:
+            typed[key] = kind(value)
+        except ValueError:
+            raise UsageError(f"{key}={value} is no number") from None
+    source = Path(paths[0])
+    found = pretrained.read(source, **typed) if inspects else pretrained.convert(source, Path(paths[1]), **typed)
+    print(pretrained.describe(found))
+    if not inspects:
+        print(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")
+
+
+PATH_VERBS: dict[str, Callable[[list[str]], None]] = {"compare": compare, "convert": convert}
+"""Commands on files and folders instead of an experiment."""
+
+
 def bench(config: Any) -> None:
     """Measure the configured budgets with the configured weights."""
     from torch.utils.data import DataLoader
@@ -140,6 +170,11 @@ def bench(config: Any) -> None:
 
         print_cost(config, method, plans)
         return
+    if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
+        console.print(
+            "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit`, then set "
+            "posterior.checkpoint=FILE"
+        )
     evaluator = experiment.build_evaluator(config, method)
     launch.write_config(config)
     trainer = launch.build_trainer(config, [evaluator])
@@ -277,10 +312,10 @@ def sample(config: Any) -> None:
     folder = config.folder / f"images_nfe{config.nfe[0]:g}"
     folder.mkdir(parents=True, exist_ok=True)
     if config.format == "npz" or config.data["name"] == "toy":
-        final = images if config.data["name"] == "toy" else to_uint8(images)
+        final = images if config.data["name"] == "toy" else to_uint8(images, config.truncate)
         np.savez_compressed(folder / "images.npz", images=final.permute(0, 2, 3, 1).numpy())
     else:
-        for i, image in enumerate(to_uint8(images)):
+        for i, image in enumerate(to_uint8(images, config.truncate)):
             save_image(image.float() / 255, folder / f"{i:06d}.png")
     print(folder)
 

@@ -135,6 +135,8 @@ class Config:
     """Folder to write to; runs/<data>/<method> by default."""
     resume: str | None = None
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    truncate: bool = False
+    """Truncate images to uint8 as the DLG reference does, instead of rounding them."""
     keep_features: bool = True
     """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
     keep_images: bool = False

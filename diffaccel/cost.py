@@ -1,5 +1,6 @@
 """What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
 
+import math
 import time
 import weakref
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
-    """Run one forward of the denoiser on a few images.
+    """Run the denoiser twice on a few images, once watched and once timed.
 
     Returns:
         FLOPs of one image, seconds of one image on this machine, and bytes of activations of one image.
@@ -63,9 +64,7 @@ def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
     process = method.denoiser.process
     x_t = torch.randn(images, *method.shape, device=method.device)
     t = process.time(torch.ones(images, dtype=torch.float64, device=method.device))
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        method.denoiser(x_t, t)
-    with LiveBytes() as memory:
+    with EvaluationCounter(method.evaluated_networks()) as counter, LiveBytes() as memory:
         method.denoiser(x_t, t)
     started = time.perf_counter()
     method.denoiser(x_t, t)
@@ -76,13 +75,15 @@ def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
 
 def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
     """Print a plan per budget, and the cost that one measured forward predicts."""
-    images = min(config.batch_size, 16)
+    pixels = config.shape[1] * config.shape[2]
+    images = min(config.batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
     with torch.autocast(method.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
         flops, seconds, activations = forward_cost(method.eval(), images)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     table = Table(box=None, header_style="bold")
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "time for n"):
         table.add_column(column, justify="right")
+    total = seconds * config.n / config.devices / config.num_nodes
     for budget, plan in plans.items():
         method.tune(budget)
         nfe = method.planned_nfe(plan, config.n)
@@ -92,8 +93,7 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
             str(plan.steps),
             f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}",
             f"{nfe:.4g}",
-            human(nfe * flops, "FLOP"),
-            f"{nfe * seconds * config.n / config.devices / config.num_nodes:.3g} s",
+            *(("by its tolerance", "") if math.isnan(nfe) else (human(nfe * flops, "FLOP"), f"{nfe * total:.3g} s")),
         )
     print(f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}")
     print(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none")

@@ -6,6 +6,7 @@ denoiser says what goes in and what the output means, on one process.
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Denoiser(nn.Module, ABC):
     ratio_range: tuple[float, float]
     condition: Tensor | None = None
     """Class labels (B,) that are bound, if any."""
+    source: dict[str, Any] | None = None
+    """Where weights of another program come from: format, ema or raw, units, SHA-256."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:

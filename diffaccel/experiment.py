@@ -19,12 +19,14 @@ from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn import NETWORKS
 from diffaccel.nn.features import EXTRACTORS, Extractor
+from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
+from diffaccel.pretrained import read as read_pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.reference import Reference, load_reference
 from diffaccel.search import Searcher
-from diffaccel.solver import SOLVERS
+from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
 
 
@@ -48,10 +50,16 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     shape = shape_of(config)
     torch.manual_seed(config.seed)
     solver = SOLVERS.build(config.solver)  # first: a mistyped name shouldn't wait for weights to be read
+    pretrained = adopt(config)
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
-    if load and config.checkpoint and network is not None:
+    if pretrained is not None and network is not None:
+        check_grid(solver, denoiser)
+        if load:
+            denoiser.source = pretrained.source
+            assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
+    elif load and config.checkpoint and network is not None:
         load_denoiser(Path(config.checkpoint), network)
     posterior = None
     if config.posterior:
@@ -83,6 +91,41 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
             network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method
+
+
+def adopt(config: Config) -> Pretrained | None:
+    """Take network and preconditioning from a checkpoint that brings its own; None if it brings none.
+
+    A network's weights mean nothing under another preconditioning, so that the experiment's own two give way. Its
+    process stays: what is read runs on any.
+
+    Raises:
+        UsageError: The checkpoint is refused, or makes images of another shape.
+    """
+    if not config.checkpoint or not is_pretrained(Path(config.checkpoint)):
+        return None
+    found = read_pretrained(config.checkpoint)
+    if found.shape != shape_of(config):
+        raise UsageError(
+            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, the experiment's are of shape "
+            f"{shape_of(config)}: take another experiment, or set shape="
+        )
+    config.network, config.denoiser = found.network, found.denoiser
+    return found
+
+
+def check_grid(solver: Solver, denoiser: Denoiser) -> None:
+    """Refuse a grid of the experiment's that goes on below what a checkpoint was trained on.
+
+    Raises:
+        UsageError: It does.
+    """
+    least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
+    if least < 0.999 * low:
+        raise UsageError(
+            f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
+            f"solver.grid.ratio_min={low:.6g} (and solver.grid.name, if the experiment names no grid)"
+        )
 
 
 def build_prior(
@@ -176,7 +219,7 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
-        name: file_sha256(Path(path)) if path and Path(path).is_file() else None
+        name: files_sha256(Path(path)) if path and Path(path).exists() else None
         for name, path in (
             ("denoiser", config.checkpoint),
             ("posterior", config.posterior.get("checkpoint")),
@@ -185,6 +228,7 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
     }
     images = {
         **{key: getattr(config, key) for key in keys},
+        **({"truncate": True} if config.truncate else {}),
         "posterior": {key: value for key, value in config.posterior.items() if key != "checkpoint"},
         "weights": weights,
         "version": __version__,
@@ -231,7 +275,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
             "experiment": config.experiment,
             "process": config.process["name"],
             "data": config.data_name,
-            "checkpoint": describe_checkpoint(config),
+            "checkpoint": describe_checkpoint(config, method),
         },
         settings=config.at,
         identity=identify(config, extractor, reference, floor) if measured else None,
@@ -239,6 +283,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
+        truncate=config.truncate,
         discrete=config.data["name"] != "toy",
     )
 
@@ -262,11 +307,14 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
     )
 
 
-def describe_checkpoint(config: Config) -> dict[str, Any] | None:
+def describe_checkpoint(config: Config, method: Diffusion) -> dict[str, Any] | None:
     """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
-    if not config.checkpoint or not config.network or not Path(config.checkpoint).is_file():
+    if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
         return None
     path = Path(config.checkpoint)
+    if method.denoiser.source is not None:
+        found = {"path": os.path.relpath(path), "sha256": files_sha256(path), "images_seen": None}
+        return {**found, "source": method.denoiser.source}
     seen: int | None
     if path.suffix == ".safetensors":
         seen = read_description(path).get("images_seen")

@@ -159,6 +159,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "experiment": config.experiment,
         "data": config.data.get("label") or config.data["name"],
         "seed": config.seed,
+        "shape": config.shape,
         "network": config.network,
         "denoiser": config.denoiser,
         "process": config.process,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
+_APART: ContextVar[str | None] = ContextVar("apart", default=None)
 
 
 @contextmanager
@@ -25,6 +26,16 @@ def burn_in() -> Iterator[None]:
         yield
     finally:
         _BURNING_IN.reset(token)
+
+
+@contextmanager
+def counted_apart(name: str) -> Iterator[None]:
+    """Count what runs inside under a name that is no network's: it stands in no budget, but its FLOPs do count."""
+    token = _APART.set(name)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
 
 
 class EvaluationCounter:
@@ -56,11 +67,11 @@ class EvaluationCounter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _watch(self, name: str, module: nn.Module) -> None:
+    def _watch(self, network: str, module: nn.Module) -> None:
         measuring: list[tuple[FlopCounterMode, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            samples = len(inputs[0])
+            samples, name = len(inputs[0]), _APART.get() or network
             self.evaluations[name] += samples
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
@@ -78,7 +89,7 @@ class EvaluationCounter:
                 eager.__exit__(None, None, None)
                 if output is None:  # the call failed: the next one is measured
                     return
-                self.flops[name] = mode.get_total_flops() / samples
+                self.flops[_APART.get() or network] = mode.get_total_flops() / samples
 
         self._stack.callback(after, module, (), None)  # an interrupt in the network calls no hook
         self._stack.callback(module.register_forward_pre_hook(before).remove)

@@ -62,8 +62,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            description = json.loads((file.metadata() or {}).get("diffaccel", "{}"))
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            description = dict(json.loads((file.metadata() or {}).get("diffaccel", "{}")))
+    except (SafetensorError, TypeError, ValueError) as error:  # the last two: JSON that is none, or no mapping
         raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -78,7 +78,7 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {}).get("diffaccel", "{}")))
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError):
+    except (SafetensorError, TypeError, ValueError):  # the last two: JSON that is none, or no mapping
         return {}
 
 

@@ -54,7 +54,8 @@ class Evaluator(L.Callback):
         out: Folder for points, curve and grids.
         provenance: Keys that every point carries (method, experiment, checkpoint ...).
         settings: Budget -> ``{"prior": ..., "solver": ...}``, each with its name and keys, for the points.
-        discrete: Whether samples are images, rounded to uint8; toy points are scored as they are.
+        discrete: Whether samples are images, brought to uint8; toy points are scored as they are.
+        truncate: Whether images are truncated to uint8 and not rounded.
         identity: What a point follows from besides budget and settings: ``images`` (hashes of weights, n, seed ...)
             and ``scores`` (hashes of extractor and statistics). A point of equal ``key`` is not measured twice, and one
             that was begun is finished. None for weights that are still in training.
@@ -82,11 +83,12 @@ class Evaluator(L.Callback):
         keep_features: bool = True,
         keep_images: bool = False,
         likelihood: BitsPerDim | None = None,
+        truncate: bool = False,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.real = extractor, Real(reference, floor)
         self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
-        self.identity, self.again = identity, again
+        self.identity, self.again, self.truncate = identity, again, truncate
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
         self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
@@ -248,7 +250,7 @@ class Evaluator(L.Callback):
             with autocast(), counter:
                 indices, images = next(batches)
             sampled = time.perf_counter()
-            final = to_uint8(images) if self.discrete else images.float()
+            final = to_uint8(images, self.truncate) if self.discrete else images.float()
             features = self._features(final)
             final, index = final.cpu(), torch.tensor(indices)
             shown = final[index < (SHOWN if self.discrete else SCATTERED)]
@@ -274,8 +276,9 @@ class Evaluator(L.Callback):
         """Describe the point. Every process gets here: it holds collectives."""
         evaluated = method.evaluated_networks()
         nfe, burn_in = (sum(counts[name] for name in evaluated) / n for counts in (scores.evaluations, scores.burn_in))
-        if nfe > budget * (1 + 1e-9):
-            raise UsageError(f"nfe={budget:g} was overspent: {nfe:.6g} evaluations per image were counted")
+        bounded = nfe if method.prior.burn_in_counted else nfe - burn_in
+        if bounded > budget * (1 + 1e-9):
+            raise UsageError(f"nfe={budget:g} was overspent: {bounded:.6g} evaluations per image were counted")
         flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
         one = scores.flops.get("denoiser", 0.0)
         start = getattr(method.prior, "burn_in_per_chain", 0)

@@ -39,6 +39,8 @@ class Prior(nn.Module, ABC):
 
     evaluations = 0
     """Evaluations that a starting state takes, besides those of a chain."""
+    burn_in_counted = True
+    """Whether a budget bounds the burn-in too."""
 
     def networks(self) -> dict[str, nn.Module]:
         """Its own networks whose forwards are evaluations, by name."""

@@ -65,6 +65,7 @@ class ChainPrior(Prior):
         init_steps: Steps of the solver that makes the first states from pure noise.
         init_solver: That solver.
         restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
+        burn_in_counted: Whether a budget bounds the burn-in too.
 
     Raises:
         UsageError: A value out of range.
@@ -78,6 +79,7 @@ class ChainPrior(Prior):
         init_steps: int,
         init_solver: Solver,
         restart_every: int | None,
+        burn_in_counted: bool = True,
     ) -> None:
         super().__init__()
         require(chains >= 1, f"chains is {chains}, it must be 1 or more")
@@ -87,6 +89,7 @@ class ChainPrior(Prior):
         require(init_steps >= 1, f"init_steps is {init_steps}, it must be 1 or more")
         self.chains, self.share, self.skips = chains, share, skips
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
+        self.burn_in_counted = burn_in_counted
 
     @property
     def burn_in_per_chain(self) -> int:
@@ -125,7 +128,7 @@ class ChainPrior(Prior):
             if self.skips is None:
                 raise UsageError("without a budget the chain's length must be given: set prior.skips")
             return Plan(super().plan(solver, budget, n, extra).steps, self.skips)
-        overhead = self.burn_in_evaluations(n) / n
+        overhead = self.burn_in_evaluations(n) / n if self.burn_in_counted else 0.0
         available = int(budget - overhead - extra + 1e-9)
         least = (self.skips or 1) + solver.least_evaluations
         if available < least:

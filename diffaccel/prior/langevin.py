@@ -72,6 +72,8 @@ class LangevinGibbsPrior(ChainPrior):
         renoise: Deviation of the noise added to the first samples.
         warmup: Langevin-Gibbs steps after that, as [steps, eta] pairs; null stands for the run's eta.
         restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
+        burn_in_counted: Whether a budget bounds the burn-in too; the paper's figures leave it out. Points always tell
+            both (``nfe``, ``nfe_marginal``).
 
     Raises:
         UsageError: A value out of range.
@@ -97,9 +99,10 @@ class LangevinGibbsPrior(ChainPrior):
         renoise: float = 1.0,
         warmup: list[Any] = [[10, 2.0], [10, None]],  # noqa: B006 (read only; a list, for YAML)
         restart_every: int | None = None,
+        burn_in_counted: bool = True,
     ) -> None:
         solver = SOLVERS.build(init_solver) if init_solver else StochasticHeun(Karras(0.02), S_max=2.0, S_min=0.1)
-        super().__init__(chains, share, skips, init_steps, solver, restart_every)
+        super().__init__(chains, share, skips, init_steps, solver, restart_every, burn_in_counted)
         require(eta > 0, f"eta is {eta}, it must be positive")
         require(update in ("argmax", "sample", "mean"), f"update is {update!r}: take argmax, sample or mean")
         require(select in ("minimum", "last"), f"select is {select!r}: take minimum or last")

@@ -117,6 +117,7 @@ class StochasticHeun(Heun):
         S_min: Least ratio that is raised.
         S_max: Largest ratio that is raised.
         S_noise: Scale of the added noise.
+        S_churn_over_N: Divide S_churn by steps + 1, the number of levels with ratio 0, as DLG's reference code does.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 2
@@ -126,12 +127,13 @@ class StochasticHeun(Heun):
     S_min: float = 0.05
     S_max: float = 50.0
     S_noise: float = 1.003
+    S_churn_over_N: bool = False
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
         process = denoiser.process
         ratio = process.ratio(t)
         churned = (self.S_min <= ratio) & (ratio <= self.S_max)
-        raised = ratio * (1 + min(self.S_churn / trajectory.steps, math.sqrt(2) - 1))
+        raised = ratio * (1 + min(self.S_churn / (trajectory.steps + self.S_churn_over_N), math.sqrt(2) - 1))
         t_hat = torch.where(churned, process.time(raised), t)
         scale = torch.where(churned, process.alpha(t_hat) / process.alpha(t), torch.ones_like(t))
         added = self.S_noise * process.alpha(t_hat) * (raised.square() - ratio.square()).sqrt()

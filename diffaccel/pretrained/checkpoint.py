@@ -1,0 +1,151 @@
+"""What a checkpoint comes to, whatever its format: tensors under our names, and the parts that they belong to."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.denoiser import DENOISERS, Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.nn import NETWORKS
+from diffaccel.pretrained.pickles import refuse
+from diffaccel.pretrained.torchfile import Stored
+from diffaccel.process import PROCESSES
+from diffaccel.weights import assign_weights
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint that was read, in units of [-1, 1].
+
+    Attributes:
+        shape: Image shape (C, H, W).
+        network: Its network, as an experiment's ``network`` has it.
+        denoiser: Its preconditioning, as ``denoiser`` has it.
+        process: The process that it was trained on, as ``process`` has it; another one serves as well.
+        tensors: The network's, by name, float32.
+        source: Format, weights (``ema`` or ``raw``), what became of its units, SHA-256.
+    """
+
+    shape: tuple[int, int, int]
+    network: dict[str, Any]
+    denoiser: dict[str, Any]
+    process: dict[str, Any]
+    tensors: dict[str, Tensor]
+    source: dict[str, Any]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All but the tensors."""
+        return {
+            "shape": list(self.shape),
+            "network": self.network,
+            "denoiser": self.denoiser,
+            "process": self.process,
+            "source": self.source,
+        }
+
+    def build(self) -> Denoiser:
+        """Build the denoiser with its weights, ready to sample."""
+        network = NETWORKS.build(self.network, shape=self.shape)
+        assign_weights(self.tensors, network, "its weights")
+        denoiser = DENOISERS.build(self.denoiser, network=network, process=PROCESSES.build(self.process))
+        return denoiser.requires_grad_(False).eval()
+
+
+class Entry(NamedTuple):
+    """A tensor of a file and where it goes.
+
+    Attributes:
+        name: In the file.
+        shape: In the file.
+        own: In our network.
+        rows: Which rows of ``own`` it fills; None for all.
+        transposed: Whether [in, out], to become a 1x1 convolution.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    own: str
+    rows: slice | None = None
+    transposed: bool = False
+
+
+def assemble(origin: str, entries: list[Entry], found: Mapping[str, Stored], network: nn.Module) -> dict[str, Tensor]:
+    """Read a file's tensors and bring them to our names and shapes."""
+    tensors = load_finite(origin, {entry.name: found[entry.name] for entry in entries})
+    made = {name: torch.empty(tensor.shape, device="cpu") for name, tensor in network.state_dict().items()}
+    for entry in entries:
+        rows = made[entry.own] if entry.rows is None else made[entry.own][entry.rows]
+        value = tensors.pop(entry.name)
+        rows.copy_((value.T if entry.transposed else value).reshape(rows.shape))
+    return made
+
+
+def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int, int], tensors: int) -> nn.Module:
+    """Build a network without memory, to know its names and shapes.
+
+    Raises:
+        UsageError: It would have more layers than the file has tensors, or can't be built.
+    """
+    lists, blocks = [len(value) for value in network.values() if isinstance(value, list)], network.get("blocks", 1)
+    if type(blocks) is not int or max([1, *lists]) * blocks > tensors:
+        raise refuse(origin, f"its network would have more layers than it has tensors ({tensors})")
+    try:
+        with torch.device("meta"):
+            return NETWORKS.build(network, shape=shape)
+    except UsageError as error:
+        raise refuse(origin, str(error)) from None
+
+
+def check_names(origin: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored]) -> None:
+    """Compare a file's names and shapes with those of the layout that it seems to have.
+
+    Raises:
+        UsageError: They differ; the message names the first few.
+    """
+    missing, surplus = ([k for k in a if k not in b] for a, b in ((expected, found), (found, expected)))
+    if missing or surplus:
+        raise refuse(
+            origin,
+            f"missing are {missing[:3]}, surplus {surplus[:3]} ({len(missing)} and {len(surplus)} in all) for the "
+            "layout that its other tensors have",
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise refuse(origin, f"{name} has shape {found[name].shape}, its layout asks for {shape}")
+
+
+def load_finite(origin: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Read tensors as float32.
+
+    Raises:
+        UsageError: One is no floating-point tensor, or holds NaN or infinity.
+    """
+    tensors = {}
+    for name, entry in stored.items():
+        if not entry.dtype.is_floating_point:
+            raise refuse(origin, f"{name} is {entry.dtype}, a weight must be floating-point")
+        tensors[name] = entry.load().float()
+        if not tensors[name].isfinite().all():
+            raise refuse(origin, f"{name} holds NaN or infinity")
+    return tensors
+
+
+def attention_size(origin: str, levels: Iterable[int], size: int | None) -> int:
+    """Pixels of the images: asked for, or such that attention lies at 16x16, as in all published files.
+
+    Args:
+        origin: The file.
+        levels: Levels with attention, finest 0.
+        size: What the user says.
+
+    Raises:
+        UsageError: Neither tells.
+    """
+    found = sorted(levels)
+    if size is None and len(found) != 1:
+        raise refuse(origin, "nothing in it tells the images' size: give size=, in pixels")
+    return size or 16 * 2 ** found[0]

@@ -1,0 +1,173 @@
+"""What published networks were trained to see and to say, as denoisers on any process, in units of [-1, 1].
+
+They are written on y = x / alpha at rho = sigma / alpha, so that each runs wherever its range of ratios lies.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.denoiser import DENOISERS, EpsDenoiser, NetworkDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.process import Prediction, Process, VariancePreserving, expand
+
+
+@DENOISERS.register("ve")
+class VEDenoiser(NetworkDenoiser):
+    """The network predicts -eps, told ln(rho): NCSN++ of the VE SDE.
+
+        D(y; rho) = y + rho F(y; ln(rho / unit))
+
+    Of data in [0, 1] such a network sees y = 2 x - 1 too, but is told the level there, which is rho / 2.
+
+    Args:
+        network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        unit: Range of the data that the network was trained on, 1 for [0, 1] data, over [-1, 1]'s: 2, or 1.
+        ratio_min: Least trained ratio.
+        ratio_max: Largest trained ratio.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VE
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        unit: float = 2.0,
+        ratio_min: float = 0.02,
+        ratio_max: float = 100.0,
+    ) -> None:
+        super().__init__(network, process, ratio_min, ratio_max)
+        self.unit = unit
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """c_noise = ln(rho / unit), (B,)."""
+        return (self.process.ratio(t) / self.unit).log()
+
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return y = x_t / alpha."""
+        return x_t / expand(self.process.alpha(t), x_t)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+        return -eps
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        return Prediction(self.scale_input(x_t, t) + expand(self.process.ratio(t), x_t) * output, -output)
+
+
+@DENOISERS.register("vp")
+class VPDenoiser(EpsDenoiser):
+    """The network predicts eps from y over its root sum of squares, told the VP SDE's time as an index: DDPM++.
+
+        D(y; rho) = y - rho F(y / sqrt(1 + rho^2); indices t(rho))
+
+    Args:
+        network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        beta_0: Of the SDE that it was trained on.
+        beta_1: Of that SDE.
+        indices: Index of t = 1.
+        ratio_min: Least trained ratio; that of t = 1e-5 by default.
+        ratio_max: Largest trained ratio; that of t = 1 by default.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VP
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        beta_0: float = 0.1,
+        beta_1: float = 20.0,
+        indices: float = 999.0,
+        ratio_min: float | None = None,
+        ratio_max: float | None = None,
+    ) -> None:
+        self.trained, self.indices = VariancePreserving(beta_0, beta_1), indices
+        # Not what the files say, which is rounded to float32.
+        ends = self.trained.ratio(torch.tensor([1e-5, 1.0], dtype=torch.float64, device="cpu")).tolist()
+        super().__init__(network, process, ratio_min or ends[0], ratio_max or ends[1])
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """Index of the trained SDE's time at this ratio, (B,)."""
+        return self.indices * self.trained.time(self.process.ratio(t))
+
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return y / sqrt(1 + rho^2)."""
+        return x_t / expand(self._norm(t), x_t)
+
+    def _norm(self, t: Tensor) -> Tensor:
+        """Root of alpha^2 + sigma^2, (B,)."""
+        return (self.process.alpha(t).square() + self.process.sigma(t).square()).sqrt()
+
+
+@DENOISERS.register("discrete_vp")
+class DiscreteVPDenoiser(VPDenoiser):
+    """The network is told which of a table of levels it sees: DDPM in discrete steps.
+
+    A ratio between two levels becomes a fractional index, linear in the ratio's logarithm.
+
+    Args:
+        network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        steps: Number of levels.
+        beta_start: First beta.
+        beta_end: Last beta.
+        schedule: ``linear`` in beta, or ``scaled_linear`` in its square root.
+        predicts: ``eps``, or ``v`` = alpha eps - sigma x_0.
+
+    Raises:
+        UsageError: An unknown schedule or prediction.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, Section 4
+    """
+
+    log_ratios: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        schedule: str = "linear",
+        predicts: str = "eps",
+    ) -> None:
+        if schedule not in ("linear", "scaled_linear") or predicts not in ("eps", "v"):
+            raise UsageError(
+                f"denoiser 'discrete_vp': schedule {schedule!r} is not linear or scaled_linear, or predicts "
+                f"{predicts!r} is not eps or v"
+            )
+        power = 1.0 if schedule == "linear" else 2.0
+        ends = beta_start ** (1 / power), beta_end ** (1 / power)
+        kept = (1 - torch.linspace(*ends, steps, dtype=torch.float64, device="cpu") ** power).cumprod(0)
+        log_ratios = 0.5 * ((1 - kept) / kept).log()
+        low, high = log_ratios[[0, -1]].exp().tolist()
+        super().__init__(network, process, ratio_min=low, ratio_max=high)
+        self.predicts = predicts
+        self.register_buffer("log_ratios", log_ratios, persistent=False)
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """Fractional index, (B,)."""
+        table, log_ratio = self.log_ratios, self.process.ratio(t).log().to(self.log_ratios)
+        above = torch.searchsorted(table, log_ratio).clamp(1, len(table) - 1)
+        fraction = (log_ratio - table[above - 1]) / (table[above] - table[above - 1])
+        return (above - 1 + fraction).clamp(0, len(table) - 1)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+        if self.predicts == "eps":
+            return eps
+        norm, alpha, sigma = self._norm(t), self.process.alpha(t), self.process.sigma(t)
+        return expand(alpha / norm, eps) * eps - expand(sigma / norm, x_0) * x_0
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        if self.predicts == "eps":
+            return super().prediction(output, x_t, t)
+        norm, alpha, sigma = self._norm(t), self.process.alpha(t), self.process.sigma(t)
+        a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
+        scaled = x_t / expand(norm, x_t)
+        return Prediction(a * scaled - s * output, s * scaled + a * output)

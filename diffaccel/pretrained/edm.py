@@ -1,0 +1,252 @@
+"""EDM's pickles: {ema, ...}, each module a recipe with its own source code, which is not looked at.
+
+A module's ``state`` is its ``__dict__``: parameters, buffers, children, and the arguments that it was made with.
+
+References:
+    Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, authors' code
+"""
+
+import io
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffaccel.nn.ncsnpp import TAPS, resampling_kernel
+from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, load_finite
+from diffaccel.pretrained.pickles import open_file, refuse, run_pickle, short
+from diffaccel.pretrained.torchfile import Storage, Stored, read_stream, torch_globals
+
+MAX_DEPTH, MAX_TENSORS = 16, 10_000
+"""Of the tree of modules; a pickle may share one child among many parents."""
+
+
+class Recipe:
+    """Stands for a module: its class's name and its ``__dict__``."""
+
+    def __init__(self, class_name: str, state: Mapping[str, Any]) -> None:
+        self.class_name, self.state = class_name, state
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def edm_globals(origin: str) -> dict[tuple[str, str], Any]:
+    """Make stand-ins for the names that EDM's pickles hold; new ones each time, as a pickle may write on them."""
+
+    def reconstruct(meta: Any, *_: Any) -> Recipe:
+        if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != 6:
+            version = short(meta.get("version")) if isinstance(meta, dict) else "none"
+            raise refuse(origin, f"a module's record has version {version}, known is version 6 of type 'class'")
+        if not isinstance(meta.get("state"), dict) or type(meta.get("class_name")) is not str:
+            raise refuse(origin, "a module's record has no state or no class")
+        return Recipe(meta["class_name"], meta["state"])
+
+    def load_from_bytes(blob: Any) -> Storage:
+        found = read_stream(io.BytesIO(blob), f"{origin}, a storage in it,")
+        if not isinstance(found, Storage):
+            raise refuse(origin, "a storage in it holds something else")
+        return found
+
+    class Container(Recipe):
+        def __init__(self) -> None:
+            super().__init__("container", {})
+
+    class Dtype:
+        def __init__(self, code: str, *_: Any) -> None:
+            self.code, self.order = str(code), "<"
+
+        def __setstate__(self, state: Any) -> None:
+            self.order = state[1]
+
+    def scalar(dtype: Any, raw: Any) -> Any:
+        code = dtype.code if isinstance(dtype, Dtype) else ""
+        if code[:1] not in "biuf" or code[1:] not in ("1", "2", "4", "8") or dtype.order not in ("<", "|", "="):
+            raise refuse(origin, f"it holds a NumPy scalar of type {code[:20]!r}")
+        return np.frombuffer(raw, dtype=code, count=1)[0].item()
+
+    containers = ("ModuleDict", "ModuleList", "Sequential")
+    return {
+        **torch_globals(origin),
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
+        ("torch.storage", "_load_from_bytes"): load_from_bytes,
+        **{("torch.nn.modules.container", name): Container for name in containers},
+        ("builtins", "set"): set,
+        ("dnnlib.util", "EasyDict"): OrderedDict,
+        ("numpy", "dtype"): Dtype,
+        ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy._core.multiarray", "scalar"): scalar,
+    }
+
+
+def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
+    """Read a pickle of EDM.
+
+    Args:
+        path: The file.
+        options: ``weights``, of which there are only averaged ones.
+
+    Raises:
+        UsageError: The file is damaged or hostile, or its network is none that is built here.
+    """
+    origin = str(path)
+    if options.get("weights", "ema") != "ema":
+        raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
+    content = run_pickle(open_file(path), origin, edm_globals(origin))
+    root = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(root, Recipe):
+        raise refuse(origin, "it holds no network under 'ema', as EDM's do")
+    denoiser, process = _preconditioning(root, origin)
+    child = _dict(root.state, "_modules", origin).get("model")
+    if not isinstance(child, Recipe) or child.class_name not in NETWORKS:
+        name = child.class_name[:40] if isinstance(child, Recipe) else "none"
+        raise refuse(origin, f"its network is {name}, built here is {' and '.join(NETWORKS)}")
+    found = state_of(child, origin)
+    if child.state.get("_init_args"):
+        raise refuse(origin, "its network was made with positional arguments")
+    network, shape = NETWORKS[child.class_name](_dict(child.state, "_init_kwargs", origin), origin)
+    _check_filters(found, network.get("resample"), origin)
+    on_meta = build_on_meta(origin, network, shape, len(found))
+    check_names(origin, {name: tuple(value.shape) for name, value in on_meta.state_dict().items()}, found)
+    source = {"format": "edm", "weights": "ema", "units": "[-1, 1], as in the file", "wrapper": root.class_name}
+    return Pretrained(shape, network, denoiser, process, load_finite(origin, found), source)
+
+
+def _dict(state: Any, key: str, origin: str) -> Mapping[str, Any]:
+    """A mapping in a module's state; an empty one where there is none."""
+    value = state.get(key, {}) if isinstance(state, Mapping) else None
+    if not isinstance(value, Mapping) or not all(type(name) is str for name in value):
+        raise refuse(origin, f"a module's {key} is no mapping of names")
+    return value
+
+
+def state_of(root: Recipe, origin: str) -> dict[str, Stored]:
+    """Parameters, buffers and children of a module, under the names of a state dict.
+
+    Raises:
+        UsageError: Something else stands among them, or the tree is too deep or too large.
+    """
+    found: dict[str, Stored] = {}
+
+    def walk(module: Any, prefix: str, depth: int) -> None:
+        if not isinstance(module, Recipe) or depth > MAX_DEPTH or len(found) > MAX_TENSORS:
+            raise refuse(origin, f"its modules are no tree at {prefix[:60] or 'the root'!r}")
+        parameters, buffers = (_dict(module.state, key, origin) for key in ("_parameters", "_buffers"))
+        skipped = module.state.get("_non_persistent_buffers_set", ())
+        if not isinstance(skipped, set | frozenset | tuple | list):
+            raise refuse(origin, f"its module {prefix[:60]!r} has no set of non-persistent buffers")
+        kept = {name: value for name, value in buffers.items() if name not in skipped}
+        for name, value in {**parameters, **kept}.items():
+            if value is not None:
+                if not isinstance(value, Stored):
+                    raise refuse(origin, f"{prefix}{name[:60]} is no tensor")
+                found[f"{prefix}{name}"] = value
+        for name, child in _dict(module.state, "_modules", origin).items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.", depth + 1)
+
+    walk(root, "", 0)
+    return found
+
+
+def _check_filters(found: dict[str, Stored], resample: str | None, origin: str) -> None:
+    """Compare the resampling filters that a file repeats in each layer with the network's, and drop them."""
+    for name in [name for name in found if name.endswith(".resample_filter")]:
+        kernel = found.pop(name)
+        expected = resampling_kernel(resample or "box")
+        if kernel.shape != (1, 1, *expected.shape) or not torch.allclose(kernel.load()[0, 0].float(), expected):
+            raise refuse(origin, f"{name} is another filter than its network's")
+
+
+# What surrounds the network.
+
+
+def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Denoiser and process of a wrapper class."""
+
+    def number(key: str, default: float) -> float:
+        value = root.state.get(key, default)
+        if not isinstance(value, int | float):
+            raise refuse(origin, f"its {key} is no number")
+        return float(value)
+
+    if root.class_name == "EDMPrecond":
+        low, high = number("sigma_min", 0.0) or 0.002, number("sigma_max", math.inf)
+        high = 80.0 if math.isinf(high) else high
+        denoiser = {"name": "karras", "sigma_data": number("sigma_data", 0.5), "ratio_min": low, "ratio_max": high}
+        return denoiser, {"name": "edm", "sigma_max": high}
+    if root.class_name == "VEPrecond":
+        low, high = number("sigma_min", 0.02), number("sigma_max", 100.0)
+        denoiser = {"name": "ve", "unit": 2.0, "ratio_min": low, "ratio_max": high}
+        return denoiser, {"name": "ve", "sigma_min": low, "sigma_max": high}
+    if root.class_name == "VPPrecond":
+        betas = {"beta_0": number("beta_min", 0.1), "beta_1": number("beta_min", 0.1) + number("beta_d", 19.9)}
+        return {"name": "vp", **betas, "indices": number("M", 1000) - 1}, {"name": "vp", **betas}
+    raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are EDMPrecond, VEPrecond, VPPrecond")
+
+
+def _song_unet(arguments: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Our network's arguments, and the image shape, from SongUNet's; what a file leaves out has SongUNet's default."""
+    given = {**_SONG_DEFAULTS, **arguments}
+    for name, value in given.items():
+        if name not in _SONG_DEFAULTS or not _alike(value, _SONG_DEFAULTS[name]):
+            raise refuse(origin, f"its SongUNet has {name[:40]} = {short(value)}, which is not known here")
+    filters = {taps: name for name, taps in TAPS.items()}
+    taps, channels, pixels = tuple(given["resample_filter"]), given["in_channels"], given["img_resolution"]
+    if taps not in filters or given["channel_mult_emb"] != 4 or given["out_channels"] != channels:
+        raise refuse(origin, "its SongUNet has a resample_filter, channel_mult_emb or out_channels of another network")
+    network: dict[str, Any] = {"name": "ncsnpp", "resample": filters[taps]}
+    network |= {own: given[name] for name, own in _SONG_NAMES.items()}
+    network |= {own: list(given[name]) for name, own in _SONG_LISTS.items()}
+    network["noise_width"] = given["model_channels"] * given["channel_mult_noise"]
+    return network, (channels, pixels, pixels)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether of the default's kind, and no larger than an argument can be."""
+    if isinstance(default, list):
+        return isinstance(value, list | tuple) and len(value) <= 16 and all(_alike(entry, 0) for entry in value)
+    if isinstance(default, str):
+        return isinstance(value, str)
+    return type(value) in (int, float) and abs(value) < 1e5
+
+
+_SONG_NAMES = {
+    "model_channels": "width",
+    "num_blocks": "blocks",
+    "embedding_type": "embedding",
+    "encoder_type": "encoder",
+    "decoder_type": "decoder",
+    "dropout": "dropout",
+    "label_dim": "classes",
+    "augment_dim": "augmentations",
+}
+_SONG_LISTS = {"channel_mult": "multipliers", "attn_resolutions": "attention"}
+_SONG_DEFAULTS: dict[str, Any] = {
+    "img_resolution": 0,
+    "in_channels": 0,
+    "out_channels": 0,
+    "model_channels": 128,
+    "channel_mult": [1, 2, 2, 2],
+    "channel_mult_emb": 4,
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "dropout": 0.10,
+    "label_dim": 0,
+    "augment_dim": 0,
+    "label_dropout": 0,
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+
+NETWORKS: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], tuple[int, int, int]]]] = {
+    "SongUNet": _song_unet
+}
+"""Network classes of EDM's files -> from their arguments to ours; their tensors' names are ours."""

@@ -1,0 +1,246 @@
+"""Checkpoints of other programs against their networks, evaluated independently, and against golden files.
+
+Golden files (``score_sde_tiny_*``, ``edm_tiny_*``, with what the reference implementations made of them) are looked for
+in the folder that DIFFACCEL_GOLDEN names.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign import (
+    LAYOUTS,
+    VE,
+    VP,
+    ScoreSDE,
+    as_filed,
+    edm_content,
+    edm_modules,
+    random_network,
+    score_sde_content,
+    write_pickle,
+)
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.pretrained import convert, describe, read
+from diffaccel.pretrained.score_sde import listing
+from diffaccel.process import Prediction, expand
+
+__all__ = ["edm_modules"]  # a fixture
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """Largest error of each level, relative to the largest value there; the worst of the levels."""
+    error, size = ((a.double().abs().flatten(1).amax(1)) for a in (found - expected, expected))
+    return (error / size).max().item()
+
+
+def at_sigma(denoiser: Denoiser, y: Tensor, sigma: Tensor) -> Prediction:
+    """Predict for y = x_0 + sigma n, in units of [-1, 1]."""
+    x_t, t = denoiser.process.from_ratio(y, sigma.double())
+    return denoiser(x_t, t)
+
+
+# score_sde_pytorch
+
+SIGMAS = torch.tensor([0.02, 0.6, 30.0])  # of data in [0, 1]
+
+
+def states(sigma: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(len(sigma), 3, 32, 32, generator=generator) + sigma[:, None, None, None] * torch.randn(
+        len(sigma), 3, 32, 32, generator=generator
+    )
+
+
+@pytest.mark.parametrize(("name", "older"), [("ve", False), ("pyramid", True), ("deep", False)])
+def test_ve_checkpoints_score_as_their_own_network_does(tmp_path: Path, name: str, older: bool) -> None:
+    """Averaged weights, in their names, on data in [0, 1]: score doubles, sigma halves, D(2 x - 1) = 2 D(x) - 1."""
+    layout = LAYOUTS[name]
+    averaged, raw = random_network(1, **layout), random_network(2, **layout)
+    content = score_sde_content(averaged, raw)
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not older)
+    found = read(tmp_path / "a.pth")
+    denoiser = found.build()
+    x = states(SIGMAS)
+    for weights, network in (("ema", averaged), ("raw", raw)):
+        tensors = as_filed(listing(network), network)
+        if weights == "raw":
+            tensors["all_modules.0.W"] = content["model"]["module.all_modules.0.W"]
+        score = ScoreSDE(tensors, layout)(x, SIGMAS)
+        prediction = at_sigma(read(tmp_path / "a.pth", weights=weights).build(), 2 * x - 1, 2 * SIGMAS)
+        assert off(-prediction.eps / expand(2 * SIGMAS, x), score / 2) < 1e-4
+        assert off((prediction.x_0 + 1) / 2, x + expand(SIGMAS, x).square() * score) < 1e-4
+    assert denoiser.ratio_range == pytest.approx((0.02, 100.0))
+    assert found.source["weights"] == "ema" and "doubled" in found.source["units"]
+
+
+def test_vp_checkpoints_predict_as_their_own_network_does(tmp_path: Path) -> None:
+    averaged, raw = random_network(1, **VP), random_network(2, **VP)
+    torch.save(score_sde_content(averaged, raw), tmp_path / "a.pth")
+    denoiser, t = read(tmp_path / "a.pth").build(), torch.tensor([1e-3, 0.5, 0.9], dtype=torch.float64)
+    alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
+    x_t = torch.randn(3, 3, 32, 32)
+    x_t = expand(alpha, x_t) * 0.3 + expand(sigma, x_t) * x_t
+    eps = ScoreSDE(as_filed(listing(averaged), averaged), VP)(x_t, 999 * t.float())
+    prediction = denoiser(x_t, t)
+    assert off(prediction.eps, eps) < 1e-4
+    assert off(prediction.x_0, (x_t - expand(sigma, x_t) * eps) / expand(alpha, x_t)) < 1e-4
+    assert denoiser.ratio_range == pytest.approx((0.0010005, 152.17), rel=1e-4)
+
+
+def test_without_a_prefix_or_with_many_sigmas_it_is_the_same_checkpoint(tmp_path: Path) -> None:
+    networks = random_network(1, **VE), random_network(2, **VE)
+    for name, keys in (("a", {}), ("b", {"prefix": "", "levels": 1000})):
+        torch.save(score_sde_content(*networks, **keys), tmp_path / f"{name}.pth")
+    a, b = read(tmp_path / "a.pth"), read(tmp_path / "b.pth")
+    assert a.denoiser == b.denoiser and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+def test_the_largest_level_is_the_file_s_or_asked_for(tmp_path: Path) -> None:
+    content = score_sde_content(random_network(1, **VE), random_network(2, **VE), sigma_max=348.0)
+    torch.save(content, tmp_path / "a.pth")
+    assert read(tmp_path / "a.pth").denoiser["ratio_max"] == 696.0
+    del content["model"]["module.sigmas"]
+    torch.save(content, tmp_path / "b.pth")
+    with pytest.raises(UsageError, match="sigma_max="):
+        read(tmp_path / "b.pth")
+    assert read(tmp_path / "b.pth", sigma_max=378.0).denoiser["ratio_max"] == 756.0
+
+
+def test_attention_tells_the_size_of_the_images(tmp_path: Path) -> None:
+    torch.save(score_sde_content(random_network(1, **VE), random_network(2, **VE)), tmp_path / "a.pth")
+    assert read(tmp_path / "a.pth").shape == (3, 32, 32)
+    larger = read(tmp_path / "a.pth", size=64)
+    assert larger.shape == (3, 64, 64) and larger.network["attention"] == [32]
+
+
+# EDM
+
+
+@pytest.mark.parametrize("name", ["ve", "vp", "pyramid"])
+def test_edm_pickles_hold_what_was_written(tmp_path: Path, edm_modules: None, name: str) -> None:
+    layout = {**LAYOUTS[name], "augmentations": 9, "classes": 10 if name == "vp" else 0}
+    network = random_network(4, **layout)
+    write_pickle(tmp_path / "a.pkl", edm_content(network, layout))
+    found = read(tmp_path / "a.pkl")
+    assert list(found.tensors) == list(network.state_dict())
+    assert all(torch.equal(found.tensors[name], value) for name, value in network.state_dict().items())
+    sigma = torch.tensor([0.02, 0.8, 30.0])
+    y = states(sigma)
+    c_in, c_out = 1 / (sigma**2 + 0.25).sqrt(), 0.5 * sigma / (sigma**2 + 0.25).sqrt()
+    output = network(expand(c_in, y) * y, sigma.log() / 4)
+    expected = expand(0.25 / (sigma**2 + 0.25), y) * y + expand(c_out, y) * output
+    assert off(at_sigma(found.build(), y, sigma).x_0, expected) < 1e-4
+
+
+def test_edm_s_two_other_preconditionings(tmp_path: Path, edm_modules: None) -> None:
+    """VEPrecond and VPPrecond as published; the former on the weights of a VE file agrees with the [0, 1] file."""
+    network, sigma = random_network(1, **VE), torch.tensor([0.04, 1.2, 60.0])
+    y = states(sigma)
+    write_pickle(tmp_path / "ve.pkl", edm_content(network, VE, "VEPrecond", sigma_min=0.02, sigma_max=100))
+    torch.save(score_sde_content(network, random_network(2, **VE)), tmp_path / "ve.pth")
+    found = at_sigma(read(tmp_path / "ve.pkl").build(), y, sigma).x_0
+    assert off(found, y + expand(sigma, y) * network(y, (sigma / 2).log())) < 1e-4
+    assert off(found, at_sigma(read(tmp_path / "ve.pth").build(), y, sigma).x_0) < 1e-4
+    network = random_network(1, **VP)
+    write_pickle(tmp_path / "vp.pkl", edm_content(network, VP, "VPPrecond", beta_d=19.9, beta_min=0.1, M=1000))
+    t = ((0.01 + 2 * 19.9 * (1 + sigma.double() ** 2).log()).sqrt() - 0.1) / 19.9
+    output = network(y / expand((1 + sigma**2).sqrt(), y), (999 * t).float())
+    assert off(at_sigma(read(tmp_path / "vp.pkl").build(), y, sigma).x_0, y - expand(sigma, y) * output) < 1e-4
+
+
+def test_q_k_and_v_take_turns_channel_by_channel() -> None:
+    """As EDM reads them: reshape to (B heads, C / heads, 3, H W)."""
+    network = random_network(5, **VE)
+    block: Any = network.enc["16x16_block0"]
+    x = torch.randn(2, 16, 16, 16)
+    q, k, v = block.qkv(block.norm2(x)).reshape(2, 16, 3, 256).unbind(2)
+    weights = torch.einsum("bcq,bck->bqk", q, k / 4).softmax(2)
+    h = block.proj(torch.einsum("bqk,bck->bcq", weights, v).reshape(x.shape))
+    torch.testing.assert_close(block._attend(x), (x + h) / 2**0.5, rtol=1e-5, atol=1e-5)
+
+
+# Ours
+
+
+def test_a_converted_file_is_the_same_denoiser(tmp_path: Path) -> None:
+    torch.save(score_sde_content(random_network(1, **VE), random_network(2, **VE)), tmp_path / "a.pth")
+    found = convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    again = read(tmp_path / "b.safetensors")
+    assert (again.network, again.denoiser, again.process) == (found.network, found.denoiser, found.process)
+    assert again.source == found.source and len(found.source["sha256"]) == 64
+    y, sigma = states(SIGMAS), 2 * SIGMAS
+    assert torch.equal(at_sigma(again.build(), y, sigma).x_0, at_sigma(found.build(), y, sigma).x_0)
+    assert "score_sde_pytorch" in describe(again) and "ncsnpp" in describe(again)
+
+
+# Golden files
+
+needs_golden = pytest.mark.skipif(
+    not Path(os.environ.get("DIFFACCEL_GOLDEN", "absent")).is_dir(),
+    reason="DIFFACCEL_GOLDEN names no folder of golden files",
+)
+
+
+def golden(name: str) -> tuple[Path, dict[str, Tensor]]:
+    folder = Path(os.environ["DIFFACCEL_GOLDEN"])
+    stored = np.load(folder / f"{name}.npz")
+    path = next(folder / f"{name}{end}" for end in (".pth", ".pkl") if (folder / f"{name}{end}").is_file())
+    return path, {key: torch.from_numpy(stored[key]) for key in stored.files}
+
+
+@needs_golden
+@pytest.mark.parametrize("converted", [False, True])
+def test_golden_ve(tmp_path: Path, converted: bool) -> None:
+    path, stored = golden("score_sde_tiny_ve")
+    if converted:
+        convert(path, tmp_path / "a.safetensors")
+        path = tmp_path / "a.safetensors"
+    x, sigma = stored["x"], stored["cond"]
+    prediction = at_sigma(read(path).build(), 2 * x - 1, 2 * sigma)
+    score = -2 * prediction.eps / expand(2 * sigma, x)
+    assert off(score, stored["score"]) < 1e-4 and off(score, stored["net_out"]) < 1e-4
+    assert off((prediction.x_0 + 1) / 2, stored["denoised"]) < 1e-4
+    assert off(score, stored["raw_out"]) > 1e-2
+    if not converted:
+        raw = at_sigma(read(path, weights="raw").build(), 2 * x - 1, 2 * sigma)
+        assert off(-2 * raw.eps / expand(2 * sigma, x), stored["raw_out"]) < 1e-4
+
+
+@needs_golden
+def test_golden_vp() -> None:
+    path, stored = golden("score_sde_tiny_vp")
+    denoiser, x, t = read(path).build(), stored["x"], stored["t"].double()
+    prediction = denoiser(x, t)
+    assert off(prediction.eps, stored["net_out"]) < 1e-4
+    assert off(-prediction.eps / expand(stored["std"], x), stored["score"]) < 1e-4
+    assert off(prediction.x_0, stored["denoised"]) < 1e-4
+    assert off(prediction.eps, stored["raw_out"]) > 1e-2
+    assert off(read(path, weights="raw").build()(x, t).eps, stored["raw_out"]) < 1e-4
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["edm_tiny_edm_vp", "edm_tiny_edm_ve"])
+def test_golden_edm(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDM_CANARY", str(tmp_path / "canary"))
+    monkeypatch.chdir(tmp_path)
+    path, stored = golden(name)
+    denoiser, x, sigma = read(path).build(), stored["x"], stored["sigma"]
+    prediction = at_sigma(denoiser, x, sigma)
+    assert off(prediction.x_0, stored["denoised"]) < 1e-4
+    assert off(-prediction.eps / expand(sigma, x), stored["score"]) < 1e-4
+    scaled = x / expand((sigma**2 + 0.25).sqrt(), x)
+    assert off(denoiser.network(scaled, stored["c_noise"]), stored["raw"]) < 1e-4
+    assert not list(tmp_path.iterdir()), "the file's own source was executed"
+
+
+@needs_golden
+def test_golden_forbidden_global() -> None:
+    with pytest.raises(UsageError, match=r"names \w+\.getcwd"):
+        read(Path(os.environ["DIFFACCEL_GOLDEN"], "forbidden_global.pkl"))
