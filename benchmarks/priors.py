@@ -3,8 +3,8 @@
     python -m benchmarks.priors cifar10_small/tdpm prior.checkpoint=FILE data.path=TRAIN.npz data.test_path=TEST.npz
 
 States x / sqrt(1 + ratio^2) are shown to the experiment's extractor as images, confined to [-1, 1] like all others; the
-reference are the training images' states. Rows: the generator's states, those of a Gaussian of the training states' mean
-and covariance, standard normal ones, and held-out images'. The latter is the floor.
+reference is the training images' states. Rows: the generator's states, those of a Gaussian of the training states'
+mean and covariance, standard normal ones, and held-out images'. The latter is the floor.
 """
 
 import sys
@@ -86,11 +86,12 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         Console(stderr=True, soft_wrap=True).print(f"priors: {error}", style="red", markup=False)
         return 2
-    table = Table(title=f"Frechet distance of states, {config.experiment}", title_justify="left", box=None)
+    table = Table(box=None, header_style="bold")
     for column in ("states", "distance", "se"):
         table.add_column(column, justify="left" if column == "states" else "right")
     for name, found in rows.items():
         table.add_row(name, f"{found.fd:.4g}", f"{found.se:.2g}")
+    print(f"Frechet distance of {config.n} states, {config.experiment}")
     Console().print(table)
     return 0
 

@@ -16,7 +16,7 @@ def test_a_matched_gaussian_has_the_states_moments():
 
 
 def test_held_out_states_are_the_nearest(capsys: pytest.CaptureFixture[str]):
-    words = ["n=300", "limit=600", "method.frozen=true", "prior.generator=separate", "checkpoint=", "prior.checkpoint="]
+    words = ["n=300", "limit=600", "method.frozen=true", "prior.generator=separate", "prior.K=50", "checkpoint="]
     assert main(["digits/tdpm", *words]) == 0
     rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[-4:]]
     distance = {name.strip(): float(value) for name, value, _ in rows}
