@@ -71,7 +71,7 @@ def test_what_a_small_one_needs_is_shipped(name: str):
 def test_digits_ship_in_four_megabytes_with_their_story():
     files = list((EXPERIMENTS / "digits" / "weights").iterdir())
     assert sum(file.stat().st_size for file in files) < 4_000_000
-    for name in ("edm", "ddpm", "ddm", "classifier"):
+    for name in ("edm", "ddpm", "ddm", "tdpm", "classifier"):
         with safe_open(EXPERIMENTS / "digits" / "weights" / f"{name}.safetensors", framework="pt") as file:
             story = json.loads(file.metadata()["diffaccel"])
         assert {"method", "experiment", "data", "seed", "module", "images_seen", "hours", "version"} <= story.keys()

@@ -108,8 +108,8 @@ def test_matching_moves_towards_the_data_and_stops_there():
         push, stretch = gradient.mean().item(), ((y - mean) * gradient).mean().item()
         if (mean, spread) == (0.3, 1.0):
             assert gradient.abs().max() < 1e-5
-        assert (push > 0.1) == (mean > 0.3) and (abs(stretch) > 0.05) == (spread != 1)
-        assert spread == 1 or stretch * (spread - 1) > 0
+        assert push > 0.5 if mean > 0.3 else abs(push) < 0.05
+        assert spread == 1 or stretch * (spread - 1) > 0.005
 
 
 def test_the_second_denoiser_learns_the_generators_law():

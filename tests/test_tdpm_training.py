@@ -22,7 +22,7 @@ from diffaccel.weights import read_weights
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32", "threads=1"]
-TINY += ["training.warmup=64", "method.critic.channel_base=64", "logger=none", "n=20", "nfe=3"]
+TINY += ["training.warmup=64", "method.critic.channel_base=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
 PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
 OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, until: 64}, {name: distribution_matching, since: 96}]"
 """A separate generator on a frozen denoiser, whose weights are random here."""
@@ -186,7 +186,15 @@ def test_one_generator_serves_all_budgets(tmp_path: Path):
 @pytest.mark.slow
 def test_digits_from_scratch(tmp_path: Path):
     """After 300 steps the generator's pixels spread as the states do, within 20 %."""
-    words = ["training.batch_size=64", "prior.K=4", "denoiser.time_scale=0.25", "logger=none", "n=20", "nfe=3"]
+    words = [
+        "training.batch_size=64",
+        "prior.K=4",
+        "denoiser.time_scale=0.25",
+        "logger=none",
+        "n=20",
+        "nfe=3",
+        "checkpoint=",
+    ]
     assert main(["fit", "digits/tdpm", *words, "images=19200", f"out={tmp_path}"]) == 0
     config = load("digits/tdpm", [*words, f"checkpoint={tmp_path / 'ema.safetensors'}"])
     method = build_method(config)
