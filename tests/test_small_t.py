@@ -30,7 +30,8 @@ def run(truth, prior, solver, n: int, steps: int) -> torch.Tensor:
     """Samples (n, D) float64."""
     noise = BatchedNoise(n)
     x_t, t = prior(truth, noise, (truth.size, 1, 1), Plan(steps))
-    return SOLVERS.build(solver)(truth, x_t.double(), t, noise, steps).flatten(1)
+    x_t = x_t.double() if isinstance(truth, DiagonalMixture) else x_t.float()
+    return SOLVERS.build(solver)(truth, x_t, t, noise, steps).flatten(1).double()
 
 
 # A start that is wrong, or right (closed forms and golden values)
@@ -307,9 +308,9 @@ def test_a_learned_score_and_a_learned_start():
     with torch.no_grad():
         gap = exact.density.log_prob(x_T.double()) - flow.log_prob(x_T)
     assert -0.01 < gap.mean() < 0.03, "0.0007 is the recipe's"
-    model.size = 2
-    assert torch.allclose(modes(run(model, prior, ANCESTRAL, 20_000, 200)), torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
-    wrong = modes(run(model, truth.normal_prior(0.4).float(), ANCESTRAL, 20_000, 200))
+    model.size, solver = 2, {**ANCESTRAL, "grid": {"name": "log_snr", "ratio_min": 0.0105}}
+    assert torch.allclose(modes(run(model, prior, solver, 10_000, 150)), torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
+    wrong = modes(run(model, truth.normal_prior(0.4).float(), solver, 10_000, 150))
     assert torch.allclose(wrong, torch.tensor([0.438, 0.337, 0.225]), atol=0.03)
     times, n = (0.2, 0.4, 0.8), 20_000
     ratios = [truth.process.ratio(torch.tensor(T).double()).item() for T in times]
