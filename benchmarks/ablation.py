@@ -1,6 +1,6 @@
 """What DDM's choices are worth on digits: constant against linear attenuation, two heads against one, over seeds.
 
-python -m benchmarks.ablation [SEEDS] [key=value ...]      (three seeds: nine fits of about five minutes on one core)
+python -m benchmarks.ablation [SEEDS] [key=value ...]      (three seeds: nine fits of five minutes on a free core)
 
 Every case has about as many parameters, the paper's clock v = t, the weighting ``unit`` of the losses, and the
 stochastic bridge without clamping. A seed is one of training and of sampling; the standard error is over seeds. Fits

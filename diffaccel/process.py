@@ -8,38 +8,15 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffaccel.attenuation import ATTENUATIONS, Attenuation, Constant
 from diffaccel.errors import UsageError
+from diffaccel.prediction import DecoupledPrediction, Prediction
 from diffaccel.registry import Registry
-
-
-class Prediction(NamedTuple):
-    """What a denoiser says of x_t: both means, so that no caller divides by a coefficient that may be 0."""
-
-    x_0: Tensor
-    """E[x_0 | x_t], (B, C, H, W)."""
-    eps: Tensor
-    """E[eps | x_t], (B, C, H, W)."""
-
-
-class DecoupledPrediction(Prediction):
-    """A prediction with the parameters of the attenuation, for the decoupled process.
-
-    Attributes:
-        phi: E[phi | x_t], (B, (free + 1) C, H, W).
-    """
-
-    phi: Tensor
-
-    def __new__(cls, x_0: Tensor, eps: Tensor, phi: Tensor) -> "DecoupledPrediction":  # noqa: D102
-        prediction = super().__new__(cls, x_0, eps)
-        prediction.phi = phi
-        return prediction
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:

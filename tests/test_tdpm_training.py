@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_processes import run
+from test_collective import run
 from torch import nn
 
 from diffaccel.__main__ import main
