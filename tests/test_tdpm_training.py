@@ -100,7 +100,7 @@ def test_the_critic_learns_in_float32_under_bf16(tmp_path: Path, monkeypatch: py
 
     Under autocast a linear layer's backward pass would round to three digits.
     """
-    loss, step = TruncatedDiffusion.critic_loss, torch.optim.Adam.step
+    loss, step = TruncatedDiffusion.critic_loss, torch.optim.AdamW.step
     states = torch.randn(32, 1, 8, 8)
     critic: list[nn.Parameter] = []
     found: dict[str, list[torch.Tensor]] = {}
@@ -118,7 +118,7 @@ def test_the_critic_learns_in_float32_under_bf16(tmp_path: Path, monkeypatch: py
                 found[precision] = [parameter.grad.clone() for parameter in critic]
             return step(self, *arguments, **words)
 
-        monkeypatch.setattr(torch.optim.Adam, "step", stepping)
+        monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
         assert fit(tmp_path / precision, f"precision={precision}", "method.gamma=10", images=32) == 0
     assert len(found["32-true"]) == len(found["bf16-mixed"]) > 10
     for gradient, rounded in zip(found["32-true"], found["bf16-mixed"], strict=True):
