@@ -216,7 +216,7 @@ def tradeoff(config: Any) -> None:
     method = experiment.build_method(config, frozen=True)
     if not isinstance(method, SmallTimeDiffusion):
         raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
-    starts_of(method, config.tradeoff.T)  # an unfitted density is an error now
+    starts_of(method, config.tradeoff.T)  # one without a log-density is an error now
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
     curve = TradeoffCurve(settings, data, evaluator, config.seed, config.batch_size, config.folder)

@@ -45,7 +45,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         frozen: Whether weights will not change any more: ``compile`` then takes them for constants, which is faster.
 
     Raises:
-        UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network.
+        UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network, or, where
+            they will not change any more, not named.
     """
     shape = shape_of(config)
     torch.manual_seed(config.seed)
@@ -78,6 +79,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         shape=shape,
         seed=config.seed,
     )
+    if load and frozen:
+        check_trained(config, method)
     for budget in config.by_nfe:
         parts = config.at(budget)
         prior: Prior = method.prior  # shared where a budget changes the solver alone: it may be in training
@@ -91,6 +94,23 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
             network.forward = torch.compile(network.forward, options={"freezing": frozen})
     return method
+
+
+def check_trained(config: Config, method: Diffusion) -> None:
+    """Refuse networks without weights: what they sample says nothing.
+
+    Raises:
+        UsageError: The denoiser, or a prior that is fitted, has no checkpoint.
+    """
+    for part, key, wanted, given in (
+        ("denoiser", "checkpoint", bool(config.network), config.checkpoint),
+        ("prior", "prior.checkpoint", bool(method.prior.networks()), config.prior.get("checkpoint")),
+    ):
+        if wanted and not given:
+            raise UsageError(
+                f"{config.experiment} names no weights for its {part}: set {key}=FILE, which "
+                f"`diffaccel fit {config.experiment}` leaves at its end"
+            )
 
 
 def adopt(config: Config) -> Pretrained | None:

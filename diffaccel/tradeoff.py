@@ -124,11 +124,11 @@ def starts_of(method: SmallTimeDiffusion, times: Sequence[float]) -> dict[str, d
     """Density by name -> the prior at each time where it is known.
 
     Raises:
-        UsageError: The experiment's density is not fitted, or has no log-density.
+        UsageError: The experiment's density has no log-density.
     """
     own = method.density
-    if not own.fitted or not own.normalised:
-        raise UsageError("the trade-off needs a fitted density with a log-density: set prior.checkpoint")
+    if not own.normalised:
+        raise UsageError("the trade-off needs a log-density, which a vae has not: set prior.density.name=gaussian")
     known: dict[str, Density] = {"N(0, I)": NormalDensity(own.shape, own.ratio)}
     if isinstance(own, GaussianDensity):  # or one that holds the same moments
         known["Gaussian"] = GaussianDensity(own.shape, own.ratio)

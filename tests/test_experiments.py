@@ -13,6 +13,7 @@ from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, load
 from diffaccel.data import Batch
 from diffaccel.density import TrainingImages
+from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion, TruncatedDiffusion
 from diffaccel.noise import NoiseStreams
 
@@ -67,6 +68,14 @@ def test_what_a_small_one_needs_is_shipped(name: str):
         pytest.fail(f"{name} names {[str(path) for path in missing]}, which do not exist")
     method = experiment.build_method(load(name))
     experiment.build_evaluator(load(name), method)  # extractor and references fit each other
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("digits/edm", "checkpoint=null"), ("cifar10_small/tdpm", "prior.checkpoint=null")]
+)
+def test_nothing_is_sampled_from_untrained_networks(name: str, word: str):
+    with pytest.raises(UsageError, match=f"set {word.split('=')[0]}=FILE"):
+        experiment.build_method(load(name, [word]), frozen=True)
 
 
 def test_digits_ship_in_four_megabytes_with_their_story():

@@ -100,7 +100,7 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
 def test_the_trade_off_wants_a_density_that_is_known(tmp_path: Path, capsys):
     words = ["prior.checkpoint=", f"out={tmp_path}", "logger=none"]
     assert main(["tradeoff", "toy/small_t", *words]) == 2
-    assert "needs a fitted density" in capsys.readouterr().err.replace("\n", " ")
+    assert "set prior.checkpoint=FILE" in capsys.readouterr().err.replace("\n", " ")
     assert main(["tradeoff", "toy/edm", *words[1:]]) == 2
     assert "small_t" in capsys.readouterr().err
 
