@@ -170,16 +170,19 @@ def test_power_of_a_wave():
 
 def test_one_generator_serves_all_budgets(tmp_path: Path):
     """Weights that a fit leaves are those that a bench reads, at the ends of both ways to train."""
-    for name, words in (("shared", []), ("product", PRODUCT)):
+    shared = f"checkpoint={tmp_path / 'shared' / 'ema.safetensors'}"  # a network of the same size
+    for name, words, left in (
+        ("shared", [], {"ema", "raw"}),
+        ("product", [*PRODUCT, shared], {"generator", "generator_raw"}),
+    ):
         out = tmp_path / name
         assert fit(out, *words, images=64) == 0
-        left = {file.stem for file in out.glob("*.safetensors")}
-        assert left == ({"ema", "raw"} if name == "shared" else {"generator", "generator_raw"})
-        weights = [f"checkpoint={out / 'ema.safetensors'}"]
+        assert {file.stem for file in out.glob("*.safetensors")} == left
+        weights = shared
         if name == "product":
             assert "denoiser_sha256" in state(out)["diffaccel"]
-            weights = [f"prior.checkpoint={out / 'generator.safetensors'}", "checkpoint="]
-        assert main(["bench", "digits/tdpm", *TINY, *words, *weights, f"out={out}", "nfe=[2,4]"]) == 0
+            weights = f"prior.checkpoint={out / 'generator.safetensors'}"
+        assert main(["bench", "digits/tdpm", *TINY, *words, weights, f"out={out}", "nfe=[2,4]"]) == 0
         assert [point["nfe"] for point in read_points(out / "points.jsonl")] == [2, 4]
 
 
