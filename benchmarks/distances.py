@@ -7,27 +7,24 @@ Exit status 1 if some distance doesn't rise with the strength.
 """
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from diffaccel.data.arrays import Npz, channels_first
+from diffaccel.data.arrays import Npz
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Frechet, FrechetDistance, Moments
 from diffaccel.nn.features import Extractor, Small
+from diffaccel.nn.jpeg import jpeg
 
 # The least blur is 0.4 pixels: 0.25 would change no value by half a level, so that in uint8 it is none.
 BLUR = (0, 0.4, 0.5, 0.75, 1, 1.5)
@@ -67,18 +64,6 @@ def noisy(images: Tensor, std: float, seed: int = 0) -> Tensor:
     return (images + std * z).round().clamp(0, 255).to(torch.uint8)
 
 
-def jpeg(images: Tensor, quality: float) -> Tensor:
-    """Write and read images (N, C, H, W) uint8 as JPEG of a quality of 1 to 100."""
-
-    def through(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
-        return np.asarray(Image.open(file))
-
-    arrays = images.permute(0, 2, 3, 1).squeeze(-1).numpy()  # grey ones are (H, W) to PIL
-    return channels_first(np.stack([through(image) for image in arrays]))
-
-
 def without_classes(images: Tensor, labels: Tensor, dropped: float, n: int) -> Tensor:
     """Return the first ``n`` of the images (N, C, H, W) that aren't of the first ``dropped`` classes, labels (N,)."""
     return images[labels >= dropped][:n]
@@ -114,7 +99,7 @@ def damages(
     return [
         Damage("blur, pixels", blur, n, lambda sigma: blurred(some, sigma)),
         Damage("noise, of 255", noise, n, lambda std: noisy(some, std)),
-        Damage("JPEG quality", quality, n, lambda value: jpeg(some, value)),
+        Damage("JPEG quality", quality, n, lambda value: jpeg(some, int(value))),
         Damage("classes dropped", dropped, fewest, lambda count: without_classes(images, labels, count, fewest)),
     ]
 

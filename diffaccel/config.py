@@ -137,6 +137,8 @@ class Config:
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
     truncate: bool = False
     """Truncate images to uint8 as the DLG reference does, instead of rounding them."""
+    jpeg: int | None = None
+    """Score JPEGs of this quality, as the DLG reference did (75); the metrics are then named so, `fd_..._jpeg75`."""
     keep_features: bool = True
     """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
     keep_images: bool = False

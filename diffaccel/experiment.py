@@ -19,6 +19,7 @@ from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn import NETWORKS
 from diffaccel.nn.features import EXTRACTORS, Extractor
+from diffaccel.nn.jpeg import AsJPEG
 from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
 from diffaccel.pretrained import read as read_pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
@@ -277,6 +278,8 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
     reference = load_reference(config.reference, extractor)
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    if config.jpeg is not None:
+        extractor = AsJPEG(extractor, config.jpeg)
     likelihood = None
     if config.likelihood and measured:
         likelihood = BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)

@@ -263,6 +263,145 @@ def edm_content(network: NCSNpp, layout: dict[str, Any], wrapper: str = "EDMPrec
     return {"ema": Recorded(wrapper, root), "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
 
 
+class Dhariwal:
+    """DhariwalUNet, run from its file's names, written from the published layout alone."""
+
+    def __init__(self, multipliers: list[int], blocks: int, attention: list[int], width: int, classes: int = 0) -> None:
+        self.multipliers, self.blocks, self.attention, self.width = multipliers, blocks, attention, width
+        self.arguments = {
+            "img_resolution": 32,
+            "in_channels": 3,
+            "out_channels": 3,
+            "label_dim": classes,
+            "model_channels": width,
+            "channel_mult": multipliers,
+            "num_blocks": blocks,
+            "attn_resolutions": attention,
+            "label_dropout": 0.1,
+        }
+
+    def made(self, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tensors, in the order of the file."""
+        tensors: dict[str, Tensor] = {}
+
+        def add(name: str, *shape: int, bias: bool = True) -> None:
+            norm = len(shape) == 1
+            scale = 1.0 if norm else math.prod(shape[1:]) ** -0.5
+            tensors[f"{name}.weight"] = norm + scale * torch.randn(shape, generator=generator)
+            if bias:
+                tensors[f"{name}.bias"] = torch.randn(shape[0], generator=generator) / 4
+
+        def block(name: str, cin: int, cout: int, attends: bool, resampled: bool = False) -> None:
+            add(f"{name}.norm0", cin)
+            add(f"{name}.conv0", cout, cin, 3, 3)
+            if resampled:
+                tensors[f"{name}.conv0.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+            add(f"{name}.affine", 2 * cout, 4 * self.width)
+            add(f"{name}.norm1", cout)
+            add(f"{name}.conv1", cout, cout, 3, 3)
+            if cin != cout:
+                add(f"{name}.skip", cout, cin, 1, 1)
+            elif resampled:
+                tensors[f"{name}.skip.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+            if attends:
+                add(f"{name}.norm2", cout)
+                add(f"{name}.qkv", 3 * cout, cout, 1, 1)
+                add(f"{name}.proj", cout, cout, 1, 1)
+
+        add("map_layer0", 4 * self.width, self.width)
+        add("map_layer1", 4 * self.width, 4 * self.width)
+        if self.arguments["label_dim"]:
+            add("map_label", 4 * self.width, self.arguments["label_dim"], bias=False)
+        add("enc.32x32_conv", self.width, 3, 3, 3)
+        skips, cout = [self.width], self.width
+        for level, multiplier in enumerate(self.multipliers):
+            rows = 32 >> level
+            if level:
+                block(f"enc.{rows}x{rows}_down", cout, cout, attends=False, resampled=True)
+                skips.append(cout)
+            for index in range(self.blocks):
+                cin, cout = cout, self.width * multiplier
+                block(f"enc.{rows}x{rows}_block{index}", cin, cout, rows in self.attention)
+                skips.append(cout)
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            rows = 32 >> level
+            if level == len(self.multipliers) - 1:
+                block(f"dec.{rows}x{rows}_in0", cout, cout, attends=True)
+                block(f"dec.{rows}x{rows}_in1", cout, cout, attends=False)
+            else:
+                block(f"dec.{rows}x{rows}_up", cout, cout, attends=False, resampled=True)
+            for index in range(self.blocks + 1):
+                cin, cout = cout + skips.pop(), self.width * multiplier
+                block(f"dec.{rows}x{rows}_block{index}", cin, cout, rows in self.attention)
+        add("out_norm", cout)
+        add("out_conv", outputs, cout, 3, 3)
+        self.tensors = tensors
+        return tensors
+
+    def __call__(self, x: Tensor, c: Tensor, onehot: Tensor | None = None) -> Tensor:
+        """Run it on x (B, 3, 32, 32), noise labels (B,) and one-hot labels."""
+        own = self.tensors
+        angle = c[:, None] * torch.tensor([10000.0 ** (-2 * j / self.width) for j in range(self.width // 2)])
+        e = F.silu(F.linear(torch.cat([angle.cos(), angle.sin()], 1), *self.pair("map_layer0")))
+        e = F.linear(e, *self.pair("map_layer1"))
+        e = F.silu(e if onehot is None else e + onehot @ own["map_label.weight"].T)
+        skips: list[Tensor] = []
+        h = x
+        for name in dict.fromkeys(".".join(key.split(".")[:2]) for key in own if key.startswith(("enc", "dec"))):
+            if name.startswith("dec") and "block" in name:
+                h = torch.cat([h, skips.pop()], 1)
+            h = F.conv2d(h, *self.pair(name), padding=1) if name.endswith("conv") else self.block(name, h, e)
+            if name.startswith("enc"):
+                skips.append(h)
+        assert not skips
+        return F.conv2d(F.silu(self.norm("out_norm", h)), *self.pair("out_conv"), padding=1)
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return F.group_norm(x, min(32, x.shape[1] // 4), *self.pair(name), eps=1e-5)
+
+    def block(self, name: str, x: Tensor, e: Tensor) -> Tensor:
+        h = F.silu(self.norm(f"{name}.norm0", x))
+        if name.endswith("down"):
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif name.endswith("up"):
+            h, x = (a.repeat_interleave(2, 2).repeat_interleave(2, 3) for a in (h, x))
+        h = F.conv2d(h, *self.pair(f"{name}.conv0"), padding=1)
+        scale, shift = F.linear(e, *self.pair(f"{name}.affine"))[:, :, None, None].chunk(2, 1)
+        h = F.silu(self.norm(f"{name}.norm1", h) * (1 + scale) + shift)
+        h = F.conv2d(h, *self.pair(f"{name}.conv1"), padding=1)
+        x = h + (F.conv2d(x, *self.pair(f"{name}.skip")) if f"{name}.skip.weight" in self.tensors else x)
+        if f"{name}.qkv.weight" not in self.tensors:
+            return x
+        heads = x.shape[1] // 64
+        qkv = F.conv2d(self.norm(f"{name}.norm2", x), *self.pair(f"{name}.qkv"))
+        q, k, v = qkv.reshape(len(x) * heads, 64, 3, -1).unbind(2)
+        a = torch.einsum("nqk,nck->ncq", torch.einsum("ncq,nck->nqk", q, k / 8).softmax(2), v)
+        return x + F.conv2d(a.reshape(x.shape), *self.pair(f"{name}.proj"))
+
+    def content(self, wrapper: str, **attributes: Any) -> Any:
+        """What EDM's training loop saves, as a tree of modules of their own."""
+
+        def module(tensors: dict[str, Tensor], **state: Any) -> Any:
+            heads = dict.fromkeys(name.split(".")[0] for name in tensors if "." in name)
+            children = {
+                h: module({n[len(h) + 1 :]: t for n, t in tensors.items() if n.startswith(h + ".")}) for h in heads
+            }
+            here = {name: tensor for name, tensor in tensors.items() if "." not in name}
+            buffers = {name: here.pop(name) for name in list(here) if name == "resample_filter"}
+            parameters = {name: nn.Parameter(tensor) for name, tensor in here.items()}
+            whole = {"_parameters": parameters, "_buffers": buffers, "_modules": children}
+            return Recorded("UNetBlock", {**whole, "_non_persistent_buffers_set": set(), **state})
+
+        arguments = {**self.arguments, "out_channels": len(self.tensors["out_conv.bias"])}
+        network = module(self.tensors, _init_args=(), _init_kwargs=arguments)
+        network.meta["class_name"] = "DhariwalUNet"
+        root = {"_parameters": {}, "_buffers": {}, "_modules": {"model": network}, "_init_args": (), **attributes}
+        return {"ema": Recorded(wrapper, root)}
+
+
 def write_pickle(path: Path, content: Any, protocol: int = 4) -> Path:
     with path.open("wb") as file:
         pickle.dump(content, file, protocol)

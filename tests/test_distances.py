@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.distances import blurred, damages, jpeg, ladder, main, moments, noisy, read, rises, without_classes
+from benchmarks.distances import blurred, damages, ladder, main, moments, noisy, read, rises, without_classes
 from diffaccel.data.arrays import Digits
 from diffaccel.metrics import Frechet
 from diffaccel.nn.features import Small
@@ -66,15 +66,6 @@ def test_noise_has_its_deviation_and_the_same_draws():
     weak, strong = noisy(grey(), 8).double() - 128, noisy(grey(), 16).double() - 128
     assert (strong - 2 * weak).abs().max() <= 1.5
     assert torch.equal(noisy(grey(), 0), grey())
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_keeps_less_at_less_quality(channels: int, generator: torch.Generator):
-    coarse = torch.randint(256, (20, channels, 4, 4), dtype=torch.uint8, generator=generator)
-    images = coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    errors = [(jpeg(images, quality).double() - images).square().mean() for quality in (100, 90, 50, 10)]
-    assert errors == sorted(errors) and errors[0] < errors[-1] / 2
-    assert (jpeg(grey(), 50).double() - 128).abs().max() <= 1
 
 
 def test_classes_are_dropped_and_the_number_stays():

@@ -4,6 +4,7 @@ Golden files (``score_sde_tiny_*``, ``edm_tiny_*``, with what the reference impl
 in the folder that DIFFACCEL_GOLDEN names.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from foreign import (
     LAYOUTS,
     VE,
     VP,
+    Dhariwal,
     ScoreSDE,
     as_filed,
     edm_content,
@@ -155,6 +157,46 @@ def test_edm_s_two_other_preconditionings(tmp_path: Path, edm_modules: None) -> 
     assert off(at_sigma(read(tmp_path / "vp.pkl").build(), y, sigma).x_0, y - expand(sigma, y) * output) < 1e-4
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+def test_dhariwal_s_network_in_edm_s_preconditioning(tmp_path: Path, edm_modules: None, classes: int) -> None:
+    """Two heads of 64 channels at the coarsest level; labels as one-hot vectors there, as a table here."""
+    theirs = Dhariwal([1, 2], blocks=1, attention=[16, 8], width=64, classes=classes)
+    theirs.made(3, torch.Generator().manual_seed(4))
+    write_pickle(tmp_path / "a.pkl", theirs.content("EDMPrecond"))
+    denoiser, sigma = read(tmp_path / "a.pkl").build(), torch.tensor([0.02, 0.8, 30.0])
+    y, labels = states(sigma), torch.tensor([4, 0, 2]) if classes else None
+    onehot = None if labels is None else torch.eye(5)[labels]
+    scaled = y / expand((sigma**2 + 0.25).sqrt(), y)
+    expected = theirs(scaled, sigma.log() / 4, onehot)
+    assert off(denoiser.network(scaled, sigma.log() / 4, labels), expected) < 1e-4
+    x_t, t = denoiser.process.from_ratio(y, sigma.double())
+    expected = expand(0.25 / (sigma**2 + 0.25), y) * y + expand(0.5 * sigma / (sigma**2 + 0.25).sqrt(), y) * expected
+    assert off(denoiser(x_t, t, labels).x_0, expected) < 1e-4
+
+
+def test_iddpm_reads_the_nearest_level_and_leaves_the_variances(tmp_path: Path, edm_modules: None) -> None:
+    theirs = Dhariwal([1], blocks=1, attention=[], width=64)
+    theirs.made(6, torch.Generator().manual_seed(4))
+    write_pickle(tmp_path / "a.pkl", theirs.content("iDDPMPrecond", M=1000, C_1=0.001, C_2=0.008))
+    u = [0.0]  # u_M .. u_0, by the paper's recursion
+
+    def kept(j: int) -> float:
+        return math.sin(math.pi / 2 * j / 1000 / 1.008) ** 2
+
+    for j in range(1000, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(kept(j - 1) / kept(j), 0.001) - 1))
+    index = torch.tensor([0, 300, 820])
+    sigma = torch.tensor([u[i + 1] for i in index]) * torch.tensor([1.05, 1.0001, 0.9999])
+    y = states(sigma)
+    output = theirs(y / expand((1 + sigma**2).sqrt(), y), index.float())[:, :3]
+    denoiser = read(tmp_path / "a.pkl").build()
+    assert off(at_sigma(denoiser, y, sigma).x_0, y - expand(sigma, y) * output) < 1e-4
+    assert denoiser.ratio_range == pytest.approx((u[1], 80.0))
+    write_pickle(tmp_path / "b.pkl", theirs.content("EDMPrecond"))
+    with pytest.raises(UsageError, match="not as many outputs as EDMPrecond reads"):
+        read(tmp_path / "b.pkl")
+
+
 def test_q_k_and_v_take_turns_channel_by_channel() -> None:
     """As EDM reads them: reshape to (B heads, C / heads, 3, H W)."""
     network = random_network(5, **VE)
@@ -189,7 +231,7 @@ needs_golden = pytest.mark.skipif(
 
 
 def golden(name: str) -> tuple[Path, dict[str, Tensor]]:
-    folder = Path(os.environ["DIFFACCEL_GOLDEN"])
+    folder = Path(os.environ["DIFFACCEL_GOLDEN"]).resolve()
     stored = np.load(folder / f"{name}.npz")
     path = next(folder / f"{name}{end}" for end in (".pth", ".pkl") if (folder / f"{name}{end}").is_file())
     return path, {key: torch.from_numpy(stored[key]) for key in stored.files}
@@ -229,8 +271,8 @@ def test_golden_vp() -> None:
 @pytest.mark.parametrize("name", ["edm_tiny_edm_vp", "edm_tiny_edm_ve"])
 def test_golden_edm(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDM_CANARY", str(tmp_path / "canary"))
-    monkeypatch.chdir(tmp_path)
     path, stored = golden(name)
+    monkeypatch.chdir(tmp_path)
     denoiser, x, sigma = read(path).build(), stored["x"], stored["sigma"]
     prediction = at_sigma(denoiser, x, sigma)
     assert off(prediction.x_0, stored["denoised"]) < 1e-4

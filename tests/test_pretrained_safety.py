@@ -343,7 +343,7 @@ def test_edm_files_that_are_not(tmp_path: Path, edm_modules: None) -> None:
         refused(write(tmp_path / "a.pkl", content), match)
 
     attempt("iDDPMPrecond", wrapper="iDDPMPrecond")
-    attempt("its network is DhariwalUNet", class_name="DhariwalUNet")
+    attempt("its network is DiT", class_name="DiT")
     attempt("no network under 'ema'", root=lambda content: {"ema": 1})
     attempt("no network under 'ema'", root=lambda content: [1])
     attempt("positional arguments", _init_args=(1,))

@@ -3,6 +3,8 @@
 They are written on y = x / alpha at rho = sigma / alpha, so that each runs wherever its range of ratios lies.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -171,3 +173,44 @@ class DiscreteVPDenoiser(VPDenoiser):
         a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
         scaled = x_t / expand(norm, x_t)
         return Prediction(a * scaled - s * output, s * scaled + a * output)
+
+
+@DENOISERS.register("iddpm")
+class IDDPMDenoiser(VPDenoiser):
+    """The network predicts eps, and variances that are left alone, told the nearest of the cosine schedule's levels.
+
+        D(y; rho) = y - rho F(y / sqrt(1 + rho^2); M - 1 - arg min_j |u_j - rho|)
+        u_M = 0,  u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar(j - 1) / abar(j), C_1),  abar(j) = sin^2(pi j / 2 M (C_2 + 1))
+
+    Args:
+        network: As :class:`~diffaccel.denoiser.NetworkDenoiser`'s; its first C channels are read.
+        process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
+        steps: M, number of levels.
+        C_1: Least share of the signal's variance that a step leaves.
+        C_2: Offset that keeps the first steps from being tiny.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672,
+        Eq. 17; Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column
+        iDDPM + DDIM
+    """
+
+    levels: Tensor
+
+    def __init__(
+        self, network: nn.Module, process: Process, steps: int = 1000, C_1: float = 0.001, C_2: float = 0.008
+    ) -> None:
+        j = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
+        kept = (math.pi / 2 * j / steps / (C_2 + 1)).sin().square()
+        share = (kept[:-1] / kept[1:]).clamp(min=C_1)  # of step j = 1 .. M
+        levels = (share.flip(0).log().cumsum(0).neg().expm1()).sqrt()  # u_{M-1} .. u_0, by index of the network's
+        super().__init__(network, process, ratio_min=levels[0].item(), ratio_max=levels[-1].item())
+        self.register_buffer("levels", levels, persistent=False)
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """Index of the nearest level, (B,)."""
+        return (self.process.ratio(t).to(self.levels)[:, None] - self.levels).abs().argmin(1)
+
+    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Run the network once and leave its variances, (B, C, H, W)."""
+        return super().output(x_t, t, condition, augment)[:, : x_t.shape[1]]

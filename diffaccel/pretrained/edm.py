@@ -9,15 +9,16 @@ References:
 import io
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from diffaccel.nn.ncsnpp import TAPS, resampling_kernel
-from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, load_finite
+from diffaccel.nn.ncsnpp import resampling_kernel
+from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names
+from diffaccel.pretrained.edm_networks import NETWORKS
 from diffaccel.pretrained.pickles import open_file, refuse, run_pickle, short
 from diffaccel.pretrained.torchfile import Storage, Stored, read_stream, torch_globals
 
@@ -108,12 +109,16 @@ def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
     found = state_of(child, origin)
     if child.state.get("_init_args"):
         raise refuse(origin, "its network was made with positional arguments")
-    network, shape = NETWORKS[child.class_name](_dict(child.state, "_init_kwargs", origin), origin)
+    arguments, listing = NETWORKS[child.class_name]
+    network, shape = arguments(_dict(child.state, "_init_kwargs", origin), origin)
+    if network.get("heads", [1]) != ([2] if denoiser["name"] == "iddpm" else [1]):
+        raise refuse(origin, f"its network has not as many outputs as {root.class_name} reads")
     _check_filters(found, network.get("resample"), origin)
     on_meta = build_on_meta(origin, network, shape, len(found))
-    check_names(origin, {name: tuple(value.shape) for name, value in on_meta.state_dict().items()}, found)
+    entries = listing(on_meta)
+    check_names(origin, {entry.name: entry.shape for entry in entries}, found)
     source = {"format": "edm", "weights": "ema", "units": "[-1, 1], as in the file", "wrapper": root.class_name}
-    return Pretrained(shape, network, denoiser, process, load_finite(origin, found), source)
+    return Pretrained(shape, network, denoiser, process, assemble(origin, entries, found, on_meta), source)
 
 
 def _dict(state: Any, key: str, origin: str) -> Mapping[str, Any]:
@@ -186,67 +191,10 @@ def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[st
     if root.class_name == "VPPrecond":
         betas = {"beta_0": number("beta_min", 0.1), "beta_1": number("beta_min", 0.1) + number("beta_d", 19.9)}
         return {"name": "vp", **betas, "indices": number("M", 1000) - 1}, {"name": "vp", **betas}
-    raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are EDMPrecond, VEPrecond, VPPrecond")
-
-
-def _song_unet(arguments: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Our network's arguments, and the image shape, from SongUNet's; what a file leaves out has SongUNet's default."""
-    given = {**_SONG_DEFAULTS, **arguments}
-    for name, value in given.items():
-        if name not in _SONG_DEFAULTS or not _alike(value, _SONG_DEFAULTS[name]):
-            raise refuse(origin, f"its SongUNet has {name[:40]} = {short(value)}, which is not known here")
-    filters = {taps: name for name, taps in TAPS.items()}
-    taps, channels, pixels = tuple(given["resample_filter"]), given["in_channels"], given["img_resolution"]
-    if taps not in filters or given["channel_mult_emb"] != 4 or given["out_channels"] != channels:
-        raise refuse(origin, "its SongUNet has a resample_filter, channel_mult_emb or out_channels of another network")
-    network: dict[str, Any] = {"name": "ncsnpp", "resample": filters[taps]}
-    network |= {own: given[name] for name, own in _SONG_NAMES.items()}
-    network |= {own: list(given[name]) for name, own in _SONG_LISTS.items()}
-    network["noise_width"] = given["model_channels"] * given["channel_mult_noise"]
-    return network, (channels, pixels, pixels)
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether of the default's kind, and no larger than an argument can be."""
-    if isinstance(default, list):
-        return isinstance(value, list | tuple) and len(value) <= 16 and all(_alike(entry, 0) for entry in value)
-    if isinstance(default, str):
-        return isinstance(value, str)
-    return type(value) in (int, float) and abs(value) < 1e5
-
-
-_SONG_NAMES = {
-    "model_channels": "width",
-    "num_blocks": "blocks",
-    "embedding_type": "embedding",
-    "encoder_type": "encoder",
-    "decoder_type": "decoder",
-    "dropout": "dropout",
-    "label_dim": "classes",
-    "augment_dim": "augmentations",
-}
-_SONG_LISTS = {"channel_mult": "multipliers", "attn_resolutions": "attention"}
-_SONG_DEFAULTS: dict[str, Any] = {
-    "img_resolution": 0,
-    "in_channels": 0,
-    "out_channels": 0,
-    "model_channels": 128,
-    "channel_mult": [1, 2, 2, 2],
-    "channel_mult_emb": 4,
-    "num_blocks": 4,
-    "attn_resolutions": [16],
-    "dropout": 0.10,
-    "label_dim": 0,
-    "augment_dim": 0,
-    "label_dropout": 0,
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
-}
-
-NETWORKS: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], tuple[int, int, int]]]] = {
-    "SongUNet": _song_unet
-}
-"""Network classes of EDM's files -> from their arguments to ours; their tensors' names are ours."""
+    if root.class_name == "iDDPMPrecond":
+        levels = {"steps": int(number("M", 1000)), "C_1": number("C_1", 0.001), "C_2": number("C_2", 0.008)}
+        if not 1 <= levels["steps"] <= 10_000:
+            raise refuse(origin, f"it has {levels['steps']} levels")
+        return {"name": "iddpm", **levels}, {"name": "edm", "sigma_max": 80.0}  # where EDM starts it, far below its own
+    known = "EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond"
+    raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are {known}")
