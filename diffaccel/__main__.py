@@ -238,7 +238,7 @@ def fit(config: Any) -> None:
     if config.method_name == "extractor":
         _fit_extractor(config)
         return
-    for part in (config.posterior, config.prior):
+    for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=config.method_name == "dlg" or bool(config.method.get("frozen")))
     data = experiment.build_data(config)

@@ -17,7 +17,7 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
-from diffaccel.nn import NETWORKS
+from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.jpeg import AsJPEG
 from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
@@ -94,6 +94,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
             network.forward = torch.compile(network.forward, options={"freezing": frozen})
+            if not frozen and isinstance(network, UNet):
+                network.encode = torch.compile(network.encode)  # type: ignore[method-assign]  # a critic may use it alone
     return method
 
 

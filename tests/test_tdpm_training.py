@@ -1,6 +1,7 @@
 """Truncated diffusion as it is trained: exact resume, two processes, precision, logs, and what a fit leaves."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from test_collective import run
 from torch import nn
 
 from diffaccel.__main__ import main
-from diffaccel.config import load
+from diffaccel.config import find, load
 from diffaccel.data import to_float
 from diffaccel.experiment import build_data, build_method
 from diffaccel.methods import TruncatedDiffusion
@@ -22,14 +23,20 @@ from diffaccel.weights import read_weights
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=32", "threads=1"]
-TINY += ["training.warmup=64", "method.critic.channel_base=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
+TINY += ["training.warmup=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
 PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
+FEATURES = "method.critic={name: features, width: 8}"
 OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, until: 64}, {name: distribution_matching, since: 96}]"
 """A separate generator on a frozen denoiser, whose weights are random here."""
 
 
-def fit(out: Path, *words: str, images: int = 256) -> int:
-    return main(["fit", "digits/tdpm", *TINY, f"images={images}", "reference=", *words, f"out={out}"])
+def critic(words: Sequence[str]) -> list[str]:
+    """The smallest of its kind."""
+    return [] if FEATURES in words else ["method.critic.channel_base=64"]
+
+
+def fit(out: Path, *words: str, images: int = 256, experiment: str = "digits/tdpm") -> int:
+    return main(["fit", experiment, *TINY, *critic(words), f"images={images}", "reference=", *words, f"out={out}"])
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("words", "optimizers"),
-    [(["network.dropout=0.1"], 3), ([*PRODUCT, OBJECTIVES], 5)],
+    [(["network.dropout=0.1"], 3), ([*PRODUCT, FEATURES, OBJECTIVES], 5)],
     ids=["shared", "objectives"],
 )
 def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -72,17 +79,32 @@ def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, mo
     assert len(one["optimizer_states"]) == optimizers
 
 
+def test_a_fit_begins_anew_whatever_weights_its_experiment_names(tmp_path: Path):
+    """Settings by budget share the generator that is trained."""
+    file = tmp_path / "own.yaml"
+    file.write_text(f"base: {find('digits/tdpm').resolve()}\nby_nfe: {{3: {{solver: {{eta: 0.5}}}}}}\n")
+    assert fit(tmp_path / "a", *PRODUCT, images=64, experiment=str(file)) == 0
+    given = f"prior.checkpoint={tmp_path / 'a' / 'generator.safetensors'}"
+    assert fit(tmp_path / "b", *PRODUCT, given, images=64, experiment=str(file)) == 0
+    one, other = state(tmp_path / "a"), state(tmp_path / "b")
+    torch.testing.assert_close(other["state_dict"], one["state_dict"], rtol=0, atol=0)
+
+
 # Two processes
 
 
 @pytest.mark.parametrize(
-    "words", [[], pytest.param([*PRODUCT, OBJECTIVES], marks=pytest.mark.slow)], ids=["shared", "objectives"]
+    "words",
+    [[], pytest.param([*PRODUCT, FEATURES, OBJECTIVES], marks=pytest.mark.slow)],
+    ids=["shared", "objectives"],
 )
 def test_two_processes_train_as_one_with_their_batch(words: list[str], tmp_path: Path):
     """Each phase's gradient is averaged, whatever part of the parameters it touches; deviations are of neighbours."""
     words = [*words, "precision=64-true", "accelerator=cpu", "images=160", "training.log_every=1", "reference="]
     assert fit(tmp_path / "one", *words) == 0
-    done = run(tmp_path, "", "fit", "digits/tdpm", *TINY, *words, "devices=2", f"out={tmp_path / 'two'}")
+    done = run(
+        tmp_path, "", "fit", "digits/tdpm", *TINY, *critic(words), *words, "devices=2", f"out={tmp_path / 'two'}"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
@@ -182,7 +204,7 @@ def test_one_generator_serves_all_budgets(tmp_path: Path):
         if name == "product":
             assert "denoiser_sha256" in state(out)["diffaccel"]
             weights = f"prior.checkpoint={out / 'generator.safetensors'}"
-        assert main(["bench", "digits/tdpm", *TINY, *words, weights, f"out={out}", "nfe=[2,4]"]) == 0
+        assert main(["bench", "digits/tdpm", *TINY, *critic(words), *words, weights, f"out={out}", "nfe=[2,4]"]) == 0
         assert [point["nfe"] for point in read_points(out / "points.jsonl")] == [2, 4]
 
 

@@ -12,10 +12,11 @@ from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.feature_critic import FeatureCritic  # noqa: F401
 from diffaccel.methods.objectives import OBJECTIVES, in_units
 from diffaccel.methods.training import Phase, Training
 from diffaccel.metrics.states import compare_states
-from diffaccel.nn.critic import CRITICS, r1_penalty
+from diffaccel.nn.critic import CRITICS, Critic, r1_penalty
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import GaussianPrior, ImplicitPrior, Prior
 from diffaccel.solver import Solver
@@ -73,10 +74,15 @@ class TruncatedDiffusion(Diffusion):
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
         self.generator_since, self.critic_since = generator_since, critic_since
-        self.critic: nn.Module | None = None
+        self.critic: Critic | None = None
         if isinstance(prior, ImplicitPrior):
             self.classes = getattr(prior.generator or denoiser.network, "classes", 0)
-            self.critic = CRITICS.build(critic, shape=shape, classes=self.classes)
+            context = {"denoiser": denoiser, "ratio": prior.ratio_made}
+            self.critic = CRITICS.build(critic, shape=shape, classes=self.classes, **context)
+        if critic.get("name") == "features" and not frozen:
+            raise UsageError(
+                "method 'tdpm': critic 'features' takes a denoiser that is trained already: set method.frozen"
+            )
         if frozen:
             if isinstance(prior, ImplicitPrior) and prior.generator is None:
                 raise UsageError(
@@ -168,7 +174,7 @@ class TruncatedDiffusion(Diffusion):
 
     def given(self, batch: Batch) -> Denoiser:
         """The denoiser with a batch's labels bound, if it or the generator has classes."""
-        return self.denoiser.given(batch.condition if self.classes else None)
+        return self.denoiser.given(self._labels(batch))
 
     def generator_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Non-saturating logistic loss, softplus(-D(G(z))), (B,)."""
@@ -180,13 +186,16 @@ class TruncatedDiffusion(Diffusion):
 
     def critic_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """softplus(D(G(z))) + softplus(-D(y)) with fresh noise, and R1 on real states when due, (B,)."""
+        assert self.critic is not None
         with torch.no_grad():
             made = self.implicit.generate(self.given(batch), noise, self.shape)
         real = self.diffused(batch.image, noise)
         d_made, d_real = self.judge(made, batch), self.judge(real, batch)
         loss = F.softplus(d_made) + F.softplus(-d_real)
         if self.steps % self.r1_every == 0:
-            penalty = r1_penalty(partial(self._logits, batch=batch), in_units(self.implicit, real), self.gamma)
+            labels = self._labels(batch)
+            seen = self.critic.seen(in_units(self.implicit, real), labels)
+            penalty = r1_penalty(partial(self.critic.logits, condition=labels), seen, self.gamma)
             self.note({"critic_penalty": penalty.mean()})
             loss = loss + penalty
         if self.logs_now:
@@ -200,8 +209,8 @@ class TruncatedDiffusion(Diffusion):
 
     def judge(self, y: Tensor, batch: Batch) -> Tensor:
         """The critic's logits of states x / alpha: (B, C, H, W) -> (B,)."""
-        return self._logits(in_units(self.implicit, y), batch)
-
-    def _logits(self, x: Tensor, batch: Batch) -> Tensor:
         assert self.critic is not None
-        return self.critic(x, batch.condition if self.classes else None)
+        return self.critic(in_units(self.implicit, y), self._labels(batch))
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        return batch.condition if self.classes else None

@@ -109,12 +109,12 @@ class CriticBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / 2, W / 2)."""
-        hidden = _activate(self.conv_2(self.blur(_activate(self.conv_1(x)))))
+        hidden = leaky(self.conv_2(self.blur(leaky(self.conv_1(x)))))
         # On smooth images both branches keep the second moment at the start; so does their sum over sqrt(2).
         return (self.skip(self.downsample(x)) + hidden) / math.sqrt(2)
 
 
-def _activate(x: Tensor) -> Tensor:
+def leaky(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2; the gain keeps the second moment, within 4 %."""
     return math.sqrt(2) * F.leaky_relu(x, 0.2)
 
@@ -169,7 +169,7 @@ class CriticHead(nn.Module):
         mapped = self.embed_class(condition)
         mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.mapping:
-            mapped = _activate(layer(mapped))
+            mapped = leaky(layer(mapped))
         return einsum(out, mapped, "b width, b width -> b") / math.sqrt(mapped.shape[1])
 
 
@@ -192,8 +192,12 @@ class Critic(nn.Module, ABC):
         self.head = CriticHead(width, classes)
 
     @abstractmethod
-    def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, width)."""
+    def features(self, seen: Tensor) -> Tensor:
+        """What :meth:`seen` returns -> (B, width)."""
+
+    def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """What the trained layers get of samples (B, C, H, W), and R1 differentiates by: the samples themselves."""
+        return x
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Logits of samples: (B, C, H, W), labels (B,) -> (B,).
@@ -209,8 +213,12 @@ class Critic(nn.Module, ABC):
             raise UsageError(
                 f"a critic built for samples of shape {self.shape} got {tuple(x.shape[1:])}: build one for these"
             )
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.features(x.to(self.head.out.weight.dtype)), condition)
+        return self.logits(self.seen(x, condition), condition)
+
+    def logits(self, seen: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits of what :meth:`seen` returned, (B,)."""
+        with torch.autocast(seen.device.type, enabled=False):
+            return self.head(self.features(seen.to(self.head.out.weight.dtype)), condition)
 
 
 @CRITICS.register("stylegan2")
@@ -257,9 +265,9 @@ class StyleGAN2Critic(Critic):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C(4))."""
-        hidden = self.blocks(_activate(self.from_image(x)))
-        hidden = _activate(self.conv(torch.cat([hidden, minibatch_deviation(hidden)], dim=1)))
-        return _activate(self.linear(rearrange(hidden, "b c h w -> b (c h w)")))
+        hidden = self.blocks(leaky(self.from_image(x)))
+        hidden = leaky(self.conv(torch.cat([hidden, minibatch_deviation(hidden)], dim=1)))
+        return leaky(self.linear(rearrange(hidden, "b c h w -> b (c h w)")))
 
 
 @CRITICS.register("mlp")
@@ -289,7 +297,7 @@ class MLPCritic(Critic):
         """(B, C, H, W) -> (B, width)."""
         hidden = rearrange(x, "b c h w -> b (c h w)")
         for layer in self.layers:
-            hidden = _activate(layer(hidden))
+            hidden = leaky(layer(hidden))
         return hidden
 
 
@@ -302,7 +310,8 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], x: Tensor, gamma: float) -> T
 
     Args:
         critic: Samples (B, C, H, W) -> logits (B,); bind labels first, as ``partial(critic, condition=labels)``.
-        x: Real samples of the law that the generator is to match, noise included: (B, C, H, W).
+        x: Real samples of the law that the generator is to match, noise included, or what the critic sees of them,
+            (B, ...).
         gamma: Weight. TDPM's takes it as it is, every 16th step, without StyleGAN2's factor of 16.
 
     Returns:
@@ -316,4 +325,4 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], x: Tensor, gamma: float) -> T
     with torch.autocast(x.device.type, enabled=False):
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-        return gamma / 2 * reduce(gradient.square(), "b c h w -> b", "sum")
+        return gamma / 2 * gradient.square().flatten(1).sum(1)

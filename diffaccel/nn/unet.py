@@ -240,6 +240,14 @@ class UNet(Decoder):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'unet' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
+        hidden, skips, embedding = self.encode(x, noise, condition, augment)
+        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.decoders]
+        return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)
+
+    def encode(
+        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Go down: the bottleneck, what each stage before it leaves to the way up, finest first, and the embedding."""
         embedding = self.embed_noise(noise)
         if self.embed_class is not None:
             label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
@@ -255,5 +263,4 @@ class UNet(Decoder):
             skips.append(hidden)
         for stage in self.middle:
             hidden = stage(hidden, embedding)
-        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.decoders]
-        return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)
+        return hidden, skips, embedding
