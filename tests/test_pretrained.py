@@ -192,6 +192,9 @@ def test_iddpm_reads_the_nearest_level_and_leaves_the_variances(tmp_path: Path, 
     denoiser = read(tmp_path / "a.pkl").build()
     assert off(at_sigma(denoiser, y, sigma).x_0, y - expand(sigma, y) * output) < 1e-4
     assert denoiser.ratio_range == pytest.approx((u[1], 80.0))
+    write_pickle(tmp_path / "c.pkl", theirs.content("iDDPMPrecond", M=math.nan))
+    with pytest.raises(UsageError, match="M = nan"):
+        read(tmp_path / "c.pkl")
     write_pickle(tmp_path / "b.pkl", theirs.content("EDMPrecond"))
     with pytest.raises(UsageError, match="not as many outputs as EDMPrecond reads"):
         read(tmp_path / "b.pkl")

@@ -349,6 +349,7 @@ def test_edm_files_that_are_not(tmp_path: Path, edm_modules: None) -> None:
     attempt("positional arguments", _init_args=(1,))
     attempt("resample_filter", _init_kwargs={**edm_arguments(**VE), "resample_filter": [1, 2, 1]})
     attempt("another filter", _init_kwargs={**edm_arguments(**VE), "resample_filter": [1, 1]})
+    attempt("model_channels", _init_kwargs={**edm_arguments(**VE), "model_channels": 8.0})
     attempt("learned_sigma", _init_kwargs={**edm_arguments(**VE), "learned_sigma": True})
     attempt("missing are", _init_kwargs={**edm_arguments(**VE), "augment_dim": 9})
     attempt("surplus", _parameters=OrderedDict(extra=torch.zeros(1)))

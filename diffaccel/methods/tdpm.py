@@ -12,7 +12,7 @@ from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.methods.feature_critic import FeatureCritic  # noqa: F401
+from diffaccel.methods.feature_critic import FeatureCritic  # noqa: F401 (registers it)
 from diffaccel.methods.objectives import OBJECTIVES, in_units
 from diffaccel.methods.training import Phase, Training
 from diffaccel.metrics.states import compare_states

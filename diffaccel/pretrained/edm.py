@@ -192,9 +192,12 @@ def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[st
         betas = {"beta_0": number("beta_min", 0.1), "beta_1": number("beta_min", 0.1) + number("beta_d", 19.9)}
         return {"name": "vp", **betas, "indices": number("M", 1000) - 1}, {"name": "vp", **betas}
     if root.class_name == "iDDPMPrecond":
-        levels = {"steps": int(number("M", 1000)), "C_1": number("C_1", 0.001), "C_2": number("C_2", 0.008)}
-        if not 1 <= levels["steps"] <= 10_000:
-            raise refuse(origin, f"it has {levels['steps']} levels")
-        return {"name": "iddpm", **levels}, {"name": "edm", "sigma_max": 80.0}  # where EDM starts it, far below its own
+        steps, c_1, c_2 = number("M", 1000), number("C_1", 0.001), number("C_2", 0.008)
+        if not (1 <= steps <= 10_000 and 0 < c_1 < 1 and 0 <= c_2 < 1):  # NaN too
+            raise refuse(origin, f"its schedule has M = {steps:g}, C_1 = {c_1:g}, C_2 = {c_2:g}, which is none")
+        return {"name": "iddpm", "steps": int(steps), "C_1": c_1, "C_2": c_2}, {
+            "name": "edm",
+            "sigma_max": 80.0,
+        }  # where EDM starts it, far below its own
     known = "EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond"
     raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are {known}")

@@ -33,7 +33,8 @@ def _alike(value: Any, default: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) <= 16 and all(_alike(entry, 0) for entry in value)
     if isinstance(default, str):
         return isinstance(value, str)
-    return type(value) in (int, float) and abs(value) < 1e5
+    kinds = (int, float) if isinstance(default, float) else (int,)
+    return type(value) in kinds and abs(value) < 1e5
 
 
 # SongUNet: NCSN++ and DDPM++; its tensors' names are ours.
@@ -80,7 +81,7 @@ _SONG_DEFAULTS: dict[str, Any] = {
     "dropout": 0.10,
     "label_dim": 0,
     "augment_dim": 0,
-    "label_dropout": 0,
+    "label_dropout": 0.0,
     "embedding_type": "positional",
     "channel_mult_noise": 1,
     "encoder_type": "standard",
@@ -170,7 +171,7 @@ _DHARIWAL_DEFAULTS: dict[str, Any] = {
     "num_blocks": 3,
     "attn_resolutions": [32, 16, 8],
     "dropout": 0.10,
-    "label_dropout": 0,
+    "label_dropout": 0.0,
 }
 
 NETWORKS: dict[str, tuple[Callable[[Mapping[str, Any], str], Network], Callable[[nn.Module], list[Entry]]]] = {
