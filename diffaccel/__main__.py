@@ -219,7 +219,8 @@ def tradeoff(config: Any) -> None:
     starts_of(method, config.tradeoff.T)  # one without a log-density is an error now
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
-    curve = TradeoffCurve(settings, data, evaluator, config.seed, config.batch_size, config.folder)
+    likelihood = experiment.build_likelihood(config, method)
+    curve = TradeoffCurve(settings, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
     launch.write_config(config)
     config.logger = "none"
     trainer = launch.build_trainer(config, [curve])

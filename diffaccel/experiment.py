@@ -282,10 +282,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
     if config.jpeg is not None:
         extractor = AsJPEG(extractor, config.jpeg)
-    likelihood = None
-    if config.likelihood and measured:
-        likelihood = BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
-        method.prior.start_ratio(method.denoiser)  # a prior without a density is an error now
+    likelihood = build_likelihood(config, method) if measured else None
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
@@ -311,6 +308,18 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         truncate=config.truncate,
         discrete=config.data["name"] != "toy",
     )
+
+
+def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
+    """Build what measures bits per dimension, if that is asked for.
+
+    Raises:
+        UsageError: The prior has no density.
+    """
+    if not config.likelihood:
+        return None
+    method.prior.start_ratio(method.denoiser)
+    return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
 
 
 def build_searcher(config: Config, method: Diffusion) -> Searcher:

@@ -5,7 +5,8 @@ Both are returned as densities of x at the least level, in the denoiser's own co
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,7 @@ def flow_log_prob(
     tol: float = 1e-5,
     max_steps: int = 1000,
 ) -> Tensor:
-    """Log-density of x under the probability flow from a start's law.
-
-        ln q(x) = ln nu(x_T) + D ln(alpha_T / alpha) + int div eps d rho,    dy / d rho = eps(y, rho)
-
-    Each sample has its own steps, so that its value doesn't depend on its batch. One forward gives drift and
-    divergence; the state is float64, the network runs in the precision of x.
+    """Log-density of x under the probability flow from a start's law: (B,) float64, in nats.
 
     Args:
         denoiser: The model.
@@ -53,13 +49,45 @@ def flow_log_prob(
         x: Samples at ``ratio_min``, (B, C, H, W).
         ratio_min: Level of x.
         ratio_star: Level of the start.
+        probe: As are the others, see :func:`probability_flow`.
+        tol: Relative and absolute tolerance of a step.
+        max_steps: Steps that a sample may take.
+
+    Raises:
+        UsageError: ``max_steps`` were not enough.
+    """
+    ((x_star, volume),) = probability_flow(denoiser, x, ratio_min, [ratio_star], probe, tol, max_steps)
+    return log_prob(x_star) + volume
+
+
+def probability_flow(
+    denoiser: Denoiser,
+    x: Tensor,
+    ratio_min: float,
+    ratios: Sequence[float],
+    probe: Tensor | None = None,
+    tol: float = 1e-5,
+    max_steps: int = 1000,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Follow the probability flow from data through levels that starts may lie at.
+
+        ln q(x) = ln nu(x_T) + V(x),    V = D ln(alpha_T / alpha) + int div eps d rho,    dy / d rho = eps(y, rho)
+
+    Each sample has its own steps, so that its value doesn't depend on its batch. One forward gives drift and
+    divergence; the state is float64, the network runs in the precision of x.
+
+    Args:
+        denoiser: The model.
+        x: Samples at ``ratio_min``, (B, C, H, W).
+        ratio_min: Level of x.
+        ratios: Levels to stop at, each above the one before.
         probe: Directions e (B, C, H, W) with E e e^T = I for an unbiased divergence e^T (d eps / dy) e, fixed along
             the way; None takes the exact one, which needs D backward passes.
         tol: Relative and absolute tolerance of a step.
-        max_steps: Steps, rejected ones too, that a sample may take.
+        max_steps: Steps, rejected ones too, that a sample may take to the next level.
 
-    Returns:
-        (B,) float64, in nats.
+    Yields:
+        At each level, x_T (B, C, H, W) and V (B,) float64, in nats.
 
     Raises:
         UsageError: ``max_steps`` were not enough.
@@ -67,21 +95,23 @@ def flow_log_prob(
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 39
     """
-    process, size, rate = denoiser.process, x[0].numel(), math.log(ratio_star / ratio_min)
+    process, size = denoiser.process, x[0].numel()
     _, _, alpha = levels_of(process, ratio_min, len(x), x.device)
-    _, _, alpha_star = levels_of(process, ratio_star, len(x), x.device)
+    state = torch.cat([(x.double() / expand(alpha, x.double())).flatten(1), torch.zeros_like(alpha)[:, None]], dim=1)
+    for low, high in pairwise([ratio_min, *ratios]):
+        rate = math.log(high / low)
 
-    def slope(index: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        rho = ratio_min * (rate * u).exp()
-        y = state[:, :-1].reshape(-1, *x.shape[1:])
-        chosen = None if probe is None else probe[index]
-        eps, divergence = flow_and_divergence(denoiser.select(index), y.to(x), rho, chosen)
-        return (rate * rho)[:, None] * torch.cat([eps.flatten(1), divergence[:, None]], dim=1).to(state)
+        def slope(index: Tensor, u: Tensor, state: Tensor, low: float = low, rate: float = rate) -> Tensor:
+            rho = low * (rate * u).exp()
+            y = state[:, :-1].reshape(-1, *x.shape[1:])
+            chosen = None if probe is None else probe[index]
+            eps, divergence = flow_and_divergence(denoiser.select(index), y.to(x), rho, chosen)
+            return (rate * rho)[:, None] * torch.cat([eps.flatten(1), divergence[:, None]], dim=1).to(state)
 
-    start = torch.cat([(x.double() / expand(alpha, x.double())).flatten(1), torch.zeros_like(alpha)[:, None]], dim=1)
-    end = dormand_prince(slope, start, 0.0, 1.0, tol, max_steps)
-    x_star = (expand(alpha_star, end) * end[:, :-1]).reshape(x.shape).to(x)
-    return log_prob(x_star) + end[:, -1] + size * (alpha_star / alpha).log()
+        state = dormand_prince(slope, state, 0.0, 1.0, tol, max_steps)
+        _, _, alpha_star = levels_of(process, high, len(x), x.device)
+        x_star = (expand(alpha_star, state) * state[:, :-1]).reshape(x.shape).to(x)
+        yield x_star, state[:, -1] + size * (alpha_star / alpha).log()
 
 
 def flow_and_divergence(denoiser: Denoiser, y: Tensor, rho: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:

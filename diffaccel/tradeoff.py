@@ -19,7 +19,8 @@ from torch import Tensor
 from diffaccel.data import DataModule
 from diffaccel.density import Density, GaussianDensity, NormalDensity
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator, least_ratio
+from diffaccel.evaluator import BitsPerDim, Evaluator, least_ratio
+from diffaccel.evaluator.bits import cell_range, standard_error
 from diffaccel.likelihood import Bound, LogDensity, bits_per_dim, bound, decoding, dequantised
 from diffaccel.methods import Diffusion, SmallTimeDiffusion
 from diffaccel.methods.small_t import Tradeoff
@@ -27,6 +28,9 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior
 
 matplotlib.use("Agg")
+
+NORMAL = "N(0, I)"
+"""Name of the start that others are compared with."""
 
 Row = dict[str, Any]
 
@@ -38,14 +42,22 @@ class TradeoffCurve(L.Callback):
         settings: Times, images, draws.
         data: Where test images come from.
         evaluator: Measures samples; None leaves that out.
+        likelihood: Measures bits per dimension by the probability flow; None leaves that out.
         seed: Of the noise, which all times and densities share.
         out: Folder of ``tradeoff.csv`` and ``tradeoff.png``.
     """
 
     def __init__(
-        self, settings: Tradeoff, data: DataModule, evaluator: Evaluator | None, seed: int, batch_size: int, out: Path
+        self,
+        settings: Tradeoff,
+        data: DataModule,
+        evaluator: Evaluator | None,
+        likelihood: BitsPerDim | None,
+        seed: int,
+        batch_size: int,
+        out: Path,
     ) -> None:
-        self.settings, self.data, self.evaluator = settings, data, evaluator
+        self.settings, self.data, self.evaluator, self.likelihood = settings, data, evaluator, likelihood
         self.seed, self.batch_size, self.out = seed, batch_size, out
         self.rows: list[Row] = []
 
@@ -54,6 +66,8 @@ class TradeoffCurve(L.Callback):
         assert isinstance(pl_module, SmallTimeDiffusion)
         starts = starts_of(pl_module, self.settings.T)
         self.rows = self.bounds(pl_module, starts)
+        if self.likelihood is not None:
+            self.likelihoods(trainer, pl_module, [starts[row["density"]][row["T"]] for row in self.rows])
         if self.evaluator is not None:
             self.evaluator.extractor.to(pl_module.device)
             for row in self.rows:
@@ -79,22 +93,22 @@ class TradeoffCurve(L.Callback):
                 break
             images = images[: self.settings.images - first]
             noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
-            quantised = images.dtype == torch.uint8
-            x_0 = (dequantised(images, noise) if quantised else images).to(method.device)
+            width = cell_range(images)
+            x_0 = (images if width is None else dequantised(images, noise)).to(method.device)
             low = least_ratio(method)
             terms = bound(method.denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
             parts.append((terms, decoding(method.denoiser, x_0, low, noise)))
         bounds, deltas = [terms for terms, _ in parts], torch.cat([delta for _, delta in parts])
         return [
-            {"density": name, "T": T, "ratio": ratios[i], **self._terms(name, i, bounds, deltas, quantised)}
+            {"density": name, "T": T, "ratio": ratios[i], **self._terms(name, i, bounds, deltas, width)}
             for name, priors in starts.items()
             for i, T in enumerate(times)
             if T in priors
         ]
 
-    def _terms(self, name: str, i: int, bounds: list[Bound], deltas: Tensor, quantised: bool) -> Row:
+    def _terms(self, name: str, i: int, bounds: list[Bound], deltas: Tensor, width: float | None) -> Row:
         """The bound and its terms at the i-th time, means over the images."""
-        size, width = math.prod(self.data.shape), 2.0 if quantised else None
+        size = math.prod(self.data.shape)
         total = torch.cat([terms.total(name)[:, i] for terms in bounds])
         bits, unit = bits_per_dim(total, size, width), size * math.log(2)
         return {
@@ -106,6 +120,17 @@ class TradeoffCurve(L.Callback):
             "R": bounds[0].entropy[i].item() / unit,
             "n": len(bits),
         }
+
+    def likelihoods(self, trainer: L.Trainer, method: Diffusion, starts: list[DensityPrior]) -> None:
+        """Add each row's bits per dimension by the probability flow, and what its start gains over N(0, I) at its T."""
+        assert self.likelihood is not None
+        bits, nfe = self.likelihood.each(method, starts, trainer.global_rank, trainer.world_size)
+        normal = {row["T"]: own for row, own in zip(self.rows, bits, strict=True) if row["density"] == NORMAL}
+        for row, own, calls in zip(self.rows, bits, nfe.tolist(), strict=True):
+            gain = normal[row["T"]] - own
+            row |= {"bits_per_dim": own.mean().item(), "bits_per_dim_se": standard_error(own)}
+            row |= {"bits_per_dim_gain": gain.mean().item(), "bits_per_dim_gain_se": standard_error(gain)}
+            row |= {"bits_per_dim_nfe": calls, "bits_per_dim_n": len(own)}
 
     def distances(self, trainer: L.Trainer, method: Diffusion, prior: DensityPrior) -> Row:
         """Distances of samples from one start, at each budget."""
@@ -129,7 +154,7 @@ def starts_of(method: SmallTimeDiffusion, times: Sequence[float]) -> dict[str, d
     own = method.density
     if not own.normalised:
         raise UsageError("the trade-off needs a log-density, which a vae has not: set prior.density.name=gaussian")
-    known: dict[str, Density] = {"N(0, I)": NormalDensity(own.shape, own.ratio)}
+    known: dict[str, Density] = {NORMAL: NormalDensity(own.shape, own.ratio)}
     if isinstance(own, GaussianDensity):  # or one that holds the same moments
         known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
         known["Gaussian"].basis = own.basis
@@ -182,15 +207,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw the bound, and the distances if there are any, against T."""
     from matplotlib import pyplot as plt
 
-    shown = ["bits_per_dim_bound", *(key for key in rows[0] if "_nfe" in key and not key.endswith("_se"))]
+    shown = [key for key in rows[0] if f"{key}_se" in rows[0] and not key.endswith("_gain")]
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False, layout="constrained")
     for axis, key in zip(axes[0], shown, strict=True):
         for name in dict.fromkeys(row["density"] for row in rows):
             own = sorted((row for row in rows if row["density"] == name), key=lambda row: row["T"])
             # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
-            errors = None if key == shown[0] else [row[f"{key}_se"] for row in own]
+            errors = None if key.startswith("bits") else [row[f"{key}_se"] for row in own]
             axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
-        axis.set(xlabel="T", ylabel=key, yscale="linear" if key == shown[0] else "log")
+        axis.set(xlabel="T", ylabel=key, yscale="linear" if key.startswith("bits") else "log")
         axis.grid(alpha=0.3)
     axes[0][0].legend(title="start")
     figure.savefig(path, dpi=120)

@@ -316,3 +316,10 @@ def test_noise_learned_by_heart_is_seen():
     log_prob = density.log_prob
     density.log_prob = lambda y: log_prob(y) + 0.3
     assert not judge(density, data).plausible
+
+
+def test_a_few_draws_of_noise_are_not_called_learned():
+    """Where all is noise N(0, I) is right, and its bits of a few draws lie below their mean in half of the cases."""
+    density, data = NormalDensity(PLANE, 1000.0), [torch.zeros(50, *PLANE)]
+    found = [judge(density, data, seed) for seed in range(8)]
+    assert min(one.bits for one in found) < found[0].floor and all(one.plausible for one in found)

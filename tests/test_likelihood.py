@@ -9,7 +9,16 @@ import torch
 from oracles import BatchedNoise, one_gaussian, three_modes
 
 from diffaccel.levels import LogUniform, Uniform
-from diffaccel.likelihood import bits_per_dim, bound, decoding, dequantised, flow_log_prob, rademacher, score_matching
+from diffaccel.likelihood import (
+    bits_per_dim,
+    bound,
+    decoding,
+    dequantised,
+    flow_log_prob,
+    probability_flow,
+    rademacher,
+    score_matching,
+)
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import SubVariancePreserving, VarianceExploding, VariancePreserving
 
@@ -108,6 +117,15 @@ def test_from_another_law_it_differs_by_the_start_alone():
     gap = normal.log_prob(truth, ends[0]) - exact.log_prob(truth, ends[0])
     assert torch.allclose(found - right, gap, atol=1e-9)
     assert abs(gap.mean() + 0.64213) < 4 * gap.std() / n**0.5
+
+
+def test_one_flow_goes_through_several_levels():
+    truth, levels = three_modes(), [ratio(T) for T in (0.1, 0.4, 1.0)]
+    x = truth.sample(10)
+    together = list(probability_flow(truth, x, ratio(1e-3), levels, tol=1e-7))
+    for level, (x_star, volume) in zip(levels, together, strict=True):
+        ((end, change),) = probability_flow(truth, x, ratio(1e-3), [level], tol=1e-7)
+        assert torch.allclose(x_star, end, atol=1e-5) and torch.allclose(volume, change, atol=1e-5)
 
 
 def test_the_tolerance_of_the_reference():

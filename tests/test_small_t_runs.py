@@ -83,6 +83,7 @@ def test_a_prior_without_density_has_no_likelihood(tmp_path: Path, capsys):
 
 def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsys):
     words = ["nfe=4", "n=100", f"prior.checkpoint={mixture}", "tradeoff.T=[0.2,0.9]", "tradeoff.images=100"]
+    words += ["likelihood=true", "likelihood_n=500"]
     assert main(["tradeoff", "toy/small_t", *words, f"out={tmp_path}", "logger=none"]) == 0
     with (tmp_path / "tradeoff.csv").open() as file:
         rows = {(row["density"], round(float(row["T"]), 3)): row for row in csv.DictReader(file)}
@@ -92,6 +93,14 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert bits["N(0, I)", 0.2] > bits["N(0, I)", 0.4] + 0.5 > bits["N(0, I)", 0.9]
     assert bits["mixture", 0.4] < bits["Gaussian", 0.4] < bits["N(0, I)", 0.4]
     assert bits["Gaussian", 0.9] == pytest.approx(ENTROPY / (2 * math.log(2)), abs=0.6)
+    flow = {key: (float(row["bits_per_dim"]), float(row["bits_per_dim_se"])) for key, row in rows.items()}
+    assert abs(flow["mixture", 0.4][0] - ENTROPY / (2 * math.log(2))) < 4 * flow["mixture", 0.4][1]
+    gain, se = (float(rows["mixture", 0.4][f"bits_per_dim_gain{end}"]) for end in ("", "_se"))
+    assert gain == pytest.approx(flow["N(0, I)", 0.4][0] - flow["mixture", 0.4][0], abs=1e-9)
+    assert abs(gain - 0.05214 / (2 * math.log(2))) < 4 * se < 0.1, "KL[p_T || N(0, I)], which the mixture closes"
+    assert float(rows["N(0, I)", 0.4]["bits_per_dim_gain"]) == 0
+    nfe = [float(rows["Gaussian", T]["bits_per_dim_nfe"]) for T in (0.2, 0.4, 0.9)]
+    assert 10 < nfe[0] < nfe[1] < nfe[2]
     assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out

@@ -1,17 +1,18 @@
 """Bits per dimension of test images under a method's probability flow, which no budget or solver moves."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffaccel.collective import all_gather
 from diffaccel.data import DataModule
-from diffaccel.likelihood import bits_per_dim, dequantised, flow_log_prob, rademacher
+from diffaccel.likelihood import bits_per_dim, dequantised, probability_flow, rademacher
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
+from diffaccel.prior import Prior
 
 EXACT = 16
 """Up to so many dimensions the divergence is exact; above, one random probe an image estimates it."""
@@ -39,38 +40,63 @@ class BitsPerDim:
         self._known: dict[int, dict[str, float]] = {}
 
     def __call__(self, method: Diffusion, rank: int = 0, world: int = 1) -> dict[str, float]:
-        """Measure: the mean, its standard error, the number of images, and the denoiser's evaluations an image."""
+        """Measure a method: the mean, its standard error, the number of images, and the denoiser's evaluations each."""
         key = id(method.prior)
         if key not in self._known:
-            # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
-                self._known[key] = self._measure(method, rank, world)
+            bits, nfe = self.each(method, [method.prior], rank, world)
+            self._known[key] = {
+                "bits_per_dim": bits.mean().item(),
+                "bits_per_dim_se": standard_error(bits[0]),
+                "bits_per_dim_n": bits.shape[1],
+                "bits_per_dim_nfe": nfe[0].item(),
+            }
         return self._known[key]
 
-    def _measure(self, method: Diffusion, rank: int, world: int) -> dict[str, float]:
-        found: list[Tensor] = [torch.zeros(0, dtype=torch.float64)]
-        with EvaluationCounter({"denoiser": method.denoiser.network}, {"denoiser": 0.0}) as counter:
+    def each(self, method: Diffusion, starts: Sequence[Prior], rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Bits per dimension of each image for several starts, whose levels one flow goes through.
+
+        Returns:
+            ``(bits, nfe)``: (S, n) float64, and the denoiser's evaluations an image up to each start, (S,).
+        """
+        found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
+        # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
             for index, images, _ in self.data.batches("test", self.batch_size, rank, world):
                 first = index * self.batch_size
                 if first >= self.n:
                     break
-                found.append(self._bits(method, images[: self.n - first], first).cpu())
-        shares = all_gather((torch.cat(found), counter.evaluations["denoiser"]))
-        bits, calls = torch.cat([share for share, _ in shares]), sum(count for _, count in shares)
-        se = bits.std().item() / math.sqrt(len(bits))
-        mean, nfe = bits.mean().item(), calls / len(bits)
-        return {"bits_per_dim": mean, "bits_per_dim_se": se, "bits_per_dim_n": len(bits), "bits_per_dim_nfe": nfe}
+                bits, count = self._batch(method, starts, images[: self.n - first], first)
+                found.append(bits)
+                calls.append(count)
+        shares = all_gather((torch.cat(found, 1), torch.stack(calls).sum(0)))
+        bits = torch.cat([share for share, _ in shares], 1)
+        return bits, torch.stack([count for _, count in shares]).sum(0) / bits.shape[1]
 
-    def _bits(self, method: Diffusion, images: Tensor, first: int) -> Tensor:
+    def _batch(self, method: Diffusion, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Of some images, and how many evaluations all of them took up to each start."""
         noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
-        quantised, size = images.dtype == torch.uint8, images[0].numel()
-        x = (dequantised(images, noise) if quantised else images).to(method.device)
-        log_q = flow_log_prob(
-            method.denoiser,
-            partial(method.prior.log_prob, method.denoiser),
-            x,
-            least_ratio(method),
-            method.prior.start_ratio(method.denoiser),
-            probe=rademacher(noise, x) if size > EXACT else None,
+        width, size = cell_range(images), images[0].numel()
+        x = (images if width is None else dequantised(images, noise)).to(method.device)
+        ratios = [start.start_ratio(method.denoiser) for start in starts]
+        levels = sorted(set(ratios))
+        flow = probability_flow(
+            method.denoiser, x, least_ratio(method), levels, rademacher(noise, x) if size > EXACT else None
         )
-        return bits_per_dim(log_q, size, 2.0 if quantised else None)
+        bits, calls = torch.zeros(len(starts), len(x), dtype=torch.float64), torch.zeros(len(starts))
+        with EvaluationCounter({"denoiser": method.denoiser.network}, {"denoiser": 0.0}) as counter:
+            for level, (x_star, volume) in zip(levels, flow, strict=True):
+                for i, start in enumerate(starts):
+                    if ratios[i] == level:
+                        bits[i] = bits_per_dim(start.log_prob(method.denoiser, x_star) + volume, size, width).cpu()
+                        calls[i] = counter.evaluations["denoiser"]
+        return bits, calls
+
+
+def cell_range(images: Tensor) -> float | None:
+    """Width of the scaled range that 256 cells share, as :func:`bits_per_dim` takes it; None for other points."""
+    return 2.0 if images.dtype == torch.uint8 else None
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,)."""
+    return values.std().item() / math.sqrt(len(values))

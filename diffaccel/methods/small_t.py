@@ -199,6 +199,7 @@ class Fit(NamedTuple):
 
     Attributes:
         bits: -log nu(y) in bits per dimension of VP's x = y / sqrt(1 + ratio^2).
+        bits_se: Its standard error.
         gain: Bits per dimension below N(0, I).
         se: Standard error of the gain.
         floor: What no density can have less of: the entropy of the noise.
@@ -206,6 +207,7 @@ class Fit(NamedTuple):
     """
 
     bits: float
+    bits_se: float
     gain: float
     se: float
     floor: float
@@ -214,7 +216,7 @@ class Fit(NamedTuple):
     @property
     def plausible(self) -> bool:
         """Whether it keeps to the floor; below it noise was learned by heart, or the density isn't normalised."""
-        return self.bits >= self.floor - 3 * self.se
+        return self.bits >= self.floor - 3 * self.bits_se
 
 
 @torch.no_grad()
@@ -231,9 +233,10 @@ def judge(density: Density, batches: Iterable[Tensor], seed: int = 0) -> Fit:
         z = noise.normal(torch.empty(len(x_0), density.noise_size, device=x_0.device))
         largest = max(largest, density(z, noise.uniform().to(z.device)).abs().max().item() / scale)
     unit = density.size * math.log(2)
-    gain = (torch.cat(own) - torch.cat(control)) / unit
+    gain, bits = (torch.cat(own) - torch.cat(control)) / unit, -torch.cat(own) / unit - math.log2(scale)
     return Fit(
-        -torch.cat(own).mean().item() / unit - math.log2(scale),
+        bits.mean().item(),
+        bits.std().item() / math.sqrt(len(bits)),
         gain.mean().item(),
         gain.std().item() / math.sqrt(len(gain)),
         0.5 * math.log2(2 * math.pi * math.e) + math.log2(density.ratio / scale),
