@@ -66,14 +66,16 @@ class TradeoffCurve(L.Callback):
         assert isinstance(pl_module, SmallTimeDiffusion)
         starts = starts_of(pl_module, self.settings.T)
         self.rows = self.bounds(pl_module, starts)
-        if self.likelihood is not None:
-            self.likelihoods(trainer, pl_module, [starts[row["density"]][row["T"]] for row in self.rows])
-        if self.evaluator is not None:
-            self.evaluator.extractor.to(pl_module.device)
-            for row in self.rows:
-                row |= self.distances(trainer, pl_module, starts[row["density"]][row["T"]])
-        if trainer.is_global_zero:
-            write(self.rows, self.out)
+        try:
+            if self.likelihood is not None:
+                self.likelihoods(trainer, pl_module, [starts[row["density"]][row["T"]] for row in self.rows])
+            if self.evaluator is not None:
+                self.evaluator.extractor.to(pl_module.device)
+                for row in self.rows:
+                    row |= self.distances(trainer, pl_module, starts[row["density"]][row["T"]])
+        finally:  # an interrupt loses no row
+            if trainer.is_global_zero:
+                write(self.rows, self.out)
 
     @torch.no_grad()
     def bounds(self, method: Diffusion, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
@@ -197,7 +199,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
     """Write ``tradeoff.csv`` and ``tradeoff.png``."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "tradeoff.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]))  # the first row is the first to be whole
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, out / "tradeoff.png")
@@ -211,7 +213,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False, layout="constrained")
     for axis, key in zip(axes[0], shown, strict=True):
         for name in dict.fromkeys(row["density"] for row in rows):
-            own = sorted((row for row in rows if row["density"] == name), key=lambda row: row["T"])
+            own = sorted((row for row in rows if row["density"] == name and key in row), key=lambda row: row["T"])
             # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
             errors = None if key.startswith("bits") else [row[f"{key}_se"] for row in own]
             axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)

@@ -13,6 +13,7 @@ import torch
 
 from diffaccel.__main__ import main
 from diffaccel.config import load
+from diffaccel.evaluator import Evaluator
 from diffaccel.experiment import build_method
 from diffaccel.report import read_points
 from diffaccel.weights import read_description, read_weights
@@ -104,6 +105,24 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out
+
+
+def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):
+    measure, calls = Evaluator.measure, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    words = ["nfe=4", "n=100", f"prior.checkpoint={mixture}", "tradeoff.T=[0.2]", "tradeoff.images=20"]
+    assert main(["tradeoff", "toy/small_t", *words, f"out={tmp_path}", "logger=none"]) == 130
+    with (tmp_path / "tradeoff.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["fd_identity_nfe4"]) for row in rows] == [True, True, False, False, False]
+    assert all(float(row["bits_per_dim_bound"]) for row in rows) and (tmp_path / "tradeoff.png").is_file()
 
 
 def test_the_trade_off_wants_a_density_that_is_known(tmp_path: Path, capsys):
