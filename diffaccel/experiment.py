@@ -184,7 +184,7 @@ def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dic
     Args:
         path: The file.
         network: What they are for.
-        name: Which network of a run that averaged several, ``denoiser`` or ``generator``.
+        name: Which network of the run, ``denoiser``, ``generator`` or ``density``.
 
     Raises:
         UsageError: The file is missing, broken, holds code, or belongs to another network.
@@ -192,11 +192,11 @@ def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dic
     if path.suffix == ".safetensors" or not path.is_file():
         return load_weights(path, network)
     content = read_checkpoint(path)
-    if "ema" not in content["diffaccel"]:
-        raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
-    average = content["diffaccel"]["ema"]
+    average = content["diffaccel"].get("ema", {})
     own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
-    assign_weights(own or average, network, f"the weights of {path}")
+    if not own:
+        raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
+    assign_weights(own, network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
 
 
@@ -206,7 +206,12 @@ def check_resumable(path: Path, method: Diffusion) -> None:
     Raises:
         UsageError: As :func:`read_checkpoint`, or it belongs to other networks.
     """
-    assign_weights(read_checkpoint(path)["state_dict"], method, f"the weights of {path}")
+    content = read_checkpoint(path)
+    assign_weights(content["state_dict"], method, f"the weights of {path}")
+    network = method.averaged()
+    average = dict(network.named_parameters()) if network is not None else {}
+    if content["diffaccel"].get("ema", {}).keys() != average.keys():
+        raise UsageError(f"resume: {path} holds averages of other networks: go on with the settings that it had")
 
 
 def build_data(config: Config) -> DataModule:

@@ -95,7 +95,8 @@ def test_the_weights_are_the_states_in_half_the_bytes(whole: Path):
     raw, story = read_weights(whole / "raw.safetensors")
     averaged, averaged_story = read_weights(whole / "ema.safetensors")
     assert_equal(raw, {key: value.bfloat16().float() for key, value in network.items()})
-    assert_equal(averaged, {key: value.bfloat16().float() for key, value in content["diffaccel"]["ema"].items()})
+    average = {key.removeprefix("denoiser."): value for key, value in content["diffaccel"]["ema"].items()}
+    assert_equal(averaged, {key: value.bfloat16().float() for key, value in average.items()})
     assert (story["averaged"], averaged_story["averaged"]) == (False, True)
     assert story["images_seen"] == IMAGES and story["experiment"] == "digits/edm" and story["seed"] == 0
 
@@ -188,3 +189,15 @@ def test_an_interrupt_within_a_step_keeps_the_last_whole_state(tmp_path: Path, m
     monkeypatch.setattr("diffaccel.methods.ema.EMA.update", interrupt)  # after the optimiser, before the end
     assert main(["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference="]) == 130
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_averages_of_other_networks_are_refused(whole: Path, tmp_path: Path, capsys):
+    content = state(whole)
+    average = content["diffaccel"]["ema"]
+    content["diffaccel"]["ema"] = {key.replace("denoiser.", "generator."): value for key, value in average.items()}
+    torch.save(content, tmp_path / "other.ckpt")
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", f"resume={tmp_path / 'other.ckpt'}"]
+    assert main(words) == 2
+    assert "holds averages of other networks" in " ".join(capsys.readouterr().err.split())
+    assert main(["bench", "digits/edm", f"checkpoint={tmp_path / 'other.ckpt'}", "n=10", "logger=none"]) == 2
+    assert "holds no averaged denoiser" in " ".join(capsys.readouterr().err.split())

@@ -139,7 +139,7 @@ def test_checkpoint_holds_plain_values(whole_run):
     checkpoint = torch.load(whole_run[1], weights_only=True)
     assert checkpoint["diffaccel"]["images_seen"] == MIDDLE * BATCH
     assert checkpoint["diffaccel"]["steps"] == MIDDLE
-    assert checkpoint["diffaccel"]["ema"].keys() == dict(diffusion().denoiser.network.named_parameters()).keys()
+    assert checkpoint["diffaccel"]["ema"].keys() == dict(diffusion().averaged().named_parameters()).keys()
 
 
 def test_the_run_s_order_is_the_stream_s(whole_run):

@@ -111,15 +111,27 @@ class Diffusion(TrainedModule):
             raise UsageError(f"training.augment: the network is told of augmentations: set network.augment={LABELS}")
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """Networks that sample and are trained by steps, by name: they are averaged, and left when training is done."""
+        trained = isinstance(self.denoiser, NetworkDenoiser) and not self.frozen
+        return {"denoiser": self.denoiser.network} if trained else {}
+
     def averaged(self) -> nn.Module | None:  # noqa: D102
-        return self.denoiser.network if isinstance(self.denoiser, NetworkDenoiser) else None
+        networks = self.trained_networks()
+        return nn.ModuleDict(networks) if networks else None
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Return what training leaves: file name -> weights, and what its header says of them."""
-        state = self.denoiser.network.state_dict()
-        found = {"raw": (state, {"averaged": False})}
-        if self.ema is not None:
-            found["ema"] = ({**state, **self.ema.state_dict()}, {"averaged": True})
+        """Return what training leaves: file name -> weights, and what its header says of them.
+
+        The denoiser's are ``raw`` and, averaged, ``ema``; another network's go by its name.
+        """
+        average = self.ema.state_dict() if self.ema is not None else {}
+        found = {}
+        for name, network in self.trained_networks().items():
+            own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
+            raw, ema = ("raw", "ema") if name == "denoiser" else (f"{name}_raw", name)
+            found[raw] = (network.state_dict(), {"averaged": False})
+            found[ema] = ({**network.state_dict(), **own}, {"averaged": bool(own)})
         return found
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:

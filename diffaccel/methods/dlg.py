@@ -71,9 +71,6 @@ class DenoisingLangevinGibbs(Diffusion):
     def phases(self) -> list[Phase]:  # noqa: D102
         return [Phase("classifier", self.classifier.network.parameters(), self.classifier_loss)]
 
-    def averaged(self) -> nn.Module | None:  # noqa: D102
-        return None
-
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:  # noqa: D102
         return {"classifier": (self.classifier.network.state_dict(), {})}
 

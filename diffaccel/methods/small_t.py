@@ -98,25 +98,17 @@ class SmallTimeDiffusion(Diffusion):
             found.append(Phase("density", parameters, self.density_loss, lr=self.density_lr))
         return found
 
-    def averaged(self) -> nn.Module | None:
-        """Denoiser and density, whichever is trained by steps."""
-        networks = {} if self.frozen else {"denoiser": self.denoiser.network}
-        if list(self.density.parameters()):
-            networks["density"] = self.density
-        return nn.ModuleDict(networks) if networks else None
+    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+        return super().trained_networks() | ({"density": self.density} if list(self.density.parameters()) else {})
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Denoiser (``ema``, ``raw``) and ``density``, averaged, in float32: rounding would move its moments."""
-        average = self.ema.state_dict() if self.ema is not None else {}
-        own = {name: _under(name, average) for name in ("denoiser", "density")}
+        """The denoiser's, and ``density``, averaged, in float32: rounding would move its moments."""
+        found = super().exports()
+        found.pop("density_raw", None)
+        state, _ = found.get("density", (self.density.state_dict(), {}))
         level = {"ratio_star": self.density.ratio, "any_level": not self.density.bound}
         said = {"dtype": "float32", "density": type(self.density).__name__, **level, "shape": list(self.shape)}
-        found = {"density": ({**self.density.state_dict(), **own["density"]}, said)}
-        if not self.frozen:
-            state = self.denoiser.network.state_dict()
-            found["raw"] = (state, {"averaged": False})
-            found["ema"] = ({**state, **own["denoiser"]}, {"averaged": True})
-        return found
+        return {**found, "density": (state, said)}
 
     # Fitting
 
@@ -174,10 +166,6 @@ class SmallTimeDiffusion(Diffusion):
         (derivative,) = torch.autograd.grad(t.sum(), u)
         t, process = t.detach(), self.denoiser.process
         return t, 0.5 * (process.diffusion(t) / process.sigma(t)).square() * derivative
-
-
-def _under(name: str, average: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
 
 
 @dataclass

@@ -150,25 +150,10 @@ class TruncatedDiffusion(Diffusion):
             found.append(game)
         return found
 
-    def _trained_networks(self) -> dict[str, nn.Module]:
-        """Denoiser and generator, whichever is trained."""
+    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
         shared = isinstance(self.prior, ImplicitPrior) and self.prior.kind == "shared"
         own = {"denoiser": self.denoiser.network} if self.trains_denoiser or shared else {}
         return {**own, **self.prior.networks()}
-
-    def averaged(self) -> nn.Module | None:  # noqa: D102
-        return nn.ModuleDict(self._trained_networks())
-
-    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Denoiser (``ema``, ``raw``) and generator, averaged and not."""
-        found: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
-        average = self.ema.state_dict() if self.ema is not None else {}
-        for name, network in self._trained_networks().items():
-            own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
-            ema, raw = ("ema", "raw") if name == "denoiser" else (name, f"{name}_raw")
-            found[raw] = (network.state_dict(), {"averaged": False})
-            found[ema] = ({**network.state_dict(), **own}, {"averaged": bool(own)})
-        return found
 
     # The game
 
