@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before any import of wandb or matplotlib reads them.
 os.environ["WANDB_MODE"] = "offline"
@@ -39,3 +40,11 @@ def undrawn() -> Iterator[None]:
         patch.setattr(Evaluator, "_draw", lambda self: None)
         patch.setattr(Evaluator, "_draw_curve", lambda self: None)
         yield
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> str:
+    """The images of stored.py as npz."""
+    from stored import LABELS, RGB, save_npz
+
+    return save_npz(tmp_path / "rgb.npz", images=RGB, labels=LABELS)
