@@ -59,7 +59,9 @@ def test_budgets_are_measured_on_schedule_with_the_averaged_weights(tmp_path: Pa
         assert method.ema is not None and not method.training
         # the averaged weights are in the network now, so the average holds the raw ones
         weights = dict(method.denoiser.network.named_parameters())
-        same = all(torch.equal(weights[name], value) for name, value in method.ema.average.items())
+        same = all(
+            torch.equal(weights[name.removeprefix("denoiser.")], value) for name, value in method.ema.average.items()
+        )
         seen.append((method.images_seen, n or self.n, same))
         return measure(self, trainer, method, budget, plan, n)
 
