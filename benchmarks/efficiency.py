@@ -1,6 +1,6 @@
 """What a small T is worth in training on digits: distance against images seen, for several T, over seeds.
 
-python -m benchmarks.efficiency [SEEDS] [key=value ...]    (three seeds: twelve fits of four minutes on a free core)
+python -m benchmarks.efficiency [SEEDS] [key=value ...]    (three seeds: twelve fits)
 
 The score is trained on [epsilon, T] alone and sampled from a Gaussian of the noisy images' moments, which at T = 1 is
 N(0, I). 50 evaluations, for the solver's error not to be what is seen. A seed is one of training and of sampling; the

@@ -195,9 +195,7 @@ def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[st
         steps, c_1, c_2 = number("M", 1000), number("C_1", 0.001), number("C_2", 0.008)
         if not (1 <= steps <= 10_000 and 0 < c_1 < 1 and 0 <= c_2 < 1):  # NaN too
             raise refuse(origin, f"its schedule has M = {steps:g}, C_1 = {c_1:g}, C_2 = {c_2:g}, which is none")
-        return {"name": "iddpm", "steps": int(steps), "C_1": c_1, "C_2": c_2}, {
-            "name": "edm",
-            "sigma_max": 80.0,
-        }  # where EDM starts it, far below its own
+        process = {"name": "edm", "sigma_max": 80.0}  # where EDM starts it, far below its own
+        return {"name": "iddpm", "steps": int(steps), "C_1": c_1, "C_2": c_2}, process
     known = "EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond"
     raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are {known}")
