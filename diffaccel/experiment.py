@@ -17,6 +17,7 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.levels import LEVELS
 from diffaccel.methods import METHODS, Diffusion
+from diffaccel.methods.ema import of_network
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.jpeg import AsJPEG
@@ -192,8 +193,7 @@ def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dic
     if path.suffix == ".safetensors" or not path.is_file():
         return load_weights(path, network)
     content = read_checkpoint(path)
-    average = content["diffaccel"].get("ema", {})
-    own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
+    own = of_network(content["diffaccel"].get("ema", {}), name)
     if not own:
         raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
     assign_weights(own, network, f"the weights of {path}")

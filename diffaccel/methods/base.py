@@ -12,6 +12,7 @@ from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
+from diffaccel.methods.ema import of_network
 from diffaccel.methods.training import Phase, TrainedModule, Training
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ChainPrior, Group, Plan, Prior
@@ -128,7 +129,7 @@ class Diffusion(TrainedModule):
         average = self.ema.state_dict() if self.ema is not None else {}
         found = {}
         for name, network in self.trained_networks().items():
-            own = {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
+            own = of_network(average, name)
             raw, ema = ("raw", "ema") if name == "denoiser" else (f"{name}_raw", name)
             found[raw] = (network.state_dict(), {"averaged": False})
             found[ema] = ({**network.state_dict(), **own}, {"averaged": bool(own)})

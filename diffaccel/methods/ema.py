@@ -1,6 +1,6 @@
 """Exponential moving average of the sampled network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -61,3 +61,8 @@ class EMA:
         """Continue from :meth:`state_dict`."""
         # Copies: update works in place, and the caller's tensors are not ours to move.
         self.average = {name: state[name].to(tensor, copy=True) for name, tensor in self.average.items()}
+
+
+def of_network(average: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One network's part of the average over several, by its own parameter names."""
+    return {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}
