@@ -89,12 +89,13 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         if parts["prior"] != config.prior:
             prior = build_prior(parts["prior"], posterior, denoiser, shape, load)
         method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
-    for network in method.evaluated_networks().values() if config.network else ():
+    for name, network in method.evaluated_networks().items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
-            network.forward = torch.compile(network.forward, options={"freezing": frozen})
+            constant = frozen or (method.frozen and name == "denoiser")  # holds where no gradient is taken
+            network.forward = torch.compile(network.forward, options={"freezing": constant})
             if not frozen and isinstance(network, UNet):
                 network.encode = torch.compile(network.encode)  # type: ignore[method-assign]  # a critic may use it alone
     return method

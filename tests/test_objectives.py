@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
-from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser, Prediction
 from diffaccel.errors import UsageError
 from diffaccel.levels import LogNormal
 from diffaccel.methods import Training, TruncatedDiffusion
@@ -13,7 +13,7 @@ from diffaccel.methods.objectives import OBJECTIVES, DistributionMatching, OdePa
 from diffaccel.nn import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
-from diffaccel.process import EDMVarianceExploding, VariancePreserving
+from diffaccel.process import EDMVarianceExploding, VariancePreserving, expand
 from diffaccel.solver import SOLVERS
 
 SHAPE, STAR, INIT = (1, 4, 4), 0.5, 20.0
@@ -87,6 +87,43 @@ def test_a_pair_is_of_the_same_noise():
     assert phase.loss(images, NoiseStreams(0, range(4))).max() < 1e-9
     pair.steps = 6
     assert phase.loss(images, NoiseStreams(0, range(4))).min() > 1e-4
+
+
+class Counted(GaussianDenoiser):
+    """An exact denoiser of two classes that counts its calls; class 1 is less wide."""
+
+    classes, calls = 2, 0
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
+        self.calls += 1
+        x_0, eps = super().forward(x_t, t)
+        assert condition is not None
+        return Prediction(x_0 * (1 - 0.5 * expand(condition, x_0)), eps)
+
+
+def test_pairs_are_integrated_once():
+    """Whatever images are there and however batches fall: position i has pair i mod pairs, noise, class and end."""
+    denoiser = Counted(torch.full(SHAPE, 0.3), 0.25)
+    prior, pair = prior_of(denoiser), OdePair(steps=5, pairs=6)
+    pair.attach(denoiser, prior)
+    (phase,) = pair.phases(prior, lambda batch: denoiser.given(batch.condition), SHAPE)
+
+    def losses(first: int, count: int) -> Tensor:
+        index = torch.arange(first, first + count)
+        images = Batch(torch.zeros(count, *SHAPE), torch.full((count,), 7), index)
+        return phase.loss(images, NoiseStreams(first, index)).detach()
+
+    early = losses(0, 6)
+    calls = denoiser.calls
+    torch.testing.assert_close(losses(6, 3), early[:3])
+    torch.testing.assert_close(losses(3, 9), early[[3, 4, 5, 0, 1, 2, 3, 4, 5]])
+    assert denoiser.calls == calls > 0
+    z = NoiseStreams(0, range(6), "ode pairs").normal(torch.empty(6, *SHAPE))
+    classes = torch.arange(6) % 2
+    end = OdePair(steps=5).integrate(denoiser.given(classes), prior, z, NoiseStreams(0, range(6)))
+    unit = (1 + STAR**2) ** 0.5
+    torch.testing.assert_close(pair._ends.float(), end / unit, rtol=1e-3, atol=1e-3)  # float16
+    torch.testing.assert_close(early, (0.1 * z - end / unit).square().flatten(1).mean(1), rtol=5e-3, atol=1e-3)
 
 
 class Law(MixtureDenoiser):
@@ -165,6 +202,7 @@ def test_phases_have_their_own_optimisers_and_windows():
     [
         ({"name": "ode_pairs"}, "did you mean 'ode_pair'"),
         ({"name": "ode_pair", "steps": 0}, "1 or more"),
+        ({"name": "ode_pair", "pairs": 0}, "pairs is 0"),
         ({"name": "distribution_matching", "scale_min": 0.0}, "must be positive"),
         ({"name": "distribution_matching", "scale_max": 0.5}, "above scale_min"),
         ({"name": "distribution_matching", "scale_max": 500.0}, "trained on"),

@@ -69,27 +69,34 @@ class OdePair(Objective):
         solver: Integrates from ``ratio_init`` to the level that the prior makes; its grid's ``ratio_min`` and
             ``denoise`` are set here.
         steps: Its steps.
+        pairs: Number of pairs, each integrated once and gone through again and again: the solver's steps cost more than
+            the training. They are kept in memory in float16, and made anew when a run goes on. Null: all are fresh.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: No steps.
+        UsageError: No steps, or no pairs.
     """
+
+    _ends: Tensor  # (pairs, C, H, W) on the CPU; untouched memory takes no room
+    _made: Tensor  # (pairs,), which of them are there
 
     def __init__(
         self,
         solver: dict[str, Any] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
         steps: int = 8,
+        pairs: int | None = None,
         lr: float = 1.0,
         since: int = 0,
         until: int | None = None,
     ) -> None:
         super().__init__(lr, since, until)
-        if steps < 1:
-            raise UsageError(f"objective 'ode_pair': steps is {steps}, it must be 1 or more")
+        for name, value in (("steps", steps), ("pairs", pairs)):
+            if value is not None and value < 1:
+                raise UsageError(f"objective 'ode_pair': {name} is {value}, it must be 1 or more")
         self.solver: Solver = SOLVERS.build(solver)
-        self.steps = steps
+        self.steps, self.pairs = steps, pairs
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior) -> None:  # noqa: D102
         if prior.kind != "separate" or not 0 < 2 * prior.ratio_made <= prior.ratio_init:
@@ -97,19 +104,44 @@ class OdePair(Objective):
                 "objective 'ode_pair' follows the generator's noise from ratio_init down to ratio_star: set "
                 "prior.generator=separate, a positive ratio_star, and ratio_init to twice that or more"
             )
+        self.classes: int = getattr(denoiser.network, "classes", 0)
 
     def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
         generator = prior.generator
         assert generator is not None
+        if self.pairs is not None:
+            self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
+            self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
 
         def loss(batch: Batch, noise: NoiseStreams) -> Tensor:
+            if self.pairs is not None:
+                batch, noise = self.drawn(batch, self.pairs)
             z = prior.latent(given(batch), noise, shape)
-            end = self.integrate(given(batch), prior, z, noise)
+            if self.pairs is None:
+                end = in_units(prior, self.integrate(given(batch), prior, z, noise))
+            else:
+                end = self.kept(batch, prior, given, z, noise)
             made = prior.generate(given(batch), noise, shape, z)
-            return in_units(prior, made - end).square().flatten(1).mean(1)
+            return (in_units(prior, made) - end).square().flatten(1).mean(1)
 
         return [self.phase("ode_pair", generator.parameters(), loss, lr=self.lr)]
 
+    def drawn(self, batch: Batch, pairs: int) -> tuple[Batch, NoiseStreams]:
+        """Put pairs in the places of a batch's images: their indices and classes, and their noise."""
+        index = batch.index % pairs
+        condition = None if batch.condition is None else (index % max(1, self.classes)).to(batch.condition)
+        return batch._replace(index=index, condition=condition), NoiseStreams(0, index, "ode pairs")
+
+    def kept(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
+        """Ends of a batch's pairs in units of variance preserving processes, (B, C, H, W), integrated if need be."""
+        index = batch.index.cpu()
+        if not self._made[index].all():
+            end = in_units(prior, self.integrate(given(batch), prior, z, noise))
+            self._ends[index] = end.to(self._ends)
+            self._made[index] = True
+        return self._ends[index].to(z)
+
+    @torch.no_grad()
     def integrate(self, denoiser: Denoiser, prior: ImplicitPrior, z: Tensor, noise: NoiseStreams) -> Tensor:
         """Follow noise z (B, C, H, W) from ``ratio_init`` to the states' level; returns x / alpha, (B, C, H, W)."""
         grid = dataclasses.replace(self.solver.grid, ratio_min=prior.ratio_made)
