@@ -4,6 +4,7 @@ Random settings from a seeded generator meet in rounds of more and more images (
 budget share their noise, so that their differences are less noisy than their distances.
 """
 
+import copy
 import json
 import math
 import statistics
@@ -88,6 +89,8 @@ def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> S
             value = {name: value}
         tree = merge(tree, value)
     drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
+    if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
+        drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # no argument of the prior's: it is read afterwards
     if (grid := drawn["solver"].get("grid", {})).get("name") == "listed":
         grid.clear()
         grid.update(name="listed", gamma=gamma or 1.0)
@@ -289,7 +292,11 @@ class Searcher(L.Callback):
 
     def _write(self) -> None:
         """Write the winners so far, as an experiment over the searched one."""
-        tree = {"base": str(self.base.resolve()), "by_nfe": self.best}
+        best = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}
+        for settings in best.values():  # those of the experiment are inherited, and a path would be sought from here
+            if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
+                settings["prior"].pop("checkpoint", None)
+        tree = {"base": str(self.base.resolve()), "by_nfe": best}
         (self.out / "best.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 

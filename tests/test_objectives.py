@@ -105,7 +105,7 @@ def test_pairs_are_integrated_once():
     """Whatever images are there and however batches fall: position i has pair i mod pairs, noise, class and end."""
     denoiser = Counted(torch.full(SHAPE, 0.3), 0.25)
     prior, pair = prior_of(denoiser), OdePair(steps=5, pairs=6)
-    pair.attach(denoiser, prior)
+    pair.attach(denoiser, prior, SHAPE)
     (phase,) = pair.phases(prior, lambda batch: denoiser.given(batch.condition), SHAPE)
 
     def losses(first: int, count: int) -> Tensor:
@@ -224,4 +224,4 @@ def test_a_teacher_is_frozen_or_exact():
         TruncatedDiffusion(model, prior, *parts, critic=critic, frozen=True, objectives=[{"name": "ode_pair"}])
     with pytest.raises(UsageError, match="this denoiser is exact"):
         exact(1.0, 0.0, name="distribution_matching")
-    assert sorted(OBJECTIVES) == ["distribution_matching", "ode_pair"]
+    assert sorted(OBJECTIVES) == ["distribution_matching", "moments", "ode_pair"]

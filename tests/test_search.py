@@ -168,6 +168,18 @@ def test_the_winner_is_the_best_of_the_last_round_and_an_experiment(tmp_path: Pa
     assert all(point["tuned"] for point in points)
 
 
+def test_a_fitted_prior_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As it is drawn at other levels, and in the winner, from whatever folder that is read."""
+    words = ["search.space={prior.T: [0.3, 0.5, 0.6]}", "search.trials=3", "search.images=[16]"]
+    assert main(["search", "digits/small_t", *words, "nfe=[5]", "n=16", "seed=7", f"out={tmp_path}"]) == 0
+    own = Path(load("digits/small_t").prior["checkpoint"]).resolve()
+    assert all(Path(trial["drawn"]["prior"]["checkpoint"]).samefile(own) for trial in trials(tmp_path))
+    assert all(np.isfinite(trial["metrics"]["fd_digits"]) for trial in trials(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = load(str(tmp_path / "best.yaml")).at(5)["prior"]
+    assert Path(found["checkpoint"]).samefile(own)
+
+
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A search that is interrupted goes on, and ends as one that is not."""
     words = ["search", "toy/edm", TOY, *QUICK]

@@ -26,7 +26,8 @@ TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "t
 TINY += ["training.warmup=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
 PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
 FEATURES = "method.critic={name: features, width: 8}"
-OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, until: 64}, {name: distribution_matching, since: 96}]"
+OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, pairs: 48, until: 64}, {name: moments, since: 32}, "
+OBJECTIVES += "{name: distribution_matching, since: 96}]"
 """A separate generator on a frozen denoiser, whose weights are random here."""
 
 
@@ -48,7 +49,7 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("words", "optimizers"),
-    [(["network.dropout=0.1"], 3), ([*PRODUCT, FEATURES, OBJECTIVES], 5)],
+    [(["network.dropout=0.1"], 3), ([*PRODUCT, FEATURES, OBJECTIVES], 6)],
     ids=["shared", "objectives"],
 )
 def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,9 +4,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.nn import UNet
+from diffaccel.methods.encoder import Encoder
 from diffaccel.nn.critic import (
     CRITICS,
     Critic,
@@ -47,36 +47,17 @@ class FeatureCritic(Critic):
         if width < 1:
             raise UsageError(f"critic 'features': width={width}: use 1 or more")
         super().__init__(shape, width, classes)
-        network = denoiser.network
-        if not isinstance(denoiser, NetworkDenoiser) or not isinstance(network, UNet):
-            raise UsageError("critic 'features' takes the encoder of the network 'unet': use critic 'stylegan2'")
-        low, high = denoiser.ratio_range
-        if not low <= ratio <= high:
-            raise UsageError(f"critic 'features': the denoiser was not trained at ratio_star {ratio:g}: raise it")
-        self.ratio, self._frozen = ratio, (denoiser,)  # in a tuple: its weights are none of the critic's
-        with torch.no_grad():
-            maps = self._maps(torch.zeros(1, *shape, device=denoiser.device))
-        self.sizes = [tuple(one.shape[1:]) for one in maps]
+        self.encoder = Encoder(denoiser, ratio, "critic 'features'")
+        self.sizes = self.encoder.sizes(shape)
         self.into = nn.ModuleList(EqualisedConv2d(channels, width, 1) for channels, _, _ in self.sizes)
         self.blocks = nn.ModuleList(CriticBlock(width, width) for _ in self.sizes[1:])
         self.conv = EqualisedConv2d(width + 1, width, 3, padding=1)
         _, rows, columns = self.sizes[-1]
         self.linear = EqualisedLinear(width * rows * columns, width)
 
-    def _maps(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:
-        """Last features at each resolution, finest first."""
-        (denoiser,) = self._frozen
-        network = denoiser.network
-        assert isinstance(denoiser, NetworkDenoiser) and isinstance(network, UNet)
-        ratio = torch.full((len(x),), self.ratio, dtype=torch.float64, device=x.device)
-        x_t, t = denoiser.process.from_ratio((1 + self.ratio**2) ** 0.5 * x, ratio)
-        noise = denoiser.noise_conditioning(t).to(x_t)
-        bottleneck, skips, _ = network.encode(denoiser.scale_input(x_t, t), noise, condition)
-        return list({one.shape[2:]: one for one in (*skips, bottleneck)}.values())
-
     def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The frozen encoder's features of samples (B, C, H, W), labels (B,), all in a row, (B, numbers)."""
-        return torch.cat([one.to(x).flatten(1) for one in self._maps(x, condition)], dim=1)
+        return torch.cat([one.to(x).flatten(1) for one in self.encoder(x, condition)], dim=1)
 
     def features(self, seen: Tensor) -> Tensor:
         """(B, numbers) -> (B, width)."""

@@ -40,8 +40,9 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.lr, self.phase = lr, partial(Phase, since=since, until=math.inf if until is None else until)
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior) -> None:  # noqa: B027 (most learn nothing of their own)
-        """Take from the teacher what the objective needs of its own.
+    @abstractmethod
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
+        """Take from the teacher what the objective needs of its own, for images (C, H, W).
 
         Raises:
             UsageError: The objective can't be had from this teacher, or for this prior.
@@ -98,20 +99,20 @@ class OdePair(Objective):
         self.solver: Solver = SOLVERS.build(solver)
         self.steps, self.pairs = steps, pairs
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior) -> None:  # noqa: D102
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
         if prior.kind != "separate" or not 0 < 2 * prior.ratio_made <= prior.ratio_init:
             raise UsageError(
                 "objective 'ode_pair' follows the generator's noise from ratio_init down to ratio_star: set "
                 "prior.generator=separate, a positive ratio_star, and ratio_init to twice that or more"
             )
         self.classes: int = getattr(denoiser.network, "classes", 0)
+        if self.pairs is not None:
+            self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
+            self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
 
     def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
         generator = prior.generator
         assert generator is not None
-        if self.pairs is not None:
-            self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
-            self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
 
         def loss(batch: Batch, noise: NoiseStreams) -> Tensor:
             if self.pairs is not None:
@@ -194,7 +195,7 @@ class DistributionMatching(Objective):
             raise UsageError("objective 'distribution_matching': scale_min and scale_max must be positive")
         self.scale_min, self.scale_max, self.fake_lr = scale_min, scale_max, fake_lr
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior) -> None:  # noqa: D102
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
         if not isinstance(denoiser, NetworkDenoiser):
             raise UsageError("objective 'distribution_matching' learns the generator's law with a copy of the denoiser"
                              "'s network, and this denoiser is exact: remove it")  # fmt: skip

@@ -13,6 +13,7 @@ from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.feature_critic import FeatureCritic  # noqa: F401 (registers it)
+from diffaccel.methods.moment_matching import MomentMatching  # noqa: F401 (registers it)
 from diffaccel.methods.objectives import OBJECTIVES, in_units
 from diffaccel.methods.training import Phase, Training
 from diffaccel.metrics.states import compare_states
@@ -94,7 +95,7 @@ class TruncatedDiffusion(Diffusion):
         if objectives and isinstance(denoiser, NetworkDenoiser) and not frozen:
             raise UsageError("method 'tdpm': objectives take a denoiser that is trained already: set method.frozen")
         for objective in self._objectives:
-            objective.attach(denoiser, self.implicit)
+            objective.attach(denoiser, self.implicit, shape)
         self.learning = nn.ModuleList(self._objectives)  # what they learn of their own
 
     def _truncate(self, denoiser: Denoiser, prior: Prior) -> None:

@@ -1,0 +1,129 @@
+"""Matching the moments of a frozen encoder's features: a Frechet distance that a generator is trained by."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffaccel.collective import all_reduce
+from diffaccel.data import Batch
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.methods.encoder import Encoder
+from diffaccel.methods.objectives import OBJECTIVES, Given, Objective, in_units
+from diffaccel.methods.training import Phase
+from diffaccel.metrics import Moments
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ImplicitPrior
+
+
+@OBJECTIVES.register("moments")
+class MomentMatching(Objective):
+    """Move the generator's states along the optimal transport of their features' Gaussian to the real states'.
+
+        L = mean |f - T(f)|^2,    T(f) = mu_r + A (f - mu),    A = C^-1/2 (C^1/2 C_r C^1/2)^1/2 C^-1/2,
+
+    T held fixed: over all states this is the Frechet distance of the two Gaussians, and its gradient is the distance's.
+    f are means and deviations over space of the frozen denoiser's encoder's maps, in units of the real ones' deviation;
+    no extractor that scores takes part. The moments are of the latest ``memory`` states made, and of all real ones
+    seen, so that they are of many more than a batch has, and the loss begins when there are four times as many as
+    features.
+
+    Args:
+        memory: States after which one counts half in the moments of those made.
+        lr: See :class:`Objective`.
+        since: See :class:`Objective`.
+        until: See :class:`Objective`.
+
+    Raises:
+        UsageError: A memory that is not positive.
+
+    References:
+        Backpropagating through Frechet Inception Distance (Mathiasen and Hvilshoj, 2020),
+        https://arxiv.org/abs/2009.14075
+    """
+
+    made: Tensor
+    real: Tensor
+
+    def __init__(self, memory: int = 10_000, lr: float = 1.0, since: int = 0, until: int | None = None) -> None:
+        super().__init__(lr, since, until)
+        if memory < 1:
+            raise UsageError(f"objective 'moments': memory is {memory}, it must be 1 or more")
+        self.memory = memory
+
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+        self.encoder = Encoder(denoiser, prior.ratio_made, "objective 'moments'")
+        self.dim = 2 * sum(channels for channels, _, _ in self.encoder.sizes(shape))
+        for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
+            self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
+
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+        generator = prior.generator
+        assert generator is not None
+
+        def loss(batch: Batch, noise: NoiseStreams) -> Tensor:
+            condition = given(batch).condition
+            y = prior.generate(given(batch), noise, shape)
+            made = self.summary(in_units(prior, y), condition)
+            with torch.no_grad():
+                real = self.summary(in_units(prior, batch.image + prior.ratio_made * noise.normal(y)), condition)
+            return self.distance(made, real)
+
+        return [self.phase("moments", generator.parameters(), loss, lr=self.lr)]
+
+    def summary(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Features of states (B, C, H, W) in units of variance preserving processes, (B, dim)."""
+        maps = [one.to(x) for one in self.encoder(x, condition)]
+        return torch.cat([torch.cat([m.mean((2, 3)), (m.var((2, 3)) + 1e-6).sqrt()], dim=1) for m in maps], dim=1)
+
+    def distance(self, made: Tensor, real: Tensor) -> Tensor:
+        """|f - T(f)|^2 of features made (B, dim), (B,); 0 while too few were seen to know T."""
+        self._add(made.detach(), real)
+        if self.made[0, 0] < 4 * self.dim or self.real[0, 0] < 4 * self.dim:
+            return 0 * made.sum(1)
+        ours, theirs = moments(self.made), moments(self.real)
+        scale = theirs.covariance.diagonal().clamp_min(1e-12).sqrt()
+        ours, theirs = (Moments(one.n, one.mean / scale, one.covariance / torch.outer(scale, scale))
+                        for one in (ours, theirs))  # fmt: skip
+        f = made / scale.to(made)
+        with torch.no_grad():
+            transport = transport_between(ours.covariance, theirs.covariance).to(made)
+            target = theirs.mean.to(made) + (f - ours.mean.to(made)) @ transport
+        return (f - target).square().sum(1)
+
+    @torch.no_grad()
+    def _add(self, made: Tensor, real: Tensor) -> None:
+        """Add a step's features, of all processes, to the sums."""
+        sums = []
+        for features in (made, real):
+            rows = torch.cat([torch.ones_like(features[:, :1]), features], dim=1).double()
+            sums.append(all_reduce(rows.T @ rows))
+        count = sums[0][0, 0].item()
+        self.made.mul_(0.5 ** (count / self.memory)).add_(sums[0])
+        self.real.add_(sums[1])
+
+
+def moments(sums: Tensor) -> Moments:
+    """Take moments of features from the sums of (1, f) (1, f)^T, (d + 1, d + 1)."""
+    number = sums[0, 0]
+    mean = sums[0, 1:] / number
+    return Moments(math.floor(number.item()), mean, sums[1:, 1:] / number - torch.outer(mean, mean))
+
+
+def transport_between(covariance: Tensor, target: Tensor, ridge: float = 1e-4) -> Tensor:
+    """Return the symmetric A (d, d) with A C A = C_r, the optimal map between centred Gaussians.
+
+    Args:
+        covariance: C, (d, d).
+        target: C_r, (d, d).
+        ridge: Added to both diagonals over their mean, for directions in which nothing varies.
+    """
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    covariance, target = (one + ridge * one.diagonal().mean() * eye for one in (covariance, target))
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(1e-12).sqrt()
+    root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    inner_values, inner_vectors = torch.linalg.eigh(root @ target @ root)
+    inner = (inner_vectors * inner_values.clamp_min(0).sqrt()) @ inner_vectors.T
+    return inverse @ inner @ inverse

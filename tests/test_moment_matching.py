@@ -1,0 +1,91 @@
+"""The Frechet distance that a generator is trained by, against its closed form."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.methods.moment_matching import MomentMatching, moments, transport_between
+from diffaccel.metrics import Moments
+from diffaccel.metrics.frechet import frechet_distance
+from diffaccel.nn import UNet
+from diffaccel.prior import ImplicitPrior
+from diffaccel.process import EDMVarianceExploding
+
+D = 6
+
+
+def objective(memory: int = 10**9) -> MomentMatching:
+    model = KarrasDenoiser(UNet((1, 8, 8), [D // 2], blocks=1, embedding=8), EDMVarianceExploding())
+    matching = MomentMatching(memory)
+    matching.attach(model, ImplicitPrior(model, 1.0), (1, 8, 8))
+    assert matching.dim == D
+    return matching
+
+
+def samples(count: int, seed: int) -> Tensor:
+    """Correlated, of several scales, off centre."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    return torch.randn(count, D, generator=generator, dtype=torch.float64) @ mixing + torch.arange(D) * seed / 3
+
+
+def in_reals_units(features: Tensor, real: Tensor) -> Moments:
+    return Moments.from_features(features / real.std(0, correction=0))
+
+
+def test_the_map_brings_one_covariance_to_the_other():
+    covariance, target = (torch.cov(samples(50, seed).T) for seed in (1, 2))
+    found = transport_between(covariance, target, ridge=0.0)
+    torch.testing.assert_close(found @ covariance @ found, target)
+    torch.testing.assert_close(found, found.T)  # symmetric and positive: the optimal one (Brenier)
+    assert torch.linalg.eigvalsh(found).min() > 0
+    diagonal = transport_between(torch.tensor([4.0, 9.0]).diag(), torch.tensor([1.0, 36.0]).diag(), ridge=0.0)
+    torch.testing.assert_close(diagonal, torch.tensor([0.5, 2.0]).diag())
+
+
+def test_loss_and_gradient_are_the_frechet_distances():
+    matching, made, real = objective(), samples(4000, 1).requires_grad_(True), samples(4000, 2)
+    loss = matching.distance(made, real).mean()
+    (gradient,) = torch.autograd.grad(loss, made)
+    direction, step = torch.randn(made.shape, dtype=torch.float64), 1e-3
+    reference = in_reals_units(real, real)
+    there, here, back = (
+        frechet_distance(in_reals_units(made.detach() + move * direction, real), reference).item()
+        for move in (step, 0, -step)
+    )
+    assert loss.item() == pytest.approx(here, rel=2e-3)
+    assert (gradient * direction).sum().item() == pytest.approx((there - back) / (2 * step), rel=2e-2)
+
+
+def test_equal_moments_leave_nothing_to_do():
+    matching, real = objective(), samples(4000, 3)
+    made = real.flip(0).clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(matching.distance(made, real).sum(), made)
+    assert gradient.abs().max() < 1e-9
+
+
+def test_batches_make_one_moment_and_old_ones_fade():
+    made, real = samples(96, 1), samples(96, 2)
+    whole, parts, fading = objective(), objective(), objective(memory=32)
+    whole.distance(made, real)
+    steps = list(zip(made.split(16), real.split(16), strict=True))
+    early = [matching.distance(*step) for matching in (parts, fading) for step in steps]
+    assert early[0].abs().max() == 0, "16 images tell nothing of 6 features' covariance"
+    assert early[1].abs().max() > 0
+    torch.testing.assert_close(parts.made, whole.made)
+    torch.testing.assert_close(parts.real, whole.real)
+    assert moments(whole.real).mean.tolist() == pytest.approx(real.mean(0).tolist())
+    weights = 0.5 ** (torch.arange(5, -1, -1, dtype=torch.float64).repeat_interleave(16) / 2)
+    torch.testing.assert_close(moments(fading.made).mean, (weights @ made) / weights.sum())
+    assert set(whole.state_dict()) == {"made", "real"}, "for an exact resume"
+
+
+def test_a_teacher_without_an_encoder_is_refused():
+    denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)
+    prior = ImplicitPrior(denoiser, 1.0, network={"name": "mlp"}, shape=(1, 8, 8))
+    with pytest.raises(UsageError, match=r"objective 'moments' takes the encoder of the network 'unet'.*remove it"):
+        MomentMatching().attach(denoiser, prior, (1, 8, 8))
+    with pytest.raises(UsageError, match="memory is 0"):
+        MomentMatching(0)
