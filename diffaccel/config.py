@@ -34,6 +34,7 @@ PATHS = (
     "checkpoint",
     "posterior.checkpoint",
     "prior.checkpoint",
+    "prior.init",
     "reference",
     "floor",
     "extractor.path",

@@ -160,7 +160,7 @@ def build_prior(
     shape: tuple[int, int, int],
     load: bool = True,
 ) -> Prior:
-    """Build a prior, with its own weights if it has any (``checkpoint``).
+    """Build a prior, with its own weights if it has any (``checkpoint``), or the first ones of a fit (``init``).
 
     Raises:
         UsageError: An unknown name or key, a value out of range, a chain without anything that reads noise levels, or
@@ -169,14 +169,15 @@ def build_prior(
     if node.get("name") == "chain" and posterior is None:
         raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
     node = dict(node)
-    checkpoint = node.pop("checkpoint", None)
+    checkpoint, init = node.pop("checkpoint", None), node.pop("init", None)
     context: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     prior = PRIORS.build(node, denoiser=denoiser, shape=shape, **context)
-    if checkpoint and not prior.networks():
-        raise UsageError(f"prior {node['name']!r} has no network: remove prior.checkpoint")
-    if checkpoint and load:
+    for key, given in (("checkpoint", checkpoint), ("init", init)):
+        if given and not prior.networks():
+            raise UsageError(f"prior {node['name']!r} has no network: remove prior.{key}")
+    if weights := (checkpoint if load else None) or init:
         ((name, network),) = prior.networks().items()
-        load_denoiser(Path(checkpoint), network, name)
+        load_denoiser(Path(weights), network, name)
     return prior
 
 

@@ -91,6 +91,21 @@ def test_a_fit_begins_anew_whatever_weights_its_experiment_names(tmp_path: Path)
     torch.testing.assert_close(other["state_dict"], one["state_dict"], rtol=0, atol=0)
 
 
+def test_a_fit_goes_on_from_first_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As after a warm-up: what no phase trains is left as it was given."""
+    assert fit(tmp_path / "warm", *PRODUCT, images=64) == 0
+    given = tmp_path / "warm" / "generator_raw.safetensors"
+    for frozen in ("true", "false"):
+        words, out = [*PRODUCT, f"method.frozen={frozen}", "method.generator_since=1000"], tmp_path / frozen
+        assert fit(out, *words, f"prior.init={given}", images=64) == 0
+        found, first = (read_weights(file) for file in (out / given.name, given))
+        torch.testing.assert_close(found[0], first[0], rtol=0, atol=0)
+    assert fit(tmp_path / "no", *PRODUCT, f"prior.init={tmp_path / 'none.safetensors'}", images=64) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+    assert fit(tmp_path / "no", f"prior.init={given}", images=64) == 2
+    assert "remove prior.init" in capsys.readouterr().err
+
+
 # Two processes
 
 
