@@ -216,11 +216,11 @@ def tradeoff(config: Any) -> None:
     method = experiment.build_method(config, frozen=True)
     if not isinstance(method, SmallTimeDiffusion):
         raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
-    starts_of(method, config.tradeoff.T)  # one without a log-density is an error now
+    starts = starts_of(method, config.tradeoff.T, experiment.build_fitted(config, method))
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
     likelihood = experiment.build_likelihood(config, method)
-    curve = TradeoffCurve(settings, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
+    curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
     launch.write_config(config)
     config.logger = "none"
     trainer = launch.build_trainer(config, [curve])

@@ -23,7 +23,7 @@ from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.jpeg import AsJPEG
 from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
 from diffaccel.pretrained import read as read_pretrained
-from diffaccel.prior import PRIORS, LevelPosterior, Prior
+from diffaccel.prior import PRIORS, DensityPrior, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.reference import Reference, load_reference
@@ -327,6 +327,21 @@ def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
         return None
     method.prior.start_ratio(method.denoiser)
     return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
+
+
+def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
+    """Build the experiment's density prior at the further times that it was fitted at, ``tradeoff.densities``.
+
+    Raises:
+        UsageError: The prior has no density; weights that are missing, broken, or of another level or density.
+    """
+    node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
+    found = []
+    for T, checkpoint in config.tradeoff.densities.items():
+        prior = build_prior({**node, "T": T, "checkpoint": checkpoint}, None, method.denoiser, method.shape)
+        assert isinstance(prior, DensityPrior)
+        found.append(prior)
+    return found
 
 
 def build_searcher(config: Config, method: Diffusion) -> Searcher:

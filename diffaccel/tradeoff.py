@@ -39,7 +39,8 @@ class TradeoffCurve(L.Callback):
     """Measures L(T), and the distance of samples, for N(0, I), the Gaussian of the data's moments, and the density.
 
     Args:
-        settings: Times, images, draws.
+        settings: Images, draws.
+        starts: Density by name -> the prior at each time, see :func:`starts_of`.
         data: Where test images come from.
         evaluator: Measures samples; None leaves that out.
         likelihood: Measures bits per dimension by the probability flow; None leaves that out.
@@ -50,6 +51,7 @@ class TradeoffCurve(L.Callback):
     def __init__(
         self,
         settings: Tradeoff,
+        starts: dict[str, dict[float, DensityPrior]],
         data: DataModule,
         evaluator: Evaluator | None,
         likelihood: BitsPerDim | None,
@@ -57,14 +59,15 @@ class TradeoffCurve(L.Callback):
         batch_size: int,
         out: Path,
     ) -> None:
-        self.settings, self.data, self.evaluator, self.likelihood = settings, data, evaluator, likelihood
+        self.settings, self.starts, self.data = settings, starts, data
+        self.evaluator, self.likelihood = evaluator, likelihood
         self.seed, self.batch_size, self.out = seed, batch_size, out
         self.rows: list[Row] = []
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure everything and write it."""
         assert isinstance(pl_module, SmallTimeDiffusion)
-        starts = starts_of(pl_module, self.settings.T)
+        starts = self.starts
         self.rows = self.bounds(pl_module, starts)
         try:
             if self.likelihood is not None:
@@ -147,11 +150,18 @@ class TradeoffCurve(L.Callback):
         return found
 
 
-def starts_of(method: SmallTimeDiffusion, times: Sequence[float]) -> dict[str, dict[float, DensityPrior]]:
+def starts_of(
+    method: SmallTimeDiffusion, times: Sequence[float], fitted: Sequence[DensityPrior] = ()
+) -> dict[str, dict[float, DensityPrior]]:
     """Density by name -> the prior at each time where it is known.
 
+    Args:
+        method: Its own density is one.
+        times: For those that are known at all of them.
+        fitted: The experiment's density as fitted at further times.
+
     Raises:
-        UsageError: The experiment's density has no log-density.
+        UsageError: The experiment's density has no log-density, or holds at every level and needs no further fits.
     """
     own = method.density
     if not own.normalised:
@@ -162,11 +172,17 @@ def starts_of(method: SmallTimeDiffusion, times: Sequence[float]) -> dict[str, d
         known["Gaussian"].basis = own.basis
         known["Gaussian"].fitted.fill_(True)
     if not own.bound:
+        if fitted:
+            raise UsageError("this density holds at every level: remove tradeoff.densities")
         return {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
-    T_own = method.denoiser.process.time(torch.tensor(own.ratio, dtype=torch.float64)).item()
-    times = [T for T in times if not math.isclose(T, T_own, rel_tol=1e-6)] + [T_own]
+    process = method.denoiser.process
+    fits = {}
+    for density in (own, *(prior.density for prior in fitted)):
+        T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
+        fits[T] = prior_at(method, density)
+    times = [T for T in times if not any(math.isclose(T, other, rel_tol=1e-6) for other in fits)] + list(fits)
     found = {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
-    return found | {type(own).__name__.removesuffix("Density").lower(): {T_own: prior_at(method, own)}}
+    return found | {type(own).__name__.removesuffix("Density").lower(): fits}
 
 
 def prior_at(method: Diffusion, density: Density, T: float | None = None) -> DensityPrior:

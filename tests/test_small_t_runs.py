@@ -107,6 +107,39 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out
 
 
+def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, capsys):
+    """Each fit's figures are those that it has as the experiment's own."""
+    late = fit(tmp_path / "late", "prior.T=0.6")
+    quick = ["tradeoff.T=[0.6]", "tradeoff.fd=false", "tradeoff.images=50", "likelihood=true", "likelihood_n=50"]
+    quick += ["logger=none"]
+
+    def figures(out: Path, *words: str) -> dict[tuple[str, float], dict[str, float]]:
+        assert main(["tradeoff", "toy/small_t", *quick, *words, f"out={out}"]) == 0
+        with (out / "tradeoff.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        keys = ("bits_per_dim_bound", "bits_per_dim", "bits_per_dim_gain")
+        return {(row["density"], round(float(row["T"]), 3)): {key: float(row[key]) for key in keys} for row in rows}
+
+    own = f"prior.checkpoint={mixture}"
+    both = figures(tmp_path / "both", own, f"tradeoff.densities={{0.6: {late}}}")
+    alone = figures(tmp_path / "alone", f"prior.checkpoint={late}", "prior.T=0.6")
+    assert set(both) == {(name, T) for name in ("N(0, I)", "Gaussian", "mixture") for T in (0.4, 0.6)}
+    for name in ("N(0, I)", "mixture"):  # the Gaussian's moments are those of either fit's draws
+        assert both[name, 0.6] == pytest.approx(alone[name, 0.6], abs=2e-3)
+    assert both["mixture", 0.6] != pytest.approx(both["mixture", 0.4], abs=1e-3)
+    capsys.readouterr()
+    for words, message in (
+        ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to theirs"),
+        ([own, "tradeoff.densities={0.6: none.safetensors}"], "none.safetensors"),
+        (
+            ["prior.density.name=gaussian", "prior.checkpoint=", f"tradeoff.densities={{0.6: {late}}}"],
+            "prior.checkpoint",
+        ),
+    ):
+        assert main(["tradeoff", "toy/small_t", *quick, *words, f"out={tmp_path / 'bad'}"]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):
     measure, calls = Evaluator.measure, []
 

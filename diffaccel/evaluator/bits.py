@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from diffaccel.collective import all_gather
@@ -61,7 +63,10 @@ class BitsPerDim:
         found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
         # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
-            for index, images, _ in self.data.batches("test", self.batch_size, rank, world):
+            batches = self.data.batches("test", self.batch_size, rank, world)
+            console, own = Console(stderr=True), math.ceil(self.n / self.batch_size / world)
+            shown = console.is_terminal and rank == 0
+            for index, images, _ in track(batches, "bits/dim", own, console=console, transient=True, disable=not shown):
                 first = index * self.batch_size
                 if first >= self.n:
                     break

@@ -174,6 +174,8 @@ class Tradeoff:
 
     T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     """Times of the experiment's process."""
+    densities: dict[float, str] = field(default_factory=dict)
+    """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
     images: int = 512
     """Test images that the bound is taken of."""
     draws: int = 16
