@@ -17,6 +17,7 @@ from diffaccel.checkpoint import Checkpointer
 from diffaccel.config import Config, to_yaml
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
+from diffaccel.weights import file_sha256
 
 
 def build_loggers(config: Config) -> list[Logger]:
@@ -154,6 +155,9 @@ def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
 
 def build_checkpointer(config: Config) -> Checkpointer:
     """Build the callback that saves training state and, at its end, weights."""
+    prior = {key: value for key, value in config.prior.items() if key != "init"}
+    if init := config.prior.get("init"):  # which weights, and not where they lay
+        prior["init_sha256"] = file_sha256(Path(init))
     description = {
         "method": config.method_name,
         "experiment": config.experiment,
@@ -163,7 +167,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "network": config.network,
         "denoiser": config.denoiser,
         "process": config.process,
-        "prior": config.prior,
+        "prior": prior,
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
 

@@ -138,7 +138,7 @@ def test_tdpm_has_the_papers_sizes_and_rates(name: str, denoiser: int, critic: i
 
 def test_the_small_critic_costs_no_more_than_the_network():
     """Forwards a step, a backward being two: of the critic 8, of the network 4."""
-    method, flops = build_on_meta("cifar10_small/tdpm")
+    method, flops = build_on_meta("cifar10_small/tdpm_shared")
     assert isinstance(method, TruncatedDiffusion) and method.critic
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         method.critic.head(method.critic.features(torch.empty(2, 3, 32, 32)), None)

@@ -18,7 +18,7 @@ from diffaccel.methods import TruncatedDiffusion
 from diffaccel.metrics.states import compare_states, radial_power
 from diffaccel.noise import NoiseStreams
 from diffaccel.report import read_points
-from diffaccel.weights import read_weights
+from diffaccel.weights import file_sha256, read_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -116,6 +116,7 @@ def test_a_fit_goes_on_from_first_weights(tmp_path: Path, capsys: pytest.Capture
         assert fit(out, *words, f"prior.init={given}", images=64) == 0
         found, first = (read_weights(file) for file in (out / given.name, given))
         torch.testing.assert_close(found[0], first[0], rtol=0, atol=0)
+        assert found[1]["prior"]["init_sha256"] == file_sha256(given) and str(tmp_path) not in str(found[1])
     assert fit(tmp_path / "no", *PRODUCT, f"prior.init={tmp_path / 'none.safetensors'}", images=64) == 2
     assert "none.safetensors" in capsys.readouterr().err
     assert fit(tmp_path / "no", f"prior.init={given}", images=64) == 2
