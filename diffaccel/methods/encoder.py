@@ -14,18 +14,17 @@ class Encoder:
     Args:
         denoiser: A trained one, on the network ``unet``. No extractor that scores takes part in training.
         ratio: Level of the states.
-        asked_by: Who asks, for messages.
+        asked_by: Who asks, for messages,
+        instead: and what to do where there is none.
 
     Raises:
         UsageError: The denoiser is exact, has another network, or was not trained at that level.
     """
 
-    def __init__(self, denoiser: Denoiser, ratio: float, asked_by: str) -> None:
+    def __init__(self, denoiser: Denoiser, ratio: float, asked_by: str, instead: str) -> None:
         network = denoiser.network
         if not isinstance(denoiser, NetworkDenoiser) or not isinstance(network, UNet):
-            raise UsageError(
-                f"{asked_by} takes the encoder of the network 'unet', and the denoiser has none: remove it"
-            )
+            raise UsageError(f"{asked_by} takes the encoder of the network 'unet': {instead}")
         low, high = denoiser.ratio_range
         if not low <= ratio <= high:
             raise UsageError(f"{asked_by}: the denoiser was not trained at ratio_star {ratio:g}: raise it")

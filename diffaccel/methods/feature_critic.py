@@ -47,7 +47,7 @@ class FeatureCritic(Critic):
         if width < 1:
             raise UsageError(f"critic 'features': width={width}: use 1 or more")
         super().__init__(shape, width, classes)
-        self.encoder = Encoder(denoiser, ratio, "critic 'features'")
+        self.encoder = Encoder(denoiser, ratio, "critic 'features'", "use critic 'stylegan2'")
         self.sizes = self.encoder.sizes(shape)
         self.into = nn.ModuleList(EqualisedConv2d(channels, width, 1) for channels, _, _ in self.sizes)
         self.blocks = nn.ModuleList(CriticBlock(width, width) for _ in self.sizes[1:])

@@ -53,7 +53,7 @@ class MomentMatching(Objective):
         self.memory = memory
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
-        self.encoder = Encoder(denoiser, prior.ratio_made, "objective 'moments'")
+        self.encoder = Encoder(denoiser, prior.ratio_made, "objective 'moments'", "remove it")
         self.dim = 2 * sum(channels for channels, _, _ in self.encoder.sizes(shape))
         for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
             self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
