@@ -333,7 +333,7 @@ def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
     """Build the experiment's density prior at the further times that it was fitted at, ``tradeoff.densities``.
 
     Raises:
-        UsageError: The prior has no density; weights that are missing, broken, or of another level or density.
+        UsageError: Weights that are missing, broken, or of another level or density.
     """
     node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
     found = []

@@ -67,15 +67,14 @@ class TradeoffCurve(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure everything and write it."""
         assert isinstance(pl_module, SmallTimeDiffusion)
-        starts = self.starts
-        self.rows = self.bounds(pl_module, starts)
+        self.rows = self.bounds(pl_module, self.starts)
         try:
             if self.likelihood is not None:
-                self.likelihoods(trainer, pl_module, [starts[row["density"]][row["T"]] for row in self.rows])
+                self.likelihoods(trainer, pl_module, [self.starts[row["density"]][row["T"]] for row in self.rows])
             if self.evaluator is not None:
                 self.evaluator.extractor.to(pl_module.device)
                 for row in self.rows:
-                    row |= self.distances(trainer, pl_module, starts[row["density"]][row["T"]])
+                    row |= self.distances(trainer, pl_module, self.starts[row["density"]][row["T"]])
         finally:  # an interrupt loses no row
             if trainer.is_global_zero:
                 write(self.rows, self.out)

@@ -36,13 +36,15 @@ def in_reals_units(features: Tensor, real: Tensor) -> Moments:
 
 
 def test_the_map_brings_one_covariance_to_the_other():
-    covariance, target = (torch.cov(samples(50, seed).T) for seed in (1, 2))
-    found = transport_between(covariance, target, ridge=0.0)
-    torch.testing.assert_close(found @ covariance @ found, target)
+    ours, theirs = (Moments.from_features(samples(50, seed)) for seed in (1, 2))
+    found = transport_between(ours, theirs)
+    torch.testing.assert_close(found @ ours.covariance @ found, theirs.covariance)
     torch.testing.assert_close(found, found.T)  # symmetric and positive: the optimal one (Brenier)
     assert torch.linalg.eigvalsh(found).min() > 0
-    diagonal = transport_between(torch.tensor([4.0, 9.0]).diag(), torch.tensor([1.0, 36.0]).diag(), ridge=0.0)
-    torch.testing.assert_close(diagonal, torch.tensor([0.5, 2.0]).diag())
+    diagonal = transport_between(
+        *(Moments(0, torch.zeros(2), torch.tensor(v).diag()) for v in ([4.0, 9.0], [1.0, 36.0]))
+    )
+    torch.testing.assert_close(diagonal, torch.tensor([0.5, 2.0], dtype=torch.float64).diag())
 
 
 def test_loss_and_gradient_are_the_frechet_distances():

@@ -131,13 +131,12 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
     for words, message in (
         ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to theirs"),
         ([own, "tradeoff.densities={0.6: none.safetensors}"], "none.safetensors"),
-        (
-            ["prior.density.name=gaussian", "prior.checkpoint=", f"tradeoff.densities={{0.6: {late}}}"],
-            "prior.checkpoint",
-        ),
     ):
         assert main(["tradeoff", "toy/small_t", *quick, *words, f"out={tmp_path / 'bad'}"]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
+    everywhere = load("digits/small_t").prior["checkpoint"]
+    assert main(["tradeoff", "digits/small_t", *quick, f"tradeoff.densities={{0.6: {everywhere}}}"]) == 2
+    assert "holds at every level: remove tradeoff.densities" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):

@@ -91,22 +91,6 @@ def test_a_fit_begins_anew_whatever_weights_its_experiment_names(tmp_path: Path)
     torch.testing.assert_close(other["state_dict"], one["state_dict"], rtol=0, atol=0)
 
 
-def test_the_critic_may_take_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    taken: dict[str, list[int]] = {"generator_loss": [], "critic_loss": []}
-    for name, steps in taken.items():
-        loss = getattr(TruncatedDiffusion, name)
-
-        def noted(self: TruncatedDiffusion, *given: Any, loss: Any = loss, steps: list[int] = steps) -> Any:
-            steps.append(self.steps)
-            return loss(self, *given)
-
-        monkeypatch.setattr(TruncatedDiffusion, name, noted)
-    assert fit(tmp_path, "method.generator_every=3") == 0
-    assert taken == {"generator_loss": [0, 3, 6], "critic_loss": list(range(8))}
-    assert fit(tmp_path / "bad", "method.generator_every=0") == 2
-    assert "generator_every is 0" in capsys.readouterr().err
-
-
 def test_a_fit_goes_on_from_first_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """As after a warm-up: what no phase trains is left as it was given."""
     assert fit(tmp_path / "warm", *PRODUCT, images=64) == 0

@@ -16,12 +16,15 @@ from diffaccel.metrics import Moments
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 
+RIDGE = 1e-4
+"""Added to the features' variances, in units of the real ones', for directions in which nothing varies."""
+
 
 @OBJECTIVES.register("moments")
 class MomentMatching(Objective):
     """Move the generator's states along the optimal transport of their features' Gaussian to the real states'.
 
-        L = mean |f - T(f)|^2,    T(f) = mu_r + A (f - mu),    A = C^-1/2 (C^1/2 C_r C^1/2)^1/2 C^-1/2,
+        L = mean |f - T(f)|^2,    T(f) = mu_r + A (f - mu),    A = C_r^1/2 (C_r^1/2 C C_r^1/2)^-1/2 C_r^1/2,
 
     T held fixed: over all states this is the Frechet distance of the two Gaussians, and its gradient is the distance's.
     f are means and deviations over space of the frozen denoiser's encoder's maps, in units of the real ones' deviation;
@@ -84,11 +87,12 @@ class MomentMatching(Objective):
             return 0 * made.sum(1)
         ours, theirs = moments(self.made), moments(self.real)
         scale = theirs.covariance.diagonal().clamp_min(1e-12).sqrt()
-        ours, theirs = (Moments(one.n, one.mean / scale, one.covariance / torch.outer(scale, scale))
+        ridge = RIDGE * torch.eye(self.dim, dtype=scale.dtype)
+        ours, theirs = (Moments(one.n, one.mean / scale, one.covariance / torch.outer(scale, scale) + ridge)
                         for one in (ours, theirs))  # fmt: skip
         f = made / scale.to(made)
         with torch.no_grad():
-            transport = transport_between(ours.covariance, theirs.covariance).to(made)
+            transport = transport_between(ours, theirs).to(made)
             target = theirs.mean.to(made) + (f - ours.mean.to(made)) @ transport
         return (f - target).square().sum(1)
 
@@ -111,19 +115,7 @@ def moments(sums: Tensor) -> Moments:
     return Moments(math.floor(number.item()), mean, sums[1:, 1:] / number - torch.outer(mean, mean))
 
 
-def transport_between(covariance: Tensor, target: Tensor, ridge: float = 1e-4) -> Tensor:
-    """Return the symmetric A (d, d) with A C A = C_r, the optimal map between centred Gaussians.
-
-    Args:
-        covariance: C, (d, d).
-        target: C_r, (d, d).
-        ridge: Added to both diagonals over their mean, for directions in which nothing varies.
-    """
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    covariance, target = (one + ridge * one.diagonal().mean() * eye for one in (covariance, target))
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(1e-12).sqrt()
-    root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
-    inner_values, inner_vectors = torch.linalg.eigh(root @ target @ root)
-    inner = (inner_vectors * inner_values.clamp_min(0).sqrt()) @ inner_vectors.T
-    return inverse @ inner @ inverse
+def transport_between(ours: Moments, theirs: Moments) -> Tensor:
+    """Return the symmetric A (d, d) with A C A = C_r, the optimal map between Gaussians about their means."""
+    values, vectors = torch.linalg.eigh(theirs.root @ ours.covariance @ theirs.root)
+    return theirs.root @ (vectors / values.sqrt()) @ vectors.T @ theirs.root

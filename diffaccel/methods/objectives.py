@@ -115,32 +115,32 @@ class OdePair(Objective):
         assert generator is not None
 
         def loss(batch: Batch, noise: NoiseStreams) -> Tensor:
-            if self.pairs is not None:
-                batch, noise = self.drawn(batch, self.pairs)
+            batch, noise = self.drawn(batch, noise)
             z = prior.latent(given(batch), noise, shape)
-            if self.pairs is None:
-                end = in_units(prior, self.integrate(given(batch), prior, z, noise))
-            else:
-                end = self.kept(batch, prior, given, z, noise)
+            end = self.end(batch, prior, given, z, noise)
             made = prior.generate(given(batch), noise, shape, z)
             return (in_units(prior, made) - end).square().flatten(1).mean(1)
 
         return [self.phase("ode_pair", generator.parameters(), loss, lr=self.lr)]
 
-    def drawn(self, batch: Batch, pairs: int) -> tuple[Batch, NoiseStreams]:
-        """Put pairs in the places of a batch's images: their indices and classes, and their noise."""
-        index = batch.index % pairs
+    def drawn(self, batch: Batch, noise: NoiseStreams) -> tuple[Batch, NoiseStreams]:
+        """Put pairs that are kept in the places of a batch's images: their indices and classes, and their noise."""
+        if self.pairs is None:
+            return batch, noise
+        index = batch.index % self.pairs
         condition = None if batch.condition is None else (index % max(1, self.classes)).to(batch.condition)
         return batch._replace(index=index, condition=condition), NoiseStreams(0, index, "ode pairs")
 
-    def kept(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
-        """Ends of a batch's pairs in units of variance preserving processes, (B, C, H, W), integrated if need be."""
+    def end(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
+        """Where z (B, C, H, W) ends in units of variance preserving processes; integrated, unless that was kept."""
         index = batch.index.cpu()
-        if not self._made[index].all():
-            end = in_units(prior, self.integrate(given(batch), prior, z, noise))
-            self._ends[index] = end.to(self._ends)
-            self._made[index] = True
-        return self._ends[index].to(z)
+        if self.pairs is not None and self._made[index].all():
+            return self._ends[index].to(z)
+        end = in_units(prior, self.integrate(given(batch), prior, z, noise))
+        if self.pairs is None:
+            return end
+        self._ends[index], self._made[index] = end.to(self._ends), True
+        return self._ends[index].to(z)  # rounded the first time too, so that a run that goes on sees the same
 
     @torch.no_grad()
     def integrate(self, denoiser: Denoiser, prior: ImplicitPrior, z: Tensor, noise: NoiseStreams) -> Tensor:

@@ -47,7 +47,6 @@ class TruncatedDiffusion(Diffusion):
         critic_lr: The critic's rate over the run's.
         generator_since: Images seen before the generator meets the critic, as after a warm-up by ``objectives``.
         critic_since: Images seen before the critic is trained.
-        generator_every: Steps of the critic to one of the generator.
         gamma: Weight of the gradient penalty R1 on real states.
         r1_every: Steps between penalties; the reference does not scale them up for that.
         objectives: What the generator learns from the frozen denoiser besides, each with its own optimiser: names
@@ -69,7 +68,6 @@ class TruncatedDiffusion(Diffusion):
         critic_lr: float = 12.5,
         generator_since: int = 0,
         critic_since: int = 0,
-        generator_every: int = 1,
         gamma: float = 0.01,
         r1_every: int = 16,
         objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
@@ -77,9 +75,6 @@ class TruncatedDiffusion(Diffusion):
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
         self.generator_since, self.critic_since = generator_since, critic_since
-        if generator_every < 1:
-            raise UsageError(f"method 'tdpm': generator_every is {generator_every}: use 1 or more")
-        self.generator_every = generator_every
         self.critic: Critic | None = None
         if isinstance(prior, ImplicitPrior):
             self.classes = getattr(prior.generator or denoiser.network, "classes", 0)
@@ -148,18 +143,12 @@ class TruncatedDiffusion(Diffusion):
             found += objective.phases(self.prior, self.given, self.shape)
         assert self.critic is not None
         generator = self.prior.generator or self.denoiser.network
-        for name, network, loss, every, since, lr in (
-            (
-                "generator",
-                generator,
-                self.generator_loss,
-                self.generator_every,
-                self.generator_since,
-                self.generator_lr,
-            ),
-            ("critic", self.critic, self.critic_loss, 1, self.critic_since, self.critic_lr),
+        for name, network, loss, lr, since in (
+            ("generator", generator, self.generator_loss, self.generator_lr, self.generator_since),
+            ("critic", self.critic, self.critic_loss, self.critic_lr, self.critic_since),
         ):
-            found.append(Phase(name, network.parameters(), loss, every, since, lr=lr, betas=(0.0, 0.99), clip=False))
+            game = Phase(name, network.parameters(), loss, lr=lr, since=since, betas=(0.0, 0.99), clip=False)
+            found.append(game)
         return found
 
     def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
