@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,8 +239,17 @@ def test_an_interrupt_keeps_the_points_before_it(
 # Loggers
 
 
-def wandb_records(path: Path, block: int = 32768) -> Iterator[Any]:
-    """Read an offline run's file: a 7-byte header, LevelDB's log framing, one protobuf a record."""
+def wandb_records(path: Path, seconds: float = 30.0) -> list[Any]:
+    """Read an offline run's file once W&B's process has written the last record, which may be after the run's end."""
+    last = time.monotonic() + seconds
+    while not (records := list(framed_records(path))) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < last, f"{path} has no end"
+        time.sleep(0.1)
+    return records
+
+
+def framed_records(path: Path, block: int = 32768) -> Iterator[Any]:
+    """Read what is there of the file: a 7-byte header, LevelDB's log framing, one protobuf a record."""
     content, position, payload = path.read_bytes(), 7, b""
     assert content[:4] == b":W&B"
     while position + 7 <= len(content):
@@ -276,7 +286,7 @@ def test_wandb_and_csv_hold_the_curve(tmp_path: Path, monkeypatch: pytest.Monkey
         assert main(["bench", "toy/edm", *words]) == 0
     points = read_points(tmp_path / "wandb" / "points.jsonl")
     (file,) = (tmp_path / "wandb").glob("wandb/offline-run-*/run-*.wandb")
-    records = list(wandb_records(file))
+    records = wandb_records(file)
     with next((tmp_path / "csv").glob("csv/version_0/metrics.csv")).open() as stream:
         table = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stream)]
     rows = curve_rows(records)
