@@ -246,6 +246,14 @@ def build_extractor(config: Config) -> Extractor:
 
 def identify(config: Config, extractor: Extractor, reference: Reference, floor: Reference | None) -> dict[str, Any]:
     """Say all that a point's images, and their scores, follow from besides budget and settings."""
+    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
+    scores["floor"] = floor and floor.sha256
+    if config.likelihood:
+        scores["likelihood"] = config.likelihood_n
+    return {"images": _identify_images(config), "scores": scores}
+
+
+def _identify_images(config: Config) -> dict[str, Any]:
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
@@ -256,18 +264,13 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
             ("prior", config.prior.get("checkpoint")),
         )
     }
-    images = {
+    return {
         **{key: getattr(config, key) for key in keys},
         **({"truncate": True} if config.truncate else {}),
         "posterior": {key: value for key, value in config.posterior.items() if key != "checkpoint"},
         "weights": weights,
         "version": __version__,
     }
-    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
-    scores["floor"] = floor and floor.sha256
-    if config.likelihood:
-        scores["likelihood"] = config.likelihood_n
-    return {"images": images, "scores": scores}
 
 
 def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
@@ -326,7 +329,8 @@ def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
     if not config.likelihood:
         return None
     method.prior.start_ratio(method.denoiser)
-    return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size)
+    identity = {**_identify_images(config), "data": config.data, "prior": config.prior}
+    return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
 
 
 def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:

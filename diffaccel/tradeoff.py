@@ -78,6 +78,8 @@ class TradeoffCurve(L.Callback):
         finally:  # an interrupt loses no row
             if trainer.is_global_zero:
                 write(self.rows, self.out)
+        if self.likelihood is not None and trainer.is_global_zero:
+            self.likelihood.clear()
 
     @torch.no_grad()
     def bounds(self, method: Diffusion, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
@@ -170,25 +172,26 @@ def starts_of(
         known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
         known["Gaussian"].basis = own.basis
         known["Gaussian"].fitted.fill_(True)
-    if not own.bound:
-        if fitted:
-            raise UsageError("this density holds at every level: remove tradeoff.densities")
-        return {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
-    process = method.denoiser.process
-    fits = {}
-    for density in (own, *(prior.density for prior in fitted)):
-        T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
-        fits[T] = prior_at(method, density)
-    times = [T for T in times if not any(math.isclose(T, other, rel_tol=1e-6) for other in fits)] + list(fits)
-    found = {name: {T: prior_at(method, density, T) for T in times} for name, density in known.items()}
-    return found | {type(own).__name__.removesuffix("Density").lower(): fits}
+    if fitted and not own.bound:
+        raise UsageError("this density holds at every level: remove tradeoff.densities")
+    process, fits = method.denoiser.process, {}
+    if own.bound:
+        for density in (own, *(prior.density for prior in fitted)):
+            T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
+            fits[float(f"{T:.9g}")] = prior_at(method, density, density.ratio)  # without what rounding left on T
+    # At a fit's time all starts share its very level: the flow stops there once.
+    ratios = dict(zip(times, process.ratio(torch.tensor(times, dtype=torch.float64)).tolist(), strict=True))
+    ratios |= {T: prior.ratio_star for T, prior in fits.items()}
+    found = {
+        name: {T: prior_at(method, density, ratio) for T, ratio in ratios.items()} for name, density in known.items()
+    }
+    return found | ({type(own).__name__.removesuffix("Density").lower(): fits} if fits else {})
 
 
-def prior_at(method: Diffusion, density: Density, T: float | None = None) -> DensityPrior:
-    """A prior of a density at a time of the process, or at the density's own level."""
-    level = {"ratio_star": density.ratio} if T is None else {"T": T}
-    prior = DensityPrior(method.denoiser, method.shape, {"name": "normal"}, **level)
-    prior.density = density.at(prior.ratio_star)
+def prior_at(method: Diffusion, density: Density, ratio: float) -> DensityPrior:
+    """A prior of a density at a noise-to-data ratio."""
+    prior = DensityPrior(method.denoiser, method.shape, {"name": "normal"}, ratio)
+    prior.density = density.at(ratio)
     prior.evaluations = density.evaluations
     return prior
 

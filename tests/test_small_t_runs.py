@@ -13,7 +13,7 @@ import torch
 
 from diffaccel.__main__ import main
 from diffaccel.config import load
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluator import BitsPerDim, Evaluator
 from diffaccel.experiment import build_method
 from diffaccel.report import read_points
 from diffaccel.weights import read_description, read_weights
@@ -77,6 +77,34 @@ def test_bits_per_dimension_are_the_data_s_entropy(mixture: Path, tmp_path: Path
     assert len(read_points(tmp_path / "points.jsonl")) == 2, "with and without are two points"
 
 
+def test_likelihoods_go_on_from_the_last_batch(mixture: Path, tmp_path: Path, monkeypatch):
+    words = ["bench", "toy/small_t", "logger=none", "nfe=5", "n=100", "batch_size=50", f"prior.checkpoint={mixture}"]
+    words += ["likelihood=true", "likelihood_n=120"]
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    measure, firsts, broken = BitsPerDim._batch, [], [True]
+
+    def interrupted(self, method, starts, images, first):
+        if first == 50 and broken:
+            broken.pop()
+            raise KeyboardInterrupt
+        firsts.append(first)
+        return measure(self, method, starts, images, first)
+
+    monkeypatch.setattr(BitsPerDim, "_batch", interrupted)
+    parts = tmp_path / "parts"
+    assert main([*words, f"out={parts}"]) == 130
+    monkeypatch.setattr(BitsPerDim, "clear", lambda self: None)
+    assert main([*words, "seed=1", f"out={parts}"]) == 0
+    assert firsts == [0, 0, 50, 100], "another seed's batches are not taken"
+    monkeypatch.undo()
+    monkeypatch.setattr(BitsPerDim, "_batch", interrupted)
+    assert main([*words, f"out={parts}"]) == 0
+    assert firsts == [0, 0, 50, 100, 50, 100] and not (parts / "partial").exists()
+    (whole,), (_, resumed) = (read_points(tmp_path / name / "points.jsonl") for name in ("whole", "parts"))
+    for key in ("bits_per_dim", "bits_per_dim_se", "bits_per_dim_nfe"):
+        assert resumed["metrics"][key] == whole["metrics"][key]
+
+
 def test_a_prior_without_density_has_no_likelihood(tmp_path: Path, capsys):
     assert main(["bench", "toy/dlg", "logger=none", "likelihood=true", f"out={tmp_path}"]) == 2
     assert "there is no likelihood" in capsys.readouterr().err.replace("\n", " ")
@@ -100,6 +128,7 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert gain == pytest.approx(flow["N(0, I)", 0.4][0] - flow["mixture", 0.4][0], abs=1e-9)
     assert abs(gain - 0.05214 / (2 * math.log(2))) < 4 * se < 0.1, "KL[p_T || N(0, I)], which the mixture closes"
     assert float(rows["N(0, I)", 0.4]["bits_per_dim_gain"]) == 0
+    assert rows["Gaussian", 0.4]["bits_per_dim_nfe"] == rows["mixture", 0.4]["bits_per_dim_nfe"], "one level, one stop"
     nfe = [float(rows["Gaussian", T]["bits_per_dim_nfe"]) for T in (0.2, 0.4, 0.9)]
     assert 10 < nfe[0] < nfe[1] < nfe[2]
     assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())

@@ -1,7 +1,11 @@
 """Bits per dimension of test images under a method's probability flow, which no budget or solver moves."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,11 +14,13 @@ from torch import Tensor
 
 from diffaccel.collective import all_gather
 from diffaccel.data import DataModule
+from diffaccel.evaluator.partial import read_whole, write_whole
 from diffaccel.likelihood import bits_per_dim, dequantised, probability_flow, rademacher
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Prior
+from diffaccel.weights import tensors_sha256
 
 EXACT = 16
 """Up to so many dimensions the divergence is exact; above, one random probe an image estimates it."""
@@ -35,10 +41,16 @@ class BitsPerDim:
         n: Number of images.
         seed: Of the dequantisation and the probes, which belong to the image.
         batch_size: Images a batch; no value depends on it.
+        out: Folder whose ``partial/`` keeps each batch that is done until :meth:`clear`; None keeps nothing.
+        identity: What the values follow from besides the starts: batches of another are not taken.
     """
 
-    def __init__(self, data: DataModule, n: int, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, data: DataModule, n: int, seed: int, batch_size: int, out: Path | None = None, identity: object = None
+    ) -> None:
         self.data, self.n, self.seed, self.batch_size = data, n, seed, batch_size
+        self.folder = out and out / "partial"
+        self.identity = json.dumps(identity, sort_keys=True, default=str)
         self._known: dict[int, dict[str, float]] = {}
 
     def __call__(self, method: Diffusion, rank: int = 0, world: int = 1) -> dict[str, float]:
@@ -65,17 +77,36 @@ class BitsPerDim:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
             batches = self.data.batches("test", self.batch_size, rank, world)
             console, own = Console(stderr=True), math.ceil(self.n / self.batch_size / world)
-            shown = console.is_terminal and rank == 0
+            shown, key = console.is_terminal and rank == 0, self._key(method, starts)
             for index, images, _ in track(batches, "bits/dim", own, console=console, transient=True, disable=not shown):
                 first = index * self.batch_size
                 if first >= self.n:
                     break
-                bits, count = self._batch(method, starts, images[: self.n - first], first)
-                found.append(bits)
-                calls.append(count)
+                images = images[: self.n - first]
+                path = self.folder and self.folder / f"bits_{key}_{first:08d}_{len(images)}.pt"
+                done = read_whole(path)
+                if done is None:
+                    done = self._batch(method, starts, images, first)
+                    write_whole(path, done)
+                found.append(done[0])
+                calls.append(done[1])
         shares = all_gather((torch.cat(found, 1), torch.stack(calls).sum(0)))
         bits = torch.cat([share for share, _ in shares], 1)
         return bits, torch.stack([count for _, count in shares]).sum(0) / bits.shape[1]
+
+    def clear(self) -> None:
+        """Remove the batches that are kept: what they are for is written."""
+        if self.folder is None:
+            return
+        for path in self.folder.glob("bits_*.pt"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it may hold a point's batches
+            self.folder.rmdir()
+
+    def _key(self, method: Diffusion, starts: Sequence[Prior]) -> str:
+        """Hash of what a batch's values follow from."""
+        laws = [(type(start).__name__, start.start_ratio(method.denoiser), _digest(start)) for start in starts]
+        return hashlib.sha256(json.dumps([self.identity, laws]).encode()).hexdigest()[:16]
 
     def _batch(self, method: Diffusion, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Of some images, and how many evaluations all of them took up to each start."""
@@ -95,6 +126,10 @@ class BitsPerDim:
                         bits[i] = bits_per_dim(start.log_prob(method.denoiser, x_star) + volume, size, width).cpu()
                         calls[i] = counter.evaluations["denoiser"]
         return bits, calls
+
+
+def _digest(prior: Prior) -> list[str]:
+    return [f"{type(module).__name__}" for module in prior.modules()] + [tensors_sha256(prior.state_dict())]
 
 
 def cell_range(images: Tensor) -> float | None:

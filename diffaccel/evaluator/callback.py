@@ -149,6 +149,8 @@ class Evaluator(L.Callback):
                     append_point(self.out / "points.jsonl", point)
                     self._partial(budget).clear()
                     self._draw_curve()
+            if self.likelihood is not None and trainer.is_global_zero:
+                self.likelihood.clear()
             if before and trainer.is_global_zero:
                 self._draw_curve()  # the last run may have been killed before it
         finally:  # an interrupt loses no finished point

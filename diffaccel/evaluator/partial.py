@@ -74,7 +74,7 @@ class Partial:
             chained: Whether they are rounds of chains. Then only as many count as the state knows of: a run that was
                 killed between the two files makes the last batch again.
         """
-        state = self._read(self._state(group)) if chained else None
+        state = read_whole(self._state(group)) if chained else None
         if chained and state is None:
             return 0, None
         paths = [self._chunk(indices) for indices in (group[: state["rounds"]] if state else group)]
@@ -85,17 +85,17 @@ class Partial:
 
     def read(self, indices: Sequence[int]) -> Chunk:
         """Read one of the batches that are done; one at a time, for a group of chains may be the whole point."""
-        content = self._read(self._chunk(indices))
+        content = read_whole(self._chunk(indices))
         assert content is not None
         return Chunk(**content)
 
     def save(self, group: Group, number: int, chunk: Chunk, state: dict[str, Any] | None) -> None:
         """Write the chunk of a group's batch of this number, then the chain's state after it."""
         if self.folder is None:
-            return
-        self._write(self._chunk(group[number]), asdict(chunk))
+            return  # before the chunk's tensors are copied
+        write_whole(self._chunk(group[number]), asdict(chunk))
         if state is not None:
-            self._write(self._state(group), {"rounds": number + 1, "state": state})
+            write_whole(self._state(group), {"rounds": number + 1, "state": state})
 
     def clear(self) -> None:
         """Remove everything, unless it is kept: the point is measured."""
@@ -108,22 +108,26 @@ class Partial:
     def _state(self, group: Group) -> Path | None:
         return self.folder and self.folder / f"chains_{group[0][0]:08d}.pt"
 
-    @staticmethod
-    def _write(path: Path | None, content: dict[str, Any]) -> None:
-        assert path is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        torch.save(content, part)
-        part.replace(path)
 
-    @staticmethod
-    def _read(path: Path | None) -> dict[str, Any] | None:
-        if path is None or not path.is_file():
-            return None
-        try:
-            content: dict[str, Any] = torch.load(path, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
-            raise UsageError(
-                f"{path} is damaged ({error!r:.80}): remove the folder, and the point starts anew"
-            ) from None
-        return content
+def write_whole(path: Path | None, content: Any) -> None:
+    """Write what :func:`read_whole` reads: a file appears whole or not at all; nowhere, nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(content, part)
+    part.replace(path)
+
+
+def read_whole(path: Path | None) -> Any:
+    """Read a file of tensors and plain values; None if there is none.
+
+    Raises:
+        UsageError: It is damaged.
+    """
+    if path is None or not path.is_file():
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
+        raise UsageError(f"{path} is damaged ({error!r:.80}): remove the folder, and it starts anew") from None
