@@ -98,7 +98,7 @@ def test_what_it_cannot_be_built_on() -> None:
         build(GaussianDenoiser(torch.zeros(SHAPE), 1.0, process))
     with pytest.raises(UsageError, match="encoder of the network 'unet'"):
         build(KarrasDenoiser(MLP(SHAPE), process, sigma_data=0.5))
-    with pytest.raises(UsageError, match="not trained at ratio_star 0: raise it"):
+    with pytest.raises(UsageError, match="not trained at ratio 0: take"):
         build(denoiser(), ratio=0.0)
     with pytest.raises(UsageError, match="width=0: use 1 or more"):
         build(denoiser(), width=0)

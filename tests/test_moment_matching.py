@@ -10,6 +10,7 @@ from diffaccel.methods.moment_matching import MomentMatching, moments, transport
 from diffaccel.metrics import Moments
 from diffaccel.metrics.frechet import frechet_distance
 from diffaccel.nn import UNet
+from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import EDMVarianceExploding
 
@@ -84,6 +85,24 @@ def test_batches_make_one_moment_and_old_ones_fade():
     assert set(whole.state_dict()) == {"made", "real"}, "for an exact resume"
 
 
+def test_features_may_be_of_what_the_states_become():
+    """States of Gaussian data, denoised and noised again: the variance and the slope are known."""
+    model, variance, ratio = objective(), 0.25, 0.1
+    prior = ImplicitPrior(model.encoder.denoiser, 1.0)
+    denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), variance)
+    y = (
+        (1 + variance) ** 0.5 * torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ).requires_grad_()
+    noise = NoiseStreams(0, range(2000))
+    torch.testing.assert_close(model.seen(y, prior, denoiser, noise), y / 2**0.5)
+    x = MomentMatching(ratio=ratio).seen(y, prior, denoiser, noise)
+    assert x.var().item() == pytest.approx((variance**2 / (1 + variance) + ratio**2) / (1 + ratio**2), rel=0.02)
+    (slope,) = torch.autograd.grad(x.sum(), y)
+    torch.testing.assert_close(slope, torch.full_like(y, variance / (1 + variance) / (1 + ratio**2) ** 0.5))
+    with pytest.raises(UsageError, match="not trained at ratio 500: take"):
+        MomentMatching(ratio=500.0).attach(model.encoder.denoiser, prior, (1, 8, 8))
+
+
 def test_a_teacher_without_an_encoder_is_refused():
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)
     prior = ImplicitPrior(denoiser, 1.0, network={"name": "mlp"}, shape=(1, 8, 8))
@@ -91,3 +110,5 @@ def test_a_teacher_without_an_encoder_is_refused():
         MomentMatching().attach(denoiser, prior, (1, 8, 8))
     with pytest.raises(UsageError, match="memory is 0"):
         MomentMatching(0)
+    with pytest.raises(UsageError, match="ratio is -1, it must be positive"):
+        MomentMatching(ratio=-1.0)

@@ -27,7 +27,7 @@ class Encoder:
             raise UsageError(f"{asked_by} takes the encoder of the network 'unet': {instead}")
         low, high = denoiser.ratio_range
         if not low <= ratio <= high:
-            raise UsageError(f"{asked_by}: the denoiser was not trained at ratio_star {ratio:g}: raise it")
+            raise UsageError(f"{asked_by}: the denoiser was not trained at ratio {ratio:g}: take [{low:g}, {high:g}]")
         self.denoiser, self.network, self.ratio = denoiser, network, ratio
 
     def __call__(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:

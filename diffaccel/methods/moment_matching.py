@@ -34,12 +34,14 @@ class MomentMatching(Objective):
 
     Args:
         memory: States after which one counts half in the moments of those made.
+        ratio: Noise-to-data ratio at which features are taken: states, made and real, are denoised in one evaluation
+            and noised again to it. Null: as they are.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: A memory that is not positive.
+        UsageError: A memory or a ratio that is not positive.
 
     References:
         Backpropagating through Frechet Inception Distance (Mathiasen and Hvilshoj, 2020),
@@ -49,14 +51,23 @@ class MomentMatching(Objective):
     made: Tensor
     real: Tensor
 
-    def __init__(self, memory: int = 10_000, lr: float = 1.0, since: int = 0, until: int | None = None) -> None:
+    def __init__(
+        self,
+        memory: int = 10_000,
+        ratio: float | None = None,
+        lr: float = 1.0,
+        since: int = 0,
+        until: int | None = None,
+    ) -> None:
         super().__init__(lr, since, until)
         if memory < 1:
             raise UsageError(f"objective 'moments': memory is {memory}, it must be 1 or more")
-        self.memory = memory
+        if ratio is not None and ratio <= 0:
+            raise UsageError(f"objective 'moments': ratio is {ratio:g}, it must be positive, or null for the states'")
+        self.memory, self.ratio = memory, ratio
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
-        self.encoder = Encoder(denoiser, prior.ratio_made, "objective 'moments'", "remove it")
+        self.encoder = Encoder(denoiser, self.ratio or prior.ratio_made, "objective 'moments'", "remove it")
         self.dim = 2 * sum(channels for channels, _, _ in self.encoder.sizes(shape))
         for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
             self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
@@ -66,14 +77,23 @@ class MomentMatching(Objective):
         assert generator is not None
 
         def loss(batch: Batch, noise: NoiseStreams) -> Tensor:
-            condition = given(batch).condition
-            y = prior.generate(given(batch), noise, shape)
-            made = self.summary(in_units(prior, y), condition)
+            denoiser = given(batch)
+            y = prior.generate(denoiser, noise, shape)
+            made = self.summary(self.seen(y, prior, denoiser, noise), denoiser.condition)
             with torch.no_grad():
-                real = self.summary(in_units(prior, batch.image + prior.ratio_made * noise.normal(y)), condition)
+                y = batch.image + prior.ratio_made * noise.normal(y)
+                real = self.summary(self.seen(y, prior, denoiser, noise), denoiser.condition)
             return self.distance(made, real)
 
         return [self.phase("moments", generator.parameters(), loss, lr=self.lr)]
+
+    def seen(self, y: Tensor, prior: ImplicitPrior, denoiser: Denoiser, noise: NoiseStreams) -> Tensor:
+        """What the encoder takes of states x / alpha (B, C, H, W), in units of variance preserving processes."""
+        if self.ratio is None:
+            return in_units(prior, y)
+        star = torch.full((len(y),), prior.ratio_made, dtype=torch.float64, device=y.device)
+        x_0 = denoiser(*denoiser.process.from_ratio(y, star)).x_0
+        return (x_0 + self.ratio * noise.normal(x_0)) / (1 + self.ratio**2) ** 0.5
 
     def summary(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Features of states (B, C, H, W) in units of variance preserving processes, (B, dim)."""
