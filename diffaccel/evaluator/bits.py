@@ -98,7 +98,7 @@ class BitsPerDim:
         """Remove the batches that are kept: what they are for is written."""
         if self.folder is None:
             return
-        for path in self.folder.glob("bits_*.pt"):
+        for path in self.folder.glob("bits_*"):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # it may hold a point's batches
             self.folder.rmdir()
@@ -129,7 +129,7 @@ class BitsPerDim:
 
 
 def _digest(prior: Prior) -> list[str]:
-    return [f"{type(module).__name__}" for module in prior.modules()] + [tensors_sha256(prior.state_dict())]
+    return [type(module).__name__ for module in prior.modules()] + [tensors_sha256(prior.state_dict())]
 
 
 def cell_range(images: Tensor) -> float | None:
