@@ -90,9 +90,8 @@ def test_features_may_be_of_what_the_states_become():
     model, variance, ratio = objective(), 0.25, 0.1
     prior = ImplicitPrior(model.encoder.denoiser, 1.0)
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), variance)
-    y = (
-        (1 + variance) ** 0.5 * torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    ).requires_grad_()
+    y = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * (1 + variance) ** 0.5
+    y.requires_grad_()
     noise = NoiseStreams(0, range(2000))
     torch.testing.assert_close(model.seen(y, prior, denoiser, noise), y / 2**0.5)
     x = MomentMatching(ratio=ratio).seen(y, prior, denoiser, noise)
