@@ -1,6 +1,7 @@
 """What every test starts from: a fixed seed, float32, one thread, and no tool that asks or reports."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 
 # Rounding depends on the number of threads; and two threads on tiny tensors wait for each other on a busy machine.
 torch.set_num_threads(1)
+
+# A background job of a script is started with interrupts ignored, and the tests that send one would wait for nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
