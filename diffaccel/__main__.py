@@ -35,7 +35,7 @@ Keys may be set on the command line; the frequent ones:
   n=5000 seed=0            images per point, and their noise
   solver=ipndm             another part by name (solver, prior, process ...); solver.grid.rho=5 sets a key of it
   chains=100               chains of a Langevin-Gibbs prior
-  checkpoint=FILE          weights of the denoiser
+  checkpoint=FILE          weights of the denoiser; init=FILE: those that a fit begins it with
   batch_size= precision= threads= devices= accelerator=
   images=1000000 limit=64  training length; use only the first images of the data
   logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online
@@ -241,7 +241,10 @@ def fit(config: Any) -> None:
         return
     for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
-    method = experiment.build_method(config, load=config.method_name == "dlg" or bool(config.method.get("frozen")))
+    frozen = config.method_name == "dlg" or bool(config.method.get("frozen"))
+    if config.init and (frozen or not config.network):
+        raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
+    method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
     resume = _resume_from(config)
     if resume is not None:

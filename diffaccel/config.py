@@ -32,6 +32,7 @@ PARTS = (
 
 PATHS = (
     "checkpoint",
+    "init",
     "posterior.checkpoint",
     "prior.checkpoint",
     "prior.init",
@@ -98,6 +99,8 @@ class Config:
     """How to train."""
     checkpoint: str | None = None
     """Weights of the denoiser: safetensors, or a checkpoint of ``fit``."""
+    init: str | None = None
+    """Weights that a fit begins the denoiser with, in place of random ones; of the same kinds of files."""
     extractor: dict[str, Any] = field(default_factory=lambda: {"name": "inception"})
     """Feature network that scores."""
     reference: str | None = None

@@ -43,7 +43,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
 
     Args:
         config: The run's.
-        load: Whether to read the weights that the configuration names; without, networks start at random.
+        load: Whether to read the weights that the configuration names; without, networks start at random, or from
+            ``init``.
         frozen: Whether weights will not change any more: ``compile`` then takes them for constants, which is faster.
 
     Raises:
@@ -59,11 +60,11 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
     if pretrained is not None and network is not None:
         check_grid(solver, denoiser)
-        if load:
-            denoiser.source = pretrained.source
-            assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
-    elif load and config.checkpoint and network is not None:
-        load_denoiser(Path(config.checkpoint), network)
+    if pretrained is not None and network is not None and load:
+        denoiser.source = pretrained.source
+        assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
+    elif network is not None and (weights := config.checkpoint if load else config.init):
+        load_denoiser(Path(weights), network)
     posterior = None
     if config.posterior:
         node = dict(config.posterior)

@@ -168,6 +168,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "denoiser": config.denoiser,
         "process": config.process,
         "prior": prior,
+        **({"init_sha256": file_sha256(Path(config.init))} if config.init else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
 

@@ -13,7 +13,7 @@ from diffaccel.__main__ import main
 from diffaccel.checkpoint import Checkpointer
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
-from diffaccel.weights import read_weights
+from diffaccel.weights import file_sha256, read_weights
 
 IMAGES, BATCH = 1280, 64  # 20 steps
 TINY = [
@@ -120,6 +120,25 @@ class Malicious:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.trace}",)
+
+
+def test_a_fit_begins_with_weights_that_it_is_given(whole: Path, tmp_path: Path, capsys: Printed):
+    """At a rate of 0 they stay: the file's, to the last bit, and no random ones."""
+    for name in ("ema.safetensors", "last.ckpt"):
+        words = [*TINY, "reference=", f"images={BATCH}", "training.lr=0", f"out={tmp_path / name}"]
+        assert main(["fit", "digits/edm", *words, f"init={whole / name}"]) == 0
+        found, description = read_weights(tmp_path / name / "raw.safetensors")
+        assert_equal(found, load_file(whole / "ema.safetensors"))
+        assert description["init_sha256"] == file_sha256(whole / name)
+    assert main(["fit", "digits/edm", *TINY, f"init={tmp_path / 'none.safetensors'}", f"out={tmp_path / 'no'}"]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experiment", ["digits/dlg", "digits/small_t", "toy/tdpm"])
+def test_a_fit_of_no_denoiser_begins_with_none(experiment: str, whole: Path, tmp_path: Path, capsys: Printed):
+    words = [f"init={whole / 'ema.safetensors'}", f"out={tmp_path}", "logger=none"]
+    assert main(["fit", experiment, *words]) == 2
+    assert "init: this fit trains no denoiser" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_holds_code_is_refused(tmp_path: Path, capsys: Printed):
