@@ -27,6 +27,16 @@ class Checkpointer(L.Callback):
     def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
         self.out, self.minutes, self.description = out, minutes, description
         self._saved = self._started = time.monotonic()
+        self._before = 0.0  # seconds trained in the runs that this one goes on from
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         self._saved = self._started = time.monotonic()
@@ -66,7 +76,7 @@ class Checkpointer(L.Callback):
             **self.description,
             "module": type(method).__name__,
             "images_seen": method.images_seen,
-            "hours": round((time.monotonic() - self._started) / 3600, 3),
+            "hours": round(self._seconds() / 3600, 3),
             "version": __version__,
         }
         for name, (state, said) in method.exports().items():

@@ -89,6 +89,15 @@ def test_a_finished_run_takes_no_step_more(whole: Path, tmp_path: Path):
     assert state(tmp_path / "longer")["diffaccel"]["images_seen"] == 2 * IMAGES, "a longer budget goes on"
 
 
+def test_hours_are_those_of_all_the_runs(whole: Path, tmp_path: Path):
+    content = state(whole)
+    content["callbacks"]["Checkpointer"]["seconds"] += 7200
+    torch.save(content, tmp_path / "long.ckpt")
+    assert main(["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", f"resume={tmp_path / 'long.ckpt'}"]) == 0
+    hours = read_weights(tmp_path / "raw.safetensors")[1]["hours"]
+    assert 2 <= hours < 2.2 and state(tmp_path)["callbacks"]["Checkpointer"]["seconds"] >= 7200
+
+
 def test_the_weights_are_the_states_in_half_the_bytes(whole: Path):
     content = state(whole)
     network = {key.removeprefix("denoiser._network."): value for key, value in content["state_dict"].items()}
