@@ -236,14 +236,14 @@ def fit(config: Any) -> None:
     from diffaccel import experiment, launch
     from diffaccel.terminal import print_points
 
+    frozen = config.method_name == "dlg" or bool(config.method.get("frozen"))
+    if config.init and (frozen or config.method_name == "extractor" or not config.network):
+        raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
     if config.method_name == "extractor":
         _fit_extractor(config)
         return
     for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
-    frozen = config.method_name == "dlg" or bool(config.method.get("frozen"))
-    if config.init and (frozen or not config.network):
-        raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
     resume = _resume_from(config)

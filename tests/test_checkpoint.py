@@ -143,7 +143,7 @@ def test_a_fit_begins_with_weights_that_it_is_given(whole: Path, tmp_path: Path,
     assert "none.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("experiment", ["digits/dlg", "digits/small_t", "toy/tdpm"])
+@pytest.mark.parametrize("experiment", ["digits/dlg", "digits/small_t", "toy/tdpm", "digits/extractor"])
 def test_a_fit_of_no_denoiser_begins_with_none(experiment: str, whole: Path, tmp_path: Path, capsys: Printed):
     words = [f"init={whole / 'ema.safetensors'}", f"out={tmp_path}", "logger=none"]
     assert main(["fit", experiment, *words]) == 2
