@@ -121,16 +121,6 @@ def test_weights_and_checkpoint_load_back_in_bench(whole: Path, tmp_path: Path):
     assert first["metrics"][name] == pytest.approx(second["metrics"][name], rel=0.05), "bf16 against fp32"
 
 
-class Malicious:
-    """Unpickles into a command."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.trace}",)
-
-
 def test_a_fit_begins_with_weights_that_it_is_given(whole: Path, tmp_path: Path, capsys: Printed):
     """At a rate of 0 they stay: the file's, to the last bit, and no random ones."""
     for name in ("ema.safetensors", "last.ckpt"):
@@ -148,6 +138,16 @@ def test_a_fit_of_no_denoiser_begins_with_none(experiment: str, whole: Path, tmp
     words = [f"init={whole / 'ema.safetensors'}", f"out={tmp_path}", "logger=none"]
     assert main(["fit", experiment, *words]) == 2
     assert "init: this fit trains no denoiser" in capsys.readouterr().err
+
+
+class Malicious:
+    """Unpickles into a command."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
 
 
 def test_a_checkpoint_that_holds_code_is_refused(tmp_path: Path, capsys: Printed):
