@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.data import Batch
 from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.methods.moment_matching import MomentMatching, moments, transport_between
@@ -102,12 +103,40 @@ def test_features_may_be_of_what_the_states_become():
         MomentMatching(ratio=500.0).attach(model.encoder.denoiser, prior, (1, 8, 8))
 
 
+def test_known_moments_cost_no_more_evaluations():
+    matching, generator = objective(), torch.Generator().manual_seed(0)
+    matching.real_states = 64
+    denoiser = matching.encoder.denoiser
+    (phase,) = matching.phases(ImplicitPrior(denoiser, 1.0), lambda _: denoiser, (1, 8, 8))
+    counts, sums = [], []
+    for step in range(4):
+        batch = Batch(index=range(32), image=torch.randn(32, 1, 8, 8, generator=generator), condition=None)
+        assert (phase.loss(batch, NoiseStreams(step, range(32))) > 0).all()
+        counts.append((matching.real[0, 0].item(), matching.made[0, 0].item()))
+        sums.append(matching.real.clone())
+    assert [real for real, _ in counts] == [32, 64, 64, 64]
+    assert [made for _, made in counts] == pytest.approx([32, 64, 96, 128])
+    assert torch.equal(sums[1], sums[3])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"memory": 16}, "memory is 16, too few states for the moments of 6 features: take 17 or more"),
+        ({"memory": 0}, "memory is 0, "),
+        ({"real_states": 23}, "real_states is 23, too few states for the moments of 6 features: take 24 or more"),
+    ],
+)
+def test_too_few_states_for_the_moments_are_refused(keys: dict[str, int], message: str):
+    model = objective().encoder.denoiser
+    with pytest.raises(UsageError, match=message):
+        MomentMatching(**keys).attach(model, ImplicitPrior(model, 1.0), (1, 8, 8))
+
+
 def test_a_teacher_without_an_encoder_is_refused():
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)
     prior = ImplicitPrior(denoiser, 1.0, network={"name": "mlp"}, shape=(1, 8, 8))
     with pytest.raises(UsageError, match=r"objective 'moments' takes the encoder of the network 'unet'.*remove it"):
         MomentMatching().attach(denoiser, prior, (1, 8, 8))
-    with pytest.raises(UsageError, match="memory is 0"):
-        MomentMatching(0)
     with pytest.raises(UsageError, match="ratio is -1, it must be positive"):
         MomentMatching(ratio=-1.0)

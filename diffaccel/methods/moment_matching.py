@@ -19,6 +19,9 @@ from diffaccel.prior import ImplicitPrior
 RIDGE = 1e-4
 """Added to the features' variances, in units of the real ones', for directions in which nothing varies."""
 
+BEGIN = 4
+"""States to a feature, made and real, from which their moments are trusted."""
+
 
 @OBJECTIVES.register("moments")
 class MomentMatching(Objective):
@@ -28,20 +31,21 @@ class MomentMatching(Objective):
 
     T held fixed: over all states this is the Frechet distance of the two Gaussians, and its gradient is the distance's.
     f are means and deviations over space of the frozen denoiser's encoder's maps, in units of the real ones' deviation;
-    no extractor that scores takes part. The moments are of the latest ``memory`` states made, and of all real ones
-    seen, so that they are of many more than a batch has, and the loss begins when there are four times as many as
-    features.
+    no extractor that scores takes part. The moments are of the latest ``memory`` states made, and of the first
+    ``real_states`` real ones, so that they are of many more than a batch has; the loss begins when there are four times
+    as many as features.
 
     Args:
         memory: States after which one counts half in the moments of those made.
         ratio: Noise-to-data ratio at which features are taken: states, made and real, are denoised in one evaluation
             and noised again to it. Null: as they are.
+        real_states: Real states after which their moments are taken as known, and evaluations of more are saved.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: A memory or a ratio that is not positive.
+        UsageError: A ratio that is not positive; a memory or a number of real states too small for the features.
 
     References:
         Backpropagating through Frechet Inception Distance (Mathiasen and Hvilshoj, 2020),
@@ -55,20 +59,25 @@ class MomentMatching(Objective):
         self,
         memory: int = 10_000,
         ratio: float | None = None,
+        real_states: int = 100_000,
         lr: float = 1.0,
         since: int = 0,
         until: int | None = None,
     ) -> None:
         super().__init__(lr, since, until)
-        if memory < 1:
-            raise UsageError(f"objective 'moments': memory is {memory}, it must be 1 or more")
         if ratio is not None and ratio <= 0:
             raise UsageError(f"objective 'moments': ratio is {ratio:g}, it must be positive, or null for the states'")
-        self.memory, self.ratio = memory, ratio
+        self.memory, self.ratio, self.real_states = memory, ratio, real_states
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
         self.encoder = Encoder(denoiser, self.ratio or prior.ratio_made, "objective 'moments'", "remove it")
         self.dim = 2 * sum(channels for channels, _, _ in self.encoder.sizes(shape))
+        for name, least in (("memory", BEGIN * self.dim * math.log(2)), ("real_states", BEGIN * self.dim)):
+            if (given := getattr(self, name)) < least:
+                raise UsageError(
+                    f"objective 'moments': {name} is {given}, too few states for the moments of {self.dim} features: "
+                    f"take {math.ceil(least)} or more"
+                )
         for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
             self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
 
@@ -80,6 +89,8 @@ class MomentMatching(Objective):
             denoiser = given(batch)
             y = prior.generate(denoiser, noise, shape)
             made = self.summary(self.seen(y, prior, denoiser, noise), denoiser.condition)
+            if self.real[0, 0] >= self.real_states:
+                return self.distance(made, None)
             with torch.no_grad():
                 y = batch.image + prior.ratio_made * noise.normal(y)
                 real = self.summary(self.seen(y, prior, denoiser, noise), denoiser.condition)
@@ -100,10 +111,10 @@ class MomentMatching(Objective):
         maps = [one.to(x) for one in self.encoder(x, condition)]
         return torch.cat([torch.cat([m.mean((2, 3)), (m.var((2, 3)) + 1e-6).sqrt()], dim=1) for m in maps], dim=1)
 
-    def distance(self, made: Tensor, real: Tensor) -> Tensor:
-        """|f - T(f)|^2 of features made (B, dim), (B,); 0 while too few were seen to know T."""
+    def distance(self, made: Tensor, real: Tensor | None) -> Tensor:
+        """|f - T(f)|^2 of features made (B, dim), (B,), given more real ones or none; 0 while too few tell T."""
         self._add(made.detach(), real)
-        if self.made[0, 0] < 4 * self.dim or self.real[0, 0] < 4 * self.dim:
+        if min(self.made[0, 0], self.real[0, 0]) < BEGIN * self.dim:
             return 0 * made.sum(1)
         ours, theirs = moments(self.made), moments(self.real)
         scale = theirs.covariance.diagonal().clamp_min(1e-12).sqrt()
@@ -117,15 +128,18 @@ class MomentMatching(Objective):
         return (f - target).square().sum(1)
 
     @torch.no_grad()
-    def _add(self, made: Tensor, real: Tensor) -> None:
+    def _add(self, made: Tensor, real: Tensor | None) -> None:
         """Add a step's features, of all processes, to the sums."""
-        sums = []
-        for features in (made, real):
-            rows = torch.cat([torch.ones_like(features[:, :1]), features], dim=1).double()
-            sums.append(all_reduce(rows.T @ rows))
-        count = sums[0][0, 0].item()
-        self.made.mul_(0.5 ** (count / self.memory)).add_(sums[0])
-        self.real.add_(sums[1])
+        latest = products(made)
+        self.made.mul_(0.5 ** (latest[0, 0].item() / self.memory)).add_(latest)
+        if real is not None:
+            self.real.add_(products(real))
+
+
+def products(features: Tensor) -> Tensor:
+    """Sums of the (1, f) (1, f)^T of features (B, d) over the batches of all processes, (d + 1, d + 1) in float64."""
+    rows = torch.cat([torch.ones_like(features[:, :1]), features], dim=1).double()
+    return all_reduce(rows.T @ rows)
 
 
 def moments(sums: Tensor) -> Moments:
