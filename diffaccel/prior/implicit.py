@@ -39,6 +39,8 @@ class ImplicitPrior(Prior):
             go from index K - 1 to 0. K = 0 is a GAN.
         prior_level_offset: The generator's states are those of index K - 1 + offset. With 1, as in TDPM's reference
             code, the first denoising step takes them for less noisy than they are.
+        told: Level that sampling takes the states for, over that level. A generator's states lack detail, and a little
+            below 1 a denoiser removes less of what they have; the fewer evaluations are left, the more that matters.
         network: A network to be the generator for ``separate`` and ``diffuse`` instead of the denoiser's copy, so that
             the denoiser may be exact: a name and keys. Its output is the state in units of variance preserving
             processes, or the image.
@@ -46,7 +48,7 @@ class ImplicitPrior(Prior):
 
     Raises:
         UsageError: The denoiser is exact and there is no ``network``; a value out of range; no ``token``; K on a
-            process without indices.
+            process without indices, or with ``told``.
 
     References:
         Truncated Diffusion Probabilistic Models (Zheng et al., 2023), https://arxiv.org/abs/2202.09671
@@ -63,6 +65,7 @@ class ImplicitPrior(Prior):
         token: float | None = None,
         K: int | None = None,
         prior_level_offset: int = 0,
+        told: float = 1.0,
         network: dict[str, Any] = {},  # noqa: B006 (read only; a mapping, for YAML)
         shape: tuple[int, int, int] | None = None,
     ) -> None:
@@ -75,6 +78,14 @@ class ImplicitPrior(Prior):
             )
         self.kind, self.ratio_init, self.K = generator, ratio_init, K
         self.ratio_star, self.ratio_made = _levels(denoiser.process, ratio_star, K, prior_level_offset)
+        if not told > 0 or (told != 1 and K is not None):
+            raise UsageError(
+                f"prior 'implicit': told is {told:g}: give a positive one, and none beside K, where prior_level_offset "
+                "does the like by whole indices"
+            )
+        self.ratio_star *= told
+        # With an offset the reference hands the state over as it is in units of variance preserving processes.
+        self.handed = ((1 + self.ratio_star**2) / (1 + self.ratio_made**2)) ** 0.5 if prior_level_offset else 1.0
         copies = generator != "shared" and not network
         if self.ratio_star < 0 or (copies and not self.ratio_made < ratio_init):
             raise UsageError(
@@ -124,9 +135,7 @@ class ImplicitPrior(Prior):
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: object = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            y = self.generate(denoiser, noise, shape)
-        # With an offset the reference hands the state over as it is, in units of variance preserving processes.
-        y = y * ((1 + self.ratio_star**2) / (1 + self.ratio_made**2)) ** 0.5
+            y = self.handed * self.generate(denoiser, noise, shape)
         ratio = torch.full((len(y),), self.ratio_star, dtype=torch.float64, device=y.device)
         return denoiser.process.from_ratio(y, ratio)
 
