@@ -4,6 +4,7 @@ A network knows nothing of diffusion: it maps (input, noise conditioning, class)
 denoiser says what goes in and what the output means, on one process.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -165,6 +166,13 @@ class NetworkDenoiser(Denoiser):
     @property
     def network(self) -> nn.Module:  # noqa: D102
         return self._network
+
+    def copy(self) -> "NetworkDenoiser":
+        """Copy, with a network and weights of its own, not compiled: what was compiled runs on the weights copied."""
+        copied = copy.deepcopy(self)
+        for name in ("forward", "encode"):
+            vars(copied.network).pop(name, None)
+        return copied
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
         """What tells the network the noise level, (B,): the scaled time."""

@@ -86,8 +86,8 @@ def test_batches_make_one_moment_and_old_ones_fade():
     assert set(whole.state_dict()) == {"made", "real"}, "for an exact resume"
 
 
-def test_features_may_be_of_what_the_states_become():
-    """States of Gaussian data, denoised and noised again: the variance and the slope are known."""
+def test_features_may_be_of_images():
+    """States of Gaussian data, denoised and noised, and real images noised: variances and slope are known."""
     model, variance, ratio = objective(), 0.25, 0.1
     prior = ImplicitPrior(model.encoder.denoiser, 1.0)
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), variance)
@@ -97,6 +97,10 @@ def test_features_may_be_of_what_the_states_become():
     torch.testing.assert_close(model.seen(y, prior, denoiser, noise), y / 2**0.5)
     x = MomentMatching(ratio=ratio).seen(y, prior, denoiser, noise)
     assert x.var().item() == pytest.approx((variance**2 / (1 + variance) + ratio**2) / (1 + ratio**2), rel=0.02)
+    images = variance**0.5 * torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    diffused = MomentMatching(ratio=ratio).diffused(images, prior, noise)
+    assert diffused.var().item() == pytest.approx((variance + ratio**2) / (1 + ratio**2), rel=0.02)
+    assert model.diffused(images, prior, noise).var().item() == pytest.approx((variance + 1) / 2, rel=0.02)
     (slope,) = torch.autograd.grad(x.sum(), y)
     torch.testing.assert_close(slope, torch.full_like(y, variance / (1 + variance) / (1 + ratio**2) ** 0.5))
     with pytest.raises(UsageError, match="not trained at ratio 500: take"):

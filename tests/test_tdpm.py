@@ -41,6 +41,19 @@ def tdpm(generator="separate", frozen=True, **options) -> TruncatedDiffusion:
     )
 
 
+def test_a_generator_of_a_compiled_denoiser_runs_on_its_own_weights():
+    """As in a search, which builds priors after the denoiser was compiled."""
+    model = denoiser()
+    plain = ImplicitPrior(model, 1.5)
+    model.network.forward = torch.compile(model.network.forward, backend="eager")
+    prior = ImplicitPrior(model, 1.5)
+    for one in (plain, prior):
+        one.generator.load_state_dict({name: 0.5 * value for name, value in model.network.state_dict().items()})
+    z = torch.randn(2, *SHAPE)
+    made, expected = (one.generate(model, NoiseStreams(0, range(2)), SHAPE, z) for one in (prior, plain))
+    assert torch.equal(made, expected)
+
+
 def batch(count: int = 8) -> Batch:
     return Batch(torch.randn(count, *SHAPE).clamp(-1, 1), None, torch.arange(count))
 

@@ -37,8 +37,8 @@ class MomentMatching(Objective):
 
     Args:
         memory: States after which one counts half in the moments of those made.
-        ratio: Noise-to-data ratio at which features are taken: states, made and real, are denoised in one evaluation
-            and noised again to it. Null: as they are.
+        ratio: Noise-to-data ratio at which features are of images: real ones, and what one evaluation makes of the
+            states, so that a generator learns to make up for what that loses. Null: they are of the states.
         real_states: Real states after which their moments are taken as known, and evaluations of more are saved.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
@@ -92,8 +92,7 @@ class MomentMatching(Objective):
             if self.real[0, 0] >= self.real_states:
                 return self.distance(made, None)
             with torch.no_grad():
-                y = batch.image + prior.ratio_made * noise.normal(y)
-                real = self.summary(self.seen(y, prior, denoiser, noise), denoiser.condition)
+                real = self.summary(self.diffused(batch.image, prior, noise), denoiser.condition)
             return self.distance(made, real)
 
         return [self.phase("moments", generator.parameters(), loss, lr=self.lr)]
@@ -102,9 +101,13 @@ class MomentMatching(Objective):
         """What the encoder takes of states x / alpha (B, C, H, W), in units of variance preserving processes."""
         if self.ratio is None:
             return in_units(prior, y)
-        star = torch.full((len(y),), prior.ratio_made, dtype=torch.float64, device=y.device)
-        x_0 = denoiser(*denoiser.process.from_ratio(y, star)).x_0
-        return (x_0 + self.ratio * noise.normal(x_0)) / (1 + self.ratio**2) ** 0.5
+        start = torch.full((len(y),), prior.ratio_star, dtype=torch.float64, device=y.device)
+        return self.diffused(denoiser(*denoiser.process.from_ratio(y, start)).x_0, prior, noise)
+
+    def diffused(self, x_0: Tensor, prior: ImplicitPrior, noise: NoiseStreams) -> Tensor:
+        """Images (B, C, H, W) at the level that features are taken at, in units of variance preserving processes."""
+        ratio = self.ratio or prior.ratio_made
+        return (x_0 + ratio * noise.normal(x_0)) / (1 + ratio**2) ** 0.5
 
     def summary(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Features of states (B, C, H, W) in units of variance preserving processes, (B, dim)."""

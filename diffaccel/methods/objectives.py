@@ -1,6 +1,5 @@
 """What a generator may learn from a frozen denoiser, beside its game against the critic: pairs, and gradients."""
 
-import copy
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -201,7 +200,7 @@ class DistributionMatching(Objective):
                              "'s network, and this denoiser is exact: remove it")  # fmt: skip
         if not self.scale_min * prior.ratio_made < self.scale_max:
             raise UsageError("objective 'distribution_matching': scale_max must be above scale_min times ratio_star")
-        self.fake = copy.deepcopy(denoiser).requires_grad_(True)
+        self.fake = denoiser.copy().requires_grad_(True)
         denoiser.check_range(torch.tensor([math.hypot(prior.ratio_made, self.scale_max)]))
 
     def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102

@@ -1,6 +1,5 @@
 """Implicit priors: a generator makes the state at the start level in one evaluation (TDPM, arXiv 2202.09671)."""
 
-import copy
 from typing import Any, Literal, get_args
 
 import torch
@@ -100,7 +99,8 @@ class ImplicitPrior(Prior):
         if network:
             self.made = NETWORKS.build(network, shape=shape)
         elif copies:
-            self.own = copy.deepcopy(denoiser)
+            assert isinstance(denoiser, NetworkDenoiser)  # or it was refused above
+            self.own = denoiser.copy()
 
     def _token(self, denoiser: Denoiser, token: float | None) -> float:
         if self.kind == "shared" and token is None and self.K is not None and isinstance(denoiser, NetworkDenoiser):
