@@ -1,5 +1,7 @@
 """The Frechet distance that a generator is trained by, against its closed form."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +107,37 @@ def test_features_may_be_of_images():
     torch.testing.assert_close(slope, torch.full_like(y, variance / (1 + variance) / (1 + ratio**2) ** 0.5))
     with pytest.raises(UsageError, match="not trained at ratio 500: take"):
         MomentMatching(ratio=500.0).attach(model.encoder.denoiser, prior, (1, 8, 8))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_images_may_take_steps_and_their_gradient_goes_through_all(steps: int):
+    """The flow of Gaussian data is linear: DDIM multiplies x / alpha by one known factor a step."""
+    model, variance, ratio = objective(), 0.25, 0.1
+    prior = ImplicitPrior(model.encoder.denoiser, 1.0)
+    denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), variance)
+    solver = {"name": "ddim", "grid": {"name": "karras", "rho": 1, "ratio_min": 0.2}}
+    y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    noise = NoiseStreams(0, range(8))
+    x = MomentMatching(ratio=ratio, solver=solver, steps=steps).seen(y, prior, denoiser, noise)
+    levels = [*torch.linspace(1, 0.2, steps, dtype=torch.float64).tolist(), 0.0]
+    factor = 1.0
+    for now, then in pairwise(levels):
+        factor *= (variance + then * now) / (variance + now**2)
+    images = torch.autograd.grad(x.sum(), y)[0] * (1 + ratio**2) ** 0.5
+    torch.testing.assert_close(images, torch.full_like(y, factor))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"steps": 0, "ratio": 0.1}, "steps is 0: take 1 or more"),
+        ({"steps": 2}, "steps is 2: .* with a ratio alone"),
+        ({"ratio": 0.1, "solver": {"name": "rk45"}}, "solver 'rk45' chooses its own steps: take another"),
+    ],
+)
+def test_steps_that_make_no_images_are_refused(keys: dict[str, object], message: str):
+    with pytest.raises(UsageError, match=message):
+        MomentMatching(**keys)
 
 
 def test_known_moments_cost_no_more_evaluations():

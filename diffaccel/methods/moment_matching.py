@@ -1,6 +1,7 @@
 """Matching the moments of a frozen encoder's features: a Frechet distance that a generator is trained by."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from diffaccel.methods.training import Phase
 from diffaccel.metrics import Moments
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
+from diffaccel.solver import SOLVERS, Solver
 
 RIDGE = 1e-4
 """Added to the features' variances, in units of the real ones', for directions in which nothing varies."""
@@ -37,15 +39,18 @@ class MomentMatching(Objective):
 
     Args:
         memory: States after which one counts half in the moments of those made.
-        ratio: Noise-to-data ratio at which features are of images: real ones, and what one evaluation makes of the
-            states, so that a generator learns to make up for what that loses. Null: they are of the states.
+        ratio: Noise-to-data ratio at which features are of images: real ones, and what ``solver`` makes of the states,
+            so that a generator learns to make up for what that loses. Null: they are of the states.
+        solver: Makes images of states; the gradient goes through all of its steps,
+        steps: of which it takes so many. One is one evaluation.
         real_states: Real states after which their moments are taken as known, and evaluations of more are saved.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: A ratio that is not positive; a memory or a number of real states too small for the features.
+        UsageError: A ratio that is not positive, no steps, or steps of a solver that can't keep to a number of them or
+            without a ratio; a memory or a number of real states too small for the features.
 
     References:
         Backpropagating through Frechet Inception Distance (Mathiasen and Hvilshoj, 2020),
@@ -60,6 +65,8 @@ class MomentMatching(Objective):
         memory: int = 10_000,
         ratio: float | None = None,
         real_states: int = 100_000,
+        solver: dict[str, Any] = {"name": "ddim"},  # noqa: B006 (read only; a mapping, for YAML)
+        steps: int = 1,
         lr: float = 1.0,
         since: int = 0,
         until: int | None = None,
@@ -67,7 +74,15 @@ class MomentMatching(Objective):
         super().__init__(lr, since, until)
         if ratio is not None and ratio <= 0:
             raise UsageError(f"objective 'moments': ratio is {ratio:g}, it must be positive, or null for the states'")
-        self.memory, self.ratio, self.real_states = memory, ratio, real_states
+        if steps < 1 or (steps > 1 and ratio is None):
+            raise UsageError(
+                f"objective 'moments': steps is {steps}: take 1 or more, and more than 1 with a ratio alone, as only "
+                "images are made in steps"
+            )
+        self.solver: Solver = SOLVERS.build(solver)
+        if self.solver.adaptive:
+            raise UsageError(f"objective 'moments': solver {solver.get('name')!r} chooses its own steps: take another")
+        self.memory, self.ratio, self.real_states, self.steps = memory, ratio, real_states, steps
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
         self.encoder = Encoder(denoiser, self.ratio or prior.ratio_made, "objective 'moments'", "remove it")
@@ -102,7 +117,8 @@ class MomentMatching(Objective):
         if self.ratio is None:
             return in_units(prior, y)
         start = torch.full((len(y),), prior.ratio_star, dtype=torch.float64, device=y.device)
-        return self.diffused(denoiser(*denoiser.process.from_ratio(y, start)).x_0, prior, noise)
+        x_t, t = denoiser.process.from_ratio(y, start)
+        return self.diffused(self.solver.integrate(denoiser, x_t, t, noise, self.steps), prior, noise)
 
     def diffused(self, x_0: Tensor, prior: ImplicitPrior, noise: NoiseStreams) -> Tensor:
         """Images (B, C, H, W) at the level that features are taken at, in units of variance preserving processes."""

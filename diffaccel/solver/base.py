@@ -169,6 +169,10 @@ class Solver(ABC):
             UsageError: A start level out of the trained range, a process that :meth:`check` refuses, or NaN from the
                 network.
         """
+        return self.integrate(denoiser, x_t, t, noise, steps)
+
+    def integrate(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
+        """Do what a call does, and keep the gradients by x_t, for training through the steps."""
         self.check(denoiser.process)
         denoiser.check_range(denoiser.process.ratio(t.double()))
         if self.guidance:
