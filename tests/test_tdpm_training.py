@@ -27,7 +27,7 @@ TINY += ["training.warmup=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
 PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
 FEATURES = "method.critic={name: features, width: 8}"
 OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, pairs: 48, until: 64}, {name: moments, since: 32}, "
-OBJECTIVES += "{name: distribution_matching, since: 96}]"
+OBJECTIVES += "{name: distribution_matching, since: 96}, {name: moments, ratio: 0.5, steps: 2}]"
 """A separate generator on a frozen denoiser, whose weights are random here."""
 
 
@@ -49,7 +49,7 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("words", "optimizers"),
-    [(["network.dropout=0.1"], 3), ([*PRODUCT, FEATURES, OBJECTIVES], 6)],
+    [(["network.dropout=0.1"], 3), ([*PRODUCT, FEATURES, OBJECTIVES], 7)],
     ids=["shared", "objectives"],
 )
 def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -178,6 +178,12 @@ def test_what_is_logged(tmp_path: Path):
     expected |= {"train/generator_mean_0", "train/generator_std_0", *(f"train/generator_power_{k}" for k in range(4))}
     assert expected <= names
     assert sum("train/critic_real" in row for row in rows) == 2, "on every second step of four"
+
+
+def test_objectives_of_one_kind_log_apart():
+    phases = build_method(load("digits/tdpm", [*TINY, *PRODUCT, OBJECTIVES])).phases()
+    names = ["ode_pair", "moments", "fake_denoiser", "matching", "moments_2", "generator", "critic"]
+    assert [phase.name for phase in phases] == names
 
 
 def test_states_of_one_law_compare_as_equal():

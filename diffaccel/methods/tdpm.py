@@ -1,5 +1,7 @@
 """Truncated diffusion with an adversarial prior (Zheng et al., 2023), arXiv 2202.09671."""
 
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -139,8 +141,12 @@ class TruncatedDiffusion(Diffusion):
             if not found:
                 raise UsageError("method 'tdpm': a frozen denoiser and no implicit prior leave nothing to train")
             return found
+        names: Counter[str] = Counter()
         for objective in self._objectives:
-            found += objective.phases(self.prior, self.given, self.shape)
+            for phase in objective.phases(self.prior, self.given, self.shape):
+                names[phase.name] += 1  # one kind may be there twice, with other keys, and each logs its own loss
+                again = f"_{names[phase.name]}" if names[phase.name] > 1 else ""
+                found.append(replace(phase, name=phase.name + again))
         assert self.critic is not None
         generator = self.prior.generator or self.denoiser.network
         for name, network, loss, lr, since in (
