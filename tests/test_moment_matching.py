@@ -9,7 +9,7 @@ from torch import Tensor
 from diffaccel.data import Batch
 from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.methods.moment_matching import MomentMatching, moments, transport_between
+from diffaccel.methods.moment_matching import MomentMatching, RandomFilters, moments, transport_between
 from diffaccel.metrics import Moments
 from diffaccel.metrics.frechet import frechet_distance
 from diffaccel.nn import UNet
@@ -132,12 +132,59 @@ def test_images_may_take_steps_and_their_gradient_goes_through_all(steps: int):
     [
         ({"steps": 0, "ratio": 0.1}, "steps is 0: take 1 or more"),
         ({"steps": 2}, "steps is 2: .* with a ratio alone"),
+        ({"rows": 0}, "rows is 0 and filters 0: take 1 or more rows"),
+        ({"filters": -1}, "rows is 1 and filters -1: take 1 or more rows, 0 or more filters"),
         ({"ratio": 0.1, "solver": {"name": "rk45"}}, "solver 'rk45' chooses its own steps: take another"),
     ],
 )
-def test_steps_that_make_no_images_are_refused(keys: dict[str, object], message: str):
+def test_keys_that_make_no_features_are_refused(keys: dict[str, object], message: str):
     with pytest.raises(UsageError, match=message):
         MomentMatching(**keys)
+
+
+def test_rows_tell_above_from_below():
+    model = objective()
+    prior = ImplicitPrior(model.encoder.denoiser, 1.0)
+    one, two = MomentMatching(), MomentMatching(rows=2)
+    for matching in (one, two):
+        matching.attach(model.encoder.denoiser, prior, (1, 8, 8))
+    assert two.dim == 3 * D // 2
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain, banded = one.summary(x, None), two.summary(x, None)
+    (maps,) = model.encoder(x)
+    above, below = maps[:, :, :4].mean((2, 3)), maps[:, :, 4:].mean((2, 3))
+    torch.testing.assert_close(banded[:, :D].unflatten(1, (-1, 2)), torch.stack([above, below], dim=2))
+    torch.testing.assert_close((above + below) / 2, plain[:, : D // 2])
+    torch.testing.assert_close(banded[:, D:], plain[:, D // 2 :])
+    with pytest.raises(UsageError, match="rows is 9, the smallest map has 8: take no more"):
+        MomentMatching(rows=9).attach(model.encoder.denoiser, prior, (1, 8, 8))
+
+
+def test_filters_see_channels_together_and_are_the_same_in_every_run():
+    """On maps of one pixel only the middle of a filter sees anything; on periodic ones all nine, two pixels apart."""
+    first, again = (RandomFilters(D, 5, torch.Generator().manual_seed(0)) for _ in range(2))
+    m = samples(7, 1).float()[:, :, None, None]
+    unit = (m - m.mean(1, keepdim=True)) / m.std(1, keepdim=True, correction=0)
+    middle = first.weight[:, :, 1, 1] @ unit[:, :, 0, 0].T
+    torch.testing.assert_close(first(m), (middle.T + first.bias).relu(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(first(m), again(m))
+    assert not first.state_dict(), "drawn anew"
+    wide = m.expand(-1, -1, 200, 200)
+    whole = torch.einsum("ochw,bc->bo", first.weight, unit[:, :, 0, 0])
+    torch.testing.assert_close(first(wide), (whole + first.bias).relu(), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(first(10 * m + 3), first(m), rtol=1e-3, atol=1e-3)
+
+
+def test_filters_are_features_like_others():
+    model = objective()
+    matching = MomentMatching(filters=5)
+    matching.attach(model.encoder.denoiser, ImplicitPrior(model.encoder.denoiser, 1.0), (1, 8, 8))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = matching.summary(x, None)
+    assert matching.dim == found.shape[1] == D + 5
+    torch.testing.assert_close(found[:, :D], model.summary(x, None))
+    torch.testing.assert_close(found[:, D:], matching.bank[0](*model.encoder(x)))
+    assert set(matching.state_dict()) == {"made", "real"}
 
 
 def test_known_moments_cost_no_more_evaluations():

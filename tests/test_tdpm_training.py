@@ -27,7 +27,7 @@ TINY += ["training.warmup=64", "logger=none", "n=20", "nfe=3", "checkpoint="]
 PRODUCT = ["method.frozen=true", "prior.generator=separate", "method.r1_every=3"]
 FEATURES = "method.critic={name: features, width: 8}"
 OBJECTIVES = "method.objectives=[{name: ode_pair, steps: 2, pairs: 48, until: 64}, {name: moments, since: 32}, "
-OBJECTIVES += "{name: distribution_matching, since: 96}, {name: moments, ratio: 0.5, steps: 2}]"
+OBJECTIVES += "{name: distribution_matching, since: 96}, {name: moments, ratio: 0.5, steps: 2, rows: 2, filters: 3}]"
 """A separate generator on a frozen denoiser, whose weights are random here."""
 
 

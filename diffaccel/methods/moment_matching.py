@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from diffaccel.collective import all_reduce
 from diffaccel.data import Batch
@@ -33,9 +34,10 @@ class MomentMatching(Objective):
 
     T held fixed: over all states this is the Frechet distance of the two Gaussians, and its gradient is the distance's.
     f are means and deviations over space of the frozen denoiser's encoder's maps, in units of the real ones' deviation;
-    no extractor that scores takes part. The moments are of the latest ``memory`` states made, and of the first
-    ``real_states`` real ones, so that they are of many more than a batch has; the loss begins when there are four times
-    as many as features.
+    no extractor that scores takes part. Means over several ``rows`` tell above from below, and those of random
+    ``filters`` (a dilated convolution over normalised channels, and ReLU) tell which channels go together (Saxe et al.,
+    2011). The moments are of the latest ``memory`` states made, and of the first ``real_states`` real ones, so that
+    they are of many more than a batch has; the loss begins when there are four times as many as features.
 
     Args:
         memory: States after which one counts half in the moments of those made.
@@ -43,6 +45,8 @@ class MomentMatching(Objective):
             so that a generator learns to make up for what that loses. Null: they are of the states.
         solver: Makes images of states; the gradient goes through all of its steps,
         steps: of which it takes so many. One is one evaluation.
+        rows: Bands, one above the other, that each map has means of.
+        filters: Random filters on each map. They are the same in every run.
         real_states: Real states after which their moments are taken as known, and evaluations of more are saved.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
@@ -50,9 +54,11 @@ class MomentMatching(Objective):
 
     Raises:
         UsageError: A ratio that is not positive, no steps, or steps of a solver that can't keep to a number of them or
-            without a ratio; a memory or a number of real states too small for the features.
+            without a ratio; no rows, or more than a map has; fewer filters than none; a memory or a number of real
+            states too small for the features.
 
     References:
+        On random weights and unsupervised feature learning (Saxe et al., 2011), ICML;
         Backpropagating through Frechet Inception Distance (Mathiasen and Hvilshoj, 2020),
         https://arxiv.org/abs/2009.14075
     """
@@ -67,6 +73,8 @@ class MomentMatching(Objective):
         real_states: int = 100_000,
         solver: dict[str, Any] = {"name": "ddim"},  # noqa: B006 (read only; a mapping, for YAML)
         steps: int = 1,
+        rows: int = 1,
+        filters: int = 0,
         lr: float = 1.0,
         since: int = 0,
         until: int | None = None,
@@ -82,11 +90,19 @@ class MomentMatching(Objective):
         self.solver: Solver = SOLVERS.build(solver)
         if self.solver.adaptive:
             raise UsageError(f"objective 'moments': solver {solver.get('name')!r} chooses its own steps: take another")
+        if rows < 1 or filters < 0:
+            raise UsageError(
+                f"objective 'moments': rows is {rows} and filters {filters}: take 1 or more rows, 0 or more filters"
+            )
         self.memory, self.ratio, self.real_states, self.steps = memory, ratio, real_states, steps
+        self.rows, self.filters = rows, filters
 
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
         self.encoder = Encoder(denoiser, self.ratio or prior.ratio_made, "objective 'moments'", "remove it")
-        self.dim = 2 * sum(channels for channels, _, _ in self.encoder.sizes(shape))
+        sizes = self.encoder.sizes(shape)
+        if self.rows > (smallest := min(height for _, height, _ in sizes)):
+            raise UsageError(f"objective 'moments': rows is {self.rows}, the smallest map has {smallest}: take no more")
+        self.dim = sum((self.rows + 1) * channels + self.filters for channels, _, _ in sizes)
         for name, least in (("memory", BEGIN * self.dim * math.log(2)), ("real_states", BEGIN * self.dim)):
             if (given := getattr(self, name)) < least:
                 raise UsageError(
@@ -95,6 +111,8 @@ class MomentMatching(Objective):
                 )
         for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
             self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(0)
+        self.bank = nn.ModuleList(RandomFilters(channels, self.filters, generator) for channels, _, _ in sizes)
 
     def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
         generator = prior.generator
@@ -127,8 +145,12 @@ class MomentMatching(Objective):
 
     def summary(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Features of states (B, C, H, W) in units of variance preserving processes, (B, dim)."""
-        maps = [one.to(x) for one in self.encoder(x, condition)]
-        return torch.cat([torch.cat([m.mean((2, 3)), (m.var((2, 3)) + 1e-6).sqrt()], dim=1) for m in maps], dim=1)
+        features = []
+        for one, filters in zip(self.encoder(x, condition), self.bank, strict=True):
+            m = one.to(x)
+            features += [F.adaptive_avg_pool2d(m, (self.rows, 1)).flatten(1), (m.var((2, 3)) + 1e-6).sqrt()]
+            features += [filters(m)] if self.filters else []
+        return torch.cat(features, dim=1)
 
     def distance(self, made: Tensor, real: Tensor | None) -> Tensor:
         """|f - T(f)|^2 of features made (B, dim), (B,), given more real ones or none; 0 while too few tell T."""
@@ -153,6 +175,23 @@ class MomentMatching(Objective):
         self.made.mul_(0.5 ** (latest[0, 0].item() / self.memory)).add_(latest)
         if real is not None:
             self.real.add_(products(real))
+
+
+class RandomFilters(nn.Module):
+    """Means over space of maps' random filters, (B, C, H, W) -> (B, count): 3 x 3 with holes of one, bias, ReLU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, channels: int, count: int, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = torch.randn(count, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+        self.register_buffer("weight", weight, persistent=False)  # drawn anew with the same seed
+        self.register_buffer("bias", torch.randn(count, generator=generator) / 2, persistent=False)
+
+    def forward(self, m: Tensor) -> Tensor:  # noqa: D102
+        unit = F.layer_norm(m.movedim(1, -1), (m.shape[1],)).movedim(-1, 1)  # channels differ in scale by orders
+        return F.relu(F.conv2d(unit, self.weight, self.bias, padding=2, dilation=2)).to(m).mean((2, 3))
 
 
 def products(features: Tensor) -> Tensor:
