@@ -111,6 +111,7 @@ class MomentMatching(Objective):
                 )
         for name in ("made", "real"):  # sums of (1, f) (1, f)^T: number, total and products in one
             self.register_buffer(name, torch.zeros(self.dim + 1, self.dim + 1, dtype=torch.float64))
+        self.known: tuple[Moments, Tensor] | None = None
         generator = torch.Generator().manual_seed(0)
         self.bank = nn.ModuleList(RandomFilters(channels, self.filters, generator) for channels, _, _ in sizes)
 
@@ -157,16 +158,21 @@ class MomentMatching(Objective):
         self._add(made.detach(), real)
         if min(self.made[0, 0], self.real[0, 0]) < BEGIN * self.dim:
             return 0 * made.sum(1)
-        ours, theirs = moments(self.made), moments(self.real)
-        scale = theirs.covariance.diagonal().clamp_min(1e-12).sqrt()
-        ridge = RIDGE * torch.eye(self.dim, dtype=scale.dtype)
-        ours, theirs = (Moments(one.n, one.mean / scale, one.covariance / torch.outer(scale, scale) + ridge)
-                        for one in (ours, theirs))  # fmt: skip
+        theirs, scale = known = self.known or self.reference()
+        if real is None:  # no more will be added, and the square root is what takes time
+            self.known = known
+        ours = standardised(moments(self.made), scale)
         f = made / scale.to(made)
         with torch.no_grad():
             transport = transport_between(ours, theirs).to(made)
             target = theirs.mean.to(made) + (f - ours.mean.to(made)) @ transport
         return (f - target).square().sum(1)
+
+    def reference(self) -> tuple[Moments, Tensor]:
+        """Moments of the real features in units of their deviation, and that deviation (dim,)."""
+        real = moments(self.real)
+        scale = real.covariance.diagonal().clamp_min(1e-12).sqrt()
+        return standardised(real, scale), scale
 
     @torch.no_grad()
     def _add(self, made: Tensor, real: Tensor | None) -> None:
@@ -205,6 +211,12 @@ def moments(sums: Tensor) -> Moments:
     number = sums[0, 0]
     mean = sums[0, 1:] / number
     return Moments(math.floor(number.item()), mean, sums[1:, 1:] / number - torch.outer(mean, mean))
+
+
+def standardised(given: Moments, scale: Tensor) -> Moments:
+    """Take moments of features over their scale (d,), with the ridge."""
+    ridge = RIDGE * torch.eye(given.dim, dtype=scale.dtype)
+    return Moments(given.n, given.mean / scale, given.covariance / torch.outer(scale, scale) + ridge)
 
 
 def transport_between(ours: Moments, theirs: Moments) -> Tensor:
