@@ -323,6 +323,8 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
+        if key == "by_nfe" and not value:  # no settings by budget, as null says; and not none that change
+            before = None
         if key in PARTS and isinstance(value, str):
             value = {"name": value}
         if key in PARTS and isinstance(before, str):

@@ -149,7 +149,12 @@ def test_the_command_line_has_the_last_word_over_a_budgets_settings(tmp_path: Pa
         "solver": {"name": "unipc2", "analytic_first": 1},
     }
     assert tuned(tmp_path, "solver=heun").at(5)["solver"] == {"name": "heun"}
-    assert tuned(tmp_path, "by_nfe=null").at(5)["solver"] == {"name": "dpmpp2m"}
+
+
+@pytest.mark.parametrize("none", ["null", "{}"])
+def test_settings_by_budget_can_be_dropped(tmp_path: Path, none: str):
+    config = tuned(tmp_path, f"by_nfe={none}")
+    assert config.at(5) == {"prior": {"name": "gaussian"}, "solver": {"name": "dpmpp2m"}}
 
 
 @pytest.mark.parametrize(
