@@ -151,6 +151,18 @@ def test_the_penalty_comes_when_it_is_due():
     assert min(losses[0], losses[4]) > 2 * max(losses[1:4])
 
 
+def test_the_latest_penalty_is_logged_when_none_is_due(monkeypatch):
+    method, noted = tdpm(gamma=100.0, r1_every=4), []
+    monkeypatch.setattr(method, "note", lambda values: noted.append(values.get("critic_penalty")))
+    method.logs_now = True
+    seen = []
+    for method.steps in (0, 3, 4, 5):
+        noted.clear()
+        method.critic_loss(batch(), NoiseStreams(method.steps, range(8)))
+        seen.append(next(value.item() for value in noted if value is not None))
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

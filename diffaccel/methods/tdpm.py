@@ -77,6 +77,7 @@ class TruncatedDiffusion(Diffusion):
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
         self.generator_since, self.critic_since = generator_since, critic_since
+        self.penalty: Tensor | None = None  # the latest: it is not due at every step that is logged
         self.critic: Critic | None = None
         if isinstance(prior, ImplicitPrior):
             self.classes = getattr(prior.generator or denoiser.network, "classes", 0)
@@ -188,9 +189,11 @@ class TruncatedDiffusion(Diffusion):
             labels = self._labels(batch)
             seen = self.critic.seen(in_units(self.implicit, real), labels)
             penalty = r1_penalty(partial(self.critic.logits, condition=labels), seen, self.gamma)
-            self.note({"critic_penalty": penalty.mean()})
+            self.penalty = penalty.mean().detach()
             loss = loss + penalty
         if self.logs_now:
+            if self.penalty is not None:
+                self.note({"critic_penalty": self.penalty})
             self.note({"critic_real": d_real.mean(), "critic_made": d_made.mean()})
             self.note({f"generator_{name}": value for name, value in compare_states(made, real).items()})
         return loss
