@@ -323,7 +323,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
-        if key == "by_nfe" and not value:  # no settings by budget, as null says; and not none that change
+        if key == "by_nfe" and not value:  # drops them, as null does; laid key by key it would say nothing
             before = None
         if key in PARTS and isinstance(value, str):
             value = {"name": value}
