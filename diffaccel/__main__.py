@@ -252,13 +252,13 @@ def fit(config: Any) -> None:
     callbacks: list[Any] = [launch.build_checkpointer(config)]
     evaluator = None
     if config.reference and Path(config.reference).is_file():
-        for budget in config.nfe:
-            method.plan(budget, config.n)
+        with method.tuning():
+            for budget in config.nfe:
+                method.plan(budget, config.n)
+                if config.training.evaluate_every is not None:
+                    method.plan(budget, config.training.evaluate_n)
         evaluator = experiment.build_evaluator(config, method, measured=False)
         callbacks.append(evaluator)
-        if config.training.evaluate_every is not None:
-            for budget in config.nfe:
-                method.plan(budget, config.training.evaluate_n)
         if config.training.keep_best is not None:
             callbacks.append(launch.build_best(config, evaluator))
     else:

@@ -31,6 +31,9 @@ from diffaccel.search import Searcher
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
 
+NETWORK_KEYS = ("name", "generator", "network", "checkpoint", "init")
+"""Keys of a prior that say which network it has, and whose weights."""
+
 
 def shape_of(config: Config) -> tuple[int, int, int]:
     """(C, H, W)."""
@@ -86,9 +89,11 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         check_trained(config, method)
     for budget in config.by_nfe:
         parts = config.at(budget)
-        prior: Prior = method.prior  # shared where a budget changes the solver alone: it may be in training
+        prior: Prior = method.prior
         if parts["prior"] != config.prior:
             prior = build_prior(parts["prior"], posterior, denoiser, shape, load)
+            if all(parts["prior"].get(key) == config.prior.get(key) for key in NETWORK_KEYS):
+                prior.share_networks(method.prior)  # it may be in training
         method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
     for name, network in method.evaluated_networks().items() if config.network else ():
         if config.channels_last:

@@ -80,6 +80,34 @@ def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, mo
     assert len(one["optimizer_states"]) == optimizers
 
 
+BY_BUDGET = """
+prior: {generator: separate, K: null, ratio_star: 2}
+by_nfe:
+  2: {prior: {told: 0.8}}
+  3: {prior: {told: 0.9}, solver: {eta: 0.5}}
+  4: {prior: {name: gaussian}}
+"""
+
+
+def test_settings_by_budget_leave_the_training_alone(tmp_path: Path):
+    """What samples at some budget, planned at the start and measured between steps, is not what is trained."""
+    file = tmp_path / "own.yaml"
+    file.write_text(f"base: {find('digits/tdpm').resolve()}{BY_BUDGET}")
+    words = [word for word in PRODUCT if not word.startswith("prior.")]
+    measured = [f"reference={load('digits/tdpm').reference}", "training.evaluate_every=64", "training.evaluate_n=20"]
+    assert fit(tmp_path / "plain", *words, "by_nfe={}", images=128, experiment=str(file)) == 0
+    assert fit(tmp_path / "tuned", *words, *measured, "nfe=[2,3,4]", images=128, experiment=str(file)) == 0
+    plain, tuned = state(tmp_path / "plain"), state(tmp_path / "tuned")
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(tuned[key], plain[key], rtol=0, atol=0)
+    points = read_points(tmp_path / "tuned" / "points.jsonl")
+    assert [point["settings"]["prior"].get("told") for point in points] == [0.8, 0.9, None]
+    assert [point["evaluations"].get("generator") for point in points] == [20, 20, None]
+
+    method = build_method(load(str(file), [*TINY, *words]), load=False)
+    assert method.by_nfe[2][0].generator is method.by_nfe[3][0].generator is method.implicit.generator
+
+
 def test_a_fit_begins_anew_whatever_weights_its_experiment_names(tmp_path: Path):
     """Settings by budget share the generator that is trained."""
     file = tmp_path / "own.yaml"

@@ -106,7 +106,7 @@ class Evaluator(L.Callback):
         if pl_module.images_seen < pl_module.training_plan.images:
             return  # interrupted: the run goes on later
         pl_module.eval()
-        with pl_module.averaged_weights():
+        with pl_module.averaged_weights(), pl_module.tuning():
             self.run(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,7 +117,7 @@ class Evaluator(L.Callback):
         assert isinstance(pl_module, Diffusion)
         n = pl_module.training_plan.evaluate_n
         self.extractor.to(pl_module.device)
-        with pl_module.averaged_weights():
+        with pl_module.averaged_weights(), pl_module.tuning():
             for budget in self.budgets:
                 point = self.measure(trainer, pl_module, budget, pl_module.plan(budget, n), n)
                 for name, value in {**point["metrics"], "nfe": point["nfe"]}.items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -201,7 +202,17 @@ class Diffusion(TrainedModule):
     def tune(self, nfe: float) -> None:
         """Take the prior and the solver that ``by_nfe`` has for a budget; they stay until the next call."""
         if self.by_nfe:
-            self.prior, self.solver = self.by_nfe[nearest(self.by_nfe, nfe)]
+            prior, self.solver = self.by_nfe[nearest(self.by_nfe, nfe)]
+            self.prior = prior.to(self.device)
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """Give back the experiment's own prior and solver, which training takes, after a ``with`` block that tunes."""
+        own = self.prior, self.solver
+        try:
+            yield
+        finally:
+            self.prior, self.solver = own
 
     def planned_nfe(self, plan: Plan, n: int) -> float:
         """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""

@@ -46,6 +46,9 @@ class Prior(nn.Module, ABC):
         """Its own networks whose forwards are evaluations, by name."""
         return {}
 
+    def share_networks(self, other: "Prior") -> None:
+        """Take over the networks of another of its kind, as where a budget changes the level that it starts at."""
+
     @abstractmethod
     def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None

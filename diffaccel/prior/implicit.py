@@ -118,6 +118,10 @@ class ImplicitPrior(Prior):
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return {} if self.generator is None else {"generator": self.generator}
 
+    def share_networks(self, other: Prior) -> None:  # noqa: D102
+        assert isinstance(other, ImplicitPrior)
+        self.own, self.made = other.own, other.made
+
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
         """One evaluation for the generator, the rest for the solver; no solver at ratio 0, K steps at most on indices.
 
