@@ -31,8 +31,8 @@ from diffaccel.search import Searcher
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
 
-NETWORK_KEYS = ("name", "generator", "network", "checkpoint", "init")
-"""Keys of a prior that say which network it has, and whose weights."""
+WEIGHT_KEYS = ("name", "generator", "network", "density", "checkpoint", "init")
+"""Keys of a prior that say what is fitted in it, and whose weights it has."""
 
 
 def shape_of(config: Config) -> tuple[int, int, int]:
@@ -92,8 +92,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         prior: Prior = method.prior
         if parts["prior"] != config.prior:
             prior = build_prior(parts["prior"], posterior, denoiser, shape, load)
-            if all(parts["prior"].get(key) == config.prior.get(key) for key in NETWORK_KEYS):
-                prior.share_networks(method.prior)  # it may be in training
+            if all(parts["prior"].get(key) == config.prior.get(key) for key in WEIGHT_KEYS):
+                prior.share_weights(method.prior)  # it may be in training
         method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
     for name, network in method.evaluated_networks().items() if config.network else ():
         if config.channels_last:

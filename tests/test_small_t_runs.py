@@ -57,6 +57,20 @@ def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path, capsys):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_fit_is_measured_at_the_times_of_its_budgets(tmp_path: Path):
+    """A Gaussian holds at every T: what is fitted at one is what a budget starts from at another."""
+    words = ["digits/small_t", "logger=none", "threads=1", "by_nfe={3: {prior: {T: 0.6}}}", "nfe=3", "n=20"]
+    assert main(["fit", *words, f"out={tmp_path / 'fit'}"]) == 0
+    weights = f"prior.checkpoint={tmp_path / 'fit' / 'density.safetensors'}"
+    for at in ("by_nfe={3: {prior: {T: 0.6}}}", "by_nfe={}"):
+        assert main(["bench", *words, weights, at, f"out={tmp_path / 'bench'}"]) == 0
+    fitted, benched, own = (
+        point for name in ("fit", "bench") for point in read_points(tmp_path / name / "points.jsonl")
+    )
+    assert fitted["settings"]["prior"]["T"] == benched["settings"]["prior"]["T"] == 0.6
+    assert fitted["images_sha256"] == benched["images_sha256"] != own["images_sha256"]
+
+
 def test_two_processes_fit_what_one_fits(mixture: Path, tmp_path: Path):
     command = [sys.executable, "-m", "diffaccel", "fit", "toy/small_t", *QUICK, "devices=2", "accelerator=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

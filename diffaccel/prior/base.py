@@ -46,8 +46,8 @@ class Prior(nn.Module, ABC):
         """Its own networks whose forwards are evaluations, by name."""
         return {}
 
-    def share_networks(self, other: "Prior") -> None:
-        """Take over the networks of another of its kind, as where a budget changes the level that it starts at."""
+    def share_weights(self, other: "Prior") -> None:
+        """Take over what is fitted in another of its kind, as where a budget changes only the start's level."""
 
     @abstractmethod
     def forward(

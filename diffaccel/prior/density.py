@@ -59,6 +59,10 @@ class DensityPrior(Prior):
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return {"density": self.density} if self.evaluations else {}
 
+    def share_weights(self, other: Prior) -> None:  # noqa: D102
+        assert isinstance(other, DensityPrior)
+        self.density = other.density.at(self.ratio_star)
+
     def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
         return self.ratio_star
 

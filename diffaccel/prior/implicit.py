@@ -118,7 +118,7 @@ class ImplicitPrior(Prior):
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return {} if self.generator is None else {"generator": self.generator}
 
-    def share_networks(self, other: Prior) -> None:  # noqa: D102
+    def share_weights(self, other: Prior) -> None:  # noqa: D102
         assert isinstance(other, ImplicitPrior)
         self.own, self.made = other.own, other.made
 
