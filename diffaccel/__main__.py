@@ -24,8 +24,8 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
   diffaccel tradeoff EXPERIMENT                     small T: the bound and the distance for each start time
   diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
   diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC says what it is
-  diffaccel sample EXPERIMENT nfe=10 n=64           write images (format=png or npz)
-  diffaccel reference EXPERIMENT                    statistics of the data, which bench compares with
+  diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
+  diffaccel reference EXPERIMENT                    write statistics of the data, which bench compares with
 
 EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
 (`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
         _quiet()
         from diffaccel.config import load
 
-        verbs[verb](load(experiment, words))
+        # Statistics are written to OUT, and not over those that the experiment reads.
+        instead = {"reference": "", "floor": ""} if verb == "reference" else None
+        verbs[verb](load(experiment, words, instead))
 
     return _guarded(run)
 
@@ -105,7 +107,8 @@ def _guarded(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; what was finished is kept (bench and search go on from it, fit with resume=auto)",
+            "diffaccel: interrupted; what was finished is kept (bench, sample and search go on from it, "
+            "fit with resume=auto)",
             markup=False,
         )
         return 130
@@ -163,13 +166,9 @@ def bench(config: Any) -> None:
     from diffaccel import experiment, launch
     from diffaccel.terminal import print_points
 
-    method = experiment.build_method(config, load=not config.dry_run, frozen=True)
-    plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
-    if config.dry_run:
-        from diffaccel.cost import print_cost
-
-        print_cost(config, method, plans)
+    if (planned := _plan(config)) is None:
         return
+    method, _ = planned
     if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
         console.print(
             "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit`, then set "
@@ -185,6 +184,20 @@ def bench(config: Any) -> None:
         _finish(config)
     if trainer.is_global_zero:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
+
+
+def _plan(config: Any) -> tuple[Any, dict[float, Any]] | None:
+    """Build the method and plan its budgets; a dry run prints them and stops there."""
+    from diffaccel import experiment
+
+    method = experiment.build_method(config, load=not config.dry_run, frozen=True)
+    plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
+    if not config.dry_run:
+        return method, plans
+    from diffaccel.cost import print_cost
+
+    print_cost(config, method, plans)
+    return None
 
 
 def search(config: Any) -> None:
@@ -297,47 +310,20 @@ def _resume_from(config: Any) -> Path | None:
 
 
 def sample(config: Any) -> None:
-    """Write images of the first budget, without scoring them."""
-    import numpy as np
-    import torch
-    from torchvision.utils import save_image
+    """Write the images that bench measures, a folder for each budget."""
+    from diffaccel.sample import sample as write_images
 
-    from diffaccel import experiment
-    from diffaccel.evaluator import to_uint8
-
-    method = experiment.build_method(config, frozen=True).eval()
-    plan = method.plan(config.nfe[0], config.n)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    images = torch.empty(config.n, *experiment.shape_of(config))
-    for group in method.prior.schedule(config.n, config.batch_size):
-        for indices, batch in method.sample(config.seed, group, plan, method.open(config.seed, group)):
-            images[list(indices)] = batch
-    folder = config.folder / f"images_nfe{config.nfe[0]:g}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.format == "npz" or config.data["name"] == "toy":
-        final = images if config.data["name"] == "toy" else to_uint8(images, config.truncate)
-        np.savez_compressed(folder / "images.npz", images=final.permute(0, 2, 3, 1).numpy())
-    else:
-        for i, image in enumerate(to_uint8(images, config.truncate)):
-            save_image(image.float() / 255, folder / f"{i:06d}.png")
-    print(folder)
+    if (planned := _plan(config)) is not None:
+        for folder in write_images(config, *planned):
+            print(folder)
 
 
 def reference(config: Any) -> None:
     """Write the statistics that bench compares with: of the training split, and of the test split for the floor."""
-    from diffaccel import experiment
-    from diffaccel.reference import compute_reference
+    from diffaccel.statistics import write_statistics
 
-    data, extractor = experiment.build_data(config), experiment.build_extractor(config)
-    for split, path in (("train", config.reference), ("test", config.floor)):
-        if path is None:
-            continue
-        found = compute_reference(data, split, extractor)
-        found.save(path)
-        console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}", markup=False)
-    if config.reference is None and config.floor is None:
-        raise UsageError(f"{config.experiment} names no file to write: set reference=FILE (and floor=FILE)")
+    if words := write_statistics(config):
+        print(f"to use them, add to bench: {words}")
 
 
 def _fit_extractor(config: Any) -> None:

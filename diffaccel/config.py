@@ -154,11 +154,11 @@ class Config:
     tradeoff: Tradeoff = field(default_factory=Tradeoff)
     """What `diffaccel tradeoff` tries."""
     again: bool = False
-    """Measure points that OUT has already once more."""
+    """Make what OUT has already once more: images and statistics replace the old ones, points are added."""
     dry_run: bool = False
     """Print the plan, its cost and memory; measure nothing."""
     format: str = "png"
-    """Of ``diffaccel sample``: png or npz."""
+    """Of ``diffaccel sample``: png, or npz with the arrays ``images`` and, the same, ``arr_0``."""
     experiment: str = ""
     """Where the configuration came from; set by the loader."""
 
@@ -185,13 +185,14 @@ class Config:
         return merge(own, self.by_nfe[nearest(self.by_nfe, nfe)])
 
 
-def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
+def load(experiment: str | None, overrides: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
     """Read an experiment and apply overrides.
 
     Args:
         experiment: A path, or ``<data>/<method>`` under experiments/; None takes ``method=`` and ``data=`` from the
             overrides.
         overrides: ``key=value`` words; a leading ``--`` is ignored, keys may be dotted, values are YAML.
+        instead: Keys of a command that does without the experiment's own values; the overrides are laid over them.
 
     Returns:
         The typed configuration.
@@ -203,7 +204,7 @@ def load(experiment: str | None, overrides: Iterable[str] = ()) -> Config:
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    tree = merge(read(file), given)
+    tree = merge(merge(read(file), instead or {}), given)
     known = {item.name for item in dataclasses.fields(Config)}
     for key in tree:
         if key not in known:
@@ -378,8 +379,6 @@ def _check(config: Config) -> None:
     for key, value in {**positive, "num_nodes": config.num_nodes}.items():
         if value is not None and value < 1:
             raise UsageError(f"{key}={value}: it must be 1 or more")
-    if config.n < 2:
-        raise UsageError("n=1: a distance needs at least 2 images")
     if not config.nfe or min(config.nfe) <= 0:
         raise UsageError(f"nfe={config.nfe}: give one or more positive budgets")
     if len(config.shape) != 3 or min(config.shape) < 1:

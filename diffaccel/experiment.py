@@ -256,10 +256,11 @@ def identify(config: Config, extractor: Extractor, reference: Reference, floor: 
     scores["floor"] = floor and floor.sha256
     if config.likelihood:
         scores["likelihood"] = config.likelihood_n
-    return {"images": _identify_images(config), "scores": scores}
+    return {"images": identify_images(config), "scores": scores}
 
 
-def _identify_images(config: Config) -> dict[str, Any]:
+def identify_images(config: Config) -> dict[str, Any]:
+    """Say all that generated images follow from besides budget and settings."""
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     weights = {
@@ -288,8 +289,10 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         measured: Whether with the weights that the configuration names, and not with some in training.
 
     Raises:
-        UsageError: The extractor's weights or the reference are missing or don't fit each other.
+        UsageError: A single image, or the extractor's weights or the reference are missing or don't fit each other.
     """
+    if config.n < 2:
+        raise UsageError(f"n={config.n}: a distance needs at least 2 images")
     SOURCES.build(config.data)  # reads nothing; a mistyped key is an error all the same
     extractor = build_extractor(config)
     if config.reference is None:
@@ -335,7 +338,7 @@ def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
     if not config.likelihood:
         return None
     method.prior.start_ratio(method.denoiser)
-    identity = {**_identify_images(config), "data": config.data, "prior": config.prior}
+    identity = {**identify_images(config), "data": config.data, "prior": config.prior}
     return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
 
 

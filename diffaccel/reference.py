@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffaccel import __version__
+from diffaccel.collective import failing_together
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Moments, MomentSums, check_features
 from diffaccel.nn.features import Extractor
 
-REMEDY = "make it with `diffaccel reference EXPERIMENT`"
+REMEDY = "make it with `diffaccel reference EXPERIMENT`, and name the new file with reference= (or floor=)"
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -80,12 +81,7 @@ class Reference:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **self._arrays())
-        os.replace(part, path)
+        save_references({Path(path): self})
 
     def _arrays(self) -> dict[str, Any]:
         return {
@@ -95,6 +91,38 @@ class Reference:
             "features": self.features.numpy(),
             "provenance": np.array(json.dumps(self.provenance, sort_keys=True)),
         }
+
+
+def save_references(references: Mapping[Path, Reference]) -> None:
+    """Write files, all of them whole or none at all; folders are made.
+
+    Raises:
+        UsageError: One can't be written; what was there before is there still.
+    """
+    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in references}
+    olds = {path: path.with_name(f"{path.name}.{os.getpid()}.old") for path in references if path.exists()}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **references[path]._arrays())
+        for path, old in olds.items():
+            path.replace(old)
+        for path, part in parts.items():
+            part.replace(path)
+    except BaseException as error:
+        for path, part in parts.items():
+            if path not in olds or olds[path].exists():
+                path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        for path, old in olds.items():
+            if old.exists():
+                old.replace(path)
+        if isinstance(error, OSError):
+            raise UsageError(f"{error.filename or path} can't be written ({error.strerror})") from None
+        raise
+    for old in olds.values():
+        old.unlink()
 
 
 @torch.no_grad()
@@ -120,12 +148,13 @@ def compute_reference(
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     sums = MomentSums(extractor.dim, blocks=8)
     kept: dict[int, Tensor] = {}
-    for index, images, _ in data.batches(split, batch_size, rank, world):
-        features = extractor(images.to(extractor.device)).cpu()
-        sums.update(features, index)
-        if features.abs().max() > FLOAT16_MAX:
-            raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
-        kept[index] = features.half()
+    with failing_together():
+        for index, images, _ in data.batches(split, batch_size, rank, world):
+            features = extractor(images.to(extractor.device)).cpu()
+            sums.update(features, index)
+            if features.abs().max() > FLOAT16_MAX:
+                raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
+            kept[index] = features.half()
     if parallel:
         shares = [kept] * world
         dist.all_gather_object(shares, kept)

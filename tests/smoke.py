@@ -135,7 +135,7 @@ def make_scorer(folder: Path, images: DataModule) -> None:
         model = SmallClassifier(images.shape[0], 2, dim=8, widths=(8, 16))
         save_classifier(model, folder / "extractor" / "extractor.safetensors", "random", images.label, 0.5, 0)
         print("smoke: the images have no labels: the extractor stays at its random start")
-    run("reference", str(folder / "edm.yaml"))
+    run("reference", str(folder / "edm.yaml"), f"out={folder}")
 
 
 def fit_and_bench(folder: Path, name: str) -> list[str]:

@@ -355,7 +355,7 @@ def test_a_reference_that_is_not_what_it_was_is_named(
     folders = [bench(tmp_path / solver, *words, f"solver={solver}") for solver in ("ddim", "dpmpp2m")]
     assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
     if change == "changed":
-        assert main(["reference", "toy/edm", "data.n=101", f"reference={file}", "floor="]) == 0
+        assert main(["reference", "toy/edm", "data.n=101", f"reference={file}", "floor=", "again=true"]) == 0
     elif change == "missing":
         file.unlink()
     else:

@@ -208,7 +208,6 @@ MISTAKES = [
     (["nfe=0"], ["nfe", "positive"]),
     (["nfe=[]"], ["nfe", "positive"]),
     (["n=0"], ["n=0"]),
-    (["n=1"], ["n=1", "2 images"]),
     (["batch_size=0"], ["batch_size=0"]),
     (["devices=-1"], ["devices=-1"]),
     (["threads=0"], ["threads=0"]),

@@ -1,17 +1,24 @@
+import hashlib
+import itertools
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from diffaccel import __version__
+from diffaccel import __version__, statistics
+from diffaccel.__main__ import main
+from diffaccel.config import load
 from diffaccel.data import DataModule
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Moments
 from diffaccel.nn.features import Identity
-from diffaccel.reference import compute_reference, load_reference
+from diffaccel.reference import compute_reference, load_reference, read_reference, save_references
+from diffaccel.report import read_points
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +146,7 @@ def test_features_beyond_half_precision_are_refused():
 
 WORKER = """
 import sys, torch.distributed as dist
+from diffaccel.config import load
 from diffaccel.data import DataModule
 from diffaccel.nn.features import Identity
 from diffaccel.reference import compute_reference
@@ -163,3 +171,169 @@ def test_two_processes_are_one(data, tmp_path):
     first, second = (process.communicate(timeout=120)[0].split() for process in processes)
     alone = [compute_reference(data, "train", Identity(2), batch_size=size, keep=50).sha256 for size in (64, 500)]
     assert first == second == alone
+
+
+# The command
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Words of an experiment on the user's own images, with a test split or without."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 40), ("test", 30)):
+        np.savez(tmp_path / f"{name}.npz", images=rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8))
+    alone = ["digits/edm", f"data={{name: npz, path: {tmp_path / 'train.npz'}}}"]
+    return alone, [*alone, f"data.test_path={tmp_path / 'test.npz'}"]
+
+
+def hashes(*paths):
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+
+
+def test_statistics_go_to_out_and_say_how_they_are_used(images, tmp_path, capsys, monkeypatch, undrawn):
+    shipped = [load("digits/edm").reference, load("digits/edm").floor]
+    before, out = hashes(*shipped), tmp_path / "my out"
+    assert main(["reference", *images[1], f"out={out}"]) == 0
+    assert hashes(*shipped) == before
+    assert sorted(path.name for path in out.iterdir()) == ["floor.npz", "reference.npz"]
+    assert [read_reference(out / f"{name}.npz").moments.n for name in ("reference", "floor")] == [40, 30]
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("bench: ")[2])
+    assert main(["bench", *images[1], *words, "n=20", "nfe=2", "logger=none", f"out={tmp_path / 'bench'}"]) == 0
+    (point,) = read_points(tmp_path / "bench" / "points.jsonl")
+    assert point["reference"]["n"] == 40 and point["floor"]["n"] == 20
+    monkeypatch.chdir(tmp_path)
+    assert main(["reference", "toy/edm", "data.n=50"]) == 0
+    assert (tmp_path / "runs/toy/edm/floor.npz").is_file(), "runs/<data>/<method> by default"
+
+
+def test_nothing_is_replaced_unasked(images, tmp_path, capsys, monkeypatch):
+    words = ["reference", *images[1], f"out={tmp_path / 'out'}"]
+    files = tmp_path / "out" / "reference.npz", tmp_path / "out" / "floor.npz"
+    assert main(words) == 0
+    before = hashes(*files)
+    for path in files:  # the other one alone is enough
+        kept = path.rename(tmp_path / "kept.npz")
+        with monkeypatch.context() as patch:
+            patch.setattr(statistics, "compute_reference", None)
+            assert main([*words, "limit=20"]) == 2
+        assert "again=true" in capsys.readouterr().err
+        kept.rename(path)
+    assert hashes(*files) == before
+    assert main([*words, "limit=20", "again=true"]) == 0
+    assert [read_reference(path).moments.n for path in files] == [20, 20]
+
+
+def test_without_a_test_split_there_is_no_floor(images, tmp_path, capsys):
+    assert main(["reference", *images[0], f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["reference.npz"]
+    assert "no floor" in printed.err and "no test split" in printed.err and "floor=null" in printed.out
+    assert main(["reference", *images[0], f"out={tmp_path / 'b'}", f"floor={tmp_path / 'f.npz'}"]) == 2
+    assert "no test split" in capsys.readouterr().err, "a floor that is asked for is not left out"
+
+
+@pytest.mark.parametrize("word", ["reference=", "floor="])
+def test_either_file_alone(images, tmp_path, word):
+    assert main(["reference", *images[1], word, f"out={tmp_path / 'out'}"]) == 0
+    assert [path.stem for path in (tmp_path / "out").iterdir()] == [
+        {"reference=": "floor", "floor=": "reference"}[word]
+    ]
+
+
+def test_what_cannot_be_written_or_read_is_said_before_the_work(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statistics, "compute_reference", None)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    for words, named in (
+        ([*images[1], f"out={tmp_path / 'file' / 'out'}"], "another out="),
+        ([*images[1], f"reference={tmp_path / 'folder'}"], "is a folder"),
+        ([*images[1], f"reference={tmp_path / 'a.npz'}", f"floor={tmp_path / 'a.npz'}"], "named twice"),
+        ([*images[0], f"data.test_path={tmp_path / 'none.npz'}", f"out={tmp_path / 'o'}"], "none.npz"),
+        (["digits/edm", "data={name: npz, path: none.npz}", f"out={tmp_path / 'o'}"], "none.npz"),
+        ([*images[1], "extractor.path=none.safetensors", f"out={tmp_path / 'o'}"], "none.safetensors"),
+    ):
+        assert main(["reference", *words]) == 2
+        assert named in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_a_failure_leaves_none_of_two_files(images, tmp_path, capsys, monkeypatch):
+    """Whether in the second split or in the second file."""
+    words = ["reference", *images[1], f"out={tmp_path / 'out'}"]
+
+    def failing(data, split, extractor):
+        if split == "test":
+            raise UsageError("a broken image")
+        return compute_reference(data, split, extractor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "compute_reference", failing)
+        assert main(words) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", full_at(2, np.savez_compressed))
+        assert main(words) == 2
+        assert "No space left" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def full_at(call, function):
+    """Let a function fail from its ``call``-th call on, as on a full disk."""
+    calls = itertools.count(1)
+
+    def failing(*arguments, **keys):
+        if next(calls) >= call:
+            raise OSError(28, "No space left on device")
+        return function(*arguments, **keys)
+
+    return failing
+
+
+OLD = [(), ("a.npz",), ("b.npz",), ("a.npz", "b.npz")]
+
+
+@pytest.mark.parametrize(("old", "call"), [(old, call) for old in OLD for call in range(1, 3 + len(old))], ids=str)
+def test_a_rename_that_fails_puts_back_what_was_there(saved, tmp_path, monkeypatch, old, call):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for name in old:
+        (folder / name).write_text(f"old {name}")
+    replace = Path.replace
+    fails = full_at(call, replace)
+    failed = []
+
+    def once(self, target):  # putting back is not to fail
+        if failed:
+            return replace(self, target)
+        try:
+            return fails(self, target)
+        except OSError:
+            failed.append(True)
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", once)
+        with pytest.raises(UsageError, match="No space left"):
+            save_references({folder / "a.npz": saved[0], folder / "b.npz": saved[0]})
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: f"old {name}" for name in old}
+    save_references({folder / "a.npz": saved[0], folder / "b.npz": saved[0]})
+    assert sorted(path.name for path in folder.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_two_processes_write_the_files_of_one(images, tmp_path):
+    """In float32, whatever the precision that networks run in."""
+    words = ["reference", *images[1], "accelerator=cpu"]
+    assert main([*words, f"out={tmp_path / 'one'}"]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "diffaccel",
+        *words,
+        "devices=2",
+        "precision=bf16-mixed",
+        f"out={tmp_path / 'two'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("reference=") == 1
+    for name in ("reference.npz", "floor.npz"):
+        one, two = (read_reference(tmp_path / out / name) for out in ("one", "two"))
+        assert one.sha256 == two.sha256

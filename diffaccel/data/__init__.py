@@ -2,7 +2,7 @@
 
 from diffaccel.data import arrays, files
 from diffaccel.data.module import DataModule
-from diffaccel.data.source import SOURCES, ArrayImages, Images, Source
+from diffaccel.data.source import SOURCES, ArrayImages, Images, MissingSplit, Source
 from diffaccel.data.stream import Batch, Stream, to_float
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "DataModule",
     "Images",
+    "MissingSplit",
     "Source",
     "Stream",
     "arrays",

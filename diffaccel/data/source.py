@@ -13,6 +13,10 @@ Split = Literal["train", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 
 
+class MissingSplit(UsageError):
+    """A data set has no such split."""
+
+
 class Images(ABC):
     """One split of a data set.
 
@@ -98,7 +102,8 @@ class Source(ABC):
         """Open a split.
 
         Raises:
-            UsageError: The split doesn't exist or can't be read.
+            MissingSplit: The data set has no such split.
+            UsageError: It can't be read.
         """
 
 
@@ -109,10 +114,10 @@ def path_of(split: Split, path: str, test_path: str | None) -> str:
     """Choose between the paths of a source whose test split is optional.
 
     Raises:
-        UsageError: The test split was asked for and has no path.
+        MissingSplit: The test split was asked for and has no path.
     """
     if split == "train":
         return path
     if test_path is None:
-        raise UsageError(f"{path} has no test split: give the source the key test_path, or use the split 'train'")
+        raise MissingSplit(f"{path} has no test split: give the source the key test_path, or use the split 'train'")
     return test_path

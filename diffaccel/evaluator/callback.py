@@ -5,7 +5,6 @@ of its features are all-reduced, so a point does not depend on how many processe
 """
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +15,18 @@ import lightning as L
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffaccel.collective import failing_together
-from diffaccel.errors import UsageError
 from diffaccel.evaluator.bits import BitsPerDim
 from diffaccel.evaluator.logs import budget_name, log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
-from diffaccel.evaluator.provenance import device_name, git_commit, versions
-from diffaccel.evaluator.scores import Real, Scores, digests, to_uint8
+from diffaccel.evaluator.provenance import device_name, git_commit, identity_hash, versions
+from diffaccel.evaluator.sampling import ImageKind, evaluations_per_image, progress, sample_group
+from diffaccel.evaluator.scores import Real, Scores, digests
 from diffaccel.methods import Diffusion
-from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn.features import Extractor
-from diffaccel.prior import ChainState, Group, Plan
+from diffaccel.prior import Group, Plan
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.reference import Reference
 from diffaccel.report import append_point, plot_curve, read_points, sample_grid, scatter, write_curve_csv
@@ -87,8 +84,9 @@ class Evaluator(L.Callback):
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.real = extractor, Real(reference, floor)
-        self.out, self.provenance, self.settings, self.discrete = out, provenance, settings, discrete
-        self.identity, self.again, self.truncate = identity, again, truncate
+        self.out, self.provenance, self.settings = out, provenance, settings
+        self.kind = ImageKind(discrete, truncate)
+        self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
         self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
@@ -174,8 +172,7 @@ class Evaluator(L.Callback):
         return self._hash({**self.identity["images"], **self.identity["scores"]}, budget)
 
     def _hash(self, identity: dict[str, Any], budget: float) -> str:
-        whole = {**identity, "budget": budget, "settings": self.settings(budget)}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return identity_hash({**identity, "budget": budget, "settings": self.settings(budget)})
 
     def _partial(self, budget: float) -> Partial:
         """What is done of a point: under its key, or if images are kept, under a hash of what they follow from."""
@@ -207,16 +204,16 @@ class Evaluator(L.Callback):
         n = n or self.n
         key, chains = self.key(budget), getattr(method.prior, "chains", None)
         partial = self._partial(budget)
-        kind = torch.uint8 if self.discrete else torch.float32
-        shown = SHOWN if self.discrete else SCATTERED
+        kind = torch.uint8 if self.kind.discrete else torch.float32
+        shown = SHOWN if self.kind.discrete else SCATTERED
         scores = Scores(n, self.extractor.dim, method.shape, shown, kind, self.real, chains, method.device)
         mine = method.prior.schedule(n, self.batch_size)[trainer.global_rank :: trainer.world_size]
-        with failing_together(), self._progress(trainer, budget) as progress:
-            bar = progress.add_task("", total=sum(len(batch) for group in mine for batch in group))
+        with failing_together(), progress(self.console, trainer.is_global_zero, budget) as bars:
+            bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for group in mine:
                 for chunk in self._chunks(trainer, method, plan, group, partial, chains is not None):
                     scores.add(chunk)
-                    progress.advance(bar, len(chunk.indices))
+                    bars.advance(bar, len(chunk.indices))
         scores.reduce()
         point = self._point(trainer, method, budget, plan, scores, n)
         if key is not None:
@@ -236,38 +233,21 @@ class Evaluator(L.Callback):
                 chunk.features = self._features(chunk.images.to(method.device))
                 chunk.scoring, chunk.extractor = time.perf_counter() - started, self.extractor.sha256
             yield chunk
-        if done == len(group):
-            return
         autocast = trainer.precision_plugin.forward_context
-        networks = {**method.evaluated_networks(), **method.auxiliary_networks()}
-        number, rounds = done, len(saved["trace"]) if saved else 0
-        clock = time.perf_counter()
-        with autocast():
-            counter = EvaluationCounter(networks)
-            with counter:
-                state = method.restore(self.seed, group, saved) if done else method.open(self.seed, group)
-        batches = method.sample(self.seed, group[number:], plan, state)
-        while number < len(group):
-            # The generator runs inside ``next``, and autocast with it; scoring stays in full precision.
-            with autocast(), counter:
-                indices, images = next(batches)
-            sampled = time.perf_counter()
-            final = to_uint8(images, self.truncate) if self.discrete else images.float()
-            features = self._features(final)
-            final, index = final.cpu(), torch.tensor(indices)
-            shown = final[index < (SHOWN if self.discrete else SCATTERED)]
-            scored = time.perf_counter()
-            trace = state.trace[rounds:] if isinstance(state, ChainState) else []
+        for number, made in enumerate(
+            sample_group(method, plan, group, self.seed, self.kind, autocast, done, saved), start=done
+        ):
+            started = time.perf_counter()
+            features = self._features(made.images)
+            final = made.images.cpu()
+            shown = final[made.indices < (SHOWN if self.kind.discrete else SCATTERED)]
             chunk = Chunk(
-                index, features, digests(final), shown, final if partial.kept else None, self.extractor.sha256,
-                trainer.global_rank, dict(counter.evaluations), dict(counter.burn_in), dict(counter.flops),
-                sampled - clock, scored - sampled, trace,
+                made.indices, features, digests(final), shown, final if partial.kept else None, self.extractor.sha256,
+                trainer.global_rank, made.evaluations, made.burn_in, made.flops,
+                made.seconds, time.perf_counter() - started, made.trace,
             )  # fmt: skip
-            partial.save(group, number, chunk, state.state_dict() if isinstance(state, ChainState) else None)
+            partial.save(group, number, chunk, made.state)
             yield chunk
-            number, rounds = number + 1, rounds + len(trace)
-            counter = EvaluationCounter(networks, counter.flops)
-            clock = time.perf_counter()
 
     def _features(self, images: Tensor) -> Tensor:
         return self.extractor(images).float().cpu()
@@ -276,11 +256,7 @@ class Evaluator(L.Callback):
         self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan, scores: Scores, n: int
     ) -> dict[str, Any]:
         """Describe the point. Every process gets here: it holds collectives."""
-        evaluated = method.evaluated_networks()
-        nfe, burn_in = (sum(counts[name] for name in evaluated) / n for counts in (scores.evaluations, scores.burn_in))
-        bounded = nfe if method.prior.burn_in_counted else nfe - burn_in
-        if bounded > budget * (1 + 1e-9):
-            raise UsageError(f"nfe={budget:g} was overspent: {bounded:.6g} evaluations per image were counted")
+        nfe, burn_in = evaluations_per_image(method, budget, scores.evaluations, scores.burn_in, n)
         flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
         one = scores.flops.get("denoiser", 0.0)
         start = getattr(method.prior, "burn_in_per_chain", 0)
@@ -353,7 +329,7 @@ class Evaluator(L.Callback):
     def _draw(self) -> None:
         point = self.points[-1]
         budget = budget_name(point)
-        if self.discrete:
+        if self.kind.discrete:
             sample_grid(self.shown, self.out / f"samples_nfe{budget}.png")
         else:
             scatter(self.shown.flatten(1), self.out / f"samples_nfe{budget}.png", title=f"NFE {budget}")
@@ -363,18 +339,6 @@ class Evaluator(L.Callback):
         points = comparable(read_points(self.out / "points.jsonl"), point)
         write_curve_csv(points, self.out / "curve.csv")
         plot_curve(points, self.out / "curve.png", f"{point['data']}: {point['reference']['name']}")
-
-    def _progress(self, trainer: L.Trainer, budget: float) -> Progress:
-        columns = (
-            TextColumn(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        shown = trainer.is_global_zero and self.console.is_terminal
-        return Progress(*columns, console=self.console, disable=not shown, transient=True)
 
 
 def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:

@@ -84,9 +84,14 @@ class Partial:
         return done, state and state["state"]
 
     def read(self, indices: Sequence[int]) -> Chunk:
-        """Read one of the batches that are done; one at a time, for a group of chains may be the whole point."""
+        """Read one of the batches that are done; one at a time, for a group of chains may be the whole point.
+
+        Raises:
+            UsageError: It is damaged, or another process has left it where this one can't see it.
+        """
         content = read_whole(self._chunk(indices))
-        assert content is not None
+        if content is None:
+            raise UsageError(f"{self._chunk(indices)} is missing: set out= to a folder that all processes share")
         return Chunk(**content)
 
     def save(self, group: Group, number: int, chunk: Chunk, state: dict[str, Any] | None) -> None:

@@ -1,11 +1,20 @@
 """Where a point comes from: versions, commit, device."""
 
+import hashlib
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Hash everything that a point, or a set of images, follows from, to a name of 16 characters."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,111 @@
+"""Statistics of an experiment's data, written to OUT: both files, or none, and never over others unasked."""
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from diffaccel import experiment, launch
+from diffaccel.config import Config
+from diffaccel.data import DataModule, MissingSplit
+from diffaccel.errors import UsageError
+from diffaccel.nn.features import Extractor
+from diffaccel.reference import Reference, compute_reference, save_references
+
+KEYS = {"train": "reference", "test": "floor"}
+"""Split -> the key that names its file."""
+
+
+class Statistics(L.LightningModule):
+    """Takes the statistics of some splits, shared among the trainer's processes.
+
+    Args:
+        data: The data module.
+        extractor: Gives the features, in float32 whatever the precision of a run.
+        splits: Which ones.
+
+    Attributes:
+        found: Reference by split.
+    """
+
+    def __init__(self, data: DataModule, extractor: Extractor, splits: list[str]) -> None:
+        super().__init__()
+        self.source, self.extractor, self.splits = data, extractor, splits
+        self.found: dict[str, Reference] = {}
+
+    def on_test_start(self) -> None:
+        """Go through every split."""
+        self.found = {split: compute_reference(self.source, split, self.extractor) for split in self.splits}
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: all is done at the start."""
+
+
+def write_statistics(config: Config) -> str | None:
+    """Write the statistics of the training split and, if there is one, of the test split.
+
+    Args:
+        config: The run's. An empty ``reference`` or ``floor`` is a file of that name in OUT; null leaves it out.
+
+    Returns:
+        The words that make a bench use them; None in all processes but the first.
+
+    Raises:
+        UsageError: A file is there already, can't be written, or has no data.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    named = {split: getattr(config, key) for split, key in KEYS.items()}
+    paths = {split: _path(config, split) for split, path in named.items() if path is not None}
+    if not paths:
+        raise UsageError("nothing to write: set reference=FILE or floor=FILE, or neither for files in OUT")
+    check_paths(list(paths.values()), config.again)
+    data, extractor = experiment.build_data(config), experiment.build_extractor(config)
+    try:
+        for split in paths:
+            data.images(split)
+    except MissingSplit as error:
+        if named["test"]:
+            raise
+        console.print(f"no floor: {error}", markup=False)
+        del paths["test"]
+    module = Statistics(data, extractor, list(paths))
+    trainer = launch.build_trainer(dataclasses.replace(config, logger="none", precision="32-true"), [])
+    trainer.test(module, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    if not trainer.is_global_zero:
+        return None
+    save_references({path: module.found[split] for split, path in paths.items()})
+    for split, path in paths.items():
+        found = module.found[split]
+        console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}", markup=False)
+    words = [f"{key}={paths[split]}" if split in paths else f"{key}=null" for split, key in KEYS.items()]
+    return shlex.join(words)
+
+
+def _path(config: Config, split: str) -> Path:
+    return Path(getattr(config, KEYS[split]) or config.folder / f"{KEYS[split]}.npz")
+
+
+def check_paths(paths: list[Path], again: bool) -> None:
+    """Refuse files that can't be written, or that would replace others unasked, before they are made.
+
+    Raises:
+        UsageError: So it is.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError(f"{paths[0]} is named twice: name two files")
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file")
+        if path.exists() and not again:
+            raise UsageError(f"{path} exists: again=true replaces it, or choose another out=")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{path} can't be written ({error.strerror}): choose another out=") from None
+        if not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path} can't be written: choose another out=")
