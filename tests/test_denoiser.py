@@ -276,3 +276,30 @@ def test_single_data_point_is_returned() -> None:
         eps, t = torch.randn(2, *SHAPE).double(), process.time(f64(0.3, 4.0))
         x_t = process.marginal(point.expand(2, -1, -1, -1), t, eps)
         torch.testing.assert_close(denoiser(x_t, t), Prediction(point.expand(2, -1, -1, -1), eps))
+
+
+def test_what_the_network_is_told_of_the_time() -> None:
+    """A share of the process's time, or as often as time_scale says; with EDM's preconditioning ln(rho) / 4."""
+    x = torch.zeros(1, *SHAPE).double()
+    for process, options, t, told in (
+        (EDMVarianceExploding(80.0), {}, 20.0, 0.25),
+        (VariancePreserving(), {}, 0.3, 0.3),
+        (VariancePreserving(), {"time_scale": 999.0}, 0.3, 299.7),
+    ):
+        denoiser, stub = build("eps", process, **options)
+        stub.answer = x
+        denoiser(x, f64(t))
+        assert stub.asked[1].item() == pytest.approx(told, rel=1e-12)
+    denoiser, stub = build("karras", EDMVarianceExploding())
+    stub.answer = x
+    denoiser(x, f64(20.0))
+    assert stub.asked[1].item() == pytest.approx(math.log(20) / 4, rel=1e-12)
+
+
+def test_weights_of_a_mixture_need_not_sum_to_one() -> None:
+    means = torch.tensor([-1.0, 2.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    denoiser = MixtureDenoiser(means, 0.09, f64(3.0, 1.0))
+    y = torch.linspace(-6, 7, 2001, dtype=torch.float64)
+    density = denoiser.log_prob(y[:, None, None, None], f64(0.4))[:, 0].exp()
+    assert torch.trapezoid(density, y).item() == pytest.approx(1, abs=1e-6)
+    assert torch.trapezoid(y * density, y).item() == pytest.approx(0.75 * -1 + 0.25 * 2, abs=1e-6)

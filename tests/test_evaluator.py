@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from wandb.proto import wandb_internal_pb2
@@ -25,9 +26,9 @@ from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator, Real
-from diffaccel.methods import Diffusion
+from diffaccel.methods import DenoisingLangevinGibbs, Diffusion
 from diffaccel.nn.features import Identity, Inception
-from diffaccel.prior import Plan
+from diffaccel.prior import ExactPosterior, Plan
 from diffaccel.reference import load_reference
 from diffaccel.report import read_points
 
@@ -113,6 +114,28 @@ def test_what_was_spent_is_what_was_planned(tmp_path: Path, name: str, words: li
         assert point["nfe_marginal"] + point["nfe_burn_in"] == pytest.approx(point["nfe"], rel=1e-12)
         assert point["evaluations"]["denoiser"] == round(point["nfe"] * config.n)
         assert point["nfe_equivalent"] == pytest.approx(point["nfe"], rel=1e-12), "no other network here"
+
+
+def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """60 images of 10 chains, 6 rounds: what a classifier of 256 FLOPs adds, and what one image waits for."""
+    classifier, logits = nn.Linear(2, 64), ExactPosterior.logits
+
+    def asked(self: ExactPosterior, y: torch.Tensor) -> torch.Tensor:
+        classifier(y.flatten(1))
+        return logits(self, y)
+
+    monkeypatch.setattr(ExactPosterior, "logits", asked)
+    monkeypatch.setattr(DenoisingLangevinGibbs, "auxiliary_networks", lambda self: {"classifier": classifier})
+    burn_in = ["prior.init_steps=10", "prior.warmup=[[50,null]]", "prior.skips=4", "solver=dpmpp2m"]
+    (point,) = measure(tmp_path, "toy/dlg", *CHAINS, *burn_in).points
+    assert point["plan"] == {"skips": 4, "steps": 6}
+    assert (point["nfe_marginal"], point["nfe_burn_in"], point["nfe"]) == (4 + 6, 10, 20)
+    assert point["nfe_sequential"] == 10 + 50 + 6 * 4 + 6, "the first start, all rounds, and the last image's solver"
+    levels = (10 * (1 + 50) + 60 * 4) / 60  # each new state's: of ten first ones, in warm-up, in rounds
+    denoiser = 2 * 2 * 3 + 2 * 3 * 2  # FLOPs: distances from three means in the plane, and their weighted mean
+    assert point["nfe_equivalent"] == pytest.approx(20 + levels * 256 / denoiser)
+    assert point["gflops_per_image"] == pytest.approx((20 * denoiser + levels * 256) / 1e9)
+    assert point["evaluations"] == {"denoiser": 1200, "classifier": 60 * levels}
 
 
 def test_overspending_is_an_error(tmp_path: Path):

@@ -230,6 +230,16 @@ def test_importance_sampling_agrees_with_uniform_times_and_is_steadier():
     assert ours.std() < 0.5 * plain.std()
 
 
+def test_the_draws_of_levels_are_one_of_each_share():
+    """Of as many equal shares of ln(ratio) as there are draws, for every image."""
+    truth, low, high, seen = three_modes(), 0.05, 2.0, []
+    truth.register_forward_pre_hook(lambda _, inputs: seen.append(truth.process.ratio(inputs[1])))
+    score_matching(truth, truth.sample(50), low, torch.tensor([high]), BatchedNoise(50), 8)
+    share = (torch.stack(seen) / low).log() / math.log(high / low) * 8
+    assert share.floor().sort(0).values.eq(torch.arange(8)[:, None]).all()
+    assert share.frac().mean().item() == pytest.approx(0.5, abs=0.06) and share.frac().std() > 0.25
+
+
 @pytest.mark.parametrize(
     ("process", "z"),
     [

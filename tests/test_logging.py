@@ -12,6 +12,7 @@ from test_evaluator import wandb_records
 
 from diffaccel.__main__ import main
 from diffaccel.methods import Diffusion
+from diffaccel.methods.ema import EMA
 from diffaccel.report import read_points
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -50,24 +51,29 @@ SCHEDULE = ["training.evaluate_every=100", "training.evaluate_n=40"]
 
 
 def test_budgets_are_measured_on_schedule_with_the_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[tuple[int, int, bool]] = []
+    seen: list[tuple[int, int]] = []
+    average: dict[str, torch.Tensor] = {}
     from diffaccel.evaluator import Evaluator
 
-    measure = Evaluator.measure
+    measure, update = Evaluator.measure, EMA.update
+
+    def record(self: EMA, images: int, images_seen: int) -> None:
+        update(self, images, images_seen)
+        average.update({name: value.clone() for name, value in self.average.items()})
 
     def spy(self: Evaluator, trainer: Any, method: Diffusion, budget: float, plan: Any, n: int | None = None) -> Any:
         assert method.ema is not None and not method.training
-        # the averaged weights are in the network now, so the average holds the raw ones
-        weights = dict(method.denoiser.network.named_parameters())
-        same = all(
-            torch.equal(weights[name.removeprefix("denoiser.")], value) for name, value in method.ema.average.items()
-        )
-        seen.append((method.images_seen, n or self.n, same))
+        for name, value in method.denoiser.network.named_parameters():
+            assert torch.equal(value, average[f"denoiser.{name}"]), "the average as of the last step"
+        raw = method.ema.average  # which it holds while the average is in the network
+        assert not all(torch.equal(raw[name], value) for name, value in average.items())
+        seen.append((method.images_seen, n or self.n))
         return measure(self, trainer, method, budget, plan, n)
 
+    monkeypatch.setattr(EMA, "update", record)
     monkeypatch.setattr(Evaluator, "measure", spy)
     assert fit(tmp_path, *SCHEDULE, "logger=csv") == 0
-    assert seen == [(images, 40, False) for images in (96, 192, 288, 320) for _ in "35"] + [(320, 60, False)] * 2
+    assert seen == [(images, 40) for images in (96, 192, 288, 320) for _ in "35"] + [(320, 60)] * 2
     rows = [row for row in csv_rows(tmp_path) if "eval/nfe_003/fd_digits" in row]
     assert len(rows) == 4, "the last step is measured too"
     for row in rows:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
-from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser, Prediction
+from diffaccel.denoiser import Denoiser, EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser, Prediction
 from diffaccel.errors import UsageError
 from diffaccel.levels import LogNormal
 from diffaccel.methods import Training, TruncatedDiffusion
@@ -169,6 +169,23 @@ def test_the_second_denoiser_learns_the_generators_law():
         objective.fake = Parametrised(mean, std**2 - STAR**2)
         losses[mean, std] = objective.fake_loss(y, prior_of(objective.fake), None, NoiseStreams(0, noise)).mean().item()
     assert min(losses, key=losses.__getitem__) == (0.8, 0.9)
+
+
+class Silent(nn.Module):
+    """A network whose output is zero, so that its error is its target."""
+
+    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
+        return 0 * x
+
+
+def test_the_second_denoisers_error_weighs_alike_at_all_scales():
+    """No answer costs |n|^2 at any s: for noise prediction the target is (r / s) n, and the weight (s / r)^2."""
+    objective, noise = DistributionMatching(scale_max=5.0), NoiseStreams(0, range(8))
+    objective.fake = EpsDenoiser(Silent(), VariancePreserving())
+    loss = objective.fake_loss(torch.randn(8, *SHAPE), prior_of(objective.fake), None, noise)
+    again = NoiseStreams(0, range(8))
+    again.uniform()  # the scales
+    torch.testing.assert_close(loss, again.normal(torch.empty(8, *SHAPE)).square().flatten(1).mean(1))
 
 
 def frozen(**objective: object) -> TruncatedDiffusion:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffaccel.__main__ import main
 from diffaccel.config import load
-from diffaccel.denoiser import FiniteSetDenoiser, MixtureDenoiser
+from diffaccel.denoiser import FiniteSetDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
 from diffaccel.noise import NoiseStreams
@@ -130,6 +130,30 @@ def test_a_searched_grid_beats_the_usual_ones(process: Process):
     assert searched < 0.8 * min(usual)
 
 
+def test_an_euler_step_of_a_gaussian_costs_its_closed_form():
+    """y ~ sqrt(v + rho^2), and a step from rho_0 falls on the tangent there; the fine levels are of second order."""
+    v, process = 0.25, EDMVarianceExploding()
+    x, t = starts(process, 5.0)
+    fine = FineTrajectory(GaussianDenoiser(torch.zeros(2, 2, 2).double(), v, process), x, t, 40, LogSNR(ratio_min=0.1))
+    rho = fine.ratio[:, 0]
+    scale = (v + rho.square()).sqrt() / (v + rho[0] ** 2) ** 0.5
+    tangent = 1 + rho[0] / (v + rho[0] ** 2) * (rho - rho[0])
+    size = x.square().flatten(1).mean(1).sqrt().mean()
+    torch.testing.assert_close(fine.cost[0, 15:-1], ((tangent - scale).abs() * size)[15:-1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_a_grid_is_its_path(denoise: bool):
+    """Its steps lie at the levels that were found, down to ratio 0 or to the least positive one."""
+    process = VariancePreserving()
+    x, t = starts(process, 40.0)
+    fine = FineTrajectory(mixture(process), x, t, levels=12)
+    path = fine.path(5, 1.2, denoise)
+    times = fine.grid(5, 1.2, denoise)(process, t, 5, denoise)
+    torch.testing.assert_close(process.ratio(times), fine.ratio[path], rtol=2e-3, atol=0)
+    assert fine.grid(1, denoise=True) == Listed()
+
+
 def test_no_grid_from_infinite_ratio():
     t = torch.ones(2, dtype=torch.float64)
     with pytest.raises(UsageError, match=r"set prior.ratio_star"):
@@ -240,10 +264,13 @@ def test_a_mistake_is_named_before_anything_is_measured(tmp_path: Path, words: l
 
 
 def test_a_searched_grid_is_written_out(tmp_path: Path):
-    space = "search.space={solver.grid.name: [listed], gamma: [1.0, 1.1, 1.2]}"
-    assert main(["search", "toy/edm", space, *QUICK, "search.trials=3", f"out={tmp_path}"]) == 0
+    space = "search.space={solver.grid.name: [listed], gamma: [0.3, 1.0, 3.0]}"
+    assert main(["search", "toy/edm", space, *QUICK, "search.trials=4", f"out={tmp_path}"]) == 0
     listed = [trial for trial in trials(tmp_path) if trial["drawn"]["solver"].get("grid")]
-    assert listed
+    for budget in (5, 8):  # the more late errors weigh, the lower it goes before the last step
+        low = {trial["drawn"]["solver"]["grid"]["gamma"]: trial["settings"]["solver"]["grid"]["ratio_min"]
+               for trial in listed if trial["nfe_budget"] == budget}  # fmt: skip
+        assert low[0.3] > 10 * low[1.0] > 100 * low[3.0]
     for trial in listed:
         grid = trial["settings"]["solver"]["grid"]
         assert set(grid) == {"name", "ratio_min", "fractions"} and math.isfinite(trial["metrics"]["fd_identity"])

@@ -1,6 +1,7 @@
 """Truncated diffusion: what the generator starts as, what a phase moves, what is counted, and a law that is learned."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -140,6 +141,24 @@ def test_the_fake_is_made_once_a_phase():
         for phase in method.phases():
             phase.loss(batch(), NoiseStreams(0, range(8)))
     assert calls == [True, False] * 2
+
+
+def test_the_game_is_the_non_saturating_one(monkeypatch):
+    """By hand, with a critic that says 2 of what is made and 3 of what is real: it wants to say less and more."""
+    method = tdpm()
+    method.steps = 1  # no penalty is due
+    made, real = torch.full((8, *SHAPE), 2.0), torch.full((8, *SHAPE), 3.0)
+    logits = {2.0: torch.tensor(2.0, requires_grad=True), 3.0: torch.tensor(3.0, requires_grad=True)}
+    monkeypatch.setattr(method.implicit, "generate", lambda *_: made)
+    monkeypatch.setattr(method, "diffused", lambda *_: real)
+    monkeypatch.setattr(method, "judge", lambda y, _: logits[y[0, 0, 0, 0].item()].expand(len(y)))
+    loss = method.critic_loss(batch(), NoiseStreams(0, range(8)))
+    assert loss.tolist() == pytest.approx([math.log(1 + math.e**2) + math.log(1 + math.e**-3)] * 8)
+    loss.mean().backward()
+    assert logits[2.0].grad.item() == pytest.approx(1 / (1 + math.e**-2))
+    assert logits[3.0].grad.item() == pytest.approx(-1 / (1 + math.e**3))
+    loss = method.generator_loss(batch(), NoiseStreams(0, range(8)))
+    assert loss.tolist() == pytest.approx([math.log(1 + math.e**-2)] * 8)
 
 
 def test_the_penalty_comes_when_it_is_due():

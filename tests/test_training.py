@@ -1,6 +1,7 @@
 """The training loop on digits: exact resume, schedules, counters, phases, and errors that name themselves."""
 
 import copy
+import dataclasses
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from diffaccel.errors import UsageError
 from diffaccel.levels import LogNormal
 from diffaccel.methods import Diffusion, Phase, TrainedModule, Training
 from diffaccel.nn.unet import UNet
+from diffaccel.noise import NoiseStreams
 from diffaccel.prior import GaussianPrior
 from diffaccel.process import EDMVarianceExploding
 from diffaccel.solver.onestep import Heun
@@ -206,6 +208,13 @@ def test_learning_rate_schedule(seen, rate):
     assert method.learning_rate() == pytest.approx(rate)
 
 
+@pytest.mark.parametrize(("seen", "rate"), [(7000, 1e-3), (8500, 0.25e-3), (9400, 0.1e-3), (10_000, 0.1e-3)])
+def test_learning_rate_falls_by_its_power_to_its_floor(seen, rate):
+    method = diffusion(images=10_000, warmup=0, decay=0.3, decay_power=2.0, floor=0.1, lr=1e-3)
+    method.images_seen = seen
+    assert method.learning_rate() == pytest.approx(rate)
+
+
 def test_learning_rate_without_warmup_or_decay():
     method = diffusion(images=100, warmup=0, decay=0.0, lr=1e-3)
     for seen in (0, 50, 99):
@@ -246,6 +255,92 @@ def test_phases_have_their_own_pace_and_rate():
         assert b == pytest.approx(0.3 * (step // 2 + 1), rel=1e-4)
     assert method.images_seen == 6 * BATCH
     assert len(trainer.optimizers) == 2
+
+
+class Ruled(TwoPhases):
+    """The first phase as the second is, but for what is given."""
+
+    def __init__(self, training, **first):
+        super().__init__(training, every=1)
+        self.first, self.drawn = first, []
+
+    def phases(self):
+        one, other = super().phases()
+        return [dataclasses.replace(one, **self.first), other]
+
+    def _loss(self, name, value):
+        self.drawn.append(torch.rand(()).item())  # as dropout does
+        return super()._loss(name, value)
+
+
+def test_a_phase_keeps_to_its_window():
+    """In images: from 2 batches seen on, and before 4."""
+    method = Ruled(Training(images=6 * BATCH), since=2 * BATCH, until=4 * BATCH)
+    fit(method)
+    assert [step for step, name in method.calls if name == "first"] == [2, 3]
+    assert [step for step, name in method.calls if name == "second"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_phase_may_have_moments_of_its_own_and_leave_clipping_out():
+    method = Ruled(Training(images=BATCH, betas=[0.8, 0.95], clip=0.5), betas=(0.0, 0.9), clip=False)
+    watch = Watch(lambda module: (module.a.grad.item(), module.b.grad.item()))
+    trainer = fit(method, [watch])
+    assert [optimizer.param_groups[0]["betas"] for optimizer in trainer.optimizers] == [(0.0, 0.9), (0.8, 0.95)]
+    assert watch.seen == [pytest.approx((1.0, -0.5), rel=1e-5)]
+
+
+def test_weights_decay_apart_from_the_gradient():
+    """AdamW: w <- (1 - lr decay) w - lr sign, so that from 2 two steps of 0.1 at a decay of 0.5 give 1.61."""
+    method = TwoPhases(Training(images=2 * BATCH, lr=0.1, warmup=0, decay=0.0, weight_decay=0.5))
+    with torch.no_grad():
+        method.a.fill_(2.0)
+    fit(method)
+    assert method.a.item() == pytest.approx((2 * 0.95 - 0.1) * 0.95 - 0.1, rel=1e-4)
+
+
+def test_each_step_has_draws_of_its_own():
+    """What the global generator gives follows from seed and step; the noise from seed and position."""
+    whole, part = Ruled(Training(images=3 * BATCH)), Ruled(Training(images=2 * BATCH))
+    for method in (whole, part):
+        fit(method)
+    assert len(set(whole.drawn)) == 6 and part.drawn == whole.drawn[:4]
+    uniform = []
+
+    class Noisy(TwoPhases):
+        def phases(self):
+            return [Phase("noisy", [self.a], lambda batch, noise: uniform.append(noise.uniform()) or 0 * self.a)]
+
+    fit(Noisy(Training(images=2 * BATCH)))
+    assert torch.equal(torch.cat(uniform), NoiseStreams(0, range(2 * BATCH), "training").uniform())
+
+
+class Averaged(TwoPhases):
+    """The first of the two numbers is averaged: it falls by 0.1 a step."""
+
+    def __init__(self):
+        super().__init__(Training(images=6 * BATCH, lr=0.1, warmup=0, decay=0.0, ema_half_life=4))
+        self.net = nn.Module()
+        self.net.a = self.a
+
+    def averaged(self):
+        return self.net
+
+
+def test_the_average_takes_up_every_step():
+    """average <- keep average + (1 - keep) weights, keep = 2^-(images / half-life), after each step and of its weights.
+
+    The half-life is a twentieth of the images seen, 4 from step 3 of 32 images on.
+    """
+    method = Averaged()
+    watch = Watch(lambda module: (module.a.item(), module.ema.average["a"].item()))
+    fit(method, [watch])
+    assert len(watch.seen) == 6
+    expected = 0.0
+    for step, (a, average) in enumerate(watch.seen, 1):
+        keep = 0.5 ** (BATCH / min(4, 0.05 * BATCH * step))
+        expected = keep * expected + (1 - keep) * -0.1 * step
+        assert a == pytest.approx(-0.1 * step, rel=1e-4)
+        assert average == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_phases_resume_exactly(tmp_path):

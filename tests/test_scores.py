@@ -1,0 +1,101 @@
+"""What a point's images add up to: rounding, blocks, the floor at as many images, and held-out ones beside them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffaccel.evaluator.partial import Chunk
+from diffaccel.evaluator.scores import BLOCKS, Real, Scores, blocks_of, spread, to_uint8
+from diffaccel.metrics import Moments
+from diffaccel.reference import Reference
+
+CPU = torch.device("cpu")
+
+
+def reference(mean: float, std: float, features: Tensor) -> Reference:
+    """Statistics of 1000 images with one feature, of which ``features`` (m, 1) are kept."""
+    return Reference(Moments(1000, torch.tensor([mean]), torch.tensor([[std**2]])), features.half(), {})
+
+
+def chunk(features: Tensor, first: int = 0) -> Chunk:
+    """A batch of the images from ``first`` on, with these features (b, 1)."""
+    count = len(features)
+    indices, shown = torch.arange(first, first + count), torch.zeros(len(range(first, min(4, first + count))), 1, 1, 1)
+    return Chunk(
+        indices, features, torch.zeros(count, 32, dtype=torch.uint8), shown, None, "", 0,
+        {"denoiser": 5 * count}, {}, {"denoiser": 100.0}, 0.5, 0.25,
+    )  # fmt: skip
+
+
+def scores(features: Tensor, real: Real, chains: int | None = None) -> Scores:
+    """The scores of one batch."""
+    found = Scores(len(features), 1, (1, 1, 1), 4, torch.float32, real, chains, CPU)
+    found.add(chunk(features))
+    return found
+
+
+def test_the_floor_is_that_of_as_many_images():
+    """(mean - 0)^2 + (std - 1)^2, of rows 0, 4 and 8 of the nine that are kept: mean 4, variance 32 / 2."""
+    floor = reference(3.0, 1.0, torch.arange(9.0)[:, None])
+    real = Real(reference(0.0, 1.0, torch.randn(20, 1)), floor)
+    few, many = (scores(torch.randn(n, 1), real).metrics("fd", False)["fd_floor"] for n in (3, 12))
+    assert few == pytest.approx(4**2 + (4 - 1) ** 2)
+    assert many == pytest.approx(3**2 + 0**2), "more than are kept: all of the split"
+    assert "fd_floor" not in scores(torch.randn(3, 1), Real(real.reference, None)).metrics("fd", False)
+
+
+def test_the_distance_is_the_closed_form_of_one_feature():
+    real = Real(reference(2.0, 3.0, torch.randn(20, 1)), None)
+    found = scores(torch.tensor([[-1.0], [0.0], [1.0]]), real).metrics("fd", False)
+    assert found["fd"] == pytest.approx(2**2 + (3 - 1) ** 2)
+
+
+def test_neighbourhoods_of_held_out_images_stand_beside():
+    """Copies of real images lie among them, held-out ones from elsewhere do not."""
+    rows = torch.arange(20.0)[:, None]
+    real = Real(reference(0.0, 1.0, rows), reference(0.0, 1.0, rows + 500))
+    found = scores(rows, real)._manifold()
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert (found["precision_real"], found["recall_real"], found["coverage_real"]) == (0, 0, 0)
+
+
+def test_copies_are_those_of_training_images():
+    """Held-out images are 5 off, so that half of what is generated here is close, and the other half is not."""
+    training, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5
+    real = Real(reference(0.0, 1.0, training), reference(0.0, 1.0, held_out))
+    found = scores(torch.cat([training + 4, training + 3000]), real).memorisation()
+    assert found is not None and (found.share, found.threshold) == (0.5, 5)
+    few = Real(real.reference, reference(0.0, 1.0, held_out[:99]))
+    assert scores(training, few).memorisation() is None
+
+
+def test_rounding_and_truncation():
+    """Values halfway between two levels, in units of [-1, 1]; what lies outside is brought in."""
+    level = torch.tensor([-3.0, 0.0, 0.4, 0.6, 200.9, 254.6, 300.0])
+    assert to_uint8(level / 127.5 - 1).tolist() == [0, 0, 0, 1, 201, 255, 255]
+    assert to_uint8(level / 127.5 - 1, truncate=True).tolist() == [0, 0, 0, 0, 200, 254, 255]
+
+
+def test_blocks_are_of_images_or_of_whole_chains():
+    indices = torch.arange(60)
+    assert blocks_of(indices, None).tolist() == [i % BLOCKS for i in range(60)]
+    blocks = blocks_of(indices, 15)
+    assert all(blocks[i] == blocks[i % 15] == (i % 15) % BLOCKS for i in range(60))
+
+
+def test_what_is_spread_takes_both_ends():
+    assert spread(torch.arange(9), 3).tolist() == [0, 4, 8]
+    assert spread(torch.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_batches_took_adds_up():
+    real = Real(reference(0.0, 1.0, torch.randn(20, 1)), None)
+    found = Scores(5, 1, (1, 1, 1), 4, torch.float32, real, None, CPU)
+    for first, count in ((0, 3), (3, 2)):
+        found.add(chunk(torch.full((count, 1), float(first)), first))
+    assert found.evaluations == {"denoiser": 25} and found.flops == {"denoiser": 100.0}
+    assert found.seconds.tolist() == [1.0, 0.5] and found.images_by_rank == {0: 5}
+    assert found.features.flatten().tolist() == [0, 0, 0, 3, 3]
+    assert math.isnan(found.metrics("fd", False)["fd_inf"]) is False
