@@ -38,7 +38,7 @@ GOOD = {"images": RGB, "labels": LABELS}
         ({**GOOD, "labels": LABELS - 1}, ["-1", "from 0"]),
         ({**GOOD, "classes": np.array(["a", "b"])}, ["goes to 2", "names 2"]),
         ({**GOOD, "classes": np.array("abc")}, ["'classes'", "one name per class"]),
-        ({"images": np.array([None, "object"])}, ["can't be read as npz"]),
+        ({"images": np.array([None, "object"])}, ["'images' holds Python objects"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

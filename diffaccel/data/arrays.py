@@ -1,15 +1,15 @@
 """Sources that fit in memory: digits, npz arrays, CIFAR-10, toy points."""
 
 import os
-import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
+from diffaccel.data import npz
+from diffaccel.data.decode import listed
+from diffaccel.data.labels import MAX_CLASSES
 from diffaccel.data.source import SOURCES, ArrayImages, Source, Split, path_of
 from diffaccel.errors import UsageError
 
@@ -46,8 +46,9 @@ class Digits(Source):
 class Npz(Source):
     """Arrays of an npz file: ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` (N,) integers.
 
-    An array ``classes`` (names, one a class), if there is one, says how many classes there are; else the largest
-    training label does.
+    Without these names, ``arr_0`` and ``arr_1`` are read in their place, as ADM's sampling writes them. An array
+    ``classes`` (names, one a class), if there is one, says how many classes there are; else the largest training label
+    does.
 
     Args:
         path: The training images.
@@ -65,62 +66,84 @@ class Npz(Source):
         Raises:
             UsageError: No such file, a broken one, or arrays of the wrong name, type or shape.
         """
-        path = path_of(name, self.path, self.test_path)
-        arrays = _read_npz(path)
-        images, classes = _images_of(path, arrays), _classes_of(path, arrays)
-        return ArrayImages(images, _labels_of(path, arrays, classes), classes)
+        file = npz.ArrayFile(path_of(name, self.path, self.test_path))
+        image_key, label_key = _keys(file)
+        images = _checked_images(file, image_key)
+        classes = _classes(file) if label_key else None
+        labels = _checked_labels(file, label_key, len(images), classes) if label_key else None
+        notes = file.unread({image_key, label_key, "classes"} if label_key else {image_key})
+        return ArrayImages(channels_first(images), labels, classes, notes)
 
 
-_WANTED = ("images", "labels", "classes")
+def _keys(file: npz.ArrayFile) -> tuple[str, str | None]:
+    """Name the arrays of images and of labels, if there are any."""
+    for images, labels in (("images", "labels"), ("arr_0", "arr_1")):
+        if images in file.names:
+            return images, labels if labels in file.names else None
+    for statistics in (("mu", "sigma"), ("mean", "covariance")):
+        if set(statistics) <= set(file.names):
+            raise UsageError(
+                f"{file.where} holds statistics of images ({' and '.join(statistics)}) and no images: give an npz with "
+                f"an array 'images', uint8 (N, H, W, C)"
+            )
+    raise UsageError(
+        f"{file.where} has no array 'images' or 'arr_0' but {listed(file.names) or 'nothing'}: save the images, uint8 "
+        f"(N, H, W, C), in an npz by that name"
+    )
 
 
-def _read_npz(path: str) -> dict[str, np.ndarray[Any, Any]]:
-    if not os.path.isfile(path):
-        raise UsageError(f"no file {path}: give the source an npz file with an array 'images'")
-    try:
-        with open(path, "rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            # a .npy file gives a bare array
-            arrays = {key: file[key] for key in _WANTED if key in file} if isinstance(file, NpzFile) else {}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{path} can't be read as npz ({error}): it is truncated or no npz; write it anew") from None
-    if "images" not in arrays:
-        raise UsageError(f"{path} has no array 'images': save the images, uint8 (N, H, W, C), in an npz by that name")
-    return arrays
-
-
-def _images_of(path: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Tensor:
-    images = arrays["images"]
+def _checked_images(file: npz.ArrayFile, key: str) -> np.ndarray[Any, Any]:
+    images = file.read(key)
     if images.dtype != np.uint8:
-        raise UsageError(f"{path}: 'images' is {images.dtype}: give uint8, 0 to 255")
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)) or images.size == 0:
         raise UsageError(
-            f"{path}: 'images' has shape {images.shape}: give (N, H, W) or (N, H, W, C), C = 1 or 3, and no size of 0"
+            f"{file.where}: '{key}' is {images.dtype}{_range(images)}: give uint8, 0 to 255{_recipe(images)}"
         )
-    return channels_first(images)
+    shape = images.shape
+    remedy = "give (N, H, W) or (N, H, W, C), C = 1 or 3, and no size of 0"
+    if images.ndim == 4 and shape[-1] not in (1, 3) and shape[1] in (1, 3):
+        remedy = "channels come last: save images.transpose(0, 2, 3, 1), (N, H, W, C)"
+    elif images.ndim == 3 and shape[-1] == 3:
+        remedy = "one image is (1, H, W, 3), and grey images are no 3 pixels wide; give (N, H, W) or (N, H, W, C)"
+    elif images.ndim in (3, 4) and (images.ndim == 3 or shape[-1] in (1, 3)) and images.size > 0:
+        return images
+    raise UsageError(f"{file.where}: '{key}' has shape {shape}: {remedy}")
 
 
-def _classes_of(path: str, arrays: dict[str, np.ndarray[Any, Any]]) -> int | None:
-    if "classes" not in arrays or "labels" not in arrays:
+def _range(images: np.ndarray[Any, Any]) -> str:
+    if images.size == 0 or images.dtype.kind not in "fiu":
+        return ""
+    return f" from {images.min():.4g} to {images.max():.4g}"
+
+
+def _recipe(images: np.ndarray[Any, Any]) -> str:
+    """Say how to make uint8 of numbers in [0, 1] or [-1, 1]."""
+    if images.size == 0 or images.dtype.kind != "f" or not -1 <= images.min() <= images.max() <= 1:
+        return ""
+    scaled = "255 * images" if images.min() >= 0 else "127.5 * images + 127.5"
+    return f", ({scaled}).round().astype('uint8')"
+
+
+def _classes(file: npz.ArrayFile) -> int | None:
+    if "classes" not in file.names:
         return None
-    if arrays["classes"].ndim != 1:
-        raise UsageError(
-            f"{path}: 'classes' has shape {arrays['classes'].shape}: give one name per class, or leave it out"
-        )
-    return len(arrays["classes"])
+    classes = file.read("classes")
+    if classes.ndim != 1 or len(classes) > MAX_CLASSES:
+        raise UsageError(f"{file.where}: 'classes' has shape {classes.shape}: give one name per class, or leave it out")
+    return len(classes)
 
 
-def _labels_of(path: str, arrays: dict[str, np.ndarray[Any, Any]], classes: int | None) -> Tensor | None:
-    if "labels" not in arrays:
-        return None
-    labels, n = arrays["labels"], len(arrays["images"])
+def _checked_labels(file: npz.ArrayFile, key: str, n: int, classes: int | None) -> Tensor:
+    labels = file.read(key)
     if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UsageError(f"{path}: 'labels' is {labels.dtype} {labels.shape}: give one integer per image, ({n},)")
-    if labels.min() < 0:
-        raise UsageError(f"{path}: 'labels' has the value {labels.min()}: number the classes from 0")
-    if classes is not None and labels.max() >= classes:
+        raise UsageError(f"{file.where}: '{key}' is {labels.dtype} {labels.shape}: give one integer per image, ({n},)")
+    least, largest = int(labels.min()), int(labels.max())
+    if least < 0 or largest >= MAX_CLASSES:
         raise UsageError(
-            f"{path}: 'labels' goes to {labels.max()}, 'classes' names {classes}: number from 0, or name them all"
+            f"{file.where}: '{key}' has the value {least if least < 0 else largest}: number the classes from 0"
+        )
+    if classes is not None and largest >= classes:
+        raise UsageError(
+            f"{file.where}: '{key}' goes to {largest}, 'classes' names {classes}: number from 0, or name them all"
         )
     return torch.from_numpy(labels.astype(np.int64))
 

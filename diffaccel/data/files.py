@@ -1,130 +1,46 @@
 """Sources of one file per image: folders and zip archives, checked once and then read by index.
 
-Images are read as 8-bit grey if all of a split are grey, else as RGB; transparency is dropped. Hidden files and files
-that aren't images by their extension are passed over.
+``places.py`` lists image files, ``decode.py`` reads one, ``labels.py`` finds labels. Images are 8-bit grey if all
+images of a split are grey, else RGB; ``limit`` does not change that.
 """
 
-import json
 import os
-import struct
-import zipfile
-import zlib
-from abc import ABC, abstractmethod
+import warnings
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
+from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed, printable
+from diffaccel.data.labels import Labels, read_labels
+from diffaccel.data.places import Files, FolderFiles, ZipFiles
 from diffaccel.data.source import SOURCES, Images, Source, Split, path_of
 from diffaccel.errors import UsageError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-GREY_MODES = frozenset({"1", "L", "LA"})
-COLOUR_MODES = frozenset({"P", "RGB", "RGBA", "CMYK", "YCbCr"})
 NAMED_IN_ERRORS = 10
 SHOW_PROGRESS_FROM = 20_000  # images; fewer take seconds
-
-# What Pillow and zipfile raise on damaged or foreign files.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
+MAX_SIDE = 8192  # pixels
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Files(ABC):
-    """Where image files lie.
+class Probe(NamedTuple):
+    """What the check of an image finds: its upright size, whether it is grey, and what reading changes in it."""
 
-    Attributes:
-        path: The folder or archive.
-        names: The image files in it, relative and with forward slashes, sorted.
-    """
-
-    path: str
-    names: list[str]
-
-    @abstractmethod
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading."""
-
-
-class FolderFiles(Files):
-    """The image files under a folder, at any depth.
-
-    Raises:
-        UsageError: No such folder, or no images in it.
-    """
-
-    def __init__(self, path: str) -> None:
-        if not os.path.isdir(path):
-            raise UsageError(f"no folder {path}: give the source a folder of images")
-        self.path = path
-        found = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
-        self.names = _image_names(path, (file.relative_to(path).as_posix() for file in found))
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading."""
-        return open(os.path.join(self.path, name), "rb")
-
-
-class ZipFiles(Files):
-    """The image files of a zip archive.
-
-    Raises:
-        UsageError: No such file, not a whole zip, or no images in it.
-    """
-
-    def __init__(self, path: str) -> None:
-        if not os.path.isfile(path):
-            raise UsageError(f"no file {path}: give the source a zip archive of images")
-        self.path, self._owner = path, -1
-        try:
-            members = self._archive().namelist()
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-            raise UsageError(
-                f"{path} can't be read as zip ({error}): it is truncated or no zip; write it anew"
-            ) from None
-        self.names = _image_names(path, members)
-        self.has_labels = "dataset.json" in members
-
-    def _archive(self) -> zipfile.ZipFile:
-        """Return this process's own handle: a forked loader worker would share the parent's file position."""
-        if self._owner != os.getpid():
-            self._handle, self._owner = zipfile.ZipFile(self.path), os.getpid()
-        return self._handle
-
-    def __reduce__(self) -> tuple[type["ZipFiles"], tuple[str]]:
-        """Travel to a spawned loader worker without the handle."""
-        return ZipFiles, (self.path,)
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a member for reading."""
-        return self._archive().open(name)
-
-
-def _image_names(path: str, names: Iterable[str]) -> list[str]:
-    def wanted(name: PurePosixPath) -> bool:
-        return name.suffix.lower() in EXTENSIONS and not any(part.startswith((".", "__MACOSX")) for part in name.parts)
-
-    if images := sorted(name for name in names if wanted(PurePosixPath(name))):
-        return images
-    raise UsageError(f"{path} holds no images: give one with files ending in {', '.join(sorted(EXTENSIONS))}")
+    height: int
+    width: int
+    grey: bool
+    changes: tuple[str, ...]
 
 
 class FileImages(Images):
@@ -133,19 +49,25 @@ class FileImages(Images):
     Args:
         files: Where they lie.
         names: Which of them, in order.
-        labels: (N,) int64, or None.
-        classes: Number of classes.
+        labels: Their labels, and what to say of them.
         image_size: Crop the middle square and resize it (Lanczos) to this many pixels a side; None takes the images as
             they are, which must then have one size.
+        others: Further images of the split, which count only in deciding whether the images are grey.
     """
 
     def __init__(
-        self, files: Files, names: Sequence[str], labels: Tensor | None, classes: int, image_size: int | None
+        self,
+        files: Files,
+        names: Sequence[str],
+        labels: Labels,
+        image_size: int | None,
+        others: Sequence[str] = (),
     ) -> None:
-        if image_size is not None and image_size < 1:
-            raise UsageError(f"{files.path}: image_size={image_size}: give 1 or more")
-        self.files, self.names, self.image_size = files, names, image_size
-        self.labels, self.classes = labels, classes
+        if image_size is not None and not 1 <= image_size <= MAX_SIDE:
+            raise UsageError(f"{printable(files.path)}: image_size={image_size}: give 1 to {MAX_SIDE}")
+        self.files, self.names, self.image_size, self.others = files, names, image_size, others
+        self.labels, self.classes, label_notes = labels
+        self._said = [*files.notes, *label_notes]
         self._shape: tuple[int, int, int] | None = None
 
     def __len__(self) -> int:
@@ -155,21 +77,38 @@ class FileImages(Images):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W); the first use checks all images."""
         if self._shape is None:
-            self._shape = self._scan()
+            self.check()
+        assert self._shape is not None
         return self._shape
 
     def check(self) -> None:
-        """Decode every image once.
+        """Decode every image once; ``notes`` then say what is changed in them.
 
         Raises:
             UsageError: Names the broken images and those of another size than most, all in one.
         """
-        self._shape = self._scan()
+        probes = self._probes()
+        sizes = Counter((probe.height, probe.width) for probe in probes if not isinstance(probe, str))
+        size = sizes.most_common(1)[0][0] if sizes else None
+        if faults := list(self._faults(probes, size)):
+            raise UsageError(_faults_message(self.files.path, faults, len(probes), resizable=len(sizes) > 1))
+        whole = [probe for probe in probes if not isinstance(probe, str)]
+        grey = sum(probe.grey for probe in whole)
+        colour = grey < len(whole) or any(_in_threads(self._is_colour, self.others))
+        assert size is not None
+        height, width = size if self.image_size is None else (self.image_size, self.image_size)
+        self._shape = 3 if colour else 1, height, width
+        changes = Counter(change for probe in whole for change in probe.changes)
+        if colour and grey:
+            changes["grey among colour images, read as RGB"] = grey
+        self.notes = [*self._said, *(f"{count} of {len(whole)} images {text}" for text, count in changes.items())]
 
     def first(self, n: int) -> "FileImages":
-        """Return the first ``n`` images by name; the number of classes stays that of the whole split."""
+        """Return the first ``n`` images by name; colour and the number of classes stay those of the whole split."""
         labels = None if self.labels is None else self.labels[:n]
-        return FileImages(self.files, self.names[:n], labels, self.classes, self.image_size)
+        some = FileImages(self.files, self.names[:n], Labels(labels, self.classes, []), self.image_size, self.names[n:])
+        some._said = self._said
+        return some
 
     def read(self, indices: Tensor) -> Tensor:
         """Decode the images at ``indices`` (n,).
@@ -183,55 +122,59 @@ class FileImages(Images):
         images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
         for image, index in zip(images, indices.tolist(), strict=True):
             try:
-                image.copy_(self._decode(self.names[index]))
+                image.copy_(self._pixels(self.names[index]))
             except UNREADABLE as error:
                 raise UsageError(
-                    f"{self.files.path}: {self.names[index]} has changed since the run began ({error}): put it back"
+                    f"{printable(self.files.path)}: {printable(self.names[index])} has changed since the run began "
+                    f"({printable(str(error))}): put it back"
                 ) from None
         return images
 
-    def _decode(self, name: str) -> Tensor:
+    def _pixels(self, name: str) -> Tensor:
         """Return one image as (C, H, W) uint8."""
-        with self.files.open(name) as stream, Image.open(stream) as image:
-            converted = image.convert("L" if self.shape[0] == 1 else "RGB")
+        with self.files.open(name) as stream:
+            image = decode(stream).image.convert("L" if self.shape[0] == 1 else "RGB")
         if self.image_size is not None:
-            converted = _center_square(converted, self.image_size)
-        return torch.from_numpy(np.array(converted)).view(converted.height, converted.width, -1).permute(2, 0, 1)
+            image = _center_square(image, self.image_size)
+        return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
-    def _probe(self, name: str) -> tuple[int, int, bool] | str:
-        """Decode an image wholly and return its height, width and whether it is grey, or else what is wrong."""
+    def _probe(self, name: str) -> Probe | str:
+        """Decode an image wholly and return what it is, or else what is wrong."""
         try:
-            with self.files.open(name) as stream, Image.open(stream) as image:
-                image.load()
+            with self.files.open(name) as stream:
+                image, changes = decode(stream)
         except UNREADABLE as error:
             return str(error) or type(error).__name__
-        if image.mode not in GREY_MODES | COLOUR_MODES:
-            return f"pixels of mode {image.mode}, not 8-bit"
-        return image.height, image.width, image.mode in GREY_MODES
+        return Probe(image.height, image.width, image.mode == "L", changes)
 
-    def _scan(self) -> tuple[int, int, int]:
-        """Decode every image and return the shape they share."""
+    def _is_colour(self, name: str) -> bool:
+        try:
+            with self.files.open(name) as stream:
+                return is_colour(stream)
+        except UNREADABLE:
+            return False
+
+    def _probes(self) -> list[Probe | str]:
         n = len(self.names)
-        checks = _in_threads(self._probe, self.names)
-        probes = list(
-            track(checks, f"checking {self.files.path}", total=n, transient=True, disable=n < SHOW_PROGRESS_FROM)
+        checks = track(
+            _in_threads(self._probe, self.names),
+            f"checking {escape(printable(self.files.path))}",
+            total=n,
+            transient=True,
+            disable=n < SHOW_PROGRESS_FROM,
+            console=Console(stderr=True),
         )
-        whole = [probe for probe in probes if not isinstance(probe, str)]
-        sizes = Counter((height, width) for height, width, _ in whole)
-        size = sizes.most_common(1)[0][0] if sizes else None
-        if faults := list(self._faults(probes, size)):
-            raise UsageError(_faults_message(self.files.path, faults, n, resizable=len(sizes) > 1))
-        assert size is not None
-        height, width = size if self.image_size is None else (self.image_size, self.image_size)
-        return (1 if all(grey for _, _, grey in whole) else 3), height, width
+        with warnings.catch_warnings():  # decode() has a lower limit, and an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return list(checks)
 
-    def _faults(self, probes: list[tuple[int, int, bool] | str], size: tuple[int, int] | None) -> Iterator[str]:
+    def _faults(self, probes: list[Probe | str], size: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
         """Say of each image that can't be used why, given the size of most."""
         for name, probe in zip(self.names, probes, strict=True):
             if isinstance(probe, str):
-                yield f"{name} ({probe})"
-            elif self.image_size is None and probe[:2] != size and size is not None:
-                yield f"{name} ({probe[1]}x{probe[0]}, most are {size[1]}x{size[0]})"
+                yield name, probe
+            elif self.image_size is None and (probe.height, probe.width) != size and size is not None:
+                yield name, f"{probe.width}x{probe.height}, most are {size[1]}x{size[0]}"
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -241,10 +184,14 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
             yield from pool.map(function, items[start : start + 1024])
 
 
-def _faults_message(path: str, faults: list[str], n: int, resizable: bool) -> str:
-    named = ", ".join(faults[:NAMED_IN_ERRORS]) + (", ..." if len(faults) > NAMED_IN_ERRORS else "")
+def _faults_message(path: str, faults: list[tuple[str, str]], n: int, resizable: bool) -> str:
     remedy = "remove or replace them" + (", or set image_size to bring all to one size" if resizable else "")
-    return f"{path}: {len(faults)} of {n} images can't be used: {named}; {remedy}"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in faults[:NAMED_IN_ERRORS]:
+        reasons.setdefault(reason, []).append(name)
+    named = ", ".join(f"{listed(names)} ({printable(reason)})" for reason, names in reasons.items())
+    named += ", ..." if len(faults) > NAMED_IN_ERRORS else ""
+    return f"{printable(path)}: {len(faults)} of {n} images can't be used: {named}; {remedy}"
 
 
 def _center_square(image: Image.Image, size: int) -> Image.Image:
@@ -253,19 +200,15 @@ def _center_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-@SOURCES.register("folder")
-class Folder(Source):
-    """Image files under a folder, sorted by relative path.
-
-    The class of an image is the first-level subfolder it lies in, numbered in sorted order over the training folder; a
-    folder without subfolders has no labels.
+class FileSource(Source):
+    """Image files of a place, sorted by name, with labels by ``dataset.json`` or else by folder.
 
     Args:
         path: The training images.
-        test_path: The test images, if any, in subfolders of the same names.
+        test_path: The test images, if any, in class folders of the same names.
         image_size: Crop the middle square and resize it to this many pixels a side; without it, all must have one size.
-        labels: Make labels of the subfolders.
-        label: Provenance, for tables and plots; the folder's name by default.
+        labels: Read the labels.
+        label: Provenance, for tables and plots; the place's name by default.
     """
 
     def __init__(
@@ -279,88 +222,46 @@ class Folder(Source):
         self.path, self.test_path, self.image_size, self.labels = path, test_path, image_size, labels
         self.label = label or os.path.basename(os.path.normpath(path))
 
+    @abstractmethod
+    def files(self, path: str) -> Files:
+        """List a place.
+
+        Raises:
+            UsageError: No such place, a broken one, or no images in it.
+        """
+
     def split(self, name: Split) -> FileImages:
         """List a split.
 
         Raises:
-            UsageError: No such folder, no images in it, or images both in subfolders and beside them.
+            UsageError: It can't be listed, or its labels don't fit the images or the training split.
         """
-        files = FolderFiles(path_of(name, self.path, self.test_path))
-        folders = _subfolders(files) if self.labels else []
-        known = _subfolders(FolderFiles(self.path)) if self.labels and name == "test" else folders
-        classes = {folder: k for k, folder in enumerate(dict.fromkeys(known))}
-        if unknown := sorted(set(folders) - set(classes)):
-            raise UsageError(
-                f"{files.path} has subfolders that {self.path} lacks ({', '.join(unknown[:NAMED_IN_ERRORS])}): "
-                f"name the classes alike, or set labels: false"
-            )
-        labels = torch.tensor([classes[folder] for folder in folders]) if folders else None
-        return FileImages(files, files.names, labels, len(classes), self.image_size)
+        files = self.files(path_of(name, self.path, self.test_path))
+        labels = Labels(None, 0, [])
+        if self.labels:
+            labels = read_labels(files, files if name == "train" else self.files(self.path))
+        return FileImages(files, files.names, labels, self.image_size)
 
 
-def _subfolders(files: FolderFiles) -> list[str]:
-    """Return the first-level subfolder of each image, or an empty list where there are none."""
-    folders = [name.partition("/")[0] for name in files.names if "/" in name]
-    if folders and len(folders) < len(files.names):
-        stray = next(name for name in files.names if "/" not in name)
-        raise UsageError(f"{files.path}: {stray} lies in no class's subfolder, others do: move it or set labels: false")
-    return folders
+@SOURCES.register("folder")
+class Folder(FileSource):
+    """Image files under a folder; the keys are those of ``FileSource``.
+
+    Reads what EDM's ``dataset_tool.py`` writes into a folder, and the class folders of torchvision's ``ImageFolder``.
+    """
+
+    def files(self, path: str) -> Files:  # noqa: D102
+        return FolderFiles(path)
 
 
 @SOURCES.register("zip")
-class Zip(Source):
-    """A zip archive of images, as EDM's ``dataset_tool.py`` writes it.
-
-    Labels come from the archive's ``dataset.json``, ``{"labels": [[name, integer], ...]}``; without it, or with
-    ``null`` there, the images have none.
-
-    Args:
-        path: The training images.
-        test_path: The test images, if any.
-        image_size: Crop the middle square and resize it to this many pixels a side; without it, all must have one size.
-        labels: Read the labels.
-        label: Provenance, for tables and plots; the archive's name by default.
+class Zip(FileSource):
+    """A zip archive of images, as EDM's ``dataset_tool.py`` writes it; the keys are those of ``FileSource``.
 
     References:
         Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
         https://github.com/NVlabs/edm#preparing-datasets
     """
 
-    def __init__(
-        self,
-        path: str,
-        test_path: str | None = None,
-        image_size: int | None = None,
-        labels: bool = True,
-        label: str | None = None,
-    ) -> None:
-        self.path, self.test_path, self.image_size, self.labels = path, test_path, image_size, labels
-        self.label = label or os.path.basename(path)
-
-    def split(self, name: Split) -> FileImages:
-        """List a split.
-
-        Raises:
-            UsageError: No such archive, a broken one, no images in it, or labels that don't fit them.
-        """
-        files = ZipFiles(path_of(name, self.path, self.test_path))
-        labels = _zip_labels(files) if self.labels and files.has_labels else None
-        return FileImages(files, files.names, labels, 0 if labels is None else int(labels.max()) + 1, self.image_size)
-
-
-def _zip_labels(files: ZipFiles) -> Tensor | None:
-    """Read ``dataset.json``: (N,) int64 in the order of ``files.names``, or None where it says null."""
-    where = f"{files.path}: dataset.json"
-    remedy = 'write {"labels": [[name, integer], ...]} or {"labels": null}, or set labels: false'
-    try:
-        with files.open("dataset.json") as stream:
-            pairs: Any = json.load(stream)["labels"]
-        labels = None if pairs is None else dict(pairs)
-    except (*UNREADABLE, KeyError, TypeError) as error:
-        raise UsageError(f"{where} can't be read ({type(error).__name__}: {error}): {remedy}") from None
-    if labels is None:
-        return None
-    for name in files.names:
-        if type(labels.get(name)) is not int or labels[name] < 0:
-            raise UsageError(f"{where} gives {name} the label {labels.get(name)}, no class number: {remedy}")
-    return torch.tensor([labels[name] for name in files.names])
+    def files(self, path: str) -> Files:  # noqa: D102
+        return ZipFiles(path)

@@ -1,13 +1,16 @@
 """The data module: a source by name, its training stream, and its images in fixed order for statistics."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffaccel.data.decode import printable
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
@@ -16,6 +19,40 @@ from diffaccel.errors import UsageError
 def _as_read(batch: Any) -> Any:
     """Collate nothing: the training set reads whole batches."""
     return batch
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a note to the user, once for all processes; stdout holds results alone."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def check_labels(data: "DataModule", classes: int) -> None:
+    """Compare the labels of the training images with the classes of a network that is to be trained on them.
+
+    More classes in the network than in the data are allowed, and said: a subset of the data may lack the last ones.
+
+    Args:
+        data: The data.
+        classes: Number of classes of the network; 0 for an unconditional one, which ignores labels.
+
+    Raises:
+        UsageError: A class-conditional network and data without labels, or with more classes.
+    """
+    if not classes:
+        return
+    if data.images("train").labels is None:
+        raise UsageError(
+            f"{data.label}: the images have no labels, the network has {classes} classes: give labels, or set "
+            f"network.classes=0"
+        )
+    if data.classes > classes:
+        raise UsageError(
+            f"{data.label}: the labels have {data.classes} classes, the network {classes}: set "
+            f"network.classes={data.classes}, or give other data"
+        )
+    if data.classes < classes:
+        say(f"{data.label}: the labels have {data.classes} classes, the network {classes}: the others are not trained")
 
 
 class DataModule(LightningDataModule):
@@ -85,7 +122,7 @@ class DataModule(LightningDataModule):
         return self.images("train").classes
 
     def images(self, split: str) -> Images:
-        """Open a split, check it, and keep it open.
+        """Open a split, check it, and keep it open; what was passed over or changed in reading it is printed.
 
         Raises:
             UsageError: An unknown or missing split, unreadable images, or splits that don't fit together.
@@ -100,6 +137,8 @@ class DataModule(LightningDataModule):
             if split != "train":
                 self._check_fit(split, images)
             self._splits[split] = images
+            for note in images.notes:
+                say(f"{self.label} ({split}): {note}")
         return self._splits[split]
 
     def _check_fit(self, split: str, images: Images) -> None:

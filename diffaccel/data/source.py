@@ -1,6 +1,7 @@
 """What a data set is to the rest of the project: splits of images that are read by index."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -23,10 +24,12 @@ class Images(ABC):
     Attributes:
         labels: Class labels, (N,) int64, or None.
         classes: How many classes the labels are drawn from; 0 without labels.
+        notes: Sentences on what was passed over or changed in reading, which the data module prints once.
     """
 
     labels: Tensor | None
     classes: int
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -60,10 +63,13 @@ class ArrayImages(Images):
         images: (N, C, H, W), uint8 for images, float for points that stay in their own units.
         labels: (N,) integers, or None.
         classes: Number of classes, if that is known better than from the largest label.
+        notes: What the user should know of how they were read.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None, classes: int | None = None) -> None:
-        self.images = images
+    def __init__(
+        self, images: Tensor, labels: Tensor | None = None, classes: int | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.images, self.notes = images, notes
         self.labels = None if labels is None else labels.long()
         self.classes = (0 if self.labels is None else int(self.labels.max()) + 1) if classes is None else classes
 
@@ -82,7 +88,7 @@ class ArrayImages(Images):
 
     def first(self, n: int) -> "ArrayImages":
         """Return the first ``n`` images; the number of classes stays that of the whole split."""
-        return ArrayImages(self.images[:n], None if self.labels is None else self.labels[:n], self.classes)
+        return ArrayImages(self.images[:n], None if self.labels is None else self.labels[:n], self.classes, self.notes)
 
 
 class Source(ABC):

@@ -1,0 +1,205 @@
+"""One image file to 8-bit grey or RGB pixels, by the same rules for every image of a source.
+
+- Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM and AVIF, recognised by content. No other decoder of Pillow's is tried:
+  some start external programs.
+- The EXIF orientation is applied. EXIF data that can't be read are ignored.
+- Transparent pixels are composited over white.
+- More than 8 bits a channel are refused: Pillow cuts RGB to the upper bits, and grey often uses a part of the range.
+- A palette image is grey if all its pixels are.
+- CMYK is converted by Pillow's formula. Colour profiles (ICC) are ignored, as by EDM, torchvision and pytorch-fid.
+- Of several frames or pages the first is read.
+- Sizes are bounded by ``MAX_PIXELS`` and ``MAX_BYTES``.
+
+What changes an image (``UPRIGHT``, ``OVER_WHITE``, ...) is returned with it, so that a source can say it once.
+"""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+SUFFIXES = {
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".webp": "WEBP",
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    ".gif": "GIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    ".avif": "AVIF",
+}
+"""Suffixes of image files, in lower case, and Pillow's name of the format."""
+
+MAX_PIXELS = 2**26
+"""Of one image, 8192 x 8192."""
+MAX_BYTES = 2**28
+"""Of one file, unpacked: what ``MAX_PIXELS`` take without compression, with four channels."""
+
+GREY_MODES = frozenset({"1", "L", "LA"})
+MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+
+UPRIGHT = "rotated or mirrored as their EXIF orientation says"
+OVER_WHITE = "with transparency, composited over white"
+FIRST_FRAME = "of several frames, of which the first is read"
+CMYK = "in CMYK, converted to RGB without a colour profile"
+NO_EXIF = "with unreadable EXIF data, taken as upright"
+
+# What Pillow and zipfile raise on damaged or foreign files.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Decoded(NamedTuple):
+    """An image and what was done to it.
+
+    Attributes:
+        image: Of mode L or RGB, upright.
+        changes: Of ``UPRIGHT``, ``OVER_WHITE``, ``FIRST_FRAME``, ``CMYK``, ``NO_EXIF``.
+    """
+
+    image: Image.Image
+    changes: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read, as far as this Pillow has them."""
+    Image.init()
+    return tuple(name for name in dict.fromkeys(SUFFIXES.values()) if name in Image.OPEN)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act on, and what it can't encode: names and messages come from the files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def listed(things: Iterable[str], most: int = 10) -> str:
+    """Join names for a message, no more than ``most``."""
+    things = list(things)
+    return ", ".join(map(printable, things[:most])) + (", ..." if len(things) > most else "")
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file is an image by its suffix, of a format that this Pillow reads."""
+    return SUFFIXES.get(os.path.splitext(name)[1].lower()) in formats()
+
+
+def is_image(stream: IO[bytes]) -> bool:
+    """Whether a file is an image by its header; for files without a suffix."""
+    try:
+        with Image.open(stream, formats=formats()):
+            return True
+    except Image.DecompressionBombError:  # an image, which decode() refuses
+        return True
+    except UNREADABLE:
+        return False
+
+
+def decode(stream: IO[bytes]) -> Decoded:
+    """Read one image wholly.
+
+    Raises:
+        UNREADABLE: It is damaged, too large, or of a kind that is not read; the message says which.
+    """
+    with _open(stream) as image:
+        if _is_deep(image):
+            raise ValueError(f"more than 8 bits a channel (mode {image.mode}): convert to 8 bits")
+        if image.mode not in MODES:
+            raise ValueError(f"pixels of mode {image.mode}, neither grey nor colour of 8 bits")
+        changes = [FIRST_FRAME] if getattr(image, "is_animated", False) else []
+        image.load()
+        try:
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except UNREADABLE:  # the pixels are whole
+            turn = None
+            changes.append(NO_EXIF)
+        changes += [CMYK] if image.mode == "CMYK" else []
+        flat, composited = _flatten(image)
+    if turn is not None:
+        flat = flat.transpose(turn)
+        changes.append(UPRIGHT)
+    return Decoded(flat, (*changes, OVER_WHITE) if composited else tuple(changes))
+
+
+def is_colour(stream: IO[bytes]) -> bool:
+    """Whether an image is a colour image, from its header where that says it; False if the image can't be read."""
+    try:
+        with _open(stream) as image:
+            if _is_deep(image) or image.mode not in MODES:
+                return False
+            return _flatten(image)[0].mode == "RGB" if image.mode in ("P", "PA") else image.mode not in GREY_MODES
+    except UNREADABLE:
+        return False
+
+
+def _open(stream: IO[bytes]) -> Any:
+    """Identify an image and bound its size; pixels are not read yet."""
+    try:
+        image = Image.open(stream, formats=formats())
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"no whole {', '.join(formats())} file") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
+    return image
+
+
+def _is_deep(image: Any) -> bool:
+    """Whether an image that isn't loaded yet has more than 8 bits a channel; Pillow's mode tells that of grey alone."""
+    if image.mode.startswith(("I", "F")):
+        return True
+    if image.format == "TIFF":
+        return bool(np.max(image.tag_v2.get(ExifTags.Base.BitsPerSample, 1)) > 8)
+    layouts = [tile[3] for tile in image.tile]
+    if image.format == "PPM":  # (pixel layout, largest value), or the layout alone
+        return any(isinstance(layout, tuple) and layout[1] > 255 for layout in layouts)
+    return image.format == "PNG" and any(";16" in str(layout) for layout in layouts)
+
+
+def _flatten(image: Any) -> tuple[Image.Image, bool]:
+    """Bring an image to L or RGB; True if some of its pixels are transparent."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image, False
+    grey, composited = image.mode in GREY_MODES, False
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        composited = layered.getchannel("A").getextrema()[0] < 255
+        if composited:
+            layered = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+        flat = layered.convert("RGB")
+    else:
+        flat = image.convert("L" if grey else "RGB")
+    if image.mode in ("P", "PA"):
+        pixels = np.asarray(flat)
+        grey = bool((pixels == pixels[..., :1]).all())
+    return flat.convert("L") if grey else flat, composited

@@ -1,0 +1,224 @@
+"""Where image files lie: a folder or a zip archive, listed once; what is passed over is counted.
+
+Files are images by their suffix (``decode.SUFFIXES``, in any case), files without a suffix by their content. Hidden
+files and folders are passed over. Links to files and folders are followed, but no folder is read twice, and none that
+holds the listed folder itself.
+"""
+
+import io
+import os
+import stat
+import zipfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from diffaccel.data.decode import MAX_BYTES, SUFFIXES, UNREADABLE, has_image_suffix, is_image, listed, printable
+from diffaccel.errors import UsageError
+
+LABELS_FILE = "dataset.json"
+
+HIDDEN = "hidden"
+NO_SUFFIX = "without a suffix and no images"
+NO_FILE = "broken links, pipes or devices"
+READ_TWICE = "links to folders that are read already"
+OLDER = "older files of the same name"
+OUTSIDE = "with .. in the name"
+
+
+class Files(ABC):
+    """Image files in one place.
+
+    Attributes:
+        path: The folder or archive.
+        names: The image files in it, relative and with forward slashes, sorted.
+        labels_file: The file of labels, ``dataset.json``, if there is one: the one least deep.
+        passed_over: Reason -> how many other files.
+
+    Raises:
+        UsageError: It can't be listed, or holds no images.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.passed_over = path, Counter[str]()
+        self.names: list[str] = []
+        labels_files: list[str] = []
+        for name in self._walk():
+            if os.path.basename(name) == LABELS_FILE:
+                labels_files.append(name)
+            elif (reason := self._reason(name)) is None:
+                self.names.append(name)
+            else:
+                self.passed_over[reason] += 1
+        self.names.sort()
+        labels_files.sort(key=lambda name: (name.count("/"), name))
+        self.labels_file = next(iter(labels_files), None)
+        if len(labels_files) > 1:
+            self.passed_over[f"deeper {LABELS_FILE}"] = len(labels_files) - 1
+        if not self.names:
+            others = f" ({_counted(self.passed_over)} passed over)" if self.passed_over else ""
+            raise UsageError(
+                f"{printable(path)} holds no images{others}: give one with files ending in {', '.join(SUFFIXES)}"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What was passed over, in one sentence, or nothing."""
+        if not self.passed_over:
+            return []
+        return [f"{len(self.names)} files used, {self.passed_over.total()} passed over: {_counted(self.passed_over)}"]
+
+    @abstractmethod
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading at any position.
+
+        Raises:
+            UNREADABLE: It is damaged, or larger than ``MAX_BYTES``.
+        """
+
+    @abstractmethod
+    def _walk(self) -> Iterator[str]:
+        """Yield the names of regular files that are not hidden, and count those that are."""
+
+    def _reason(self, name: str) -> str | None:
+        """Say why a file is passed over; None if it is an image."""
+        if has_image_suffix(name):
+            return None
+        if suffix := os.path.splitext(name)[1].lower():
+            return suffix
+        try:
+            with self.open(name) as stream:
+                return None if is_image(stream) else NO_SUFFIX
+        except UNREADABLE:
+            return NO_SUFFIX
+
+
+class FolderFiles(Files):
+    """The image files under a folder, at any depth.
+
+    Raises:
+        UsageError: No such folder, one that can't be read, or no images in it.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not os.path.isdir(path):
+            remedy = "it is a file: use the source zip or npz" if os.path.exists(path) else "give a folder of images"
+            raise UsageError(f"no folder {printable(path)}: {remedy}")
+        super().__init__(path)
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading."""
+        stream = open(os.path.join(self.path, name), "rb")  # noqa: SIM115 (the caller closes it)
+        if (size := os.fstat(stream.fileno()).st_size) > MAX_BYTES:
+            stream.close()
+            raise ValueError(f"{size} bytes, the limit is {MAX_BYTES}")
+        return stream
+
+    def _walk(self) -> Iterator[str]:
+        """Go through real folders first, so that a folder's images have their own name and not that of a link."""
+        real = Path(self.path).resolve()
+        seen = {_identity(folder) for folder in real.parents}
+        folders, links = [""], list[str]()
+        while folders or links:
+            folder = folders.pop() if folders else links.pop(0)
+            here = os.path.join(self.path, folder)
+            try:
+                if (identity := _identity(here)) in seen:
+                    self.passed_over[READ_TWICE] += 1
+                    continue
+                seen.add(identity)
+                with os.scandir(here) as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                raise UsageError(f"{printable(here)} can't be read ({error.strerror}): see its permissions") from None
+            for entry in found:
+                if _is_hidden(entry.name):
+                    self.passed_over[HIDDEN] += 1
+                elif _is(entry.is_dir):
+                    (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+                elif _is(entry.is_file):
+                    yield folder + entry.name
+                else:
+                    self.passed_over[NO_FILE] += 1
+
+
+class ZipFiles(Files):
+    """The image files of a zip archive, whose names may have backslashes.
+
+    Raises:
+        UsageError: No such file, not a whole zip, or no images in it.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not os.path.isfile(path):
+            remedy = "it is a folder: use the source folder" if os.path.isdir(path) else "give a zip archive of images"
+            raise UsageError(f"no file {printable(path)}: {remedy}")
+        self.path, self._owner = path, -1
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        super().__init__(path)
+
+    def open(self, name: str) -> IO[bytes]:
+        """Unpack a member into memory: formats that seek would unpack it again and again."""
+        member = self._members[name]
+        if member.file_size > MAX_BYTES:  # no more than this is unpacked, whatever the data are
+            raise ValueError(f"{member.file_size} bytes, the limit is {MAX_BYTES}")
+        return io.BytesIO(self._archive().read(member))
+
+    def _archive(self) -> zipfile.ZipFile:
+        """Return this process's own handle: a forked loader worker would share the parent's file position."""
+        if self._owner != os.getpid():
+            self._handle, self._owner = zipfile.ZipFile(self.path), os.getpid()
+        return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to a spawned loader worker without the handle."""
+        return {**{key: value for key, value in self.__dict__.items() if key != "_handle"}, "_owner": -1}
+
+    def _walk(self) -> Iterator[str]:
+        try:
+            members = self._archive().infolist()
+        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+            raise UsageError(_no_zip(self.path, error)) from None
+        for member in members:
+            name = "/".join(part for part in member.filename.replace("\\", "/").split("/") if part not in ("", "."))
+            if member.filename.endswith(("/", "\\")):
+                continue
+            if ".." in name.split("/") or any(map(_is_hidden, name.split("/"))):
+                self.passed_over[OUTSIDE if ".." in name.split("/") else HIDDEN] += 1
+            elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+                self.passed_over[NO_FILE] += 1
+            else:
+                self.passed_over[OLDER] += name in self._members
+                self._members[name] = member
+        self.passed_over += Counter()  # without zeros
+        yield from self._members
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _is(test: Any) -> bool:
+    """Ask a folder's entry what it is; links that lead to themselves are an error there."""
+    try:
+        return bool(test())
+    except OSError:
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _counted(reasons: Counter[str]) -> str:
+    """Counter(hidden=3, .txt=2) -> '3 hidden, 2 .txt'."""
+    return listed(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+
+
+def _no_zip(path: str, error: Exception) -> str:
+    if any(suffix in os.path.basename(path).lower() for suffix in (".tar", ".tgz")):
+        return f"{printable(path)} is a tar archive and no zip: unpack it and use the source folder"
+    return f"{printable(path)} can't be read as zip ({error}): it is truncated or no zip; write it anew"
