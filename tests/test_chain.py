@@ -260,6 +260,62 @@ def test_select_last_takes_the_last_state():
     assert state.trace[0]["start_ratio"] == t.tolist()
 
 
+class AtEnds(Scripted):
+    """The first state of five, and all in the last of three steps, lie at an end of the table."""
+
+    def forward(self, y, update, noise):
+        ratio, _ = super().forward(y, update, noise)
+        return ratio, (torch.arange(5) == 0) | (len(self.seen) == 3)
+
+
+@pytest.mark.parametrize(("select", "carried"), [("minimum", 0.4), ("last", 0.0)])
+def test_what_a_round_records(select, carried):
+    """Shares of starts that were carried over, and of (1 + 1 + 5) of 15 levels at the ends."""
+    prior, state = LangevinGibbsPrior(AtEnds(TABLE), chains=5, eta=0.1, select=select), fresh_state(5)
+    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), Plan(1, skips=3), state)
+    (record,) = state.trace
+    assert (record["rounds_since_start"], record["carried"]) == (1, carried)
+    assert record["at_end_levels"] == pytest.approx(7 / 15)
+    assert record["mean"] == pytest.approx(y.flatten(1).mean(1).tolist()) and record["start_ratio"] == t.tolist()
+
+
+ONE = FiniteSetDenoiser(torch.full((1, 3, 8, 8), 0.25))
+
+
+def opened(prior, denoiser=ONE):
+    return prior.open(denoiser, 0, [range(3)], (3, 8, 8))
+
+
+def test_first_states_are_samples_and_noise_that_is_added_back():
+    """Of one image all samples are that image: what is left is the noise of ``renoise``."""
+    options = {"posterior": Scripted(torch.ones(3, 3)), "warmup": []}
+    states = [opened(LangevinGibbsPrior(**options, renoise=renoise)) for renoise in (0.0, 0.5, 1.0)]
+    torch.testing.assert_close(states[0].y, ONE.means.expand(3, -1, -1, -1), rtol=0, atol=1e-4)
+    noise = states[2].y - states[0].y
+    torch.testing.assert_close(states[1].y - states[0].y, 0.5 * noise)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_first_states_are_integrated_as_in_the_reference(monkeypatch):
+    """19 steps of EDM's stochastic solver down to 0.02, which raises levels in [0.1, 2] alone, by sqrt(2)."""
+    seen, forward = [], ONE.forward
+    monkeypatch.setattr(ONE, "forward", lambda x, t, condition=None: seen.append(t[0].item()) or forward(x, t))
+    prior = LangevinGibbsPrior(Scripted(torch.ones(1, 3)), warmup=[])
+    monkeypatch.setattr(ONE, "ratio_range", (0.002, 80.0))
+    opened(prior)
+    low, high = 0.02 ** (1 / 7), 80 ** (1 / 7)
+    levels = [(high + k / 18 * (low - high)) ** 7 for k in range(19)]
+    raised = [level * 2**0.5 if 0.1 <= level <= 2 else level for level in levels]
+    assert seen[::2] == pytest.approx(raised, rel=1e-6) and seen[1::2] == pytest.approx(levels[1:], rel=1e-6)
+
+
+def test_warm_up_has_step_sizes_of_its_own(monkeypatch):
+    etas, advance = [], LangevinGibbsPrior.advance
+    monkeypatch.setattr(LangevinGibbsPrior, "advance", lambda *words: etas.append(words[3]) or advance(*words))
+    opened(LangevinGibbsPrior(Scripted(torch.ones(6, 3)), eta=0.3, warmup=[[2, 0.7], [3, None]]))
+    assert etas == [0.7, 0.7, 0.3, 0.3, 0.3]
+
+
 class Broken(Denoiser):
     """Returns NaN where asked to."""
 

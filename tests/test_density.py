@@ -224,6 +224,17 @@ def test_a_mixture_of_the_truth_is_found():
     assert sorted(density.weights.tolist()) == pytest.approx([0.2, 0.3, 0.5], abs=0.03)
 
 
+def test_only_the_first_images_make_the_components():
+    """Of one component the moments are known: the images' own, and the noise's variance."""
+    first, rest = 0.5 + 0.2 * torch.randn(400, *PLANE), 5 + torch.randn(200, *PLANE)
+    density = MixtureDensity(PLANE, 0.3, rank=2, components=1, limit=400)
+    density.fit(source(torch.cat([first, rest])))
+    mean = density.basis.coordinates(first.mean(0, keepdim=True))
+    torch.testing.assert_close(density.means, mean, rtol=0, atol=0.06)
+    covariance = (density.vectors * density.values[:, None]) @ density.vectors.mT
+    torch.testing.assert_close(covariance[0], (0.2**2 + 0.3**2) * torch.eye(2), rtol=0, atol=0.025)
+
+
 def test_too_few_images_for_the_components():
     with pytest.raises(UsageError, match="can't fill 20 components"):
         MixtureDensity(SHAPE, 1.0).fit(source(images(15)))
@@ -277,6 +288,25 @@ def test_a_vae_bounds_and_samples():
     assert vae.loss(y).mean() > floor
     with pytest.raises(UsageError, match="no log-density"):
         vae.log_prob(y)
+
+
+def test_the_bound_of_a_vae_is_its_closed_form():
+    """An encoder and a decoder that say the same of all: -log N(y; c, s^2) and KL[N(m, v) || N(0, 1)] a latent."""
+    vae = DENSITIES.build({"name": "vae", "latent": 2, "width": 4}, shape=SHAPE, ratio=RATIO)
+    mean, log_std, centre = torch.tensor([0.5, -1.0]), torch.tensor([0.3, -0.7]), torch.tensor([0.1, 0.2, 0.3])
+    for layer, bias in ((vae.encoder[-1], torch.cat([mean, log_std])), (vae.decoder[-1], centre)):
+        torch.nn.init.zeros_(layer.weight)
+        layer.bias.data.copy_(bias)
+    vae.raw_excess.data.fill_(-0.4)
+    variance = RATIO**2 + math.log(1 + math.exp(-0.4))
+    y, size = torch.randn(5, *SHAPE), math.prod(SHAPE)
+    law = torch.distributions.Normal(centre[:, None, None], variance**0.5)
+    latent = torch.distributions.Normal(mean, log_std.exp())
+    divergence = torch.distributions.kl_divergence(latent, torch.distributions.Normal(0.0, 1.0)).sum()
+    expected = (divergence - law.log_prob(y).flatten(1).sum(1)) / (size * math.log(2))
+    torch.testing.assert_close(vae.loss(y).float(), expected)
+    drawn = draws(vae, 4000) - centre[:, None, None]
+    assert drawn.var().item() == pytest.approx(variance, rel=0.02)
 
 
 # Levels

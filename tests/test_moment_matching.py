@@ -142,6 +142,13 @@ def test_keys_that_make_no_features_are_refused(keys: dict[str, object], message
         MomentMatching(**keys)
 
 
+def test_features_are_means_and_deviations_over_space():
+    matching, maps = objective(), 5 * torch.randn(4, D // 2, 8, 8, generator=torch.Generator().manual_seed(0)) - 2
+    matching.encoder = lambda x, condition: [maps]
+    expected = torch.cat([maps.mean((2, 3)), maps.std((2, 3))], dim=1)
+    torch.testing.assert_close(matching.summary(torch.zeros(4, 1, 8, 8), None), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_tell_above_from_below():
     model = objective()
     prior = ImplicitPrior(model.encoder.denoiser, 1.0)

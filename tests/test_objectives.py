@@ -188,6 +188,24 @@ def test_the_second_denoisers_error_weighs_alike_at_all_scales():
     torch.testing.assert_close(loss, again.normal(torch.empty(8, *SHAPE)).square().flatten(1).mean(1))
 
 
+def test_scales_are_log_uniform_and_the_gradient_is_in_units_of_the_error():
+    """y_r = y + s n, r^2 = STAR^2 + s^2, s from 2 STAR to 8; N(m, v) has the denoiser m + v / (v + r^2) (y - m)."""
+    objective, denoiser = DistributionMatching(scale_min=2.0, scale_max=8.0), GaussianDenoiser(torch.zeros(SHAPE), 0.25)
+    objective.fake, y = Law(0.8, 1.0), 0.8 + torch.randn(6, *SHAPE)
+    y_r, r, s, n = objective.diffuse(y, prior_of(denoiser), NoiseStreams(0, range(6)))
+    noise = NoiseStreams(0, range(6))
+    torch.testing.assert_close(s, 2 * STAR * (8 / (2 * STAR)) ** noise.uniform())
+    assert torch.equal(n, noise.normal(y))
+    torch.testing.assert_close(r, (STAR**2 + s**2).sqrt())
+    torch.testing.assert_close(y_r, y + expand(s, y) * n)
+    real = expand(0.25 / (0.25 + r**2), y) * y_r
+    var = 1.0 - STAR**2
+    made = 0.8 + expand(var / (var + r**2), y) * (y_r - 0.8)
+    expected = (made - real) / expand((y - real).abs().flatten(1).mean(1), y)
+    found = objective.gradient(y, prior_of(denoiser), denoiser, NoiseStreams(0, range(6)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def frozen(**objective: object) -> TruncatedDiffusion:
     torch.manual_seed(0)
     model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())

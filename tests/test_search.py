@@ -57,6 +57,18 @@ def test_draws_are_seeded_and_have_only_keys_of_their_parts():
     assert OWN["solver"] == {"name": "heun", "grid": {"name": "karras", "rho": 5.0}}  # nobody wrote into it
 
 
+def test_draws_fill_their_ranges_evenly():
+    """On a logarithmic scale in ratios, both ends of integers among them."""
+    space = {"solver.grid.ratio_min": {"low": 0.01, "high": 0.1, "log": True}, "prior.ratio_star": [1, 2],
+             "solver.grid.rho": {"low": 3, "high": 5, "integer": True}}  # fmt: skip
+    rng = np.random.default_rng(1)
+    drawn = [draw(space, OWN, rng) for _ in range(600)]
+    low, rho = (np.array([one["solver"]["grid"][key] for one in drawn]) for key in ("ratio_min", "rho"))
+    assert np.quantile(low, [0.25, 0.5, 0.75]) == pytest.approx(10.0 ** np.array([-1.75, -1.5, -1.25]), rel=0.15)
+    assert np.bincount(rho.astype(int)).tolist()[:3] == [0, 0, 0]
+    assert np.bincount(rho.astype(int))[3:] == pytest.approx([200] * 3, abs=45)
+
+
 @pytest.mark.parametrize(
     ("space", "named"),
     [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
@@ -265,7 +277,9 @@ def test_a_mistake_is_named_before_anything_is_measured(tmp_path: Path, words: l
 
 def test_a_searched_grid_is_written_out(tmp_path: Path):
     space = "search.space={solver.grid.name: [listed], gamma: [0.3, 1.0, 3.0]}"
-    assert main(["search", "toy/edm", space, *QUICK, "search.trials=4", f"out={tmp_path}"]) == 0
+    words = [*QUICK, "search.trials=4", "search.keep=0.7"]
+    assert main(["search", "toy/edm", space, *words, f"out={tmp_path}"]) == 0
+    assert [sum(trial["n"] == n for trial in trials(tmp_path)) for n in (50, 100)] == [2 * 4, 2 * 3]
     listed = [trial for trial in trials(tmp_path) if trial["drawn"]["solver"].get("grid")]
     for budget in (5, 8):  # the more late errors weigh, the lower it goes before the last step
         low = {trial["drawn"]["solver"]["grid"]["gamma"]: trial["settings"]["solver"]["grid"]["ratio_min"]

@@ -145,6 +145,20 @@ def test_starts_above_the_cap_are_spaced_from_it() -> None:
         torch.testing.assert_close(infinite[1:], capped[1:, 1], rtol=1e-9, atol=0)
 
 
+def test_the_adaptive_solver_begins_at_the_cap() -> None:
+    """From infinite ratio; a start below it is left where it is."""
+    process, seen = Decoupled(), []
+    denoiser = GaussianDenoiser(MEANS[0], 0.1, process)
+    denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(process.ratio(inputs[1])))
+    for first, begins in ((math.inf, 50.0), (20.0, 20.0)):
+        seen.clear()
+        x, t = start(process, first)
+        solver("rk45", grid={"name": "log_snr", "ratio_cap": 50.0})(denoiser, x, t, NoiseStreams(0, range(1)), 0)
+        ratios = torch.cat(seen)
+        assert ratios[ratios.isfinite()].max().item() == pytest.approx(begins, rel=1e-9)
+        assert ratios.isinf().sum() == math.isinf(first)
+
+
 def test_listed_grid_is_relative_to_its_ends() -> None:
     """A list found from 80 down to 0.1 keeps its place between any start and the least level."""
     grid = Listed(ratio_min=0.1, fractions=[0.0, 0.2, 0.7, 1.0])

@@ -15,6 +15,7 @@ from diffaccel.methods import Training, TruncatedDiffusion
 from diffaccel.methods.ema import EMA
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import UNet
+from diffaccel.nn.critic import Critic
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import DiscreteVariancePreserving, EDMVarianceExploding, VariancePreserving
@@ -159,6 +160,45 @@ def test_the_game_is_the_non_saturating_one(monkeypatch):
     assert logits[3.0].grad.item() == pytest.approx(-1 / (1 + math.e**3))
     loss = method.generator_loss(batch(), NoiseStreams(0, range(8)))
     assert loss.tolist() == pytest.approx([math.log(1 + math.e**-2)] * 8)
+
+
+class LinearCritic(Critic):
+    """D(x) = <w, x>, whose gradient by x is w."""
+
+    def __init__(self, w):
+        super().__init__(SHAPE, 1, 0)
+        self.w = nn.Parameter(w)
+
+    def features(self, seen):
+        raise NotImplementedError
+
+    def logits(self, seen, condition=None):
+        return (self.w * seen).flatten(1).sum(1)
+
+
+def test_what_the_critic_sees_and_the_size_of_the_penalty():
+    """States are over sqrt(1 + ratio^2), real ones have noise of the generator's level, and R1 is gamma / 2 |w|^2."""
+    method, w, images = tdpm(gamma=3.0, r1_every=5), torch.randn(SHAPE), batch()
+    method.critic = LinearCritic(w)
+    losses = []
+    for method.steps in (4, 5):
+        losses.append(method.critic_loss(images, NoiseStreams(0, range(8))).detach())
+    noise, unit = NoiseStreams(0, range(8)), (1 + 1.5**2) ** 0.5
+    made = method.implicit.generate(method.denoiser, noise, SHAPE).detach()
+    real = images.image + 1.5 * noise.normal(made)
+    d_made, d_real = ((w * y / unit).flatten(1).sum(1) for y in (made, real))
+    torch.testing.assert_close(losses[0], (1 + d_made.exp()).log() + (1 + (-d_real).exp()).log())
+    torch.testing.assert_close(
+        losses[1] - losses[0], torch.full((8,), 1.5 * w.square().sum().item()), rtol=1e-4, atol=0
+    )
+
+
+def test_the_game_has_rates_windows_and_moments_of_its_own():
+    method = tdpm(frozen=False, generator_lr=0.2, critic_lr=7.0, generator_since=30, critic_since=20)
+    phases = {phase.name: phase for phase in method.phases()}
+    assert [(phases[name].lr, phases[name].since) for name in ("generator", "critic")] == [(0.2, 30), (7.0, 20)]
+    for name, own in (("denoiser", False), ("generator", True), ("critic", True)):  # StyleGAN's, and never clipped
+        assert (phases[name].betas, phases[name].clip) == (((0.0, 0.99), False) if own else (None, True))
 
 
 def test_the_penalty_comes_when_it_is_due():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffaccel.data import DataModule
+from diffaccel.data import Batch, DataModule
 from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import LogNormal
 from diffaccel.methods import Diffusion, Phase, TrainedModule, Training
+from diffaccel.methods.base import nearest
 from diffaccel.nn.unet import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import GaussianPrior
@@ -382,6 +383,23 @@ def test_nan_loss_is_named(value):
         fit(method)
     assert method.steps == 2
     assert method.b.isfinite()  # the weights were not touched
+
+
+def test_losses_are_noted_by_quarters_of_the_levels(monkeypatch):
+    """A loss that is the level's quantile itself: each quarter's mean lies in that quarter, the least noise first."""
+    method, noted = diffusion(), {}
+    monkeypatch.setattr(method, "levels", lambda denoiser, u: u)
+    monkeypatch.setattr(method, "level_loss", lambda x_0, t, *rest: t)
+    monkeypatch.setattr(method, "note", noted.update)
+    method.logs_now = True
+    method.denoiser_loss(Batch(torch.zeros(64, 1, 8, 8), None, torch.arange(64)), NoiseStreams(0, range(64)))
+    for quarter in (1, 2, 3, 4):
+        assert (quarter - 1) / 4 < noted[f"denoiser_loss_quarter_{quarter}"] < quarter / 4
+
+
+@pytest.mark.parametrize(("nfe", "budget"), [(1, 5), (5, 5), (9, 5), (10, 10), (19, 10), (10_000, 20)])
+def test_settings_of_a_budget_are_those_of_the_highest_not_above(nfe, budget):
+    assert nearest([10, 5, 20], nfe) == budget
 
 
 def test_what_has_nothing_to_train_says_so():
