@@ -123,8 +123,9 @@ def compare(words: list[str]) -> None:
     options = dict(word.lstrip("-").split("=", 1) for word in words if word not in sources)
     if unknown := sorted(options.keys() - {"out"}):
         raise UsageError(f"compare has no key {unknown[0]!r}{suggest(unknown[0], ['out'])}")
-    rows = comparison.compare(sources)
     out = Path(options.get("out", "runs/compare"))
+    comparison.check_out(out)
+    rows = comparison.compare(sources)
     comparison.write(rows, out)
     comparison.show(rows)
     print(f"index.html, curve.png, compare.csv and table.md are in {out}")
@@ -133,12 +134,15 @@ def compare(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
     from diffaccel import pretrained
+    from diffaccel.targets import check_new
 
     inspects, words = "--inspect" in words, [word for word in words if word != "--inspect"]
     paths = [word for word in words if "=" not in word or Path(word).exists()]
     options = dict(word.lstrip("-").split("=", 1) for word in words if word not in paths)
     if len(paths) != (1 if inspects else 2):
         raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")
+    if not inspects:
+        check_new([Path(paths[1])], options.pop("again", "false") == "true")
     typed: dict[str, Any] = {}
     for key, value in options.items():
         kind = pretrained.OPTIONS.get(key)
@@ -224,11 +228,13 @@ def tradeoff(config: Any) -> None:
 
     from diffaccel import experiment, launch
     from diffaccel.methods import SmallTimeDiffusion
+    from diffaccel.targets import check_new
     from diffaccel.tradeoff import TradeoffCurve, best, starts_of
 
     method = experiment.build_method(config, frozen=True)
     if not isinstance(method, SmallTimeDiffusion):
         raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
+    check_new([config.folder / "tradeoff.csv"], config.again)
     starts = starts_of(method, config.tradeoff.T, experiment.build_fitted(config, method))
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
@@ -259,7 +265,7 @@ def fit(config: Any) -> None:
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
-    resume = _resume_from(config)
+    resume = _resume_from(config, [*method.exports()])
     if resume is not None:
         experiment.check_resumable(resume, method)
     callbacks: list[Any] = [launch.build_checkpointer(config)]
@@ -293,20 +299,29 @@ def fit(config: Any) -> None:
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
 
 
-def _resume_from(config: Any) -> Path | None:
-    """Return the state that a fit goes on from, if it does; an older one in OUT is never overwritten unasked."""
+def _resume_from(config: Any, weights: list[str]) -> Path | None:
+    """Return the state that a fit goes on from, if it does; what another fit has left in OUT is never overwritten.
+
+    Args:
+        config: The run's.
+        weights: Names of the files of weights that the fit leaves.
+    """
     last = Path(config.folder, "last.ckpt")
-    if config.resume is None:
-        if last.is_file():
-            raise UsageError(f"{last} exists: go on with resume=auto, or choose another out=")
-        return None
+    files = [last, Path(config.folder, "best.ckpt"), *(Path(config.folder, f"{name}.safetensors") for name in weights)]
+    left = next((file for file in files if file.is_file()), None)
+    if config.resume == "auto" and last.is_file():
+        console.print(f"going on from {last}", markup=False)
+        return last
+    inside = config.resume not in (None, "auto") and Path(config.resume).resolve().parent == config.folder.resolve()
+    if left is not None and not inside:
+        remedy = "go on with resume=auto, or choose" if left == last else "choose"
+        raise UsageError(f"{left} exists: {remedy} another out=")
     if config.resume == "auto":
-        found = last.is_file()
-        console.print(f"going on from {last}" if found else f"no {last} yet: starting anew", markup=False)
-        return last if found else None
-    if not Path(config.resume).is_file():
+        console.print(f"no {last} yet: starting anew", markup=False)
+        return None
+    if config.resume is not None and not Path(config.resume).is_file():
         raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")
-    return Path(config.resume)
+    return Path(config.resume) if config.resume else None
 
 
 def sample(config: Any) -> None:
@@ -337,7 +352,7 @@ def _fit_extractor(config: Any) -> None:
     recipes: Registry[Any] = Registry("method")
     recipes.register("extractor")(fit_extractor)
     data = experiment.build_data(config)
-    resume = _resume_from(config)
+    resume = _resume_from(config, ["extractor"])
     launch.make_folder(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -28,6 +28,7 @@ from diffaccel.reference import read_reference
 from diffaccel.report import Point, frechet_key, label_of, plot_curve, read_points
 from diffaccel.terminal import number
 
+WRITTEN = ("compare.csv", "table.md", "curve.png", "index.html")
 SHOWN = ("kid", "precision", "recall", "density", "coverage")
 
 
@@ -144,6 +145,17 @@ def _reference(row: Row) -> Moments:
     if reference.sha256 != row.point["reference"]["sha256"]:
         raise UsageError(f"{path} is not the reference that {row.folder} was scored with: bench it again")
     return reference.moments
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder whose files aren't those of an earlier comparison.
+
+    Raises:
+        UsageError: So it is, as in the folder of a run, whose curve would be replaced.
+    """
+    found = [name for name in WRITTEN if (out / name).exists()]
+    if found and "compare.csv" not in found:
+        raise UsageError(f"{out / found[0]} is not of a comparison and would be replaced: choose another out=")
 
 
 def write(rows: Sequence[Row], out: Path) -> None:

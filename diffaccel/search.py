@@ -10,13 +10,15 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.config import TUNABLE, Search, merge
 from diffaccel.errors import UsageError, suggest
@@ -163,6 +165,7 @@ class Searcher(L.Callback):
         any_one = next(iter(self.evaluators.values()))
         self.out, self.metric = any_one.out, any_one.extractor.metric_name
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.before = read_winners(self.out / "best.yaml", base)
         path = self.out / "trials.jsonl"
         self.measured = {self._key(trial): trial for trial in (read_points(path) if path.is_file() else [])}
         self.best: dict[int, Settings] = {}
@@ -291,13 +294,36 @@ class Searcher(L.Callback):
         self.console.print(table, markup=False)
 
     def _write(self) -> None:
-        """Write the winners so far, as an experiment over the searched one."""
+        """Write the winners so far as an experiment over the searched one; those of other budgets stay."""
         best = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}
         for settings in best.values():  # those of the experiment are inherited, and a path would be sought from here
             if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
                 settings["prior"].pop("checkpoint", None)
-        tree = {"base": str(self.base.resolve()), "by_nfe": best}
-        (self.out / "best.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+        tree = {"base": str(self.base.resolve()), "by_nfe": {**self.before, **best}}
+        part = self.out / "best.yaml.part"
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+        part.replace(self.out / "best.yaml")
+        for budget, settings in best.items():
+            if self.before.get(budget, settings) != settings:
+                self.console.print(f"nfe {budget}: best.yaml had another winner; its trials are in trials.jsonl")
+            self.before[budget] = settings
+
+
+def read_winners(path: Path, base: Path) -> dict[int, Settings]:
+    """Read the winners that an earlier search has left, by budget; none if there is no file.
+
+    Raises:
+        UsageError: It is not of a search of this experiment.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
+        raise UsageError(f"{path} is not of a search of {base} and would be replaced: choose another out=")
+    return cast(dict[int, Settings], tree["by_nfe"])
 
 
 def _words(node: Mapping[str, Any]) -> str:

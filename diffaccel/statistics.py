@@ -1,7 +1,6 @@
 """Statistics of an experiment's data, written to OUT: both files, or none, and never over others unasked."""
 
 import dataclasses
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from diffaccel.data import DataModule, MissingSplit
 from diffaccel.errors import UsageError
 from diffaccel.nn.features import Extractor
 from diffaccel.reference import Reference, compute_reference, save_references
+from diffaccel.targets import check_new
 
 KEYS = {"train": "reference", "test": "floor"}
 """Split -> the key that names its file."""
@@ -63,7 +63,7 @@ def write_statistics(config: Config) -> str | None:
     paths = {split: _path(config, split) for split, path in named.items() if path is not None}
     if not paths:
         raise UsageError("nothing to write: set reference=FILE or floor=FILE, or neither for files in OUT")
-    check_paths(list(paths.values()), config.again)
+    check_new(paths.values(), config.again)
     data, extractor = experiment.build_data(config), experiment.build_extractor(config)
     try:
         for split in paths:
@@ -88,24 +88,3 @@ def write_statistics(config: Config) -> str | None:
 
 def _path(config: Config, split: str) -> Path:
     return Path(getattr(config, KEYS[split]) or config.folder / f"{KEYS[split]}.npz")
-
-
-def check_paths(paths: list[Path], again: bool) -> None:
-    """Refuse files that can't be written, or that would replace others unasked, before they are made.
-
-    Raises:
-        UsageError: So it is.
-    """
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError(f"{paths[0]} is named twice: name two files")
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file")
-        if path.exists() and not again:
-            raise UsageError(f"{path} exists: again=true replaces it, or choose another out=")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{path} can't be written ({error.strerror}): choose another out=") from None
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"{path} can't be written: choose another out=")

@@ -205,6 +205,40 @@ def test_where_a_fit_goes_on(refused, tmp_path: Path):
     assert "last.ckpt" in line and "resume=auto" in line and "out=" in line
 
 
+@pytest.mark.parametrize("left", ["ema.safetensors", "raw.safetensors", "best.ckpt"])
+def test_a_fit_replaces_no_weights_of_another(refused, tmp_path: Path, left: str):
+    """Also when the state that it would go on from was removed, or is given from elsewhere."""
+    fit = ["fit", "digits/edm", *TINY, "logger=none", f"out={tmp_path}"]
+    (tmp_path / left).write_bytes(b"hours of work")
+    for resume in ([], ["resume=auto"], ["resume=elsewhere/last.ckpt"]):
+        line = refused(*fit, *resume)
+        assert left in line and "another out=" in line
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+    assert (tmp_path / left).read_bytes() == b"hours of work"
+
+
+def test_an_extractor_is_not_replaced(refused, tmp_path: Path):
+    (tmp_path / "extractor.safetensors").write_bytes(b"a judge")
+    line = refused("fit", "digits/extractor", f"out={tmp_path}")
+    assert "extractor.safetensors" in line and "another out=" in line
+
+
+def test_a_comparison_replaces_no_curve_of_a_run(refused, tmp_path: Path):
+    (tmp_path / "curve.png").write_bytes(b"a bench's")
+    line = refused("compare", tmp_path, f"out={tmp_path}")
+    assert "curve.png" in line and "another out=" in line
+
+
+def test_convert_replaces_nothing_unasked(refused, tmp_path: Path, weights: Path):
+    source, target = weights, tmp_path / "mine.safetensors"
+    target.write_bytes(b"hours of work")
+    line = refused("convert", source, target)
+    assert f"{target} exists" in line and "again=true" in line
+    assert "exists" in refused("convert", source, source)
+    assert "exists" not in refused("convert", source, target, "again=true"), "but this file doesn't say what it is"
+    assert target.read_bytes() == b"hours of work"
+
+
 def test_a_folder_that_cannot_be_made(refused, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     assert "another out=" in refused("bench", "toy/edm", *QUICK, f"out={tmp_path / 'file' / 'runs'}")

@@ -240,6 +240,25 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load(str(tmp_path / "parts" / "best.yaml")).by_nfe == load(str(tmp_path / "whole" / "best.yaml")).by_nfe
 
 
+def test_winners_of_other_budgets_stay(tmp_path: Path, capsys):
+    words = [TOY, "search.trials=2", "search.images=[20]", "n=20", f"out={tmp_path}"]
+    assert main(["search", "toy/edm", *words, "nfe=[5]"]) == 0
+    first = load(str(tmp_path / "best.yaml")).by_nfe
+    assert main(["search", "toy/edm", *words, "nfe=[8]"]) == 0
+    assert set(load(str(tmp_path / "best.yaml")).by_nfe) == {5, 8}
+    assert load(str(tmp_path / "best.yaml")).by_nfe[5] == first[5]
+    assert "another winner" not in capsys.readouterr().err
+    content = (tmp_path / "best.yaml").read_text()
+    assert main(["search", "toy/ddpm", *words, "nfe=[5]"]) == 2
+    assert "best.yaml is not of a search of" in capsys.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "best.yaml").read_text() == content
+    other = (tmp_path / "best.yaml").read_text().replace("name: ", "name: no_", 1)  # as after another search
+    (tmp_path / "best.yaml").write_text(other)
+    assert main(["search", "toy/edm", *words, "nfe=[5]"]) == 0
+    assert "nfe 5: best.yaml had another winner" in capsys.readouterr().err
+    assert (tmp_path / "best.yaml").read_text() == content
+
+
 def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path):
     """So that burn-in takes the share of the budget that it will take, and chains are as long."""
     space = "search.space={prior.eta: [0.5, 1.0], prior.chains: [20, 40]}"

@@ -200,6 +200,23 @@ def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Pat
     assert all(float(row["bits_per_dim_bound"]) for row in rows) and (tmp_path / "tradeoff.png").is_file()
 
 
+def test_a_trade_off_is_not_replaced_unasked(mixture: Path, tmp_path: Path, capsys):
+    words = [
+        f"prior.checkpoint={mixture}",
+        "tradeoff.T=[0.2]",
+        "tradeoff.images=20",
+        "tradeoff.fd=false",
+        f"out={tmp_path}",
+    ]
+    assert main(["tradeoff", "toy/small_t", *words, "logger=none"]) == 0
+    before = (tmp_path / "tradeoff.csv").read_text()
+    assert main(["tradeoff", "toy/small_t", *words, "seed=1"]) == 2
+    assert "tradeoff.csv exists: again=true" in capsys.readouterr().err
+    assert (tmp_path / "tradeoff.csv").read_text() == before
+    assert main(["tradeoff", "toy/small_t", *words, "seed=1", "again=true"]) == 0
+    assert (tmp_path / "tradeoff.csv").read_text() != before
+
+
 def test_the_trade_off_wants_a_density_that_is_known(tmp_path: Path, capsys):
     words = ["prior.checkpoint=", f"out={tmp_path}", "logger=none"]
     assert main(["tradeoff", "toy/small_t", *words]) == 2
