@@ -71,7 +71,8 @@ class Npz(Source):
         images = _checked_images(file, image_key)
         classes = _classes(file) if label_key else None
         labels = _checked_labels(file, label_key, len(images), classes) if label_key else None
-        notes = file.unread({image_key, label_key, "classes"} if label_key else {image_key})
+        read = {"images", "arr_0"} | ({label_key, "classes"} if label_key else set())  # arr_0 may repeat images
+        notes = file.unread(read)
         return ArrayImages(channels_first(images), labels, classes, notes)
 
 
