@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,17 +98,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file is broken, holds code, or is another program's.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, LookupError):
-        raise UsageError(
-            f"checkpoint {path} is none of `diffaccel fit`: it is broken, or holds code, which is never run"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split(". ")[0] or type(error).__name__
-        raise UsageError(f"checkpoint {path} is truncated or broken ({reason}): take an older one") from None
-    if not isinstance(content, dict) or not {"diffaccel", "state_dict"} <= content.keys():
+    from diffaccel.pretrained.torchfile import read_torch  # which needs this module
+
+    content = read_torch(path, load=True)
+    own, state = (content.get(key) if isinstance(content, dict) else None for key in ("diffaccel", "state_dict"))
+    if not isinstance(own, dict) or not isinstance(state, dict):
         raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
+    average = own.get("ema", {})
+    for tensors in (state, average):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise UsageError(f"checkpoint {path} has something else among its tensors: take an older one")
     return content
 
 

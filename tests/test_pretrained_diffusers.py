@@ -194,15 +194,15 @@ def test_ddpm_predicts_as_its_network_does(tmp_path: Path, prediction: str) -> N
     [
         ({"_class_name": "UNetUnconditionalModel"}, "UNetUnconditionalModel"),
         ({"block_channels": [8]}, "key 'block_channels'"),
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
-        ({"freq_shift": 0}, "freq_shift is 0"),
-        ({"downsample_padding": 1}, "downsample_padding is 1"),
-        ({"attention_head_dim": 8}, "attention_head_dim is 8"),
-        ({"norm_eps": 1e-5}, "norm_eps is 1e-05"),
+        ({"flip_sin_to_cos": 1}, "flip_sin_to_cos is 1"),
+        ({"freq_shift": 2}, "freq_shift is 2"),
+        ({"downsample_padding": 2}, "downsample_padding is 2"),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05"),
         ({"num_class_embeds": 10}, "num_class_embeds is 10"),
         ({"out_channels": 6}, "learned variance"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "the same down and up"),
-        ({"block_out_channels": [8, 12]}, "multiples"),
+        ({"up_block_types": ["UpBlock2D", "SkipUpBlock2D"]}, "up_block_types are not 2 of UpBlock2D and AttnUpBlock2D"),
+        ({"time_embedding_type": "fourier"}, "for fourier embedding"),
         ({"sample_size": None}, "sample_size"),
         ({"layers_per_block": 10**6}, "layers_per_block"),
     ],
@@ -214,18 +214,18 @@ def test_configurations_that_are_not_built(tmp_path: Path, edit: dict[str, Any],
 
 
 def test_a_missing_key_has_the_default_of_diffusers(tmp_path: Path) -> None:
+    network = small_ddpm()
     config = {key: value for key, value in POSITIONAL.items() if key != "attention_head_dim"}
-    write_folder(tmp_path / "a", config, {"a": torch.zeros(1)}, DDPM_SCHEDULER)
-    with pytest.raises(UsageError, match="attention_head_dim is 8"):
-        read(tmp_path / "a")
+    write_folder(tmp_path / "a", config, as_filed(names_of_ddpm(network), network), DDPM_SCHEDULER)
+    assert read(tmp_path / "a").network["head_width"] == 8
 
 
 @pytest.mark.parametrize(
     ("scheduler", "match"),
     [
         (None, "no scheduler_config.json"),
-        ({**DDPM_SCHEDULER, "prediction_type": "sample"}, "'sample'"),
-        ({**DDPM_SCHEDULER, "beta_schedule": "squaredcos_cap_v2"}, "squaredcos"),
+        ({**DDPM_SCHEDULER, "prediction_type": "flow_prediction"}, "'flow_prediction'"),
+        ({**DDPM_SCHEDULER, "beta_schedule": "laplace"}, "laplace"),
         ({**DDPM_SCHEDULER, "variance_type": "learned_range"}, "learned variance"),
         ({**DDPM_SCHEDULER, "beta_end": "high"}, "no numbers"),
     ],

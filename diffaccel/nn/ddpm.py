@@ -10,83 +10,114 @@ from torch.nn import functional as F
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 
-
-def _norm(groups: int, width: int) -> nn.GroupNorm:
-    """GroupNorm with the reference's epsilon, a tenth of PyTorch's."""
-    return nn.GroupNorm(groups, width, eps=1e-6)
+EPS = 1e-6
+"""Epsilon of GroupNorm in DDPM's code, a tenth of PyTorch's."""
 
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of the time index and a two-layer perceptron: (B,) -> (B, 4 width).
 
-        [sin(i w_k), cos(i w_k)],    w_k = exp(-ln(1e4) k / (h - 1)),    k = 0 .. h - 1,    h = width / 2
+        [sin(i w_k), cos(i w_k)],    w_k = exp(-ln(1e4) k / (h - shift)),    k = 0 .. h - 1,    h = width / 2
 
     Every residual block applies its own SiLU to the result, so none ends it.
 
     Args:
         width: Number of sinusoids, even and at least 4.
+        cosines_first: Whether cosines come before sines.
+        shift: 1 if the slowest frequency is 1e-4, as in DDPM; 0 for the Transformer's convention.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, cosines_first: bool = False, shift: int = 1) -> None:
         super().__init__()
-        half = width // 2
+        half, self.cosines_first = width // 2, cosines_first
         self.register_buffer(
-            "frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / (half - 1)), persistent=False
+            "frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / (half - shift)), persistent=False
         )
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
     def forward(self, index: Tensor) -> Tensor:
         """Embed (B,)."""
         angle = index[:, None] * self.frequencies
-        return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1))
+        halves = (angle.cos(), angle.sin()) if self.cosines_first else (angle.sin(), angle.cos())
+        return self.layers(torch.cat(halves, dim=1))
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3; add the projected embedding; GroupNorm, SiLU, dropout, 3x3; residual."""
+    """GroupNorm, SiLU, 3x3; add the projected embedding; GroupNorm, SiLU, dropout, 3x3; residual.
 
-    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, groups: int) -> None:
+    With ``film``, the projected embedding scales and shifts what leaves the second GroupNorm instead.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        embedding: int,
+        dropout: float,
+        groups: int,
+        eps: float = EPS,
+        film: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = _norm(groups, width_in), _norm(groups, width)
+        self.norm_1, self.norm_2 = nn.GroupNorm(groups, width_in, eps), nn.GroupNorm(groups, width, eps)
         self.conv_1, self.conv_2 = nn.Conv2d(width_in, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.project = nn.Linear(embedding, width)
+        self.film, self.project = film, nn.Linear(embedding, 2 * width if film else width)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, width_in, H, W), (B, embedding) -> (B, width, H, W)."""
-        shift = rearrange(self.project(F.silu(embedding)), "b c -> b c 1 1")
-        hidden = self.conv_1(F.silu(self.norm_1(x))) + shift
-        return self.skip(x) + self.conv_2(self.dropout(F.silu(self.norm_2(hidden))))
+        projected = rearrange(self.project(F.silu(embedding)), "b c -> b c 1 1")
+        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        if self.film:
+            scale, shift = projected.chunk(2, dim=1)
+            hidden = self.norm_2(hidden) * (1 + scale) + shift
+        else:
+            hidden = self.norm_2(hidden + projected)
+        return self.skip(x) + self.conv_2(self.dropout(F.silu(hidden)))
 
 
 class Attention(nn.Module):
-    """Self-attention over positions with a single head, so with scale C^-1/2, residual."""
+    """Self-attention over positions, residual, with scale c^-1/2 for heads of c channels.
 
-    def __init__(self, width: int, groups: int) -> None:
+    Args:
+        width: Number of channels.
+        groups: Groups of the GroupNorm before it; 0 for none.
+        head_width: Channels of a head; None for a single one.
+        eps: GroupNorm's epsilon.
+    """
+
+    def __init__(self, width: int, groups: int, head_width: int | None = None, eps: float = EPS) -> None:
         super().__init__()
-        self.norm = _norm(groups, width)
+        self.heads = width // (head_width or width)
+        self.norm = nn.GroupNorm(groups, width, eps) if groups else nn.Identity()
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        # The axis of the one head is what PyTorch's fused kernels ask for.
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3)
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        return x + self.out(rearrange(attended, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
-    """Halve H and W: 3x3 of stride 2, padded at the right and the bottom only, as TensorFlow's "same" pads."""
+    """Halve H and W: 3x3 of stride 2, padded at the right and the bottom only, as TensorFlow's "same" pads.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: Number of channels.
+        symmetric: Whether all four sides are padded instead.
+    """
+
+    def __init__(self, width: int, symmetric: bool = False) -> None:
         super().__init__()
+        self.padding = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
@@ -111,23 +142,28 @@ class Stage(nn.ModuleList):
         return x
 
 
-def _check(
-    shape: tuple[int, int, int], width: int, multipliers: list[int], blocks: int, attention: list[int], groups: int
-) -> None:
-    """Refuse what can't be built, or would be built without something that was asked for."""
-    _, rows, columns = shape
-    if not multipliers or min(multipliers) < 1 or blocks < 1:
+def _widths(width: int, multipliers: list[float], blocks: int, groups: int) -> list[int]:
+    """Channels at each resolution; refuses what can't be built."""
+    if not multipliers or not all(0 < multiplier < 1e5 for multiplier in multipliers) or blocks < 1:
         raise UsageError(
-            f"network 'ddpm' needs one multiplier or more, all of at least 1, and at least 1 block a resolution, got "
+            f"network 'ddpm' needs one multiplier or more, all above 0, and at least 1 block a resolution, got "
             f"multipliers {multipliers} and {blocks} blocks: set network.multipliers and network.blocks"
         )
-    if groups < 1 or width % groups:
-        raise UsageError(
-            f"network 'ddpm': {width} channels can't be divided into {groups} groups: use a width that is a multiple "
-            "of network.groups, or set groups"
-        )
+    widths = [round(width * multiplier) for multiplier in multipliers]
+    for found in (width, *widths):
+        if groups < 1 or found < 1 or found % groups:
+            raise UsageError(
+                f"network 'ddpm': {found} channels can't be divided into {groups} groups: use a width that is a "
+                "multiple of network.groups, or set groups"
+            )
     if width % 2 or width < 4:
         raise UsageError(f"network 'ddpm' embeds time in {width} sines and cosines: use an even width of at least 4")
+    return widths
+
+
+def _check(shape: tuple[int, int, int], multipliers: list[float], attention: list[int]) -> None:
+    """Refuse what can't be built, or would be built without something that was asked for."""
+    _, rows, columns = shape
     halvings = len(multipliers) - 1
     if rows % 2**halvings or columns % 2**halvings:
         raise UsageError(
@@ -142,6 +178,13 @@ def _check(
         )
 
 
+def _check_groups(channels: int, groups: int, head_width: int | None) -> None:
+    """Refuse attention on channels that its groups or heads don't divide."""
+    for number, what in ((groups, "groups"), (channels if head_width is None else head_width, "channels a head")):
+        if number < 0 or (number == 0 and what != "groups") or (number and channels % number):
+            raise UsageError(f"network 'ddpm': {channels} channels to attend to can't be divided into {number} {what}")
+
+
 @NETWORKS.register("ddpm")
 class DDPMUNet(nn.Module):
     """DDPM's U-Net; its defaults are those for CIFAR-10 (35.7 M parameters).
@@ -153,16 +196,26 @@ class DDPMUNet(nn.Module):
     Args:
         shape: Image shape (C, H, W).
         width: Channels of the first convolution, a multiple of ``groups``.
-        multipliers: Channels at each resolution in units of ``width``, finest first; each next one halves H and W.
+        multipliers: Channels at each resolution in units of ``width``, finest first; each next one halves H and W. They
+            are rounded to whole channels.
         blocks: Residual blocks per resolution on the way down.
         attention: Heights, in pixels, of the feature maps with self-attention (16 means 16x16 for square images).
         dropout: Dropout rate in the residual blocks.
         groups: Groups of the GroupNorm layers; 32 in the paper, fewer for small experiments.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
+        attention_up: As ``attention``, of the way up; None for the same.
+        middle_attention: Whether there is attention in the middle.
+        middle_groups: Groups of the GroupNorm before it; None for ``groups``, 0 for no GroupNorm.
+        head_width: Channels of an attention head; None for a single head.
+        eps: Epsilon of the GroupNorm layers.
+        film: Whether the time scales and shifts what leaves a block's second GroupNorm; it is added before that if not.
+        symmetric: Whether downsampling pads all four sides, not the right and the bottom only.
+        cosines_first: See :class:`TimeEmbedding`.
+        shift: See :class:`TimeEmbedding`.
 
     Raises:
-        UsageError: The image can't be halved as often as ``multipliers`` asks, the width can't be divided into groups
-            or into sines and cosines, a resolution to attend at doesn't exist, or there would be no layers.
+        UsageError: The image can't be halved as often as ``multipliers`` asks, a width can't be divided into groups,
+            heads, or sines and cosines, a resolution to attend at doesn't exist, or there would be no layers.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, Appendix B
@@ -173,47 +226,65 @@ class DDPMUNet(nn.Module):
         self,
         shape: tuple[int, int, int],
         width: int = 128,
-        multipliers: list[int] = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
+        multipliers: list[float] = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
         blocks: int = 2,
         attention: list[int] = [16],  # noqa: B006
         dropout: float = 0.1,
         groups: int = 32,
         classes: int = 0,
+        attention_up: list[int] | None = None,
+        middle_attention: bool = True,
+        middle_groups: int | None = None,
+        head_width: int | None = None,
+        eps: float = EPS,
+        film: bool = False,
+        symmetric: bool = False,
+        cosines_first: bool = False,
+        shift: int = 1,
     ) -> None:
         super().__init__()
-        _check(shape, width, multipliers, blocks, attention, groups)
+        up = attention if attention_up is None else attention_up
+        widths = _widths(width, multipliers, blocks, groups)
+        _check(shape, multipliers, [*attention, *up])
         channels, rows, _ = shape
         self.shape, self.classes = tuple(shape), classes
         embedding = 4 * width
-        self.embed_time = TimeEmbedding(width)
+        self.embed_time = TimeEmbedding(width, cosines_first, shift)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
 
         def block(width_in: int, width_out: int) -> ResidualBlock:
-            return ResidualBlock(width_in, width_out, embedding, dropout, groups)
+            return ResidualBlock(width_in, width_out, embedding, dropout, groups, eps, film)
 
-        def attend(level: int) -> list[nn.Module]:
-            return [Attention(width * multipliers[level], groups)] if rows // 2**level in attention else []
+        def attend(wide: int, groups: int) -> Attention:
+            _check_groups(wide, groups, head_width)
+            return Attention(wide, groups, head_width, eps)
+
+        def attended(level: int, rows_attended: list[int]) -> list[nn.Module]:
+            return [attend(widths[level], groups)] if rows // 2**level in rows_attended else []
 
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         hidden, skips = width, [width]
-        for level, multiplier in enumerate(multipliers):
+        for level, wide in enumerate(widths):
             if level:
-                self.down.append(Stage([Downsample(hidden)]))
+                self.down.append(Stage([Downsample(hidden, symmetric)]))
                 skips.append(hidden)
             for _ in range(blocks):
-                self.down.append(Stage([block(hidden, width * multiplier), *attend(level)]))
-                hidden = width * multiplier
+                self.down.append(Stage([block(hidden, wide), *attended(level, attention)]))
+                hidden = wide
                 skips.append(hidden)
-        self.middle = Stage([block(hidden, hidden), Attention(hidden, groups), block(hidden, hidden)])
-        for level in reversed(range(len(multipliers))):
+        self.middle = Stage([block(hidden, hidden)])
+        if middle_attention:
+            self.middle.append(attend(hidden, groups if middle_groups is None else middle_groups))
+        self.middle.append(block(hidden, hidden))
+        for level in reversed(range(len(widths))):
             for index in range(blocks + 1):
-                layers = [block(hidden + skips.pop(), width * multipliers[level]), *attend(level)]
-                hidden = width * multipliers[level]
+                layers = [block(hidden + skips.pop(), widths[level]), *attended(level, up)]
+                hidden = widths[level]
                 if level and index == blocks:
                     layers.append(Upsample(hidden))
                 self.up.append(Stage(layers))
-        self.norm = _norm(groups, hidden)
+        self.norm = nn.GroupNorm(groups, hidden, eps)
         self.out = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:

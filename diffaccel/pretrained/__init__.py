@@ -17,10 +17,10 @@ import torch
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.pretrained import denoisers  # noqa: F401 (registers them)
-from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names
-from diffaccel.pretrained.diffusers import read_diffusers, weights_files
+from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, unwrap
+from diffaccel.pretrained.diffusers import identity_files, read_diffusers
 from diffaccel.pretrained.edm import read_edm
-from diffaccel.pretrained.pickles import refuse
+from diffaccel.pretrained.pickles import open_file, refuse
 from diffaccel.pretrained.score_sde import read_score_sde
 from diffaccel.pretrained.torchfile import Stored
 from diffaccel.weights import file_sha256, read_description, read_weights, save_weights
@@ -79,9 +79,7 @@ def files_sha256(path: Path) -> str:
     """Hash a file; of a folder, the weights and the configuration beside them."""
     if path.is_file():
         return file_sha256(path)
-    files = weights_files(path)
-    configurations = [files[0].parent / "config.json", *path.rglob("scheduler_config.json")]
-    return hashlib.sha256("".join(file_sha256(file) for file in [*files, *configurations]).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(file) for file in identity_files(path)).encode()).hexdigest()
 
 
 def is_pretrained(path: Path) -> bool:
@@ -100,7 +98,9 @@ def read_own(path: Path, options: Mapping[str, Any]) -> Pretrained:
     origin = str(path)
     if options:
         raise refuse(origin, f"it was converted with its options: leave {sorted(options)[0]}= out")
+    open_file(path).close()
     tensors, said = read_weights(path)
+    tensors = unwrap(origin, tensors)
     parts = [said.get(key) for key in ("network", "denoiser", "process")]
     shape = said.get("shape")
     if not all(isinstance(part, dict) for part in parts) or not isinstance(shape, list):

@@ -100,6 +100,20 @@ def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int
         raise refuse(origin, str(error)) from None
 
 
+def unwrap(origin: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what DataParallel and torch.compile put before all names, or within them.
+
+    Raises:
+        UsageError: Two names become one.
+    """
+    names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in found]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    if len(set(names)) < len(names):
+        raise refuse(origin, "two of its tensors have one name, but for module. or _orig_mod. before it")
+    return dict(zip(names, found.values(), strict=True))
+
+
 def check_names(origin: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored]) -> None:
     """Compare a file's names and shapes with those of the layout that it seems to have.
 

@@ -4,6 +4,7 @@ They are written on y = x / alpha at rho = sigma / alpha, so that each runs wher
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,9 @@ class DiscreteVPDenoiser(VPDenoiser):
         steps: Number of levels.
         beta_start: First beta.
         beta_end: Last beta.
-        schedule: ``linear`` in beta, or ``scaled_linear`` in its square root.
-        predicts: ``eps``, or ``v`` = alpha eps - sigma x_0.
+        schedule: ``linear`` in beta, ``scaled_linear`` in its square root, ``sigmoid``, or ``squaredcos_cap_v2``, the
+            cosine schedule, which has no first and last beta.
+        predicts: ``eps``, ``v`` = alpha eps - sigma x_0, or ``x_0``.
 
     Raises:
         UsageError: An unknown schedule or prediction.
@@ -139,14 +141,13 @@ class DiscreteVPDenoiser(VPDenoiser):
         schedule: str = "linear",
         predicts: str = "eps",
     ) -> None:
-        if schedule not in ("linear", "scaled_linear") or predicts not in ("eps", "v"):
+        if schedule not in BETAS or predicts not in ("eps", "v", "x_0"):
             raise UsageError(
-                f"denoiser 'discrete_vp': schedule {schedule!r} is not linear or scaled_linear, or predicts "
-                f"{predicts!r} is not eps or v"
+                f"denoiser 'discrete_vp': schedule {schedule!r} is none of {', '.join(BETAS)}, or predicts "
+                f"{predicts!r} is none of eps, v, x_0"
             )
-        power = 1.0 if schedule == "linear" else 2.0
-        ends = beta_start ** (1 / power), beta_end ** (1 / power)
-        kept = (1 - torch.linspace(*ends, steps, dtype=torch.float64, device="cpu") ** power).cumprod(0)
+        places = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+        kept = (1 - BETAS[schedule](places, beta_start, beta_end)).cumprod(0)
         log_ratios = 0.5 * ((1 - kept) / kept).log()
         low, high = log_ratios[[0, -1]].exp().tolist()
         super().__init__(network, process, ratio_min=low, ratio_max=high)
@@ -161,18 +162,37 @@ class DiscreteVPDenoiser(VPDenoiser):
         return (above - 1 + fraction).clamp(0, len(table) - 1)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
-        if self.predicts == "eps":
-            return eps
+        if self.predicts != "v":
+            return eps if self.predicts == "eps" else x_0
         norm, alpha, sigma = self._norm(t), self.process.alpha(t), self.process.sigma(t)
         return expand(alpha / norm, eps) * eps - expand(sigma / norm, x_0) * x_0
 
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
         if self.predicts == "eps":
             return super().prediction(output, x_t, t)
+        if self.predicts == "x_0":
+            alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
+            return Prediction(output, (x_t - alpha * output) / sigma)
         norm, alpha, sigma = self._norm(t), self.process.alpha(t), self.process.sigma(t)
         a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
         scaled = x_t / expand(norm, x_t)
         return Prediction(a * scaled - s * output, s * scaled + a * output)
+
+
+def _squaredcos(u: Tensor) -> Tensor:
+    """Betas of the cosine schedule, at most 0.999, for indices over the largest one."""
+    steps = len(u)
+    share = ((torch.arange(steps + 1).to(u) / steps + 0.008) / 1.008 * math.pi / 2).cos().square()
+    return (1 - share[1:] / share[:-1]).clamp(max=0.999)
+
+
+BETAS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "linear": lambda u, first, last: first + (last - first) * u,
+    "scaled_linear": lambda u, first, last: (first**0.5 + (last**0.5 - first**0.5) * u) ** 2,
+    "sigmoid": lambda u, first, last: first + (last - first) * (12 * u - 6).sigmoid(),
+    "squaredcos_cap_v2": lambda u, first, last: _squaredcos(u),
+}
+"""Schedule -> betas at indices over the largest one, from the first to the last."""
 
 
 @DENOISERS.register("iddpm")

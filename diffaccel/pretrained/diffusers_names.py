@@ -109,8 +109,9 @@ def names_of_ddpm(network: nn.Module) -> list[Entry]:
             entries.extend(_residual(f"{name}.resnets.{number}", own, layer, names))
         elif isinstance(layer, Attention):
             attention = f"{name}.attentions.{number}"
-            entries.extend(_pairs(f"{attention}.group_norm", f"{own}.norm", layer.norm))
-            entries.extend(_attention(attention, f"{own}.qkv", f"{own}.out", layer.norm.num_channels, False))
+            if not isinstance(layer.norm, nn.Identity):
+                entries.extend(_pairs(f"{attention}.group_norm", f"{own}.norm", layer.norm))
+            entries.extend(_attention(attention, f"{own}.qkv", f"{own}.out", layer.out.out_channels, False))
         elif isinstance(layer, Downsample | Upsample):
             kind = "downsamplers" if isinstance(layer, Downsample) else "upsamplers"
             entries.extend(_pairs(f"{name}.{kind}.0.conv", f"{own}.conv", layer.conv))
@@ -123,8 +124,8 @@ def names_of_ddpm(network: nn.Module) -> list[Entry]:
             add(layer, f"down.{index}.{place}", f"down_blocks.{level}", number)
         halves = isinstance(stage[0], Downsample)
         level, number = (level + 1, 0) if halves else (level, number + 1)
-    for place, (layer, number) in enumerate(zip(network.middle, (0, 0, 1), strict=True)):
-        add(layer, f"middle.{place}", "mid_block", number)
+    for place, layer in enumerate(network.middle):
+        add(layer, f"middle.{place}", "mid_block", int(place > 0 and isinstance(layer, ResidualBlock)))
     level = number = 0
     for index, stage in enumerate(network.up):
         for place, layer in enumerate(stage):

@@ -7,9 +7,9 @@ References:
 """
 
 import io
+import itertools
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,51 @@ import torch
 from diffaccel.nn.ncsnpp import resampling_kernel
 from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names
 from diffaccel.pretrained.edm_networks import NETWORKS
-from diffaccel.pretrained.pickles import open_file, refuse, run_pickle, short
+from diffaccel.pretrained.pickles import (
+    Attributed,
+    make_dict,
+    make_set,
+    open_file,
+    refuse,
+    run_pickle,
+    short,
+)
 from diffaccel.pretrained.torchfile import Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
 """Of the tree of modules; a pickle may share one child among many parents."""
 
 
-class Recipe:
+class Recipe(Attributed):
     """Stands for a module: its class's name and its ``__dict__``."""
 
-    def __init__(self, class_name: str, state: Mapping[str, Any]) -> None:
-        self.class_name, self.state = class_name, state
+    def __init__(self, class_name: str = "container", state: Mapping[str, Any] | None = None) -> None:
+        self.class_name, self.state = class_name, state or {}
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
+        """Take the ``__dict__`` of one of torch's containers."""
         self.state = state
 
 
-def edm_globals(origin: str) -> dict[tuple[str, str], Any]:
-    """Make stand-ins for the names that EDM's pickles hold; new ones each time, as a pickle may write on them."""
+class Dtype(Attributed):
+    """Stands for a dtype of NumPy: its code and byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = str(code), "<"
+
+    def set_state(self, state: Any) -> None:
+        """Take version, byte order and more."""
+        self.order = state[1]
+
+
+def edm_globals(origin: str, spent: Iterator[int]) -> dict[tuple[str, str], Any]:
+    """Make stand-ins for the names that EDM's pickles hold.
+
+    Args:
+        origin: The file.
+        spent: Counts the operations of the pickle and of those in its storages.
+    """
+    blobs: dict[int, bytes] = {}
 
     def reconstruct(meta: Any, *_: Any) -> Recipe:
         if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != 6:
@@ -48,21 +74,13 @@ def edm_globals(origin: str) -> dict[tuple[str, str], Any]:
         return Recipe(meta["class_name"], meta["state"])
 
     def load_from_bytes(blob: Any) -> Storage:
-        found = read_stream(io.BytesIO(blob), f"{origin}, a storage in it,")
+        if type(blob) is not bytes or id(blob) in blobs:
+            raise refuse(origin, "a storage in it has no bytes of its own")
+        blobs[id(blob)] = blob
+        found = read_stream(io.BytesIO(blob), f"{origin}, a storage in it,", spent)
         if not isinstance(found, Storage):
             raise refuse(origin, "a storage in it holds something else")
         return found
-
-    class Container(Recipe):
-        def __init__(self) -> None:
-            super().__init__("container", {})
-
-    class Dtype:
-        def __init__(self, code: str, *_: Any) -> None:
-            self.code, self.order = str(code), "<"
-
-        def __setstate__(self, state: Any) -> None:
-            self.order = state[1]
 
     def scalar(dtype: Any, raw: Any) -> Any:
         code = dtype.code if isinstance(dtype, Dtype) else ""
@@ -75,9 +93,9 @@ def edm_globals(origin: str) -> dict[tuple[str, str], Any]:
         **torch_globals(origin),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
         ("torch.storage", "_load_from_bytes"): load_from_bytes,
-        **{("torch.nn.modules.container", name): Container for name in containers},
-        ("builtins", "set"): set,
-        ("dnnlib.util", "EasyDict"): OrderedDict,
+        **{("torch.nn.modules.container", name): Recipe for name in containers},
+        ("builtins", "set"): make_set,
+        ("dnnlib.util", "EasyDict"): make_dict,
         ("numpy", "dtype"): Dtype,
         ("numpy.core.multiarray", "scalar"): scalar,
         ("numpy._core.multiarray", "scalar"): scalar,
@@ -97,7 +115,8 @@ def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
     origin = str(path)
     if options.get("weights", "ema") != "ema":
         raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
-    content = run_pickle(open_file(path), origin, edm_globals(origin))
+    spent = itertools.count()
+    content = run_pickle(open_file(path), origin, edm_globals(origin, spent), spent=spent)
     root = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(root, Recipe):
         raise refuse(origin, "it holds no network under 'ema', as EDM's do")
@@ -136,9 +155,11 @@ def state_of(root: Recipe, origin: str) -> dict[str, Stored]:
         UsageError: Something else stands among them, or the tree is too deep or too large.
     """
     found: dict[str, Stored] = {}
+    modules = itertools.count()
 
     def walk(module: Any, prefix: str, depth: int) -> None:
-        if not isinstance(module, Recipe) or depth > MAX_DEPTH or len(found) > MAX_TENSORS:
+        many = next(modules) > MAX_TENSORS or len(found) > MAX_TENSORS
+        if not isinstance(module, Recipe) or depth > MAX_DEPTH or many:
             raise refuse(origin, f"its modules are no tree at {prefix[:60] or 'the root'!r}")
         parameters, buffers = (_dict(module.state, key, origin) for key in ("_parameters", "_buffers"))
         skipped = module.state.get("_non_persistent_buffers_set", ())

@@ -22,6 +22,7 @@ from diffaccel.pretrained.checkpoint import (
     attention_size,
     build_on_meta,
     check_names,
+    unwrap,
 )
 from diffaccel.pretrained.pickles import refuse
 from diffaccel.pretrained.torchfile import Stored, read_torch
@@ -122,7 +123,7 @@ def _parts(content: Any, origin: str) -> tuple[dict[str, Stored], list[Any]]:
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(model, dict) or not isinstance(shadow, list):
         raise refuse(origin, "it holds no 'model' with an 'ema' that lists 'shadow_params', as score_sde_pytorch's do")
-    named = {str(name).removeprefix("module."): value for name, value in model.items()}
+    named = unwrap(origin, {str(name): value for name, value in model.items()})
     if not all(isinstance(value, Stored) for value in (*named.values(), *shadow)):
         raise refuse(origin, "its 'model' or 'ema' holds something that is no tensor")
     return named, shadow

@@ -4,21 +4,24 @@ What a name may stand for is a handful: storages by dtype, the functions that pu
 """
 
 import io
+import itertools
 import math
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from diffaccel.pretrained.pickles import Globals, open_file, refuse, run_pickle, short
+from diffaccel.pretrained.pickles import Globals, damage, make_dict, open_file, refuse, run_pickle, short
 
+MAX_DIMENSIONS = 8
+MAX_NUMBERS = 1 << 40
+"""Of a tensor, and of each side of its shape."""
 MAGIC = 0x1950A86A20F9469CFC6C
 """What an older stream starts with."""
 
@@ -57,6 +60,14 @@ class Storage:
     count: int
     read: Callable[[], bytes]
 
+    @cached_property
+    def numbers(self) -> Tensor:
+        """All of them, (count,), read once."""
+        data = bytearray(self.read())
+        if len(data) != self.count * self.dtype.itemsize:
+            raise ValueError(f"a storage of {self.count} numbers has {len(data)} bytes")
+        return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -73,36 +84,36 @@ class Stored:
     load: Callable[[], Tensor]
 
 
-def _load(storage: Storage, offset: int, shape: tuple[int, ...]) -> Tensor:
-    size, count = storage.dtype.itemsize, math.prod(shape)
-    own = bytearray(storage.read()[offset * size : (offset + count) * size])
-    return torch.frombuffer(own, dtype=storage.dtype).reshape(shape) if own else torch.empty(shape)
-
-
 def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
-    """Make stand-ins for the names that files of torch.save hold; new ones each time, as a pickle may write on them."""
+    """Make stand-ins for the names that files of torch.save hold."""
 
     def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
         numbers = (offset, *size, *stride)
-        if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < MAX_NUMBERS for n in numbers):
             raise refuse(origin, "a tensor's shape or storage is none")
-        expected = [math.prod(size[i + 1 :]) for i in range(len(size))]
-        laid_out = len(size) == len(stride) and all(
-            n == 1 or a == b for n, a, b in zip(size, stride, expected, strict=True)
-        )
-        if not laid_out or offset + math.prod(size) > storage.count:
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+            raise refuse(origin, f"a tensor has {len(size)} dimensions and {len(stride)} strides")
+        count = math.prod(size)
+        end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else 0
+        if max(count, end) > storage.count:
             raise refuse(
                 origin,
-                f"a tensor of shape {tuple(size)[:8]}, stride {tuple(stride)[:8]} and offset {offset} does not lie "
-                f"row by row in its storage of {storage.count} numbers",
+                f"a tensor of shape {tuple(size)}, stride {tuple(stride)} and offset {offset} does not lie in its "
+                f"storage of {storage.count} numbers",
             )
-        return Stored(storage.dtype, tuple(size), partial(_load, storage, offset, tuple(size)))
+        shape, strides = tuple(size), tuple(stride)
+
+        def load() -> Tensor:
+            with damage(origin):
+                return torch.as_strided(storage.numbers, shape, strides, offset if count else 0)
+
+        return Stored(storage.dtype, shape, load)
 
     def rebuild_parameter(tensor: Any, *_: Any) -> Any:
         return tensor
 
     return {
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): make_dict,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
         ("torch._utils", "_rebuild_parameter_with_state"): rebuild_parameter,
@@ -110,21 +121,45 @@ def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
     }
 
 
-def read_torch(path: Path) -> Any:
-    """Read a file of torch.save; its tensors become :class:`Stored`.
+def read_torch(path: Path, load: bool = False) -> Any:
+    """Read a file of torch.save.
+
+    Args:
+        path: The file.
+        load: Whether to load its tensors, which become :class:`Stored` otherwise.
 
     Raises:
         UsageError: The file is missing, damaged, or names anything but tensors and containers.
     """
-    return read_stream(open_file(path), str(path))
+    content = read_stream(open_file(path), f"checkpoint {path}")
+    return _loaded(content, {}) if load else content
 
 
-def read_stream(file: BinaryIO, origin: str) -> Any:
-    """Read an open one."""
-    if zipfile.is_zipfile(file):
-        return _read_zip(file, origin)
+def _loaded(value: Any, done: dict[int, Any]) -> Any:
+    """Load the tensors in nested containers; those that share a storage share memory."""
+    if id(value) not in done:
+        if isinstance(value, Stored):
+            done[id(value)] = value.load()
+        elif isinstance(value, dict):
+            done[id(value)] = {key: _loaded(entry, done) for key, entry in value.items()}
+        elif isinstance(value, list | tuple):
+            done[id(value)] = type(value)(_loaded(entry, done) for entry in value)
+        else:
+            return value
+    return done[id(value)]
+
+
+def read_stream(file: BinaryIO, origin: str, spent: Iterator[int] | None = None) -> Any:
+    """Read an open one; for ``spent`` see :func:`~diffaccel.pretrained.pickles.run_pickle`."""
+    spent = spent or itertools.count()
+    start = file.read(4)
     file.seek(0)
-    return _read_older(file, origin)
+    with damage(origin):
+        if start == b"PK\x03\x04":
+            return _read_zip(file, origin, spent)
+        if start[:1] != b"\x80":
+            raise refuse(origin, "it is no file of torch.save")
+        return _read_older(file, origin, spent)
 
 
 def _identify(pid: tuple[Any, ...], origin: str) -> tuple[torch.dtype, str, int]:
@@ -132,34 +167,33 @@ def _identify(pid: tuple[Any, ...], origin: str) -> tuple[torch.dtype, str, int]
     if len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], StorageType) or any(pid[5:]):
         raise refuse(origin, f"it refers to {short(pid[0] if pid else None)}, which is no storage of numbers")
     key, count = pid[2], pid[4]
-    if type(key) is not str or type(count) is not int or count < 0:
+    if type(key) is not str or type(count) is not int or not 0 <= count < MAX_NUMBERS:
         raise refuse(origin, "a storage has no key or no size")
     return pid[1].dtype, key, count
 
 
-def _read_zip(file: BinaryIO, origin: str) -> Any:
-    """Records of the archive, none of them compressed: nothing in it is larger than in the file."""
-    try:
-        archive = zipfile.ZipFile(file)
-        records = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise refuse(origin, f"it is truncated or damaged ({error})") from None
-    stored = all(info.compress_type == zipfile.ZIP_STORED for info in records.values())
-    if not stored or sum(info.file_size for info in records.values()) > _end_of(file):
+def _records(archive: zipfile.ZipFile, size: int, origin: str) -> dict[str, zipfile.ZipInfo]:
+    """Records by name, none of them compressed: nothing in the archive is larger than in the file."""
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) < len(archive.infolist()):
+        raise refuse(origin, "it holds two records of one name")
+    if any(info.compress_type or info.compress_size != info.file_size for info in records.values()):
         raise refuse(origin, "it is a compressed archive, which torch.save does not write")
+    if sum(info.file_size for info in records.values()) > size:
+        raise refuse(origin, "its records are longer than it is: it is truncated or damaged")
+    return records
+
+
+def _read_zip(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
+    """An archive of a pickle and the storages that it refers to."""
+    archive = zipfile.ZipFile(file)
+    records = _records(archive, _end_of(file), origin)
     (root, *others) = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")] or [""]
     if others or not root:
         raise refuse(origin, "it is an archive, but not one of torch.save")
-    order = records.get(f"{root}byteorder")
-
-    def read(name: str) -> bytes:
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-            raise refuse(origin, f"its record {name} is damaged ({error})") from None
-
-    if order is not None and read(order.filename) != b"little":
+    if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
         raise refuse(origin, "its numbers are not little-endian")
+    storages: dict[str, Storage] = {}
 
     def storage(pid: tuple[Any, ...]) -> Storage:
         dtype, key, count = _identify(pid, origin)
@@ -167,24 +201,26 @@ def _read_zip(file: BinaryIO, origin: str) -> Any:
         if record is None or record.file_size != count * dtype.itemsize:
             size = "no record" if record is None else f"{record.file_size} bytes"
             raise refuse(origin, f"storage {key[:40]!r} of {count} {dtype} has {size}: it is truncated or oversized")
-        return Storage(dtype, count, lambda: read(record.filename))
+        return _same(storages.setdefault(key, Storage(dtype, count, lambda: archive.read(record))), dtype, origin)
 
-    return run_pickle(io.BytesIO(read(f"{root}data.pkl")), origin, torch_globals(origin), storage)
+    return run_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), origin, torch_globals(origin), storage, spent)
 
 
-def _read_older(file: BinaryIO, origin: str) -> Any:
+def _same(storage: Storage, dtype: torch.dtype, origin: str, count: int | None = None) -> Storage:
+    """Check that a storage is of one type and size wherever a file refers to it."""
+    if storage.dtype != dtype or (count is not None and storage.count != count):
+        raise refuse(origin, "one of its storages has two types or sizes")
+    return storage
+
+
+def _read_older(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
     """A stream of pickles: magic number, version, machine, the object, the storages' keys; then their bytes."""
     known: Globals = torch_globals(origin)
-    if file.read(2)[:1] != b"\x80":
-        raise refuse(origin, "it is no file of torch.save")
-    file.seek(0)
-    if run_pickle(file, origin, known) != MAGIC:
-        raise refuse(origin, "it is a pickle, but not one of torch.save")
-    version, machine = run_pickle(file, origin, known), run_pickle(file, origin, known)
-    if version != 1001 or not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
-        raise refuse(origin, f"its version is {short(version)}, or its numbers are not little-endian")
     positions: dict[str, int] = {}
     storages: dict[str, Storage] = {}
+
+    def run(storage: Callable[[tuple[Any, ...]], Any] | None = None) -> Any:
+        return run_pickle(file, origin, known, storage, spent)
 
     def storage(pid: tuple[Any, ...]) -> Storage:
         dtype, key, count = _identify(pid, origin)
@@ -193,13 +229,14 @@ def _read_older(file: BinaryIO, origin: str) -> Any:
             file.seek(positions[key])
             return file.read(count * dtype.itemsize)
 
-        made = storages.setdefault(key, Storage(dtype, count, read))
-        if (made.dtype, made.count) != (dtype, count):
-            raise refuse(origin, f"storage {key[:40]!r} has two sizes")
-        return made
+        return _same(storages.setdefault(key, Storage(dtype, count, read)), dtype, origin, count)
 
-    content = run_pickle(file, origin, known, storage)
-    keys = run_pickle(file, origin, known)
+    if run() != MAGIC:
+        raise refuse(origin, "it is a pickle, but not one of torch.save")
+    version, machine = run(), run()
+    if version != 1001 or not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
+        raise refuse(origin, f"its version is {short(version)}, or its numbers are not little-endian")
+    content, keys = run(storage), run()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise refuse(origin, "it lists other storages than its tensors have")
     end = _end_of(file)
