@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb = words.pop(0)
     if verb in PATH_VERBS and not {"-h", "--help", "help"} & set(words):
         return _guarded(lambda: PATH_VERBS[verb](words))
-    experiment = words.pop(0) if words and "=" not in words[0] else None
-    if verb in (*verbs, *PATH_VERBS) and (experiment == "help" or {"-h", "--help"} & {experiment, *words}):
+    if verb in (*verbs, *PATH_VERBS) and (words[:1] == ["help"] or {"-h", "--help"} & set(words)):
         print(HELP)
         return 0
 
@@ -79,13 +78,52 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no command is called {verb!r}{suggest(verb, [*verbs, *PATH_VERBS])} (see `diffaccel help`)"
             )
         _quiet()
-        from diffaccel.config import load
+        from diffaccel.config import FLAGS, load
+        from diffaccel.overrides import sort_words
 
+        others, settings = sort_words(
+            words, FLAGS, lambda word: word.endswith((".yaml", ".yml")) and os.path.isfile(word)
+        )
         # Statistics are written to OUT, and not over those that the experiment reads.
         instead = {"reference": "", "floor": ""} if verb == "reference" else None
-        verbs[verb](load(experiment, words, instead))
+        verbs[verb](load(_one_experiment(others), settings, instead))
 
     return _guarded(run)
+
+
+def _one_experiment(words: list[str]) -> str | None:
+    """Return the experiment among the words that are no settings; None if there are none.
+
+    Raises:
+        UsageError: A word is a key without a value, or there are several.
+    """
+    from diffaccel.config import FLAGS, KEYS
+
+    for word in words:
+        if word in KEYS:
+            raise UsageError(f"{word!r} is a key: write {word}={'true' if word in FLAGS else 'VALUE'}, without spaces")
+    if len(words) > 1:
+        raise UsageError(
+            f"give one experiment, not {' and '.join(map(repr, words))}; settings are key=value, without spaces"
+        )
+    return words[0] if words else None
+
+
+def _options(
+    words: list[str], known: Iterable[str], verb: str, flags: Iterable[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Separate the paths of a command from its options, which are text.
+
+    Raises:
+        UsageError: An option that it doesn't have.
+    """
+    from diffaccel.overrides import sort_words
+
+    paths, settings = sort_words(words, [*flags])
+    options = dict(word.split("=", 1) for word in settings)
+    if unknown := sorted(options.keys() - {*known, *flags}):
+        raise UsageError(f"{verb} has no key {unknown[0]!r}{suggest(unknown[0], known)}")
+    return [os.path.expanduser(path) for path in paths], options
 
 
 def _guarded(run: Callable[[], None]) -> int:
@@ -119,11 +157,8 @@ def compare(words: list[str]) -> None:
     """Print the points of several runs side by side, and write a page of them."""
     from diffaccel import compare as comparison
 
-    sources = [word for word in words if "=" not in word or Path(word).exists()]
-    options = dict(word.lstrip("-").split("=", 1) for word in words if word not in sources)
-    if unknown := sorted(options.keys() - {"out"}):
-        raise UsageError(f"compare has no key {unknown[0]!r}{suggest(unknown[0], ['out'])}")
-    out = Path(options.get("out", "runs/compare"))
+    sources, options = _options(words, ["out"], "compare")
+    out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
     rows = comparison.compare(sources)
     comparison.write(rows, out)
@@ -134,22 +169,19 @@ def compare(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
     from diffaccel import pretrained
+    from diffaccel.overrides import scalar
     from diffaccel.targets import check_new
 
-    inspects, words = "--inspect" in words, [word for word in words if word != "--inspect"]
-    paths = [word for word in words if "=" not in word or Path(word).exists()]
-    options = dict(word.lstrip("-").split("=", 1) for word in words if word not in paths)
+    paths, options = _options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
+    inspects, again = (scalar(options.pop(flag, "no")) is True for flag in ("inspect", "again"))
     if len(paths) != (1 if inspects else 2):
         raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")
     if not inspects:
-        check_new([Path(paths[1])], options.pop("again", "false") == "true")
+        check_new([Path(paths[1])], again)
     typed: dict[str, Any] = {}
     for key, value in options.items():
-        kind = pretrained.OPTIONS.get(key)
-        if kind is None:
-            raise UsageError(f"convert has no key {key!r}{suggest(key, pretrained.OPTIONS)}")
         try:
-            typed[key] = kind(value)
+            typed[key] = pretrained.OPTIONS[key](value)
         except ValueError:
             raise UsageError(f"{key}={value} is no number") from None
     source = Path(paths[0])

@@ -8,27 +8,26 @@ keys. Paths in a file are relative to that file, paths on the command line to th
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf's parser
 
+from diffaccel import overrides
+from diffaccel.checks import check, check_finite, conform
 from diffaccel.errors import UsageError, suggest
 from diffaccel.methods.base import nearest
 from diffaccel.methods.small_t import Tradeoff
 from diffaccel.methods.training import Training
+from diffaccel.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
+from diffaccel.trees import PARTS, merge
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-PARTS = (
-    *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
-    *("grid", "init_solver", "attenuation", "density"),  # parts of parts
-)
-"""Keys that hold a part; a bare string there is its name."""
 
 PATHS = (
     "checkpoint",
@@ -48,8 +47,8 @@ PATHS = (
 TUNABLE = ("prior", "solver")
 """Parts that ``by_nfe`` may set."""
 
-ALIASES = {"chains": "prior.chains", "images": "training.images"}
-"""Short keys of the command line."""
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+"""Lightning's short names."""
 
 
 @dataclass
@@ -185,14 +184,30 @@ class Config:
         return merge(own, self.by_nfe[nearest(self.by_nfe, nfe)])
 
 
-def load(experiment: str | None, overrides: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
+TEXTS = ("precision", "accelerator", "logger", "wandb_mode", "format", "data.label", "method.metric")
+"""Keys whose value on the command line is text, whatever it looks like."""
+
+KEYS = frozenset(item.name for item in dataclasses.fields(Config)) | overrides.ALIASES.keys()
+"""Keys that need no part's name before them."""
+
+FLAGS = frozenset(item.name for item in dataclasses.fields(Config) if item.type is bool)
+"""Keys that ``--key`` alone sets to true."""
+
+
+def holds_path(key: str) -> bool:
+    """Whether the value of a dotted key is a path."""
+    part = re.sub(r"^by_nfe\.\d+\.", "", key)
+    return part in PATHS or key in ("out", "resume") or key.startswith("tradeoff.densities.")
+
+
+def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
     """Read an experiment and apply overrides.
 
     Args:
         experiment: A path, or ``<data>/<method>`` under experiments/; None takes ``method=`` and ``data=`` from the
             overrides.
-        overrides: ``key=value`` words; a leading ``--`` is ignored, keys may be dotted, values are YAML.
-        instead: Keys of a command that does without the experiment's own values; the overrides are laid over them.
+        settings: ``key=value`` words, see :mod:`diffaccel.overrides`; keys may be dotted.
+        instead: Keys of a command that does without the experiment's own values; the settings are laid over them.
 
     Returns:
         The typed configuration.
@@ -200,29 +215,49 @@ def load(experiment: str | None, overrides: Iterable[str] = (), instead: Mapping
     Raises:
         UsageError: A missing or unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    given = parse_overrides(overrides)
+    given = parse_overrides(settings)
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    tree = merge(merge(read(file), instead or {}), given)
-    known = {item.name for item in dataclasses.fields(Config)}
-    for key in tree:
-        if key not in known:
-            raise UsageError(f"no key is called {key!r}{suggest(str(key), known)}")
-    if "nfe" in tree and not isinstance(tree["nfe"], list):
-        tree["nfe"] = [math.inf if tree["nfe"] is None else tree["nfe"]]
+    tree = merge(merge(read(file, given=given), instead or {}), given)
+    check_finite(tree, experiment)
+    _check_keys(tree)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
     _check_parts(tree)
     if "shape" not in tree:
         raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
+    config = _typed(tree, experiment)
+    _check(config)
+    return config
+
+
+def _check_keys(tree: dict[str, Any]) -> None:
+    known = {item.name for item in dataclasses.fields(Config)}
+    for key in tree:
+        if key not in known:
+            raise UsageError(f"no key is called {key!r}{suggest(str(key), known)}")
+
+
+def _typed(tree: dict[str, Any], experiment: str) -> Config:
+    """Bring a tree to the schema's types.
+
+    Raises:
+        UsageError: A value can't be.
+    """
+    if "nfe" in tree and tree["nfe"] in (None, "none", "None"):
+        tree["nfe"] = [math.inf]
+    if isinstance(tree.get("nfe"), int | float):
+        tree["nfe"] = [tree["nfe"]]
+    if "precision" in tree:
+        tree["precision"] = PRECISIONS.get(str(tree["precision"]), tree["precision"])
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), as_plain(conform("", tree, Config))))
     except OmegaConfBaseException as error:
         where = f"{experiment}: the key {error.full_key!r}" if error.full_key else experiment
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
-    _check(config)
+    keep_references(config, tree)
     return config
 
 
@@ -241,7 +276,7 @@ def find(experiment: str) -> Path:
     Raises:
         UsageError: Neither a file nor a name under experiments/.
     """
-    for path in (Path(experiment), EXPERIMENTS / f"{experiment}.yaml"):
+    for path in (Path(os.path.expanduser(experiment)), EXPERIMENTS / f"{experiment}.yaml"):
         if path.is_file():
             return _nearby(path)
     names = sorted(p.relative_to(EXPERIMENTS).with_suffix("").as_posix() for p in EXPERIMENTS.glob("*/*.yaml"))
@@ -254,23 +289,25 @@ def _nearby(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a YAML file over its ``base``, with paths resolved.
 
     Args:
         file: The file.
         above: The files that it is a base of.
+        given: What the command line sets.
 
     Raises:
-        UsageError: Not YAML, not a mapping, or a base that doesn't exist or is based on this file.
+        UsageError: Not YAML, not a mapping, a reference, or a base that doesn't exist or is based on this file.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{file} is no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{file} holds no mapping of keys to values")
     own = merge({}, {str(key): value for key, value in tree.items()})
+    refuse_references(own, file, given or {})
     base = own.pop("base", None)
     _map_paths(own, lambda path: os.path.normpath(file.parent / Path(path).expanduser()))
     if base is None:
@@ -280,7 +317,7 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"{file}: its base {parent} does not exist")
     if parent.resolve() in above or parent.samefile(file):
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
-    return merge(read(parent, (*above, file.resolve())), own)
+    return merge(read(parent, (*above, file.resolve()), given), own)
 
 
 def _map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
@@ -298,48 +335,11 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     """Turn ``key=value`` words into a tree.
 
     Raises:
-        UsageError: A word without ``=``, or a value that is no YAML.
+        UsageError: A word that is no setting, or whose value can't be read.
     """
-    tree: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.lstrip("-").partition("=")
-        if not equals or not key:
-            raise UsageError(f"{word!r} is no key=value")
-        try:
-            parsed = OmegaConf.create(f"value: {value}") if value else OmegaConf.create({"value": None})
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise UsageError(f"{word!r}: {str(error).splitlines()[0]}") from None
-        assert isinstance(parsed, DictConfig)
-        plain = OmegaConf.to_container(parsed)
-        assert isinstance(plain, dict)
-        branch: Any = plain["value"]
-        for name in reversed(ALIASES.get(key, key).split(".")):
-            branch = {name: branch}
-        tree = merge(tree, cast(dict[str, Any], branch))
+    tree = overrides.parse(list(words), holds_path, TEXTS)
+    _map_paths(tree, lambda path: path if isinstance(path, FromEnvironment) else os.path.expanduser(path))
     return tree
-
-
-def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole."""
-    merged = dict(old)
-    for key, value in new.items():
-        before = merged.get(key)
-        if key == "by_nfe" and not value:  # drops them, as null does; laid key by key it would say nothing
-            before = None
-        if key in PARTS and isinstance(value, str):
-            value = {"name": value}
-        if key in PARTS and isinstance(before, str):
-            before = {"name": before}
-        renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and _renames(before, value)
-        nests = isinstance(value, Mapping) and isinstance(before, Mapping) and not renamed
-        if isinstance(value, Mapping):
-            value = merge(cast(Mapping[str, Any], before) if nests else {}, value)
-        merged[key] = value
-    return merged
-
-
-def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    return "name" in value and "name" in before and value["name"] != before["name"]
 
 
 def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -368,35 +368,27 @@ def _check_parts(tree: Mapping[str, Any], prefix: str = "") -> None:
             _check_parts(value, f"{prefix}{key}.")
         elif key == "training" or (key in PARTS and (value is not None or not prefix)):
             raise UsageError(f"{prefix}{key}={value!r}: give a name, or a mapping of keys to values")
+        if key in PARTS and isinstance(value, Mapping) and not isinstance(value.get("name", ""), str):
+            raise UsageError(f"{prefix}{key}.name={value['name']!r} is no name")
 
 
 def _check(config: Config) -> None:
-    """Refuse numbers that no run can mean."""
+    """Refuse what no run can mean."""
     for key, part in (("method", config.method), ("data", config.data)):
         if "name" not in part:
             raise UsageError(f"{config.experiment}: the key '{key}' is missing: give its name")
-    positive = {"n": config.n, "batch_size": config.batch_size, "devices": config.devices, "threads": config.threads}
-    for key, value in {**positive, "num_nodes": config.num_nodes}.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{key}={value}: it must be 1 or more")
-    if not config.nfe or min(config.nfe) <= 0:
-        raise UsageError(f"nfe={config.nfe}: give one or more positive budgets")
-    if len(config.shape) != 3 or min(config.shape) < 1:
-        raise UsageError(f"shape={config.shape}: give [channels, height, width]")
-    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("logger", config.logger, ("wandb", "csv", "tensorboard", "none")),
-        ("wandb_mode", config.wandb_mode, ("offline", "online", "disabled")),
-        ("format", config.format, ("png", "npz")),
-        ("precision", config.precision, ("32-true", "bf16-mixed", "16-mixed", "64-true")),
-        ("accelerator", config.accelerator, ("auto", "cpu", "gpu")),
-    )
-    for name, choice, allowed in choices:
-        if choice not in allowed:
-            raise UsageError(f"{name}={choice!r} is none of {', '.join(allowed)}")
+    check(config)
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """Return the configuration as a tree to write: references to the environment stay references."""
+    return cast(dict[str, Any], as_given(dataclasses.asdict(config)))
 
 
 def to_yaml(config: Config, folder: Path = Path()) -> str:
     """Write the resolved configuration as YAML, which ``load`` reads back to the same from a file in ``folder``."""
-    tree = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
-    _map_paths(tree, lambda path: path if os.path.isabs(path) else os.path.relpath(path, folder))
-    return OmegaConf.to_yaml(tree)
+    tree = as_written(config)
+    if tree["nfe"] == [math.inf]:
+        tree["nfe"] = None
+    _map_paths(tree, lambda path: path if os.path.isabs(path) or "${" in path else os.path.relpath(path, folder))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from diffaccel.methods.ema import of_network
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.jpeg import AsJPEG
+from diffaccel.overrides import as_given
 from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
 from diffaccel.pretrained import read as read_pretrained
 from diffaccel.prior import PRIORS, DensityPrior, LevelPosterior, Prior
@@ -113,15 +115,16 @@ def check_trained(config: Config, method: Diffusion) -> None:
     Raises:
         UsageError: The denoiser, or a prior that is fitted, has no checkpoint.
     """
-    for part, key, wanted, given in (
-        ("denoiser", "checkpoint", bool(config.network), config.checkpoint),
-        ("prior", "prior.checkpoint", bool(method.prior.networks()), config.prior.get("checkpoint")),
+    prior = method.prior.networks()
+    for part, key, wanted, given, fitted in (
+        ("denoiser", "checkpoint", bool(config.network), config.checkpoint, "denoiser" in method.trained_networks()),
+        ("prior", "prior.checkpoint", bool(prior), config.prior.get("checkpoint"), True),
     ):
         if wanted and not given:
-            raise UsageError(
-                f"{config.experiment} names no weights for its {part}: set {key}=FILE, which "
-                f"`diffaccel fit {config.experiment}` leaves at its end"
+            source = (
+                f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if fitted else "its fit trains none"
             )
+            raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {source}")
 
 
 def adopt(config: Config) -> Pretrained | None:
@@ -381,12 +384,14 @@ def describe_checkpoint(config: Config, method: Diffusion) -> dict[str, Any] | N
     if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
         return None
     path = Path(config.checkpoint)
+    given = as_given(config.checkpoint)
+    shown = given if given != config.checkpoint else os.path.relpath(path)
     if method.denoiser.source is not None:
-        found = {"path": os.path.relpath(path), "sha256": files_sha256(path), "images_seen": None}
+        found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
         return {**found, "source": method.denoiser.source}
     seen: int | None
     if path.suffix == ".safetensors":
         seen = read_description(path).get("images_seen")
     else:
         seen = read_checkpoint(path)["diffaccel"]["images_seen"]
-    return {"path": os.path.relpath(path), "sha256": file_sha256(path), "images_seen": seen}
+    return {"path": shown, "sha256": file_sha256(path), "images_seen": seen}

@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 
 from diffaccel.checkpoint import Checkpointer
-from diffaccel.config import Config, to_yaml
+from diffaccel.config import Config, as_written, to_yaml
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
+from diffaccel.overrides import as_given
 from diffaccel.weights import file_sha256
 
 
@@ -47,7 +47,7 @@ def build_loggers(config: Config) -> list[Logger]:
         log_model=False,
         id=_run_id(out, config.resume),
         resume="allow",
-        config=OmegaConf.to_container(OmegaConf.structured(config)),
+        config=as_written(config),
     )
     if config.wandb_mode == "online":
         try:
@@ -170,7 +170,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "prior": prior,
         **({"init_sha256": file_sha256(Path(config.init))} if config.init else {}),
     }
-    return Checkpointer(config.folder, config.training.checkpoint_minutes, description)
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
 
 def make_folder(config: Config) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffaccel.checks import positive
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import DiscreteVariancePreserving
@@ -26,10 +27,17 @@ LEVELS: Registry[Levels] = Registry("level")
 @LEVELS.register("lognormal")
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1)."""
+    """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
+
+    Raises:
+        UsageError: std is not positive.
+    """
 
     mean: float = -1.2
     std: float = 1.2
+
+    def __post_init__(self) -> None:
+        positive("levels 'lognormal'", std=self.std)
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""

@@ -7,7 +7,7 @@ annotations, their defaults are its defaults. Nothing is imported because a file
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -15,7 +15,9 @@ from typing import Any, Generic, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffaccel.checks import conform
 from diffaccel.errors import UsageError, suggest
+from diffaccel.overrides import as_plain
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -86,17 +88,17 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """
         return frozenset(inspect.signature(self[name]).parameters)
 
-    def build(self, node: Mapping[str, Any], **context: Any) -> T:
+    def build(self, node: Mapping[str, Any] | str, **context: Any) -> T:
         """Construct the part that ``node['name']`` names from the node's other keys.
 
         Args:
-            node: ``{"name": ..., key: value, ...}``, plain values as a YAML file holds them.
+            node: ``{"name": ..., key: value, ...}``, plain values as a YAML file holds them; or a name alone.
             context: Arguments that no file can give (the process of a denoiser, say); their names are no YAML keys.
 
         Raises:
             UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
         """
-        node = dict(node)
+        node = {"name": node} if isinstance(node, str) else dict(node)
         name = node.pop("name", None)
         if name is None:
             raise UsageError(f"{self.kind}: the key 'name' is missing{suggest('', self)}")
@@ -104,20 +106,34 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         accepted = inspect.signature(factory).parameters
         for key, registry in self.nested.items():
             if key in node and key in accepted:
-                context[key] = registry.build(node.pop(key))
+                context[key] = registry.build(registry.named(node.pop(key), accepted[key].default))
         schema = _schema(factory, frozenset(context) | frozenset(self.nested))
         where = f"{self.kind} {name!r}"
         for key in node:
             if key not in schema.__dataclass_fields__:
-                raise UsageError(f"{where} has no key {key!r}{suggest(str(key), schema.__dataclass_fields__)}")
+                raise UsageError(f"{where} has no key {key!r}{self._remedy(str(key), schema.__dataclass_fields__)}")
+        types = {key: field.type for key, field in schema.__dataclass_fields__.items()}
+        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in as_plain(node).items()}
         try:
             merged = OmegaConf.merge(OmegaConf.structured(schema), node)
             if missing := sorted(OmegaConf.missing_keys(merged)):
                 raise UsageError(f"{where} needs a value for {', '.join(missing)}")
-            values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+            values = cast(dict[str, Any], OmegaConf.to_container(merged))
         except OmegaConfBaseException as error:
             raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
         return factory(**values, **{key: value for key, value in context.items() if key in accepted})
+
+    def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
+        """Name a part that is given by its keys alone: that of the default, whose keys they are."""
+        if isinstance(node, str) or "name" in node:
+            return node
+        names = [name for name, factory in self._factories.items() if factory is type(default)]
+        return {"name": names[0], **node} if names else node
+
+    def _remedy(self, key: str, known: Iterable[str]) -> str:
+        """Say which parts have a key that another one lacks."""
+        others = [name for name in self if key in inspect.signature(self[name]).parameters]
+        return f"; it is a key of {', '.join(others)}" if others else suggest(key, known)
 
 
 def _schema(factory: Callable[..., Any], hidden: frozenset[str]) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
+from diffaccel.overrides import as_given
 
 Point = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def append_point(path: str | Path, point: Point) -> None:
         TypeError: The point holds something that is no JSON, a tensor say.
     """
     path = Path(path)
-    line = json.dumps(_finite(point), allow_nan=False).encode() + b"\n"
+    line = json.dumps(_finite(as_given(point)), allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:  # the system appends one write as a whole, so two runs may share a file
         content = path.read_bytes()

@@ -25,6 +25,7 @@ from diffaccel.errors import UsageError, suggest
 from diffaccel.evaluator import Evaluator
 from diffaccel.methods import Diffusion
 from diffaccel.noise import NoiseStreams
+from diffaccel.overrides import as_given
 from diffaccel.prior import PRIORS, ChainPrior, Plan, Prior
 from diffaccel.registry import Registry
 from diffaccel.report import append_point, read_points
@@ -105,6 +106,12 @@ def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
     if not isinstance(values, Mapping) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "integer"}:
         raise UsageError(f"search.space.{key}={values!r}: give a list of values, or {{low, high}} with log or integer")
     low, high = values["low"], values["high"]
+    whole, log = bool(values.get("integer")), bool(values.get("log"))
+    if not all(type(end) is int or (type(end) is float and not whole) for end in (low, high)):
+        raise UsageError(f"search.space.{key}={values!r}: low and high must be {'whole ' * whole}numbers")
+    if low > high or (log and (low <= 0 or whole)):
+        rule = "low must not exceed high" if low > high else "log needs a positive low, and goes without integer"
+        raise UsageError(f"search.space.{key}={values!r}: {rule}")
     if values.get("integer"):
         return int(rng.integers(low, high + 1))
     drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.get("log") else rng.uniform(low, high)
@@ -153,9 +160,6 @@ class Searcher(L.Callback):
         evaluator: Callable[[int], Evaluator],
     ) -> None:
         check_space(search.space)
-        if search.trials < 1 or not search.images or min(search.images) < 2 or not 0 < search.keep <= 1:
-            raise UsageError(f"search: trials, images or keep are out of range: {search.trials}, {search.images}, "
-                             f"{search.keep}")  # fmt: skip
         for budget in budgets:
             if not math.isfinite(budget) or budget != int(budget):
                 raise UsageError(f"nfe={budget:g}: a search needs whole budgets")
@@ -301,7 +305,7 @@ class Searcher(L.Callback):
                 settings["prior"].pop("checkpoint", None)
         tree = {"base": str(self.base.resolve()), "by_nfe": {**self.before, **best}}
         part = self.out / "best.yaml.part"
-        part.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
         part.replace(self.out / "best.yaml")
         for budget, settings in best.items():
             if self.before.get(budget, settings) != settings:

@@ -221,7 +221,7 @@ def edm_arguments(**layout: Any) -> dict[str, Any]:
         "in_channels": 3,
         "out_channels": 3,
         "label_dim": layout.get("classes", 0),
-        "augment_dim": layout.get("augmentations", 0),
+        "augment_dim": layout.get("augment", 0),
         "model_channels": layout["width"],
         "channel_mult": layout["multipliers"],
         "num_blocks": layout["blocks"],

@@ -206,7 +206,7 @@ MISTAKES = [
     (["nfe=[5,x]"], ["nfe", "x"]),
     (["nfe=abc"], ["nfe"]),
     (["nfe=0"], ["nfe", "positive"]),
-    (["nfe=[]"], ["nfe", "positive"]),
+    (["nfe=[]"], ["nfe=[]", "one or more"]),
     (["n=0"], ["n=0"]),
     (["batch_size=0"], ["batch_size=0"]),
     (["devices=-1"], ["devices=-1"]),

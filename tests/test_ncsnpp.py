@@ -20,7 +20,7 @@ from diffaccel.pretrained.score_sde import listing
 from diffaccel.process import EDMVarianceExploding
 
 DDPMPP = {"embedding": "positional", "resample": "box", "encoder": "standard"}
-EDM = {"multipliers": [2, 2, 2], "augmentations": 9}
+EDM = {"multipliers": [2, 2, 2], "augment": 9}
 PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {  # arguments, trained numbers, modules of score_sde_pytorch
     "ve": ({}, 62_758_787, 59),
     "ve_deep": ({"blocks": 8}, 107_586_947, 95),
@@ -144,7 +144,7 @@ def test_embeddings_are_the_formulas() -> None:
 
 def test_labels_join_the_embedding() -> None:
     """map_label(onehot sqrt(classes)), its bias also without a label; augmentation only if it is given."""
-    network = NCSNpp((3, 8, 8), 8, [1], 1, [], embedding="positional", encoder="standard", classes=4, augmentations=2)
+    network = NCSNpp((3, 8, 8), 8, [1], 1, [], embedding="positional", encoder="standard", classes=4, augment=2)
     seen: list[Tensor] = []
     network.map_layer0.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x, c = torch.randn(2, 3, 8, 8), torch.zeros(2)

@@ -127,7 +127,7 @@ def test_attention_tells_the_size_of_the_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ve", "vp", "pyramid"])
 def test_edm_pickles_hold_what_was_written(tmp_path: Path, edm_modules: None, name: str) -> None:
-    layout = {**LAYOUTS[name], "augmentations": 9, "classes": 10 if name == "vp" else 0}
+    layout = {**LAYOUTS[name], "augment": 9, "classes": 10 if name == "vp" else 0}
     network = random_network(4, **layout)
     write_pickle(tmp_path / "a.pkl", edm_content(network, layout))
     found = read(tmp_path / "a.pkl")

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diffaccel.checks import at_least
 from diffaccel.decoupled import DecoupledDenoiser, Heads
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -68,6 +69,7 @@ class DecoupledDiffusion(Diffusion):
         perceptual_weight: float = 0.0,
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        at_least(0, "method 'ddm'", perceptual_weight=perceptual_weight)
         if not isinstance(denoiser.process, Decoupled):
             raise UsageError(f"method 'ddm' wants process=decoupled, not {denoiser.process}")
         for key, choice, known in (

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffaccel.checks import positive
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -53,6 +54,7 @@ class DenoisingLangevinGibbs(Diffusion):
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         self.freeze_denoiser()
+        positive("method 'dlg'", tweedie_ratio=tweedie_ratio)
         self.tweedie_ratio, self.tweedie_counted = tweedie_ratio, tweedie_counted
         self.extra_evaluations = 1 if tweedie_ratio is not None and tweedie_counted else 0
 

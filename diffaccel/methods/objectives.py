@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffaccel.checks import at_least, positive
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -37,6 +38,9 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, lr: float, since: int, until: int | None) -> None:
         super().__init__()
+        positive("objective", lr=lr)
+        at_least(0, "objective", since=since)
+        at_least(since + 1, "objective", until=until)
         self.lr, self.phase = lr, partial(Phase, since=since, until=math.inf if until is None else until)
 
     @abstractmethod

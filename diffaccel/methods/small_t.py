@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffaccel.checks import positive
 from diffaccel.collective import failing_together
 from diffaccel.data import Batch, to_float
 from diffaccel.denoiser import Denoiser
@@ -67,6 +68,7 @@ class SmallTimeDiffusion(Diffusion):
         density_lr: float = 1.0,
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        positive("method 'small_t'", density_lr=density_lr)
         self.weighting, self.stratified, self.density_lr = weighting, stratified, density_lr
         if isinstance(prior, DensityPrior):
             low, high = denoiser.ratio_range

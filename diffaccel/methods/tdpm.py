@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import at_least, positive
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -75,6 +76,9 @@ class TruncatedDiffusion(Diffusion):
         objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        positive("method 'tdpm'", generator_lr=generator_lr, critic_lr=critic_lr)
+        at_least(0, "method 'tdpm'", generator_since=generator_since, critic_since=critic_since, gamma=gamma)
+        at_least(1, "method 'tdpm'", r1_every=r1_every)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
         self.generator_since, self.critic_since = generator_since, critic_since
         self.penalty: Tensor | None = None  # the latest: it is not due at every step that is logged

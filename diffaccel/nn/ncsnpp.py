@@ -187,7 +187,7 @@ class NCSNpp(nn.Module):
         decoder: ``skip`` sums an output image over the resolutions.
         dropout: Dropout rate in the blocks.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is no class.
-        augmentations: Width of EDM's augmentation labels, which sampling leaves out; 0 for none.
+        augment: Width of EDM's augmentation labels, which sampling leaves out; 0 for none.
 
     Raises:
         UsageError: An unknown layout, no layers, widths without GroupNorm, or an image that can't be halved that often.
@@ -211,7 +211,7 @@ class NCSNpp(nn.Module):
         decoder: str = "standard",
         dropout: float = 0.1,
         classes: int = 0,
-        augmentations: int = 0,
+        augment: int = 0,
     ) -> None:
         super().__init__()
         chosen = {"embedding": embedding, "resample": resample, "encoder": encoder, "decoder": decoder}
@@ -220,9 +220,10 @@ class NCSNpp(nn.Module):
         self.shape, self.classes, self.blocks, self.encoder = tuple(shape), classes, blocks, encoder
         self.sizes = [f"{rows // 2**level}x{columns // 2**level}" for level in range(len(multipliers))]
         features = noise_width or (2 * width if embedding == "fourier" else width)
+        self.takes_augment = augment > 0
         self.map_noise = Fourier(features) if embedding == "fourier" else Positional(features)
         self.map_label = nn.Linear(classes, features) if classes else None
-        self.map_augment = nn.Linear(augmentations, features, bias=False) if augmentations else None
+        self.map_augment = nn.Linear(augment, features, bias=False) if augment else None
         self.map_layer0, self.map_layer1 = nn.Linear(features, 4 * width), nn.Linear(4 * width, 4 * width)
         filter: Filter = "fir" if resample == "fir" else "box"
         self.down, self.up = Resample(filter, up=False), Resample(filter, up=True)
@@ -288,7 +289,7 @@ class NCSNpp(nn.Module):
             noise: Noise conditioning, (B,): a logarithm for ``fourier``, an index up to 999 for ``positional`` (or
                 ln(sigma) / 4 for both, in EDM's files).
             condition: Class labels, (B,); None for no class. An unconditional network ignores them.
-            augmentation: Augmentation labels, (B, augmentations); None when sampling.
+            augmentation: Augmentation labels, (B, augment); None when sampling.
 
         Raises:
             UsageError: The images have another shape than the network was built for.

@@ -110,6 +110,8 @@ def read_own(path: Path, options: Mapping[str, Any]) -> Pretrained:
     channels, rows, columns = shape
     size: tuple[int, int, int] = (channels, rows, columns)
     network, denoiser, process = (dict(part) for part in parts if part is not None)
+    if "augmentations" in network:  # the key's name in files that earlier versions wrote
+        network["augment"] = network.pop("augmentations")
     on_meta = build_on_meta(origin, network, size, len(tensors))
     expected = {name: tuple(tensor.shape) for name, tensor in on_meta.state_dict().items()}
     check_names(origin, expected, {n: Stored(t.dtype, tuple(t.shape), t.clone) for n, t in tensors.items()})

@@ -66,7 +66,7 @@ _SONG_NAMES = {
     "decoder_type": "decoder",
     "dropout": "dropout",
     "label_dim": "classes",
-    "augment_dim": "augmentations",
+    "augment_dim": "augment",
 }
 _SONG_LISTS = {"channel_mult": "multipliers", "attn_resolutions": "attention"}
 _SONG_DEFAULTS: dict[str, Any] = {

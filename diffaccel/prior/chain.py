@@ -16,6 +16,9 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.prior.base import Group, Plan, Prior
 from diffaccel.solver import Solver
 
+MOST = 100_000
+"""Steps that a chain may be asked to take at once."""
+
 
 @dataclass
 class ChainState:
@@ -84,9 +87,9 @@ class ChainPrior(Prior):
         super().__init__()
         require(chains >= 1, f"chains is {chains}, it must be 1 or more")
         require(0 < share < 1, f"share is {share}, it must lie between 0 and 1")
-        require(skips is None or skips >= 1, f"skips is {skips}, it must be 1 or more")
+        require(skips is None or 1 <= skips <= MOST, f"skips is {skips}, it must be from 1 to {MOST}")
         require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, not 1 or more")
-        require(init_steps >= 1, f"init_steps is {init_steps}, it must be 1 or more")
+        require(1 <= init_steps <= MOST, f"init_steps is {init_steps}, it must be from 1 to {MOST}")
         self.chains, self.share, self.skips = chains, share, skips
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted

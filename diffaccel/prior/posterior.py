@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import at_least, positive
 from diffaccel.denoiser import Denoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn.classifier import NoiseLevelClassifier
@@ -22,7 +23,14 @@ def geometric_levels(count: int = 1000, ratio_min: float = 0.02, ratio_max: floa
     """Ratios ratio_min (ratio_max / ratio_min)^u, u from 1 down to 1 / 1000 in ``count`` equal steps: (K,) float64.
 
     Level 0 is the largest. The defaults are the DLG reference's for CIFAR-10 in units of [-1, 1].
+
+    Raises:
+        UsageError: Fewer than 2 levels, or ratios that are not positive and rising.
     """
+    at_least(2, "posterior", count=count)
+    positive("posterior", ratio_min=ratio_min)
+    if not ratio_max > ratio_min:
+        raise UsageError(f"posterior: ratio_max is {ratio_max}, it must be more than ratio_min, {ratio_min}")
     return ratio_min * (ratio_max / ratio_min) ** torch.linspace(1.0, 0.001, count, dtype=torch.float64)
 
 

@@ -50,13 +50,13 @@ class RestartPrior(ChainPrior):
         init_steps: int = 8,
         restart_every: int | None = None,
     ) -> None:
+        require(ratio_star > 0, f"ratio_star is {ratio_star}, it must be positive")
+        require(ratio_up >= 2 * ratio_star, f"ratio_up is {ratio_up}, it must be twice ratio_star or more")
         down: Solver = SOLVERS.build(solver)
         down = dataclasses.replace(
             down, grid=dataclasses.replace(down.grid, ratio_min=ratio_star), denoise=False, analytic_first=None
         )
         super().__init__(chains, share, skips, init_steps, down, restart_every)
-        require(ratio_star > 0, f"ratio_star is {ratio_star}, it must be positive")
-        require(ratio_up >= 2 * ratio_star, f"ratio_up is {ratio_up}, it must be twice ratio_star or more")
         self.ratio_star, self.ratio_up = ratio_star, ratio_up
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:

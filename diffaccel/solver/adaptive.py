@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from diffaccel.checks import at_least, positive
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
@@ -132,8 +133,8 @@ class RK45(Solver):
     def __post_init__(self) -> None:
         if self.analytic_first is not None:
             raise UsageError("solver 'rk45' chooses its own steps: there is no analytic_first, leave it out")
-        if not self.tol > 0:
-            raise UsageError(f"solver 'rk45': tol is {self.tol}, it must be positive")
+        positive("solver 'rk45'", tol=self.tol)
+        at_least(1, "solver 'rk45'", max_steps=self.max_steps)
 
     def evaluations(self, steps: int) -> NoReturn:
         """Refuse: the tolerance decides.

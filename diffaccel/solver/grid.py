@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffaccel.checks import positive
 from diffaccel.errors import UsageError
 from diffaccel.process import DiscreteVariancePreserving, Process
 from diffaccel.registry import Registry
@@ -25,10 +26,18 @@ class Grid(ABC):
     Attributes:
         ratio_min: Last positive noise-to-data ratio; half the start's where that is lower.
         ratio_cap: Ratio that a start above it is spaced from (on the decoupled process t = 1 lies at infinity).
+
+    Raises:
+        UsageError: ``ratio_min`` is not positive, or ``ratio_cap`` not above it.
     """
 
     ratio_min: float = 0.002
     ratio_cap: float = 80.0
+
+    def __post_init__(self) -> None:
+        positive("grid", ratio_min=self.ratio_min)
+        if not self.ratio_cap > self.ratio_min:
+            raise UsageError(f"grid: ratio_cap is {self.ratio_cap}, it must be more than ratio_min, {self.ratio_min}")
 
     @abstractmethod
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
@@ -52,11 +61,19 @@ class Grid(ABC):
 class Karras(Grid):
     """Uniform in ratio^(1 / rho).
 
+    Raises:
+        UsageError: rho lies outside [0.1, 1000].
+
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 5
     """
 
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.1 <= self.rho <= 1000:
+            raise UsageError(f"grid 'karras': rho is {self.rho}, it must lie between 0.1 and 1000")
 
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
         a, b = start.clamp_max(self.ratio_cap) ** (1 / self.rho), stop ** (1 / self.rho)
@@ -91,6 +108,7 @@ class Listed(LogSNR):
     fractions: list[float] = field(default_factory=lambda: [0.0, 1.0])
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.fractions
         if len(given) < 2 or given[0] != 0 or given[-1] != 1 or any(a >= b for a, b in pairwise(given)):
             raise UsageError(f"grid 'listed': fractions is {given}, it must rise from 0 to 1")

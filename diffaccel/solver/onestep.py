@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffaccel.checks import at_least
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import expand
@@ -119,6 +120,9 @@ class StochasticHeun(Heun):
         S_noise: Scale of the added noise.
         S_churn_over_N: Divide S_churn by steps + 1, the number of levels with ratio 0, as DLG's reference code does.
 
+    Raises:
+        UsageError: A negative value, or S_max below S_min.
+
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 2
     """
@@ -128,6 +132,12 @@ class StochasticHeun(Heun):
     S_max: float = 50.0
     S_noise: float = 1.003
     S_churn_over_N: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "solver 'edm_stochastic'"
+        at_least(0, where, S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
+        at_least(self.S_min, where, S_max=self.S_max)
 
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
         process = denoiser.process

@@ -1,0 +1,43 @@
+"""Trees of settings: nested mappings, one laid over another."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+PARTS = (
+    *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
+    *("grid", "init_solver", "attenuation", "density", "critic"),  # parts of parts
+)
+"""Keys that hold a part; a bare string there is its name."""
+
+
+def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the values of nested mappings and lists, each with the keys that lead to it."""
+    pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else None
+    if pairs is None:
+        yield above, tree
+        return
+    for key, value in pairs:
+        yield from leaves(value, *above, key)
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        if key == "by_nfe" and not value:  # drops them, as null does; laid key by key it would say nothing
+            before = None
+        if key in PARTS and isinstance(value, str):
+            value = {"name": value}
+        if key in PARTS and isinstance(before, str):
+            before = {"name": before}
+        renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and _renames(before, value)
+        nests = isinstance(value, Mapping) and isinstance(before, Mapping) and not renamed
+        if isinstance(value, Mapping):
+            value = merge(cast(Mapping[str, Any], before) if nests else {}, value)
+        merged[key] = value
+    return merged
+
+
+def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return "name" in value and "name" in before and value["name"] != before["name"]
