@@ -307,7 +307,7 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
     if not isinstance(tree, dict):
         raise UsageError(f"{file} holds no mapping of keys to values")
     own = merge({}, {str(key): value for key, value in tree.items()})
-    refuse_references(own, file, given or {})
+    refuse_references(own, file, given)
     base = own.pop("base", None)
     _map_paths(own, lambda path: os.path.normpath(file.parent / Path(path).expanduser()))
     if base is None:

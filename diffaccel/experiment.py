@@ -240,6 +240,8 @@ def build_data(config: Config) -> DataModule:
         flip=training.flip,
         num_workers=training.workers,
     )
+    if "label" in config.data:
+        data.source.label = as_given(config.data["label"]) or data.source.label
     if data.shape != shape_of(config):
         raise UsageError(
             f"{data.label}: images have shape {data.shape}, the experiment's is {shape_of(config)}: "

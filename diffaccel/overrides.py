@@ -71,14 +71,14 @@ def _replaced(tree: Any, change: Callable[[FromEnvironment], str]) -> Any:
     return [_replaced(value, change) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def refuse_references(tree: Mapping[str, Any], where: object, given: Mapping[str, Any]) -> None:
+def refuse_references(tree: Mapping[str, Any], where: object, given: Mapping[str, Any] | None = None) -> None:
     """Refuse ``${...}`` in a file, but under keys that the command line sets.
 
     Raises:
         UsageError: There is one.
     """
     for keys, value in leaves(tree):
-        if isinstance(value, str) and "${" in value and not _sets(given, keys):
+        if isinstance(value, str) and "${" in value and not _sets(given or {}, keys):
             key = ".".join(map(str, keys))
             raise UsageError(
                 f"{where}: {key}={value!r}: a file can't have references: write the value, or set {key}= on the "

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffaccel.checks import conform
 from diffaccel.errors import UsageError, suggest
-from diffaccel.overrides import as_plain
+from diffaccel.overrides import as_plain, refuse_references
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -112,15 +112,18 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         for key in node:
             if key not in schema.__dataclass_fields__:
                 raise UsageError(f"{where} has no key {key!r}{self._remedy(str(key), schema.__dataclass_fields__)}")
+        node = as_plain(node)
+        refuse_references(node, where)
         types = {key: field.type for key, field in schema.__dataclass_fields__.items()}
-        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in as_plain(node).items()}
+        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in node.items()}
         try:
             merged = OmegaConf.merge(OmegaConf.structured(schema), node)
             if missing := sorted(OmegaConf.missing_keys(merged)):
                 raise UsageError(f"{where} needs a value for {', '.join(missing)}")
             values = cast(dict[str, Any], OmegaConf.to_container(merged))
         except OmegaConfBaseException as error:
-            raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
+            key = f"{error.full_key}: " if error.full_key else ""
+            raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None
         return factory(**values, **{key: value for key, value in context.items() if key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
