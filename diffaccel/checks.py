@@ -32,13 +32,14 @@ class Range:
         return above and (value < self.high if self.ends[1] == ")" else value <= self.high)
 
     def __str__(self) -> str:
+        positive = (self.low, self.ends[0]) == (0, "(")
         if self.high == math.inf:
-            rule = "be positive" if (self.low, self.ends) == (0, "(]") else f"be {self.low:,} or more"
-        elif self.ends == "[]":
-            rule = f"be from {self.low:,} to {self.high:,}"
+            rule = "positive" if positive else f"{self.low:,} or more"
+        elif positive:
+            rule = f"positive and at most {self.high:,}"
         else:
-            rule = f"lie in {self.ends[0]}{self.low:,}, {self.high:,}{self.ends[1]}"
-        return f"it must {rule}{self.why and f' ({self.why})'}"
+            rule = f"from {self.low:,} to {'below ' * (self.ends[1] == ')')}{self.high:,}"
+        return f"it must be {rule}{self.why and f' ({self.why})'}"
 
 
 COUNT, LENGTH, SHARE, POSITIVE = Range(1, 10**6), Range(1, 10**12), Range(0, 1), Range(0, ends="(]")

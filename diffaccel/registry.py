@@ -112,10 +112,10 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         for key in node:
             if key not in schema.__dataclass_fields__:
                 raise UsageError(f"{where} has no key {key!r}{self._remedy(str(key), schema.__dataclass_fields__)}")
-        node = as_plain(node)
-        refuse_references(node, where)
+        plain: dict[str, Any] = as_plain(node)
+        refuse_references(plain, where)
         types = {key: field.type for key, field in schema.__dataclass_fields__.items()}
-        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in node.items()}
+        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in plain.items()}
         try:
             merged = OmegaConf.merge(OmegaConf.structured(schema), node)
             if missing := sorted(OmegaConf.missing_keys(merged)):

@@ -20,7 +20,7 @@ from diffaccel.search import check_space
 LOADED = """
 nfe=.nan nfe=.inf nfe=nan nfe=[5,.nan] nfe=true n=10^14 n=true n=1000.5 n=1e400 n=1:30 seed=2**70 seed=0.5 images=none
 devices=true training.lr=.nan training.lr=.inf training.betas=0.9 keep_images=2 compile=perhaps solver.eta=.nan
-data.n=.nan prior.ratio_star=.inf n=1 nfe=5,5 shape=2,1
+data.n=.nan prior.ratio_star=.inf n=0 nfe=5,5 shape=2,1
 """
 
 
@@ -35,15 +35,16 @@ def test_a_value_that_is_no_number_of_its_key_is_one_error(word: str):
 # Checked: what a number is not
 
 RANGED = """
-nfe=5,5.0 nfe=-5, nfe=0, nfe=, nfe=1e12, n=100000000000000 n=-3 n=1 seed=1180591620717411303424 seed=-1 batch_size=0
+nfe=5,5.0 nfe=-5, nfe=0, nfe=, nfe=1e12, n=100000000000000 n=-3 n=0 seed=1180591620717411303424 seed=-1 batch_size=0
 batch_size=1000000000 limit=0 limit=-1 likelihood_n=0 jpeg=0 jpeg=101 devices=0 num_nodes=0 threads=0 threads=1000000
 training.images=0 training.images=-5 training.lr=-1 training.lr=0 training.lr=nan training.warmup=-5
-training.betas=1.5,0 training.betas=0.9,1 training.betas=, training.betas=0.9,0.9,0.9 training.decay=2 training.decay=-0.1 training.clip=0
-training.clip=-1 training.ema_half_life=0 training.label_drop=1.5 training.augment=1.1 training.evaluate_n=1
-training.evaluate_every=0 training.checkpoint_minutes=0 training.log_every=0 training.batch_size=0 training.workers=-1
-training.keep_best=-3 training.weight_decay=-1 training.floor=2 training.decay_power=-1 search.trials=0 search.images=,
-search.images=1, search.images=500,500 search.keep=0 search.keep=2 tradeoff.T=, tradeoff.T=0, tradeoff.T=0.1,0.1
-tradeoff.images=0 tradeoff.draws=0 shape=3,100000,100000 shape=3,0,3 shape=3,-8,8 shape=2,1 shape=,
+training.betas=1.5,0 training.betas=0.9,1 training.betas=, training.betas=0.9,0.9,0.9 training.decay=2
+training.decay=-0.1 training.clip=0 training.clip=-1 training.ema_half_life=0 training.label_drop=1.5
+training.augment=1.1 training.evaluate_n=1 training.evaluate_every=0 training.checkpoint_minutes=0
+training.log_every=0 training.batch_size=0 training.workers=-1 training.keep_best=-3 training.weight_decay=-1
+training.floor=2 training.decay_power=-1 search.trials=0 search.images=, search.images=1, search.images=500,500
+search.keep=0 search.keep=2 tradeoff.T=, tradeoff.T=0, tradeoff.T=0.1,0.1 tradeoff.images=0 tradeoff.draws=0
+shape=3,100000,100000 shape=3,0,3 shape=3,-8,8 shape=2,1 shape=,
 """
 
 

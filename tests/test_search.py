@@ -284,7 +284,7 @@ def test_a_setting_that_fails_is_noted_and_left_behind(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["search.trials=0"], "search: trials"), (["search.keep=1.5"], "search: trials"), (["nfe=5.5"], "whole budgets"),
+    [(["search.trials=0"], "search.trials=0"), (["search.keep=1.5"], "search.keep=1.5"), (["nfe=5.5"], "whole budgets"),
      (["search.space={solver.nam: [heun]}"], "nam"), (["search.space={}"], "no search.space")],
 )  # fmt: skip
 def test_a_mistake_is_named_before_anything_is_measured(tmp_path: Path, words: list[str], named: str, capsys):
