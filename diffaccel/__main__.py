@@ -36,9 +36,10 @@ Keys may be set on the command line; the frequent ones:
   solver=ipndm             another part by name (solver, prior, process ...); solver.grid.rho=5 sets a key of it
   chains=100               chains of a Langevin-Gibbs prior
   checkpoint=FILE          weights of the denoiser; init=FILE: those that a fit begins it with
-  batch_size= precision= threads= devices= accelerator=
+  batch_size= threads= devices= accelerator=
+  precision=auto           bf16-mixed where the device has bf16 units, else 32-true; or one of Lightning's
   images=1000000 limit=64  training length; use only the first images of the data
-  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online
+  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
   out=DIR                  runs/<data>/<method> by default
   dry_run=true             print the plan and its cost; measure nothing
 """
@@ -49,6 +50,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Read when torch is imported: threads that wait actively slow a run tenfold where something else takes a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not words or words[0] in ("help", "-h", "--help"):
         print(HELP)
         return 0
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         _quiet()
         from diffaccel.config import FLAGS, load
+        from diffaccel.machine import settle
         from diffaccel.overrides import sort_words
 
         others, settings = sort_words(
@@ -86,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         # Statistics are written to OUT, and not over those that the experiment reads.
         instead = {"reference": "", "floor": ""} if verb == "reference" else None
-        verbs[verb](load(_one_experiment(others), settings, instead))
+        config = load(_one_experiment(others), settings, instead)
+        settle(config)
+        verbs[verb](config)
 
     return _guarded(run)
 
@@ -374,9 +380,8 @@ def reference(config: Any) -> None:
 
 
 def _fit_extractor(config: Any) -> None:
-    import torch
-
     from diffaccel import experiment, launch
+    from diffaccel.machine import announce, device_type
     from diffaccel.nn.features import save_classifier
     from diffaccel.nn.fitting import fit_extractor
     from diffaccel.registry import Registry
@@ -386,13 +391,15 @@ def _fit_extractor(config: Any) -> None:
     data = experiment.build_data(config)
     resume = _resume_from(config, ["extractor"])
     launch.make_folder(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if config.precision not in ("32-true", "bf16-mixed"):
+        raise UsageError(f"precision={config.precision}: an extractor is trained in 32-true or bf16-mixed")
+    announce(config)
     started = time.monotonic()
     recipe = dict(config.method)
     metric = recipe.pop("metric", config.data["name"])
     context = {"state_path": config.folder / "last.ckpt", "resume": resume, "console": console}
-    model, accuracy = recipes.build(recipe, data=data, device="cpu", seed=config.seed, **context)
+    context |= {"device": device_type(config), "bf16": config.precision == "bf16-mixed"}
+    model, accuracy = recipes.build(recipe, data=data, seed=config.seed, **context)
     path = config.folder / "extractor.safetensors"
     save_classifier(model, path, metric, data.label, accuracy, config.seed)
     minutes = (time.monotonic() - started) / 60

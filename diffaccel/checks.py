@@ -92,10 +92,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger": ("wandb", "csv", "tensorboard", "none"),
     "wandb_mode": ("offline", "online", "disabled"),
     "format": ("png", "npz"),
-    "precision": ("32-true", "bf16-mixed", "16-mixed", "64-true"),
+    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu"),
 }
-"""Key -> the texts that it may have."""
+"""Key -> the texts that it may have; null is left alone."""
 
 LARGEST = 10**8
 """Values of an image."""
@@ -121,7 +121,7 @@ def check(config: Any) -> None:
     if len(config.training.betas) != 2:
         raise UsageError(f"training.betas={config.training.betas}: give two numbers")
     for key, choices in CHOICES.items():
-        if (choice := getattr(config, key)) not in choices:
+        if (choice := getattr(config, key)) is not None and choice not in choices:
             raise UsageError(f"{key}={choice!r} is none of {', '.join(choices)}")
 
 

@@ -117,23 +117,24 @@ class Config:
     limit: int | None = None
     """Use only the first images of each split."""
     precision: str = "32-true"
-    """Lightning's precision: 32-true, bf16-mixed, 16-mixed, 64-true."""
+    """Lightning's precision (32-true, bf16-mixed, 16-mixed, 64-true), or ``auto``: bf16-mixed where the device has bf16
+    units, 32-true elsewhere. The default gives the same results on every machine, up to rounding."""
     compile: bool = False
     """Compile the networks with torch.compile: some seconds at first, then faster; results change by rounding."""
     channels_last: bool = False
     """Keep activations in channels-last order: faster convolutions on some devices, slower GroupNorm on CPUs."""
     threads: int | None = None
-    """CPU threads per process."""
+    """CPU threads per process; by default OMP_NUM_THREADS, or the process's share of the usable cores."""
     accelerator: str = "auto"
-    """Lightning's accelerator: auto, cpu, gpu."""
+    """gpu, cpu, or ``auto``: CUDA GPUs if one is visible, else the CPU."""
     devices: int = 1
     """Devices (processes) per node."""
     num_nodes: int = 1
     """Nodes."""
     logger: str = "wandb"
     """``wandb``, ``csv``, ``tensorboard`` or ``none``."""
-    wandb_mode: str = "offline"
-    """``offline`` needs no account; ``online`` uploads."""
+    wandb_mode: str | None = None
+    """``offline`` needs no account; ``online`` uploads; ``disabled``. By default WANDB_MODE, or offline."""
     out: str | None = None
     """Folder to write to; runs/<data>/<method> by default."""
     resume: str | None = None
@@ -160,6 +161,10 @@ class Config:
     """Of ``diffaccel sample``: png, or npz with the arrays ``images`` and, the same, ``arr_0``."""
     experiment: str = ""
     """Where the configuration came from; set by the loader."""
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        """What was chosen for this machine, to be said when work starts; no key."""
 
     @property
     def method_name(self) -> str:

@@ -1,12 +1,14 @@
 """What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
 
+import itertools
 import math
 import time
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -14,10 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffaccel.config import Config
+from diffaccel.errors import UsageError
+from diffaccel.machine import describe, device_type
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import Plan
 from diffaccel.terminal import human
+
+AFFORDABLE = 5.0
+"""Seconds that one measurement may take; what would take longer is extrapolated from fewer images."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,56 +61,133 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-@torch.no_grad()
-def forward_cost(method: Diffusion, images: int) -> tuple[float, float, float]:
-    """Run the denoiser twice on a few images, once watched and once timed.
+class ForwardCost(NamedTuple):
+    """What one forward of the denoiser takes, an image.
 
-    Returns:
-        FLOPs of one image, seconds of one image on this machine, and bytes of activations of one image.
+    Attributes:
+        timed: Images of the forward that was timed.
+        flops: Of an image.
+        seconds: Of an image.
+        activations: Bytes of an image.
+        compiling: Seconds that the first forward of the timed size takes longer, in which ``compile`` compiles.
+        counting: Seconds that the first forward of all takes longer, in which FLOPs are counted, as in a bench.
     """
-    process = method.denoiser.process
-    x_t = torch.randn(images, *method.shape, device=method.device)
-    t = process.time(torch.ones(images, dtype=torch.float64, device=method.device))
+
+    timed: int
+    flops: float
+    seconds: float
+    activations: float
+    compiling: float
+    counting: float
+
+
+@torch.no_grad()
+def forward_cost(method: Diffusion, batch_size: int) -> ForwardCost:
+    """Run the denoiser on a few images, watched, then on a batch if that is affordable: to warm up, and timed."""
+    pixels = method.shape[1] * method.shape[2]
+    watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
     with EvaluationCounter(method.evaluated_networks()) as counter, LiveBytes() as memory:
-        method.denoiser(x_t, t)
-    started = time.perf_counter()
+        least = _forward(method, watched)
+    timed = batch_size if least / watched * batch_size < AFFORDABLE else watched
+    first = _forward(method, timed)
+    seconds = min(_forward(method, timed) for _ in range(2)) / timed
+    compiling, counting = max(0.0, first - timed * seconds), max(0.0, least - watched * seconds)
+    return ForwardCost(
+        timed, sum(counter.flops.values()), seconds, memory.peak / watched, compiling=compiling, counting=counting
+    )
+
+
+def _forward(method: Diffusion, images: int) -> float:
+    """Seconds of one forward."""
+    x_t = torch.randn(images, *method.shape, device=method.device)
+    t = method.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=method.device))
+    started = _clock(method)
     method.denoiser(x_t, t)
+    return _clock(method) - started
+
+
+def _clock(method: Diffusion) -> float:
     if method.device.type == "cuda":
         torch.cuda.synchronize()
-    return sum(counter.flops.values()), (time.perf_counter() - started) / images, memory.peak / images
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def seconds_per_evaluation(config: Config, method: Diffusion, plan: Plan, forward: float) -> float:
+    """Seconds of an evaluation with all that sampling does around it: noise, solver, chain.
+
+    The first batch is made, burn-in included, as far as that is affordable; otherwise it is the forward alone, which
+    is most of it where evaluations take so long.
+
+    Args:
+        config: The run's.
+        method: Tuned to the budget.
+        plan: How the budget is spent.
+        forward: Seconds of one forward, an image.
+    """
+    group = method.prior.schedule(config.n, config.batch_size)[0]
+    nfe = method.planned_nfe(plan, config.n)
+    burn_in = getattr(method.prior, "burn_in_per_chain", 0)
+    if math.isnan(nfe) or (nfe + burn_in) * len(group[0]) * forward > AFFORDABLE:
+        return forward
+    evaluated = method.evaluated_networks()
+    with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
+        started = _clock(method)
+        try:
+            state = method.open(config.seed, group)
+            for _, images in itertools.islice(method.sample(config.seed, group[:1], plan, state), 1):
+                images.cpu()
+        except UsageError:  # random weights may diverge
+            return forward
+        taken = _clock(method) - started
+    return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
+
+
+def _precision(config: Config) -> Precision:
+    """What the trainer computes with."""
+    if config.precision == "64-true":
+        return DoublePrecision()
+    if config.precision == "32-true":
+        return Precision()
+    return MixedPrecision(cast(Any, config.precision), device_type(config))
 
 
 def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
-    """Print a plan per budget, and the cost that one measured forward predicts."""
-    pixels = config.shape[1] * config.shape[2]
-    images = min(config.batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
-    with torch.autocast(method.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
-        flops, seconds, activations = forward_cost(method.eval(), images)
+    """Print a plan per budget, and the cost that measurements on random weights predict."""
+    method = method.eval().to(device_type(config))
+    precision = _precision(config)
+    precision.convert_module(method)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     table = Table(box=None, header_style="bold")
-    for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "time for n"):
+    for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "sampling of n"):
         table.add_column(column, justify="right")
-    total = seconds * config.n / config.devices / config.num_nodes
-    for budget, plan in plans.items():
-        method.tune(budget)
-        nfe = method.planned_nfe(plan, config.n)
-        table.add_row(
-            f"{budget:g}",
-            str(plan.skips),
-            str(plan.steps),
-            f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}",
-            f"{nfe:.4g}",
-            *(("by its tolerance", "") if math.isnan(nfe) else (human(nfe * flops, "FLOP"), f"{nfe * total:.3g} s")),
-        )
+    with precision.forward_context():
+        cost = forward_cost(method, min(config.batch_size, config.n))
+        for budget, plan in plans.items():
+            method.tune(budget)
+            nfe = method.planned_nfe(plan, config.n)
+            spent = ("by its tolerance", "")
+            if not math.isnan(nfe):
+                rate = seconds_per_evaluation(config, method, plan, cost.seconds)
+                total = cost.counting + rate * nfe * config.n / config.devices / config.num_nodes
+                spent = (human(nfe * cost.flops, "FLOP"), f"{total:.3g} s")
+            burn_in = f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}"
+            table.add_row(f"{budget:g}", str(plan.skips), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
     print(f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}")
     print(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none")
     Console().print(table)
+    _print_forward(config, cost, 4.0 * parameters)
+
+
+def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
+    print(f"{describe(config)}; start-up, scoring and metrics take their time besides")
+    if config.compile:
+        print(f"compiling takes {cost.compiling:.3g} s besides, for each size of a batch")
     print(
-        f"one forward of {images} images was run: {human(flops, 'FLOP')}, {seconds:.3g} s and "
-        f"{human(activations, 'B')} of activations an image here"
+        f"one forward of {cost.timed} images was timed: {human(cost.flops, 'FLOP')}, {cost.seconds:.3g} s and "
+        f"{human(cost.activations, 'B')} of activations an image here"
     )
-    weights, batch = human(4.0 * parameters, "B"), human(config.batch_size * activations, "B")
     print(
-        f"memory of a process: {weights} of weights, {batch} of activations at batch_size={config.batch_size}, "
-        "besides the extractor's and the libraries' own"
+        f"memory of a process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
+        f"activations at batch_size={config.batch_size}, besides the extractor's and the libraries' own"
     )

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffaccel.checkpoint import Checkpointer
+from diffaccel.collective import all_gather
 from diffaccel.config import Config, as_written, to_yaml
-from diffaccel.errors import UsageError
+from diffaccel.errors import SharedError, UsageError
 from diffaccel.evaluator import Evaluator
+from diffaccel.machine import announce, device_type
 from diffaccel.overrides import as_given
+from diffaccel.terminal import say
 from diffaccel.weights import file_sha256
 
 
@@ -39,22 +41,41 @@ def build_loggers(config: Config) -> list[Logger]:
     import wandb  # imported late: it takes a second that runs without it needn't wait
 
     wandb.setup()  # reads WANDB_SILENT before there is anything to say
+    mode, variables = wandb_mode(config), os.environ
     logger = WandbLogger(
-        project="diffaccel",
-        name=f"{config.data_name}/{Path(config.experiment).stem}",
-        save_dir=out,
-        mode=cast(Any, config.wandb_mode),
+        project=variables.get("WANDB_PROJECT", "diffaccel"),
+        name=variables.get("WANDB_NAME", f"{config.data_name}/{Path(config.experiment).stem}"),
+        save_dir=variables.get("WANDB_DIR", out),
+        mode=cast(Any, mode),
         log_model=False,
-        id=_run_id(out, config.resume),
-        resume="allow",
+        id=variables.get("WANDB_RUN_ID") or _run_id(out, config.resume),
+        resume=variables.get("WANDB_RESUME", "allow"),
         config=as_written(config),
     )
-    if config.wandb_mode == "online":
+    if mode in ("online", "shared"):
         try:
             logger.experiment  # noqa: B018 (starts the run, on rank zero)
         except wandb.errors.Error as error:
             raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
     return [logger]
+
+
+def wandb_mode(config: Config) -> str:
+    """Return W&B's mode: the configuration's, else WANDB_MODE, else offline; a conflict of the two is said.
+
+    Raises:
+        UsageError: WANDB_MODE is no mode.
+    """
+    modes = {mode: mode for mode in ("offline", "online", "shared", "disabled")}
+    modes |= {"dryrun": "offline", "run": "online"}  # W&B's older words
+    given = os.environ.get("WANDB_MODE", "offline")
+    if config.wandb_mode is None:
+        if given not in modes:
+            raise UsageError(f"WANDB_MODE={given} in the environment is none of {', '.join(sorted(modes))}")
+        return modes[given]
+    if "WANDB_MODE" in os.environ and modes.get(given) != config.wandb_mode:
+        say(f"wandb_mode={config.wandb_mode} overrides WANDB_MODE={given} of the environment")
+    return config.wandb_mode
 
 
 @rank_zero_only
@@ -76,6 +97,17 @@ class StepsBar(RichProgressBar):
 class Processes(DDPStrategy):
     """DDP, also for a fit without gradients, which has nothing to wrap: that of a density in closed form."""
 
+    def setup_environment(self) -> None:
+        """Start the process group, and check that ``precision: auto`` means the same on every node.
+
+        Raises:
+            SharedError: It doesn't.
+        """
+        super().setup_environment()
+        chosen = set(all_gather(self.precision_plugin.precision))
+        if len(chosen) > 1:
+            raise SharedError(f"processes compute in {' and in '.join(sorted(chosen))}: set precision=32-true")
+
     def configure_ddp(self) -> None:
         """Wrap the module if there are gradients to sum."""
         assert self.lightning_module is not None
@@ -95,15 +127,11 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
     Raises:
         UsageError: A GPU was asked for and there is none.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
     make_folder(config)
     processes = config.devices * config.num_nodes
     every = evaluation_steps(config) if training else None
-    return L.Trainer(
-        accelerator=config.accelerator,
+    trainer = L.Trainer(
+        accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=Processes(find_unused_parameters=phases > 1) if processes > 1 else "auto",
@@ -122,6 +150,8 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         num_sanity_val_steps=0,
         log_every_n_steps=config.training.log_every,
     )
+    announce(config)  # the last that may be refused is built
+    return trainer
 
 
 def evaluation_steps(config: Config) -> int | None:

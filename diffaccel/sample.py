@@ -4,7 +4,6 @@ A folder holds images of one run alone, and appears when they are whole: it is w
 ``sample.json`` in it, which says what the images are. Until then OUT/partial has the batches that are done.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -52,7 +51,8 @@ def sample(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> li
     """
     writer = ImageWriter(config, experiment.describe_checkpoint(config, method), plans)
     launch.make_folder(config)
-    trainer = launch.build_trainer(dataclasses.replace(config, logger="none"), [writer])
+    config.logger = "none"
+    trainer = launch.build_trainer(config, [writer])
     trainer.test(method.eval(), DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     return list(writer.folders.values()) if trainer.is_global_zero else []
 

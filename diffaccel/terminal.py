@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -57,3 +58,9 @@ def human(number: float, unit: str) -> str:
     """1234567, 'FLOP' -> '1.23 MFLOP'."""
     power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
     return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line on stderr, once a run: stdout holds results alone."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what runs without threads= take
 
 import pytest
 import torch

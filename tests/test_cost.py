@@ -1,10 +1,15 @@
 """What a dry run predicts: bytes that are alive together, counted by hand, on real and on meta tensors."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from diffaccel import cost
 from diffaccel.__main__ import main
+from diffaccel.config import load
 from diffaccel.cost import LiveBytes
+from diffaccel.experiment import build_method
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -47,3 +52,69 @@ def test_each_budget_is_planned_with_its_own_settings(capsys: pytest.CaptureFixt
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:2] in ("7 ", "20")]
     assert [row[2] for row in rows] == ["4", "20"], "solver steps: two evaluations each but the last, and one each"
     assert [row[4] for row in rows] == ["7", "20"]
+
+
+def test_the_forward_that_is_timed_is_a_warm_one_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch):
+    """A clock that adds 3 s to the first forward of a size, 1 ms an image after that: only the latter is predicted."""
+    calls: list[int] = []
+
+    def forward(method: Any, images: int) -> float:
+        calls.append(images)
+        return images * 1e-3 + (3.0 if calls.count(images) == 1 else 0.0)
+
+    monkeypatch.setattr(cost, "_forward", forward)
+    monkeypatch.setattr(cost, "AFFORDABLE", 7.0)
+    method = build_method(load("toy/edm"))
+    found = cost.forward_cost(method, 300)
+    assert (found.timed, found.seconds) == (300, pytest.approx(1e-3))
+    assert (found.compiling, calls) == (0.0, [300, 300, 300, 300])
+    calls.clear()
+    method.shape = (3, 64, 64)
+    found = cost.forward_cost(method, 100)  # 4 were watched, at 0.751 s each
+    assert found.timed == 4 and found.seconds == pytest.approx(1e-3) and found.counting == pytest.approx(3.0)
+
+
+def test_sampling_is_timed_with_all_that_it_does(monkeypatch: pytest.MonkeyPatch):
+    """A chain's first batch, burn-in and all: a minute over the evaluations that were counted."""
+    config = load("toy/dlg", ["n=100", "chains=50", "batch_size=25", "nfe=40"])
+    method = build_method(config, frozen=True).eval()
+    plan = method.plan(40, 100)
+    ticks = iter([0.0, 60.0])
+    monkeypatch.setattr(cost, "_clock", lambda method: next(ticks))
+    opened, sampled = method.open, method.sample
+    made: list[int] = []
+    monkeypatch.setattr(method, "open", lambda seed, group: made.append(-1) or opened(seed, group))
+
+    def sample(*arguments: Any) -> Any:
+        for indices, images in sampled(*arguments):
+            made.append(len(indices))
+            yield indices, images
+
+    monkeypatch.setattr(method, "sample", sample)
+    rate = cost.seconds_per_evaluation(config, method, plan, forward=1e-9)
+    assert made == [-1, 25], "the burn-in and one batch"
+    evaluations = 25 * (method.prior.burn_in_per_chain + plan.skips + method.solver.evaluations(plan.steps))
+    assert rate == pytest.approx(60.0 / evaluations, rel=1e-9)
+    assert cost.seconds_per_evaluation(config, method, plan, forward=1.0) == 1.0, "what takes too long isn't run"
+
+
+def test_a_dry_run_computes_as_the_bench_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    forward = cost._forward
+
+    def watch(method: Any, images: int) -> float:
+        parameter = next(method.parameters())
+        seen.append((torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), parameter.dtype))
+        return forward(method, images)
+
+    monkeypatch.setattr(cost, "_forward", watch)
+    for precision, autocast, dtype in (
+        ("32-true", False, torch.float32),
+        ("bf16-mixed", torch.bfloat16, torch.float32),
+        ("64-true", False, torch.float64),
+    ):
+        seen.clear()
+        words = ["n=20", "batch_size=10", "nfe=3", "dry_run=true", "threads=1", f"precision={precision}"]
+        assert main(["bench", "digits/edm", *words]) == 0
+        assert set(seen) == {(autocast, dtype)}
+        assert f"precision={precision}" in capsys.readouterr().out

@@ -1,0 +1,63 @@
+"""Loggers: what a user of W&B sets in the environment holds, unless the configuration says otherwise, which is said."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.loggers.wandb
+import pytest
+
+from diffaccel import launch
+from diffaccel.config import load
+from diffaccel.errors import UsageError
+
+
+@pytest.fixture
+def initial(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What wandb.init would be called with, for a run with some words."""
+
+    def of(out: Path, *words: str) -> dict[str, Any]:
+        (logger,) = launch.build_loggers(load("toy/edm", [f"out={out}", *words]))
+        assert isinstance(logger, lightning.pytorch.loggers.wandb.WandbLogger)
+        return logger._wandb_init
+
+    return of
+
+
+def test_the_environment_s_words_hold(initial: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = initial(tmp_path)
+    assert (found["project"], found["name"], found["mode"], found["dir"]) == (
+        *("diffaccel", "toy/edm", "offline", str(tmp_path)),
+    )
+    own = {
+        "PROJECT": "p",
+        "NAME": "mine",
+        "MODE": "disabled",
+        "DIR": str(tmp_path / "w"),
+        "RUN_ID": "r",
+        "RESUME": "must",
+    }
+    for name, value in own.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    found = initial(tmp_path)
+    assert [found[key] for key in ("project", "name", "mode", "dir", "id", "resume")] == list(own.values())
+    assert "entity" not in found and "group" not in found, "wandb reads those itself"
+
+
+@pytest.mark.parametrize(("variable", "mode"), [("dryrun", "offline"), ("disabled", "disabled"), (None, "offline")])
+def test_the_mode_is_the_environment_s(variable: str | None, mode: str, monkeypatch: pytest.MonkeyPatch):
+    if variable is None:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert launch.wandb_mode(load("toy/edm")) == mode
+
+
+def test_a_conflict_of_modes_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert launch.wandb_mode(load("toy/edm", ["wandb_mode=offline"])) == "offline"
+    assert capsys.readouterr().err == "wandb_mode=offline overrides WANDB_MODE=online of the environment\n"
+    assert launch.wandb_mode(load("toy/edm", ["wandb_mode=online"])) == "online"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UsageError, match="WANDB_MODE=ofline"):
+        launch.wandb_mode(load("toy/edm"))
