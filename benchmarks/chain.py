@@ -20,6 +20,7 @@ from diffaccel.config import load
 from diffaccel.data import to_float
 from diffaccel.evaluator import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
+from diffaccel.machine import settle
 from diffaccel.methods import Diffusion
 from diffaccel.metrics import Moments, frechet_distance
 from diffaccel.nn.features import Extractor
@@ -53,8 +54,7 @@ def denoised(method: Diffusion, extractor: Extractor, y: Tensor, ratio: Tensor, 
 def main(experiment: str, *words: str) -> None:
     """Run the chains and print a row per round of ``ROUNDS``."""
     config = load(experiment, words)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    settle(config)
     method, extractor, data = build_method(config).eval(), build_extractor(config), build_data(config)
     chains, skips = int(config.prior["chains"]), int(config.prior.get("skips") or 3)
     real = torch.cat([to_float(images) for _, images, _ in data.batches("test", 500)])

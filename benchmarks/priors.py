@@ -21,6 +21,7 @@ from diffaccel.data import DataModule, to_float
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
+from diffaccel.machine import settle
 from diffaccel.methods import TruncatedDiffusion
 from diffaccel.metrics import Frechet
 from diffaccel.noise import NoiseStreams
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         if not arguments:
             raise UsageError("which experiment? python -m benchmarks.priors EXPERIMENT key=value ...")
         config = load(arguments[0], arguments[1:])
-        torch.set_num_threads(config.threads or torch.get_num_threads())
+        settle(config)
         rows = measure(config)
     except UsageError as error:
         Console(stderr=True, soft_wrap=True).print(f"priors: {error}", style="red", markup=False)
