@@ -286,6 +286,15 @@ def opened(prior, denoiser=ONE):
     return prior.open(denoiser, 0, [range(3)], (3, 8, 8))
 
 
+def test_a_chain_draws_from_a_stream_of_its_own(monkeypatch):
+    """By its number among all chains, and apart from the images of equal index."""
+    monkeypatch.setattr(LangevinGibbsPrior, "start", lambda self, denoiser, state: None)
+    drawn = LangevinGibbsPrior(Scripted([])).open(ONE, 5, [range(4, 7)], (3, 8, 8)).noise.normal(torch.empty(3, 2))
+    assert torch.equal(drawn, NoiseStreams(5, range(7), "chain").normal(torch.empty(7, 2))[4:])
+    images = NoiseStreams(5, range(7)).normal(torch.empty(7, 2))
+    assert not torch.isclose(drawn[:, None], images).any()
+
+
 def test_first_states_are_samples_and_noise_that_is_added_back():
     """Of one image all samples are that image: what is left is the noise of ``renoise``."""
     options = {"posterior": Scripted(torch.ones(3, 3)), "warmup": []}

@@ -226,8 +226,8 @@ def test_a_mixture_of_the_truth_is_found():
 
 def test_only_the_first_images_make_the_components():
     """Of one component the moments are known: the images' own, and the noise's variance."""
-    first, rest = 0.5 + 0.2 * torch.randn(400, *PLANE), 5 + torch.randn(200, *PLANE)
-    density = MixtureDensity(PLANE, 0.3, rank=2, components=1, limit=400)
+    first, rest = 0.5 + 0.2 * torch.randn(350, *PLANE), 5 + torch.randn(250, *PLANE)
+    density = MixtureDensity(PLANE, 0.3, rank=2, components=1, limit=350)
     density.fit(source(torch.cat([first, rest])))
     mean = density.basis.coordinates(first.mean(0, keepdim=True))
     torch.testing.assert_close(density.means, mean, rtol=0, atol=0.06)

@@ -204,6 +204,14 @@ def test_chain_plan_by_hand():
     assert prior.plan(heun, 58.0 + 1, 50) == Plan(steps=1, skips=1)  # fewer images than chains
 
 
+def test_burn_in_that_no_budget_bounds_leaves_the_whole_to_the_image():
+    heun = SOLVERS.build({"name": "heun"})
+    for n in (1, 50, 5700):
+        assert chain(burn_in_counted=False).plan(heun, 11.0, n) == Plan(steps=3, skips=6)
+    with pytest.raises(UsageError, match=r"minimum of 3 .* 0 of burn-in"):
+        chain(burn_in_counted=False).plan(heun, 2.0, 50, extra=1)
+
+
 @pytest.mark.parametrize("n", [50, 640, 700, 5000])
 @pytest.mark.parametrize("skips", [None, 4])
 @pytest.mark.parametrize("extra", [0, 1])
