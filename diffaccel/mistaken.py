@@ -18,7 +18,7 @@ _SIGNS = {
     b"%PDF": "a PDF",
 }
 _HEAD = 1024
-_ANEW = ", so that the download failed: get the file anew"
+_ANEW = "{}, as a failed download leaves it: get the file anew"
 
 
 def what_it_is(path: Path) -> str | None:
@@ -30,7 +30,7 @@ def what_it_is(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
-        return f"empty{_ANEW}"
+        return _ANEW.format("empty")
     for sign, meaning in _SIGNS.items():
         if head.startswith(sign):
             return meaning
@@ -38,7 +38,7 @@ def what_it_is(path: Path) -> str | None:
         return _UNPACK.format("a tar archive")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        return f"a web page{_ANEW}"
+        return _ANEW.format("a web page")
     if len(head) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
-        return f"text{_ANEW}"
+        return _ANEW.format("text")
     return None

@@ -8,8 +8,6 @@ or the weights behind the name change; here the extractor's hash is checked and 
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from diffaccel import __version__
 from diffaccel.collective import failing_together
+from diffaccel.data.npz import ArrayFile
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Moments, MomentSums, check_features
 from diffaccel.nn.features import Extractor
@@ -200,18 +199,20 @@ def read_reference(path: str | Path) -> Reference:
     if not Path(path).is_file():
         raise UsageError(f"no reference statistics at {path}: {REMEDY}")
     try:
-        with open(path, "rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            n, mean, covariance, features = (arrays[key] for key in ("n", "mean", "covariance", "features"))
-            provenance = json.loads(str(arrays["provenance"]))
+        file = ArrayFile(str(path))
+        if missing := {"n", "mean", "covariance", "features", "provenance"} - set(file.names):
+            raise LookupError(f"no array {min(missing)!r}")
+        n, mean, covariance, features = (file.read(key) for key in ("n", "mean", "covariance", "features"))
+        provenance = json.loads(str(file.read("provenance")))
         made_with = {key: provenance["extractor"][key] for key in ("name", "sha256", "dim")}
         reference = Reference(
             Moments(int(n), torch.from_numpy(mean), torch.from_numpy(covariance)),
             torch.from_numpy(features),
             provenance,
         )
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{path} holds no whole reference ({error!r:.100}): {REMEDY}") from None
+    except (UsageError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        reason = str(error) if isinstance(error, UsageError) else f"{error!r:.100}"
+        raise UsageError(f"{path} holds no whole reference ({reason}): {REMEDY}") from None
     _check_shapes(reference, int(made_with["dim"]), str(path))
     return reference
 

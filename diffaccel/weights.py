@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffaccel.errors import UsageError
+from diffaccel.mistaken import what_it_is
 
 
 def file_sha256(path: Path) -> str:
@@ -59,10 +60,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
     try:
+        if found := what_it_is(path):
+            raise UsageError(f"weights {path} are not read: the file is {found}")
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            description = dict(json.loads((file.metadata() or {}).get("diffaccel", "{}")))
-    except (SafetensorError, TypeError, ValueError) as error:  # the last two: JSON that is none, or no mapping
+            description = _description(file.metadata())
+    except OSError as error:
+        raise UsageError(f"weights {path} can't be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, RecursionError) as error:  # the last two: JSON that is none, or no mapping
         raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -76,9 +81,16 @@ def read_description(path: Path) -> dict[str, Any]:
     """Read the header's description alone; empty if there is none or the file is unreadable as safetensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get("diffaccel", "{}")))
-    except (SafetensorError, TypeError, ValueError):  # the last two: JSON that is none, or no mapping
+            return _description(file.metadata())
+    except (SafetensorError, OSError, ValueError, RecursionError):  # the last two: JSON that is none, or no mapping
         return {}
+
+
+def _description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    content = json.loads((metadata or {}).get("diffaccel", "{}"))
+    if not isinstance(content, dict):
+        raise ValueError("what its header says of it is no mapping")
+    return content
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:

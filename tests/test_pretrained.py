@@ -98,10 +98,12 @@ def test_vp_checkpoints_predict_as_their_own_network_does(tmp_path: Path) -> Non
 
 def test_without_a_prefix_or_with_many_sigmas_it_is_the_same_checkpoint(tmp_path: Path) -> None:
     networks = random_network(1, **VE), random_network(2, **VE)
-    for name, keys in (("a", {}), ("b", {"prefix": "", "levels": 1000})):
+    prefixed = {"a": {}, "b": {"prefix": "", "levels": 1000}, "c": {"prefix": "_orig_mod.module."}}
+    for name, keys in prefixed.items():
         torch.save(score_sde_content(*networks, **keys), tmp_path / f"{name}.pth")
-    a, b = read(tmp_path / "a.pth"), read(tmp_path / "b.pth")
-    assert a.denoiser == b.denoiser and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    a, *others = (read(tmp_path / f"{name}.pth") for name in prefixed)
+    for b in others:
+        assert a.denoiser == b.denoiser and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
 def test_the_largest_level_is_the_file_s_or_asked_for(tmp_path: Path) -> None:

@@ -125,6 +125,11 @@ def test_folders_of_training(trained: Path) -> None:
     assert seed_of(within) == seed_of(within, weights="ema") == (3, "ema")
     assert seed_of(within, weights="raw") == (2, "raw")
     assert seed_of(within / "unet")[0] == 2 and seed_of(within / "unet_ema")[0] == 3
+    assert read(within / "unet_ema").source["weights"] == "ema"
+    hashes = [read(within, weights=weights).source["sha256"] for weights in ("ema", "raw")]
+    assert hashes == [files_sha256(within / "unet_ema"), files_sha256(within / "unet")]
+    with pytest.raises(UsageError, match=f"give the folder, {within / 'unet'}"):
+        read(within / "unet" / "diffusion_pytorch_model.safetensors")
     assert files_sha256(within) == files_sha256(within / "unet_ema") != files_sha256(within / "unet")
     for path in (trained, within / "unet"):
         with pytest.raises(UsageError, match="one set of weights"):

@@ -295,3 +295,16 @@ def test_what_a_file_is_instead(tmp_path: Path, suffix: str, data: bytes, match:
     path.write_bytes(data)
     with pytest.raises(UsageError, match=match):
         read(path)
+
+
+def test_another_format_s_file_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    (tmp_path / "b.pkl").write_bytes(newer({"a": torch.zeros(1)}))
+    with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
+        archive.writestr("weights.txt", "1")
+    (tmp_path / "d.pth").write_bytes(pickle.dumps({"a": 1}, 2))
+    found = {"a.pth": "safetensors file under another name", "b.pkl": "as torch.save writes it"}
+    found |= {"c.pth": "an archive, but not one of torch.save", "d.pth": "a pickle, but not one of torch.save"}
+    for name, match in found.items():
+        with pytest.raises(UsageError, match=match):
+            read(tmp_path / name)

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,10 @@ def test_another_extractor_is_refused(saved):
             load_reference(saved[1], extractor)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "npy", "lacks the mean", "pickle"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "truncated", "text", "npy", "lacks the mean", "pickle", "deep", "large"]
+)
 def test_damaged_files_are_refused(saved, damage):
     path = saved[1]
     arrays = dict(np.load(path))
@@ -112,11 +116,23 @@ def test_damaged_files_are_refused(saved, damage):
         np.savez(path, **{key: value for key, value in arrays.items() if key != "mean"})
     elif damage == "pickle":
         np.savez(path, **{**arrays, "mean": np.array([{}], dtype=object)})
+    elif damage == "deep":
+        np.savez(path, **{**arrays, "provenance": np.array("[" * 100_000)})
+    elif damage == "large":  # a header that declares a terabyte
+        with zipfile.ZipFile(path, "a") as archive, archive.open("n.npy", "w") as member:
+            header = {"descr": "<f8", "fortran_order": False, "shape": (1 << 37,)}
+            np.lib.format.write_array_header_1_0(member, header)
     else:
         content = {"empty": b"", "truncated": path.read_bytes()[:-200], "text": b"fd: 3.0"}[damage]
         path.write_bytes(content)
     with pytest.raises(UsageError, match="train.npz.*diffaccel reference EXPERIMENT"):
         load_reference(path, Identity(2))
+
+
+def test_a_pointer_is_named(saved):
+    saved[1].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UsageError, match="git-lfs pointer.*git lfs pull"):
+        load_reference(saved[1], Identity(2))
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,36 @@ def pointer(data: bytes) -> bytes:
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
-@pytest.mark.parametrize("damage", [truncate, cut_header, empty, pickled, page, pointer])
-def test_damaged_file(path: Path, damage: Callable[[bytes], bytes]) -> None:
+def no_mapping(data: bytes) -> bytes:
+    return data.replace(b'"diffaccel":"{', b'"diffaccel":"[').replace(b'}}"}', b'}]"}')
+
+
+def nested(data: bytes) -> bytes:
+    header = b'{"__metadata__":{"diffaccel":"' + b"[" * 100_000 + b'"}}'
+    return len(header).to_bytes(8, "little") + header
+
+
+TRUNCATED = "truncated or no safetensors file.*get the file anew"
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (truncate, TRUNCATED),
+        (cut_header, TRUNCATED),
+        (pickled, TRUNCATED),
+        (no_mapping, TRUNCATED),
+        (nested, TRUNCATED),
+        (empty, "the file is empty.*get the file anew"),
+        (page, "the file is a web page.*get the file anew"),
+        (pointer, "the file is a git-lfs pointer.*git lfs pull"),
+    ],
+)
+def test_damaged_file(path: Path, damage: Callable[[bytes], bytes], match: str) -> None:
     path.write_bytes(damage(path.read_bytes()))
     module = build()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(UsageError, match="truncated or no safetensors file.*get the file anew") as error:
+    with pytest.raises(UsageError, match=match) as error:
         load_weights(path, module)
     assert str(path) in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

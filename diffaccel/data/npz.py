@@ -5,12 +5,14 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffaccel.data.decode import listed, printable
 from diffaccel.errors import UsageError
+from diffaccel.mistaken import what_it_is
 
 MAX_RATIO = 100
 """Most bytes of an array for each byte of its file; images rarely compress by more than 10."""
@@ -82,7 +84,11 @@ class ArrayFile:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
     def _broken(self, error: Exception) -> UsageError:
-        reason = printable(str(error)) or type(error).__name__
+        try:
+            found = what_it_is(Path(self.path))
+        except OSError:  # which is the error
+            found = None
+        reason = found or printable(str(error)) or type(error).__name__
         return UsageError(f"{self.where} can't be read as npz ({reason}): it is truncated or no npz; write it anew")
 
     def unread(self, read: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from diffaccel.errors import UsageError, suggest
 from diffaccel.pretrained import denoisers  # noqa: F401 (registers them)
 from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, unwrap
-from diffaccel.pretrained.diffusers import identity_files, read_diffusers
+from diffaccel.pretrained.diffusers import WEIGHTS, identity_files, read_diffusers
 from diffaccel.pretrained.edm import read_edm
 from diffaccel.pretrained.pickles import open_file, refuse
 from diffaccel.pretrained.score_sde import read_score_sde
@@ -69,17 +69,19 @@ def read(path: Path | str, **options: Any) -> Pretrained:
         raise refuse(
             str(path), f"its name ends in none of {', '.join([*FOREIGN, '.safetensors'])}, and it is no folder"
         )
+    if path.is_file() and path.name.startswith(WEIGHTS) and (path.parent / "config.json").is_file():
+        raise refuse(str(path), f"it is part of a folder of diffusers: give the folder, {path.parent}")
     found = reader(path, options)
     if reader is not read_own:
-        found.source["sha256"] = files_sha256(path)
+        found.source["sha256"] = files_sha256(path, options.get("weights"))
     return found
 
 
-def files_sha256(path: Path) -> str:
-    """Hash a file; of a folder, the weights and the configuration beside them."""
+def files_sha256(path: Path, weights: str | None = None) -> str:
+    """Hash a file; of a folder, the weights, its default ones or those asked for, and the configurations."""
     if path.is_file():
         return file_sha256(path)
-    return hashlib.sha256("".join(file_sha256(file) for file in identity_files(path)).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(file) for file in identity_files(path, weights)).encode()).hexdigest()
 
 
 def is_pretrained(path: Path) -> bool:

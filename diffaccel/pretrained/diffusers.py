@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names, unwrap
-from diffaccel.pretrained.diffusers_config import read_config, read_levels, read_ve
+from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
 from diffaccel.pretrained.pickles import open_file, refuse
 from diffaccel.pretrained.torchfile import Stored, read_torch
@@ -64,11 +64,13 @@ def find_parts(path: Path, weights: str | None = None) -> Parts:
         raise refuse(str(path), f"it holds no config.json, unet or unet_ema: {hint}")
     elif len(there) == 1:
         ((chosen, network),) = there.items()
-        chosen = "ema" if chosen == "ema" else "file's"  # a pipeline's unet may be averaged as well
+        chosen = "file's"  # a pipeline's unet may be averaged as well
     else:
         chosen = weights or "ema"
         network = there[chosen]
     config = _read_json(network / "config.json")
+    if AVERAGE & config.keys():
+        chosen = "ema"
     main, files = _choose(network, weights if chosen == "file's" else None)
     chosen = main or chosen
     if weights not in (None, chosen):
@@ -153,9 +155,9 @@ def read_diffusers(path: Path, options: Mapping[str, Any]) -> Pretrained:
     return Pretrained(shape, network, denoiser, process, tensors, source)
 
 
-def identity_files(path: Path) -> list[Path]:
-    """Files that a folder's checkpoint is made of, as it is read by default."""
-    parts = find_parts(path)
+def identity_files(path: Path, weights: str | None = None) -> list[Path]:
+    """Files that a folder's checkpoint is made of; for ``weights`` see :func:`find_parts`."""
+    parts = find_parts(path, weights)
     return [*parts.files, parts.network / "config.json", *([parts.scheduler] if parts.scheduler else [])]
 
 

@@ -66,7 +66,7 @@ _SIZES: dict[str, Any] = {  # with diffusers' defaults
     "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
     "time_embedding_type": "positional",
 }
-_AVERAGE = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+AVERAGE = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 """Keys that diffusers' EMAModel adds."""
 
 
@@ -88,7 +88,7 @@ def read_config(config: Mapping[str, Any], size: int | None, origin: str) -> tup
         raise refuse(origin, f"its configuration is of {what}, readable is a current UNet2DModel")
     layouts = LAYOUTS[layout]
     for key in config:
-        if key not in layouts and key not in _SIZES and key not in _AVERAGE and not key.startswith("_"):
+        if key not in layouts and key not in _SIZES and key not in AVERAGE and not key.startswith("_"):
             raise refuse(origin, f"its configuration has a key {key[:40]!r} that is not known here")
     given |= {key: config.get(key, default) for key, (default, _) in layouts.items()}
     for key, (_, allowed) in layouts.items():

@@ -28,7 +28,7 @@ from diffaccel.pretrained.pickles import (
     run_pickle,
     short,
 )
-from diffaccel.pretrained.torchfile import Storage, Stored, read_stream, torch_globals
+from diffaccel.pretrained.torchfile import ARCHIVE, Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
 """Of the tree of modules; a pickle may share one child among many parents."""
@@ -116,7 +116,11 @@ def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
     if options.get("weights", "ema") != "ema":
         raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
     spent = itertools.count()
-    content = run_pickle(open_file(path), origin, edm_globals(origin, spent), spent=spent)
+    file = open_file(path)
+    if file.read(4) == ARCHIVE:
+        raise refuse(origin, "it is an archive, as torch.save writes it: EDM's are plain pickles")
+    file.seek(0)
+    content = run_pickle(file, origin, edm_globals(origin, spent), spent=spent)
     root = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(root, Recipe):
         raise refuse(origin, "it holds no network under 'ema', as EDM's do")

@@ -22,6 +22,8 @@ from diffaccel.pretrained.pickles import Globals, damage, make_dict, open_file, 
 MAX_DIMENSIONS = 8
 MAX_NUMBERS = 1 << 40
 """Of a tensor, and of each side of its shape."""
+ARCHIVE = b"PK\x03\x04"
+"""What a newer file starts with."""
 MAGIC = 0x1950A86A20F9469CFC6C
 """What an older stream starts with."""
 
@@ -152,11 +154,13 @@ def _loaded(value: Any, done: dict[int, Any]) -> Any:
 def read_stream(file: BinaryIO, origin: str, spent: Iterator[int] | None = None) -> Any:
     """Read an open one; for ``spent`` see :func:`~diffaccel.pretrained.pickles.run_pickle`."""
     spent = spent or itertools.count()
-    start = file.read(4)
+    start = file.read(9)
     file.seek(0)
     with damage(origin):
-        if start == b"PK\x03\x04":
+        if start.startswith(ARCHIVE):
             return _read_zip(file, origin, spent)
+        if start[8:] == b"{":
+            raise refuse(origin, "it is a safetensors file under another name: rename it to .safetensors")
         if start[:1] != b"\x80":
             raise refuse(origin, "it is no file of torch.save")
         return _read_older(file, origin, spent)
