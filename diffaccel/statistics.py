@@ -59,19 +59,15 @@ def write_statistics(config: Config) -> str | None:
         UsageError: A file is there already, can't be written, or has no data.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    named = {split: getattr(config, key) for split, key in KEYS.items()}
-    paths = {split: _path(config, split) for split, path in named.items() if path is not None}
+    paths = _paths(config)
     if not paths:
         raise UsageError("nothing to write: set reference=FILE or floor=FILE, or neither for files in OUT")
     check_new(paths.values(), config.again)
     data, extractor = experiment.build_data(config), experiment.build_extractor(config)
-    try:
-        for split in paths:
-            data.images(split)
-    except MissingSplit as error:
-        if named["test"]:
-            raise
-        console.print(f"no floor: {error}", markup=False)
+    if "test" in paths and (missing := _missing(data)):
+        if config.floor or len(paths) == 1:  # it was asked for
+            raise missing
+        console.print(f"no floor: {missing}", markup=False)
         del paths["test"]
     module = Statistics(data, extractor, list(paths))
     trainer = launch.build_trainer(dataclasses.replace(config, logger="none", precision="32-true"), [])
@@ -82,9 +78,24 @@ def write_statistics(config: Config) -> str | None:
     for split, path in paths.items():
         found = module.found[split]
         console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}", markup=False)
-    words = [f"{key}={paths[split]}" if split in paths else f"{key}=null" for split, key in KEYS.items()]
+    words = [f"{KEYS[split]}={path}" for split, path in paths.items()]
+    if "test" not in paths:
+        words.append("floor=null")  # the experiment's own is of other data, or other features
     return shlex.join(words)
 
 
-def _path(config: Config, split: str) -> Path:
-    return Path(getattr(config, KEYS[split]) or config.folder / f"{KEYS[split]}.npz")
+def _paths(config: Config) -> dict[str, Path]:
+    """File by split."""
+    named = {split: getattr(config, key) for split, key in KEYS.items()}
+    return {
+        split: Path(path or config.folder / f"{KEYS[split]}.npz") for split, path in named.items() if path is not None
+    }
+
+
+def _missing(data: DataModule) -> MissingSplit | None:
+    """Open the test split; return the error if there is none."""
+    try:
+        data.images("test")
+    except MissingSplit as error:
+        return error
+    return None
