@@ -291,6 +291,7 @@ def tradeoff(config: Any) -> None:
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
     from diffaccel import experiment, launch
+    from diffaccel.targets import resume_from
     from diffaccel.terminal import print_points
 
     frozen = config.method_name == "dlg" or bool(config.method.get("frozen"))
@@ -303,7 +304,7 @@ def fit(config: Any) -> None:
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
-    resume = _resume_from(config, [*method.exports()])
+    resume = resume_from(config, [*method.exports()], console)
     if resume is not None:
         experiment.check_resumable(resume, method)
     callbacks: list[Any] = [launch.build_checkpointer(config)]
@@ -337,31 +338,6 @@ def fit(config: Any) -> None:
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
 
 
-def _resume_from(config: Any, weights: list[str]) -> Path | None:
-    """Return the state that a fit goes on from, if it does; what another fit has left in OUT is never overwritten.
-
-    Args:
-        config: The run's.
-        weights: Names of the files of weights that the fit leaves.
-    """
-    last = Path(config.folder, "last.ckpt")
-    files = [last, Path(config.folder, "best.ckpt"), *(Path(config.folder, f"{name}.safetensors") for name in weights)]
-    left = next((file for file in files if file.is_file()), None)
-    if config.resume == "auto" and last.is_file():
-        console.print(f"going on from {last}", markup=False)
-        return last
-    inside = config.resume not in (None, "auto") and Path(config.resume).resolve().parent == config.folder.resolve()
-    if left is not None and not inside:
-        remedy = "go on with resume=auto, or choose" if left == last else "choose"
-        raise UsageError(f"{left} exists: {remedy} another out=")
-    if config.resume == "auto":
-        console.print(f"no {last} yet: starting anew", markup=False)
-        return None
-    if config.resume is not None and not Path(config.resume).is_file():
-        raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")
-    return Path(config.resume) if config.resume else None
-
-
 def sample(config: Any) -> None:
     """Write the images that bench measures, a folder for each budget."""
     from diffaccel.sample import sample as write_images
@@ -385,11 +361,12 @@ def _fit_extractor(config: Any) -> None:
     from diffaccel.nn.features import save_classifier
     from diffaccel.nn.fitting import fit_extractor
     from diffaccel.registry import Registry
+    from diffaccel.targets import resume_from
 
     recipes: Registry[Any] = Registry("method")
     recipes.register("extractor")(fit_extractor)
     data = experiment.build_data(config)
-    resume = _resume_from(config, ["extractor"])
+    resume = resume_from(config, ["extractor"], console)
     launch.make_folder(config)
     if config.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"precision={config.precision}: an extractor is trained in 32-true or bf16-mixed")

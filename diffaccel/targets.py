@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+
+from diffaccel.config import Config
 from diffaccel.errors import UsageError
 
 
@@ -27,3 +30,32 @@ def check_new(paths: Iterable[Path], again: bool = False) -> None:
             raise UsageError(f"{path} can't be written ({error.strerror}): write elsewhere") from None
         if not os.access(path.parent, os.W_OK):
             raise UsageError(f"{path} can't be written: write elsewhere")
+
+
+def resume_from(config: Config, weights: list[str], console: Console) -> Path | None:
+    """Return the state that a fit goes on from, if it does; what another fit has left in OUT is never overwritten.
+
+    Args:
+        config: The run's.
+        weights: Names of the files of weights that the fit leaves.
+        console: Says where it begins.
+
+    Raises:
+        UsageError: OUT has another fit's files, or there is no such state.
+    """
+    last = Path(config.folder, "last.ckpt")
+    files = [last, Path(config.folder, "best.ckpt"), *(Path(config.folder, f"{name}.safetensors") for name in weights)]
+    left = next((file for file in files if file.is_file()), None)
+    if config.resume == "auto" and last.is_file():
+        console.print(f"going on from {last}", markup=False)
+        return last
+    inside = config.resume not in (None, "auto") and Path(config.resume).resolve().parent == config.folder.resolve()
+    if left is not None and not inside:
+        remedy = "go on with resume=auto, or choose" if left == last else "choose"
+        raise UsageError(f"{left} exists: {remedy} another out=")
+    if config.resume == "auto":
+        console.print(f"no {last} yet: starting anew", markup=False)
+        return None
+    if config.resume is not None and not Path(config.resume).is_file():
+        raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")
+    return Path(config.resume) if config.resume else None
