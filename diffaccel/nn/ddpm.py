@@ -1,6 +1,7 @@
 """The U-Net of DDPM, in the layout and initialisation of TDPM's reference code."""
 
 import math
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -79,6 +80,13 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.conv_2(self.dropout(F.silu(hidden)))
 
 
+def _check_groups(channels: int, groups: int, head_width: int | None) -> None:
+    """Refuse attention on channels that its groups or heads don't divide."""
+    for number, what in ((groups, "groups"), (channels if head_width is None else head_width, "channels a head")):
+        if number < 0 or (number == 0 and what != "groups") or (number and channels % number):
+            raise UsageError(f"network 'ddpm': {channels} channels to attend to can't be divided into {number} {what}")
+
+
 class Attention(nn.Module):
     """Self-attention over positions, residual, with scale c^-1/2 for heads of c channels.
 
@@ -87,10 +95,14 @@ class Attention(nn.Module):
         groups: Groups of the GroupNorm before it; 0 for none.
         head_width: Channels of a head; None for a single one.
         eps: GroupNorm's epsilon.
+
+    Raises:
+        UsageError: Groups or heads don't divide the channels.
     """
 
     def __init__(self, width: int, groups: int, head_width: int | None = None, eps: float = EPS) -> None:
         super().__init__()
+        _check_groups(width, groups, head_width)
         self.heads = width // (head_width or width)
         self.norm = nn.GroupNorm(groups, width, eps) if groups else nn.Identity()
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
@@ -178,13 +190,6 @@ def _check(shape: tuple[int, int, int], multipliers: list[float], attention: lis
         )
 
 
-def _check_groups(channels: int, groups: int, head_width: int | None) -> None:
-    """Refuse attention on channels that its groups or heads don't divide."""
-    for number, what in ((groups, "groups"), (channels if head_width is None else head_width, "channels a head")):
-        if number < 0 or (number == 0 and what != "groups") or (number and channels % number):
-            raise UsageError(f"network 'ddpm': {channels} channels to attend to can't be divided into {number} {what}")
-
-
 @NETWORKS.register("ddpm")
 class DDPMUNet(nn.Module):
     """DDPM's U-Net; its defaults are those for CIFAR-10 (35.7 M parameters).
@@ -252,12 +257,8 @@ class DDPMUNet(nn.Module):
         self.embed_time = TimeEmbedding(width, cosines_first, shift)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
 
-        def block(width_in: int, width_out: int) -> ResidualBlock:
-            return ResidualBlock(width_in, width_out, embedding, dropout, groups, eps, film)
-
-        def attend(wide: int, groups: int) -> Attention:
-            _check_groups(wide, groups, head_width)
-            return Attention(wide, groups, head_width, eps)
+        block = partial(ResidualBlock, embedding=embedding, dropout=dropout, groups=groups, eps=eps, film=film)
+        attend = partial(Attention, head_width=head_width, eps=eps)
 
         def attended(level: int, rows_attended: list[int]) -> list[nn.Module]:
             return [attend(widths[level], groups)] if rows // 2**level in rows_attended else []
