@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from diffaccel.errors import SharedError, UsageError, suggest
+from diffaccel.escape import printable
+from diffaccel.terminal import PlainConsole, print_lines
 
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
@@ -44,7 +44,7 @@ Keys may be set on the command line; the frequent ones:
   dry_run=true             print the plan and its cost; measure nothing
 """
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     # Read when torch is imported: threads that wait actively slow a run tenfold where something else takes a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not words or words[0] in ("help", "-h", "--help"):
-        print(HELP)
+        print_lines(*HELP.splitlines())
         return 0
     if words[0] in ("version", "--version"):
         from diffaccel import __version__
 
-        print(f"diffaccel {__version__}")
+        print_lines(f"diffaccel {__version__}")
         return 0
     verbs: dict[str, Callable[[Any], None]] = {
         "bench": bench,
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     if verb in PATH_VERBS and not {"-h", "--help", "help"} & set(words):
         return _guarded(lambda: PATH_VERBS[verb](words))
     if verb in (*verbs, *PATH_VERBS) and (words[:1] == ["help"] or {"-h", "--help"} & set(words)):
-        print(HELP)
+        print_lines(*HELP.splitlines())
         return 0
 
     def run() -> None:
@@ -142,18 +142,17 @@ def _guarded(run: Callable[[], None]) -> int:
     except SharedError as error:
         from lightning.pytorch.utilities import rank_zero_only  # late, as all that takes seconds to import
 
-        rank_zero_only(console.print)(f"diffaccel: {error}", style="red", markup=False)
+        rank_zero_only(console.print)(printable(f"diffaccel: {error}"), style="red")
         return 2
     except UsageError as error:
-        console.print(f"diffaccel: {error}", style="red", markup=False)
+        console.print(printable(f"diffaccel: {error}"), style="red")
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
             "diffaccel: interrupted; what was finished is kept (bench, sample and search go on from it, "
-            "fit with resume=auto)",
-            markup=False,
+            "fit with resume=auto)"
         )
         return 130
     return 0
@@ -163,13 +162,13 @@ def compare(words: list[str]) -> None:
     """Print the points of several runs side by side, and write a page of them."""
     from diffaccel import compare as comparison
 
-    sources, options = _options(words, ["out"], "compare")
+    sources, options = _options(words, ["out", "reference"], "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
-    rows = comparison.compare(sources)
+    rows = comparison.compare(sources, options.get("reference"), console.print)
     comparison.write(rows, out)
     comparison.show(rows)
-    print(f"index.html, curve.png, compare.csv and table.md are in {out}")
+    print_lines(f"index.html, curve.png, compare.csv and table.md are in {out}")
 
 
 def convert(words: list[str]) -> None:
@@ -192,9 +191,9 @@ def convert(words: list[str]) -> None:
             raise UsageError(f"{key}={value} is no number") from None
     source = Path(paths[0])
     found = pretrained.read(source, **typed) if inspects else pretrained.convert(source, Path(paths[1]), **typed)
-    print(pretrained.describe(found))
+    print_lines(*pretrained.describe(found).splitlines())
     if not inspects:
-        print(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")
+        print_lines(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")
 
 
 PATH_VERBS: dict[str, Callable[[list[str]], None]] = {"compare": compare, "convert": convert}
@@ -256,7 +255,7 @@ def search(config: Any) -> None:
     method.eval()
     trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     if trainer.is_global_zero:
-        print(f"{len(searcher.measured)} trials are in {Path(searcher.out, 'trials.jsonl')}, the winners in "
+        print_lines(f"{len(searcher.measured)} trials are in {Path(searcher.out, 'trials.jsonl')}, the winners in "
               f"{Path(searcher.out, 'best.yaml')}: measure them on another seed with `diffaccel bench`")  # fmt: skip
 
 
@@ -285,7 +284,7 @@ def tradeoff(config: Any) -> None:
     trainer.test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
     if trainer.is_global_zero:
         found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
-        print(f"least bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
+        print_lines(f"least bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
 
 
 def fit(config: Any) -> None:
@@ -335,7 +334,7 @@ def fit(config: Any) -> None:
         _report_density(config, method, data)
     if evaluator is not None:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
-    console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}", markup=False)
+    console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}")
 
 
 def sample(config: Any) -> None:
@@ -344,7 +343,7 @@ def sample(config: Any) -> None:
 
     if (planned := _plan(config)) is not None:
         for folder in write_images(config, *planned):
-            print(folder)
+            print_lines(str(folder))
 
 
 def reference(config: Any) -> None:
@@ -352,7 +351,7 @@ def reference(config: Any) -> None:
     from diffaccel.statistics import write_statistics
 
     if words := write_statistics(config):
-        print(f"to use them, add to bench: {words}")
+        print_lines(f"to use them, add to bench: {words}")
 
 
 def _fit_extractor(config: Any) -> None:
@@ -380,7 +379,7 @@ def _fit_extractor(config: Any) -> None:
     path = config.folder / "extractor.safetensors"
     save_classifier(model, path, metric, data.label, accuracy, config.seed)
     minutes = (time.monotonic() - started) / 60
-    console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes", markup=False)
+    console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes")
 
 
 def _report_acceptance(config: Any, method: Any, data: Any) -> None:
@@ -394,8 +393,7 @@ def _report_acceptance(config: Any, method: Any, data: Any) -> None:
     decades = ", ".join(f"{decade}: {error:.4f}" for decade, error in found.error.items())
     console.print(
         f"noise classifier: mean |ln sigma error| by decade {decades}"
-        f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}",
-        markup=False,
+        f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}"
     )
 
 
@@ -412,8 +410,7 @@ def _report_density(config: Any, method: Any, data: Any) -> None:
     verdict = "" if found.plausible else "; BELOW THE NOISE'S OWN ENTROPY: it has learned noise, or isn't normalised"
     console.print(
         f"density: {found.bits:.4f} bits/dim on held-out noisy images, {found.gain:.4f} +- {found.se:.4f} below N(0, I)"
-        f" (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws {found.largest:.3g}{verdict}",
-        markup=False,
+        f" (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws {found.largest:.3g}{verdict}"
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +20,7 @@ from diffaccel.machine import describe, device_type
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import Plan
-from diffaccel.terminal import human
+from diffaccel.terminal import human, print_lines, wide_console
 
 AFFORDABLE = 5.0
 """Seconds that one measurement may take; what would take longer is extrapolated from fewer images."""
@@ -173,21 +172,25 @@ def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -
                 spent = (human(nfe * cost.flops, "FLOP"), f"{total:.3g} s")
             burn_in = f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}"
             table.add_row(f"{budget:g}", str(plan.skips), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
-    print(f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}")
-    print(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none")
-    Console().print(table)
+    print_lines(
+        f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}"
+    )
+    print_lines(
+        f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none"
+    )
+    wide_console().print(table)
     _print_forward(config, cost, 4.0 * parameters)
 
 
 def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
-    print(f"{describe(config)}; start-up, scoring and metrics take their time besides")
+    print_lines(f"{describe(config)}; start-up, scoring and metrics take their time besides")
     if config.compile:
-        print(f"compiling takes {cost.compiling:.3g} s besides, for each size of a batch")
-    print(
+        print_lines(f"compiling takes {cost.compiling:.3g} s besides, for each size of a batch")
+    print_lines(
         f"one forward of {cost.timed} images was timed: {human(cost.flops, 'FLOP')}, {cost.seconds:.3g} s and "
         f"{human(cost.activations, 'B')} of activations an image here"
     )
-    print(
+    print_lines(
         f"memory of a process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
         f"activations at batch_size={config.batch_size}, besides the extractor's and the libraries' own"
     )

@@ -1,6 +1,8 @@
 """From a configuration to the objects of a run."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import shlex
 from pathlib import Path
@@ -285,6 +287,26 @@ def identify_images(config: Config) -> dict[str, Any]:
     }
 
 
+def _configuration(config: Config, measured: bool) -> dict[str, Any]:
+    """Record what a point follows from besides budget, settings, n and seed: it tells curves apart in a comparison.
+
+    Args:
+        config: The run's.
+        measured: Whether with the weights that the configuration names, and not with some in training.
+    """
+    found = identify_images(config)
+    for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
+        found.pop(key, None)  # they have keys of their own, or change nothing beyond rounding
+    if config.by_nfe:
+        tuning = json.dumps([config.prior, config.solver, config.by_nfe], sort_keys=True, default=str)
+        found["tuning"] = hashlib.sha256(tuning.encode()).hexdigest()
+    if not measured:
+        found |= {"training": dataclasses.asdict(config.training), "levels": config.levels, "data": config.data}
+        found["limit"] = config.limit
+        found["init"] = files_sha256(Path(config.init)) if config.init else None
+    return found
+
+
 def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
     """Build the evaluation callback.
 
@@ -322,6 +344,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
             "process": config.process["name"],
             "data": config.data_name,
             "checkpoint": describe_checkpoint(config, method),
+            "configuration": _configuration(config, measured),
         },
         settings=config.at,
         identity=identify(config, extractor, reference, floor) if measured else None,

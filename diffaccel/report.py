@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffaccel.curves import places_of
 from diffaccel.errors import UsageError
+from diffaccel.escape import csv_cell, printable
 from diffaccel.overrides import as_given
-
-Point = Mapping[str, Any]
+from diffaccel.points import Point, distance, normalised
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; its yellow is too faint for a line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +33,8 @@ COLUMNS = (
     *("method", "process", "prior", "solver", "nfe_budget", "nfe", "nfe_marginal", "nfe_burn_in", "nfe_sequential"),
     *("nfe_equivalent", "gflops_per_image", "seconds_per_image", "n", "seed"),
 )
+BESIDE = 8
+"""Curves from which on the legend stands beside the axes."""
 CELL = 64  # pixels that the longer side of a small image is magnified to, about
 
 
@@ -75,7 +80,7 @@ def read_points(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content.removesuffix(_torn(content)).splitlines(), start=1):
         try:
             point = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             point = None
         if not isinstance(point, dict):
             raise UsageError(f"{path}, line {number}, is no point: remove it")
@@ -88,7 +93,7 @@ def _torn(content: bytes) -> bytes:
     last = content[content.rfind(b"\n") + 1 :]
     try:
         json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         return last
     return b""  # whole: someone's editor has left out the newline
 
@@ -103,30 +108,44 @@ def _finite(value: Any) -> Any:
 
 
 def write_curve_csv(points: Sequence[Point], path: str | Path) -> None:
-    """Write a table with a row per point: how it was sampled, what that cost, and every metric."""
+    """Write a table with a row per point: its curve, how it was sampled, what that cost, and every metric."""
+    points, labels = [normalised(point) for point in points], [place.label for place in places_of(points)]
     metrics = sorted({name for point in points for name in point["metrics"]})
+    rows: list[list[Any]] = [["curve", *COLUMNS, "extractor", *metrics]]
+    for label, point in zip(labels, points, strict=True):
+        own = (point["metrics"].get(name) for name in metrics)
+        rows.append([label, *(point[name] for name in COLUMNS), point["extractor"]["name"], *own])
+    write_csv(rows, path)
+
+
+def write_csv(rows: Iterable[Iterable[Any]], path: str | Path) -> None:
+    """Write rows as CSV; text that a spreadsheet would take for a formula is escaped."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "extractor", *metrics], extrasaction="ignore")
-        writer.writeheader()
-        for point in points:
-            writer.writerow({**point, "extractor": point["extractor"]["name"], **point["metrics"]})
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [csv_cell(value) if isinstance(value, str) else value for value in row] for row in rows
+        )
 
 
 def frechet_key(points: Iterable[Point]) -> str:
     """Return the metric that all these points can be compared by: ``fid``, or ``fd_<extractor>``.
 
     Raises:
-        UsageError: No points, or points scored by several extractors.
+        UsageError: No points that name an extractor, or points scored by several.
     """
-    keys = {"fid" if point["extractor"]["name"] == "inception" else f"fd_{_extractor(point)}" for point in points}
-    if len(keys) != 1:
-        raise UsageError(f"one plot needs points of one extractor, these have {sorted(keys)}: select some")
-    return keys.pop()
+    names = {name for point in points if (name := normalised(point)["extractor"]["name"]) is not None}
+    keys = sorted("fid" if name == "inception" else f"fd_{name}" for name in names)
+    if not keys:
+        raise UsageError("none of these points names the extractor that scored it: bench them again")
+    if len(keys) > 1:
+        raise UsageError(f"one plot needs points of one extractor, these have {keys}: select some")
+    return keys[0]
 
 
-def _extractor(point: Point) -> str:
-    return str(point["extractor"]["name"])
+def title_of(points: Sequence[Point]) -> str:
+    """Name the data and the reference of points, as far as the first of them does."""
+    first = normalised(points[0])
+    return ": ".join(name for name in (first["data"], first["reference"]["name"]) if name)
 
 
 def plot_curve(
@@ -135,91 +154,138 @@ def plot_curve(
     title: str,
     published: Sequence[Published] = (),
     floor: float | None = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
-    """Draw the Frechet distance against evaluations per image, a line per (method, solver, prior), logarithmic axes.
+    """Draw the Frechet distance against evaluations per image, a line per curve, logarithmic axes.
 
-    Repeated measurements each have their marker and their error bar (one standard error); the line joins their means.
+    Several seeds of one budget each have their marker and their error bar (one standard error); the line joins their
+    means. Of the same measurement, the last counts.
 
     Args:
-        points: Scored by one extractor. Those without a finite distance are left out.
+        points: Scored by one extractor. Those without a positive distance or count of evaluations are left out.
         path: The PNG to write; folders are made.
         title: Heading.
         published: Figures of papers, drawn faintly.
         floor: The distance of as many real images; by default the points' own metric ``<key>_floor``, if they have it.
+        labels: Of each point's curve; by default what tells the points' curves apart.
 
     Raises:
         UsageError: No points, points of several extractors, or none that can be drawn.
     """
     key = frechet_key(points)
-    drawn = [point for point in points if point["metrics"].get(key) is not None]
+    series = _series([normalised(point) for point in points], key, labels)
+    drawn = [point for members in series.values() for point in members]
     if not drawn:
         raise UsageError(f"no point has the metric {key!r}: nothing to plot")
-    sizes = sorted({point["n"] for point in drawn})
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    sizes = sorted({point["n"] for point in drawn if point["n"] is not None})
+    many = len(series) > BESIDE
+    figure = Figure(figsize=(11, max(4.6, 0.22 * len(series))) if many else (7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    series = _series(drawn, len(sizes) > 1)
     for number, (label, members) in enumerate(series.items()):
         line = "-" if number < len(COLOURS) else ":"  # the colours begin anew
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
-        _draw_series(axes, members, key, label, MARKERS[number % len(MARKERS)], style)
-    if floor is None:
-        floor = next((point["metrics"][f"{key}_floor"] for point in drawn if f"{key}_floor" in point["metrics"]), None)
-    if floor is not None:
-        near = 10 * floor > min(point["metrics"][key] for point in drawn)  # one far below would squeeze all else
-        said = f"real images ({floor:.3g}{'' if near else ', below'})"
-        look: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1, "label": said}
-        if near:
-            axes.axhline(floor, zorder=1, **look)
-        else:
-            axes.plot([], [], **look)
+        _draw_series(axes, members, key, f"{label}{_seeds(members)}", MARKERS[number % len(MARKERS)], style)
+    _draw_floor(axes, floor, drawn, key)
     _draw_published(axes, published)
     spent = [*(point["nfe"] for point in drawn), *(figure.nfe for figure in published)]
-    _finish(axes, spent, [point.get("nfe_budget") or point["nfe"] for point in drawn])
+    _finish(axes, spent, [point["nfe_budget"] or point["nfe"] for point in drawn])
     axes.set_xlabel("evaluations per image (NFE)")
-    axes.set_ylabel(f"{key}@{sizes[0]}" if len(sizes) == 1 else key)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    axes.set_ylabel(f"{key}@{sizes[0]}" if len(sizes) == 1 else key, parse_math=False)
+    axes.set_title(_wrapped(title), loc="left", fontsize=11, parse_math=False)
+    _legend(axes, figure if many else axes)
+    _save(figure, path)
 
 
-def label_of(point: Point) -> str:
-    """Name the curve that a point belongs to; settings searched for each budget are one, whatever their solvers."""
-    parts = "tuned for each NFE" if point.get("tuned") else f"{point['solver']}, {point['prior']}"
-    return f"{point['method']} ({parts})"
-
-
-def _series(points: Sequence[Point], several_sizes: bool) -> dict[str, list[Point]]:
-    """Group points into labelled lines, in the order of their first appearance."""
+def _series(points: Sequence[Point], key: str, labels: Sequence[str] | None) -> dict[str, list[Point]]:
+    """Group the points that can be drawn into curves, in the order of their first appearance."""
+    chosen = [number for number, point in enumerate(points) if distance(point, key) is not None]
+    if labels is None:
+        places = places_of([points[number] for number in chosen])
+        chosen = [number for number, place in zip(chosen, places, strict=True) if not place.replaced]
+        own = [place.label for place in places if not place.replaced]
+    else:
+        own = [labels[number] for number in chosen]
     series: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        label = label_of(point)
-        series[f"{label} @{point['n']}" if several_sizes else label].append(point)
+    for number, label in zip(chosen, own, strict=True):
+        series[label].append(points[number])
     return series
+
+
+def _seeds(members: Sequence[Point]) -> str:
+    """Say how many seeds the means of a curve are of."""
+    counts = {len(group) for group in _by_budget(members).values()}
+    if counts == {1}:
+        return ""
+    return f", {max(counts)} seeds" if len(counts) == 1 else f", {min(counts)} to {max(counts)} seeds"
+
+
+def _by_budget(members: Iterable[Point]) -> dict[float | None, list[Point]]:
+    found: dict[float | None, list[Point]] = defaultdict(list)
+    for point in members:
+        found[point["nfe_budget"]].append(point)
+    return found
 
 
 def _draw_series(
     axes: Axes, points: Sequence[Point], key: str, label: str, marker: str, style: Mapping[str, Any]
 ) -> None:
     colour = style["color"]
-    at: dict[float, list[float]] = defaultdict(list)
     for point in points:
-        at[point["nfe"]].append(point["metrics"][key])
         error = point["metrics"].get(f"{key}_se")
-        if error is not None:
+        if error is not None and error >= 0:
             axes.errorbar(point["nfe"], point["metrics"][key], error, color=colour, capsize=2.5, linewidth=1)
-    nfes = sorted(at)
-    axes.plot(nfes, [float(np.mean(at[nfe])) for nfe in nfes], **style, linewidth=1.5, zorder=2)
-    every = sorted((nfe, value) for nfe, values in at.items() for value in values)
+    pairs = [[(point["nfe"], point["metrics"][key]) for point in group] for group in _by_budget(points).values()]
+    means = sorted(tuple(np.mean(group, axis=0).tolist()) for group in pairs)
+    axes.plot(*zip(*means, strict=True), **style, linewidth=1.5, zorder=2)
+    every = sorted(pair for group in pairs for pair in group)
     axes.plot(*zip(*every, strict=True), marker, color=colour, markersize=5, markeredgecolor="white", zorder=3)
-    axes.plot([], [], **style, marker=marker, linewidth=1.5, markersize=5, markeredgecolor="white", label=label)
+    axes.plot([], [], **style, marker=marker, linewidth=1.5, markersize=5, markeredgecolor="white", gid=label)
+
+
+def _draw_floor(axes: Axes, floor: float | None, drawn: Sequence[Point], key: str) -> None:
+    """Draw what real images score: a line, or a mark in the legend where a line would squeeze all else."""
+    if floor is None:
+        floor = next((value for point in drawn if (value := point["metrics"].get(f"{key}_floor")) is not None), None)
+    if floor is None:
+        return
+    near = 10 * floor > min(point["metrics"][key] for point in drawn)
+    said = f"real images ({floor:.3g}{'' if near else ', below'})"
+    look: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1, "gid": said}
+    if near:
+        axes.axhline(floor, zorder=1, **look)
+    else:
+        axes.plot([], [], **look)
+
+
+def _legend(axes: Axes, where: Axes | Figure) -> None:
+    """Draw the legend of the lines that have a ``gid``, as it is: matplotlib leaves out labels that begin with _."""
+    place: dict[str, Any] = {"loc": "outside right upper"} if where is not axes else {}
+    lines = [line for line in axes.lines if line.get_gid()]
+    legend = where.legend(lines, [str(number) for number in range(len(lines))], frameon=False, fontsize=8, **place)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_parse_math(False)  # a dollar sign is one
+        text.set_text(_wrapped(str(line.get_gid())))
+
+
+def _wrapped(text: str) -> str:
+    """Text for a drawing: no control characters, lines that fit, and not more than a few."""
+    lines = textwrap.wrap(printable(text), 70)
+    return "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks are drawn as boxes
+        figure.savefig(path)
 
 
 def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
     for figure in published:
         axes.plot(figure.nfe, figure.value, "x", color="0.6", markersize=5, zorder=1)
         axes.annotate(
-            figure.label,
+            _wrapped(figure.label),
+            parse_math=False,
             xy=(figure.nfe, figure.value),
             xytext=(5, 0),
             textcoords="offset points",
@@ -295,8 +361,7 @@ def scatter(points: Tensor, path: str | Path, reference: Tensor | None = None, t
     axes.scatter(x, y, s=7, color=COLOURS[0], alpha=0.5, linewidths=0, label="sampled")
     axes.set_aspect("equal", adjustable="datalim")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_wrapped(title), loc="left", fontsize=11, parse_math=False)
     if reference is not None:
         axes.legend(frameon=False, fontsize=8, markerscale=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, path)

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -31,6 +30,7 @@ from diffaccel.evaluator.scores import digests
 from diffaccel.image_files import write_npz, write_png
 from diffaccel.methods import Diffusion
 from diffaccel.prior import Plan
+from diffaccel.terminal import PlainConsole
 
 DESCRIPTION = "sample.json"
 
@@ -81,7 +81,7 @@ class ImageWriter(L.Callback):
         self.images = experiment.identify_images(config)
         self.folders = {budget: config.folder / folder_name(budget) for budget in plans}
         self.made_before = {budget for budget in plans if self._made_before(budget)}
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = PlainConsole(stderr=True, soft_wrap=True)
 
     def _key(self, budget: float) -> str:
         """Hash of all that the files follow from."""
@@ -119,7 +119,7 @@ class ImageWriter(L.Callback):
                 self._run(trainer, pl_module, budget, plan)
             elif trainer.is_global_zero:
                 said = f"nfe {budget:g}: made before (again=true makes them anew)"
-                self.console.print(said, markup=False)
+                self.console.print(said)
 
     @torch.no_grad()
     def _run(self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan) -> None:

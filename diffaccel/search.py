@@ -16,7 +16,6 @@ import lightning as L
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError  # OmegaConf's parser
 
@@ -31,6 +30,7 @@ from diffaccel.registry import Registry
 from diffaccel.report import append_point, read_points
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
+from diffaccel.terminal import PlainConsole
 
 Settings = dict[str, dict[str, Any]]
 """``{"prior": ..., "solver": ...}``, each a part as a file writes it."""
@@ -64,7 +64,7 @@ def check_space(space: Mapping[str, Any]) -> None:
         if registry is None or not path:
             raise UsageError(f"search.space: {key!r} is neither gamma nor a key of {' or '.join(TUNABLE)}")
         while registry is not None and path:
-            known = {"name"}.union(*(registry.keys_of(name) for name in registry))
+            known = {"name"} | registry.known_keys()
             if path[0] not in known:
                 raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest(path[0], known)}")
             if path == ["name"]:
@@ -168,10 +168,12 @@ class Searcher(L.Callback):
         self.evaluators = {images: evaluator(images) for images in search.images}
         any_one = next(iter(self.evaluators.values()))
         self.out, self.metric = any_one.out, any_one.extractor.metric_name
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = PlainConsole(stderr=True, soft_wrap=True)
         self.before = read_winners(self.out / "best.yaml", base)
         path = self.out / "trials.jsonl"
-        self.measured = {self._key(trial): trial for trial in (read_points(path) if path.is_file() else [])}
+        trials = read_points(path) if path.is_file() else []
+        self.measured = {self._key(trial): trial for trial in trials if _whole(trial)}
+        self.broken = sum(not _whole(trial) for trial in trials)
         self.best: dict[int, Settings] = {}
         self._trajectories: dict[str, FineTrajectory] = {}
 
@@ -179,6 +181,8 @@ class Searcher(L.Callback):
         """Search every budget."""
         assert isinstance(pl_module, Diffusion)
         pl_module.by_nfe = {}
+        if self.broken and trainer.is_global_zero:
+            self.console.print(f"trials.jsonl: {self.broken} lines lack what a trial has: those are measured again")
         for evaluator in self.evaluators.values():
             evaluator.extractor.to(pl_module.device)
         for budget in self.budgets:
@@ -197,11 +201,12 @@ class Searcher(L.Callback):
                 if trainer.is_global_zero:
                     self.console.print(
                         f"nfe {budget}, round {number}: {done} of {len(field)} at n={images}, best {self.metric}"
-                        f" {best:.4g}, this {trials[-1]['score']:.4g}", markup=False,
+                        f" {best:.4g}, this {trials[-1]['score']:.4g}",
                     )  # fmt: skip
             ranked = sorted(trials, key=lambda trial: trial["score"])
             if not math.isfinite(ranked[0]["score"]):
-                raise UsageError(f"nfe={budget}: no setting of the space could be measured: {ranked[0]['error']}")
+                reason = ranked[0].get("error", "no distance")
+                raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
             if trainer.is_global_zero:
                 self._report(ranked, budget, images)
             field = [trial["drawn"] for trial in ranked[: max(1, math.ceil(self.search.keep * len(ranked)))]]
@@ -261,7 +266,7 @@ class Searcher(L.Callback):
 
     def _scored(self, trial: dict[str, Any]) -> dict[str, Any]:
         score = trial.get("metrics", {}).get(self.metric)
-        return {**trial, "score": math.inf if score is None else score}
+        return {**trial, "score": score if isinstance(score, int | float) else math.inf}
 
     @staticmethod
     def _key(trial: Mapping[str, Any]) -> str:
@@ -295,7 +300,7 @@ class Searcher(L.Callback):
             table.add_row(f"{trial['score']:.4g}", f"{trial.get('nfe', math.nan):.4g}", *parts)
         middle = statistics.median(trial["score"] for trial in ranked)
         self.console.print(f"nfe {budget}, n={images}: best five of {len(ranked)} settings, median {middle:.4g}")
-        self.console.print(table, markup=False)
+        self.console.print(table)
 
     def _write(self) -> None:
         """Write the winners so far as an experiment over the searched one; those of other budgets stay."""
@@ -328,6 +333,14 @@ def read_winners(path: Path, base: Path) -> dict[int, Settings]:
     if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
         raise UsageError(f"{path} is not of a search of {base} and would be replaced: choose another out=")
     return cast(dict[int, Settings], tree["by_nfe"])
+
+
+def _whole(trial: Mapping[str, Any]) -> bool:
+    """Whether a line has what a trial is ranked and shown by."""
+    drawn, found = trial.get("drawn"), trial.get("settings")
+    known = isinstance(drawn, Mapping) and all(isinstance(drawn.get(part), Mapping) for part in TUNABLE)
+    measured = isinstance(found, Mapping) and isinstance(trial.get("metrics"), Mapping)
+    return known and (isinstance(trial.get("error"), str) or measured and isinstance(trial.get("nfe"), int | float))
 
 
 def _words(node: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from diffaccel import experiment, launch
@@ -16,6 +15,7 @@ from diffaccel.errors import UsageError
 from diffaccel.nn.features import Extractor
 from diffaccel.reference import Reference, compute_reference, save_references
 from diffaccel.targets import check_new
+from diffaccel.terminal import PlainConsole
 
 KEYS = {"train": "reference", "test": "floor"}
 """Split -> the key that names its file."""
@@ -58,7 +58,7 @@ def write_statistics(config: Config) -> str | None:
     Raises:
         UsageError: A file is there already, can't be written, or has no data.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=True, soft_wrap=True)
     paths = _paths(config)
     if not paths:
         raise UsageError("nothing to write: set reference=FILE or floor=FILE, or neither for files in OUT")
@@ -67,7 +67,7 @@ def write_statistics(config: Config) -> str | None:
     if "test" in paths and (missing := _missing(data)):
         if config.floor or len(paths) == 1:  # it was asked for
             raise missing
-        console.print(f"no floor: {missing}", markup=False)
+        console.print(f"no floor: {missing}")
         del paths["test"]
     module = Statistics(data, extractor, list(paths))
     trainer = launch.build_trainer(dataclasses.replace(config, logger="none", precision="32-true"), [])
@@ -77,7 +77,7 @@ def write_statistics(config: Config) -> str | None:
     save_references({path: module.found[split] for split, path in paths.items()})
     for split, path in paths.items():
         found = module.found[split]
-        console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}", markup=False)
+        console.print(f"{path}: {found.moments.n} {split} images, sha256 {found.sha256[:12]}")
     words = [f"{KEYS[split]}={path}" for split, path in paths.items()]
     if "test" not in paths:
         words.append("floor=null")  # the experiment's own is of other data, or other features

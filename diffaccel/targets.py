@@ -47,14 +47,14 @@ def resume_from(config: Config, weights: list[str], console: Console) -> Path | 
     files = [last, Path(config.folder, "best.ckpt"), *(Path(config.folder, f"{name}.safetensors") for name in weights)]
     left = next((file for file in files if file.is_file()), None)
     if config.resume == "auto" and last.is_file():
-        console.print(f"going on from {last}", markup=False)
+        console.print(f"going on from {last}")
         return last
     inside = config.resume not in (None, "auto") and Path(config.resume).resolve().parent == config.folder.resolve()
     if left is not None and not inside:
         remedy = "go on with resume=auto, or choose" if left == last else "choose"
         raise UsageError(f"{left} exists: {remedy} another out=")
     if config.resume == "auto":
-        console.print(f"no {last} yet: starting anew", markup=False)
+        console.print(f"no {last} yet: starting anew")
         return None
     if config.resume is not None and not Path(config.resume).is_file():
         raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")

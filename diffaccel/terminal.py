@@ -1,17 +1,84 @@
-"""What the terminal shows of points."""
+"""What the terminal shows. Whatever prints does it from here, so that text from files is shown and never acted on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from diffaccel.report import Point
+from diffaccel.escape import printable
+from diffaccel.points import Point, normalised
+
+T = TypeVar("T")
 
 NEIGHBOURHOODS = ("recall", "coverage")
 """Metrics that stand beside the distances, if they were computed."""
+WIDTH = 130
+"""Least columns of a table: a pipe has 80, which cut the names."""
+
+
+class PlainConsole(Console):
+    """Console that shows text as it is: no markup, no emoji codes, control characters as their escapes.
+
+    This holds for whatever is printed as a string, cells of tables among them.
+
+    Args:
+        stderr: Whether to print to stderr; stdout holds results alone.
+        options: Of rich's console.
+    """
+
+    def __init__(self, stderr: bool = False, **options: Any) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into what is shown."""
+        shown = "\n".join(printable(line) for line in text.split("\n"))
+        return super().render_str(shown, **{**options, "markup": False, "emoji": False, "highlight": False})
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines to stdout, each on one line whatever is in it."""
+    for line in lines:
+        print(printable(line))
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once a run: stdout holds results alone."""
+    from lightning.pytorch.utilities import rank_zero_only  # late: it takes seconds to import, and help needs none
+
+    rank_zero_only(PlainConsole(stderr=True, soft_wrap=True).print)(printable(text))
+
+
+def wide_console(least: int = WIDTH) -> PlainConsole:
+    """Make a console on stdout that is wide enough for a table of so many columns."""
+    console = PlainConsole()
+    console.width = max(console.width, WIDTH, least)
+    return console
+
+
+def description_column(template: str = "{task.description}") -> TextColumn:
+    """Make a column of a progress bar whose text is not markup; descriptions go through ``printable``."""
+    return TextColumn(template, markup=False)
+
+
+def track(items: Iterable[T], description: str, total: float, shown: bool = True) -> Iterable[T]:
+    """Yield the items, with a bar on stderr that is gone at the end.
+
+    Args:
+        items: What to go through.
+        description: Stands before the bar.
+        total: Number of items.
+        shown: Whether to show it, if stderr is a terminal.
+    """
+    console = PlainConsole(stderr=True)
+    columns = (description_column(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        yield from progress.track(items, total, description=printable(description))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -29,10 +96,11 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     """
     if not points:
         return
+    points = [normalised(point) for point in points]
     n, last = points[-1]["n"], points[-1]["metrics"]
     likelihood = ("bits_per_dim", "bits_per_dim_se")
     shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood) if key in last]
-    heads = {name: f"{name}@{n}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
+    heads = {name: f"{name}@{number(n, 12)}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -42,25 +110,17 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
             *(number(point["metrics"].get(key)) for key in shown),
             number(point["seconds_per_image"], 3),
         )
-    wide = Console()
-    wide.width = max(wide.width, 130)  # a pipe has 80 columns, which cut the names of metrics
-    wide.print(table)
-    if any(point["nfe"] < (point["nfe_budget"] or 0) - 1e-9 for point in points):
-        print("a budget that can't be met exactly was rounded down")
-    if f"{name}_floor" in last:
+    wide_console().print(table)
+    if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
+        print_lines("a budget that can't be met exactly was rounded down")
+    if last.get(f"{name}_floor") is not None:
         beside = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
-        held_out = f"{points[-1]['floor']['n']} held-out real images"
-        print(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{beside}")
-    print(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")
+        held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
+        print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{beside}")
+    print_lines(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")
 
 
 def human(number: float, unit: str) -> str:
     """1234567, 'FLOP' -> '1.23 MFLOP'."""
     power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
     return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a line on stderr, once a run: stdout holds results alone."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -4,7 +4,6 @@ A small T makes the score's part of the bound small and the mismatch of the star
 mismatch that ruins images, so the distance of samples stands beside it: T is never chosen on the bound alone.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from diffaccel.methods import Diffusion, SmallTimeDiffusion
 from diffaccel.methods.small_t import Tradeoff
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior
+from diffaccel.report import write_csv
 
 matplotlib.use("Agg")
 
@@ -216,10 +216,8 @@ def best(rows: Sequence[Row]) -> dict[str, float]:
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write ``tradeoff.csv`` and ``tradeoff.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "tradeoff.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))  # the first row is the first to be whole
-        writer.writeheader()
-        writer.writerows(rows)
+    heads = list(rows[0])  # the first row is the first to be whole
+    write_csv([heads, *([row.get(head) for head in heads] for row in rows)], out / "tradeoff.csv")
     plot(rows, out / "tradeoff.png")
 
 
@@ -235,7 +233,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
             errors = None if key.startswith("bits") else [row[f"{key}_se"] for row in own]
             axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
-        axis.set(xlabel="T", ylabel=key, yscale="linear" if key.startswith("bits") else "log")
+        axis.set_ylabel(key, parse_math=False)
+        axis.set(xlabel="T", yscale="linear" if key.startswith("bits") else "log")
         axis.grid(alpha=0.3)
     axes[0][0].legend(title="start")
     figure.savefig(path, dpi=120)

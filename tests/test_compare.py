@@ -14,10 +14,10 @@ from PIL import Image
 from diffaccel import compare as comparison
 from diffaccel.__main__ import main
 from diffaccel.compare import Row, compare, table
-from diffaccel.evaluator import BLOCKS
+from diffaccel.evaluator import BLOCKS, comparable
 from diffaccel.metrics import Frechet, paired_difference
 from diffaccel.reference import read_reference
-from diffaccel.report import append_point, read_points
+from diffaccel.report import append_point, plot_curve, read_points, title_of, write_curve_csv
 
 N = 300
 RUNS = {
@@ -118,7 +118,7 @@ def test_the_table_is_printed_and_says_what_a_difference_is(runs: dict[str, Path
     for words, line in zip(shown, lines, strict=True):
         cells = dict(zip(heads, line, strict=True))
         assert words[-2:] == [cells["difference"], cells["its se"]]
-        assert words[3:5] == [cells["budget"], cells["nfe"]]
+        assert words[2:4] == [cells["budget"], cells["nfe"]]
     assert f"less that of the first row of {runs['first']}" in printed.out and "floor: 300 held-out" in printed.out
     assert printed.err == "" and printed.out.rstrip().endswith(str(tmp_path))
 
@@ -268,14 +268,14 @@ def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
     assert {file.name for file in out.iterdir()} == {"compare.csv", "table.md", "curve.png", "index.html"}
     heads, lines = table(compare(sources))
     with (out / "compare.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [heads, *lines]
+        assert list(csv.reader(file)) == [heads, *(["" if cell == "-" else cell for cell in line] for line in lines)]
     with Image.open(out / "curve.png") as curve:
         assert min(curve.size) > 100
     page = Page(out / "index.html")
     assert page.table == [heads, *lines]
     first, *_, floor = (out / "table.md").read_text().splitlines()[2:]
     points = {budget: point["metrics"] for budget, point in points_of(runs["first"]).items()}
-    said = [f"{points[budget]['fd_identity']:.3g} +- {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
+    said = [f"{points[budget]['fd_identity']:.4g} ± {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
     assert first.split(" | ")[1:] == [said[0], f"{said[1]} |"] and first.startswith("| edm (heun, gaussian)")
     assert (
         floor.startswith("| 300 held-out real images | ") and floor.count(f"{points[15]['fd_identity_floor']:.2g}") == 2
@@ -308,9 +308,7 @@ def test_a_grid_stands_beside_the_point_that_drew_it(bench: Bench, tmp_path: Pat
     Image.new("L", (4, 4)).save(tmp_path / "samples_nfe7.png")
     assert main(["compare", str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
     page = Page(tmp_path / "out" / "index.html")
-    assert len(page.fetched) == 2 and [text for text in page.text if ", NFE 7" in text] == [
-        "edm (heun, gaussian), NFE 7"
-    ]
+    assert len(page.fetched) == 2 and [text for text in page.text if ", NFE 7" in text] == ["edm (heun), NFE 7"]
 
 
 def test_the_page_escapes_what_it_is_given(runs: dict[str, Path], tmp_path: Path):
@@ -322,6 +320,114 @@ def test_the_page_escapes_what_it_is_given(runs: dict[str, Path], tmp_path: Path
     assert not page.tags & {"script", "i"}
     assert [line[0] for line in page.table[1:]] == [f"edm ({label}, gaussian)"] * 2
     assert any(label in text and "NFE 15" in text for text in page.text), "the caption of the grid"
+
+
+# Curves, and lines that lack something
+
+
+def test_settings_are_curves_of_their_own_and_seeds_are_not(bench: Bench, tmp_path: Path):
+    """One folder and several, the same settings with two seeds, and one in a folder of its own."""
+    for eta in (0, 1):
+        bench(tmp_path / "run", "toy/edm", "solver=ddim", f"solver.eta={eta}", "nfe=[4,6]", "keep_features=false")
+    bench(tmp_path / "seed", "toy/edm", "solver=ddim", "solver.eta=1", "nfe=4", "seed=1")
+    rows = compare([str(tmp_path / "run"), str(tmp_path / "seed")])
+    assert [row.label for row in rows] == ["edm (eta=0)"] * 2 + ["edm (eta=1)"] * 3
+    lines = comparison.markdown(rows).splitlines()
+    assert len(lines) == 5
+    first, second = (row.point["metrics"] for row in rows if row.label == "edm (eta=1)" and row.point["nfe"] == 4)
+    mean = (first["fd_identity"] + second["fd_identity"]) / 2
+    between = abs(first["fd_identity"] - second["fd_identity"]) / 2
+    within = np.hypot(first["fd_identity_se"], second["fd_identity_se"]) / 2
+    assert lines[3].split(" | ")[1] == f"{mean:.4g} ± {between:.2g} (2 seeds, within ± {within:.2g})"
+
+
+def test_settings_of_the_process_are_told_apart(bench: Bench, tmp_path: Path):
+    for sigma in (80, 40):
+        bench(
+            tmp_path / "run",
+            "toy/edm",
+            "nfe=5",
+            f"process.sigma_max={sigma}",
+            "keep_features=false",
+        )
+    assert len({row.label for row in compare([str(tmp_path / "run")])}) == 2
+
+
+def broken(folder: Path, out: Path) -> Path:
+    """A file as an older version or an editor leaves it: only the first line is whole."""
+    whole, *_ = read_points(folder / "points.jsonl")
+    lines: list[dict[str, Any]] = [
+        whole,
+        {key: value for key, value in whole.items() if key not in ("settings", "configuration", "seed", "prior")},
+        {**whole, "metrics": None},
+        {**whole, "metrics": {"fd_identity": "2.5"}, "key": "1"},
+        {**whole, "nfe": "15", "seed": 3, "images_sha256": None},
+        {"method": "old", "metrics": {"fd_identity": 3.0}, "nfe": 9, "extractor": {"name": "identity"}},
+        {},
+        {**whole, "settings": [[[]]], "extractor": 3, "reference": None, "floor": "x", "n": [], "chains": {}},
+        {**whole, "metrics": {"fd_identity": [[{}]], "kid": True}, "seed": -1e308, "nfe_budget": "many"},
+    ]
+    for line in lines:
+        append_point(out / "points.jsonl", line)
+    return out
+
+
+def test_lines_that_lack_something_are_shown_as_far_as_they_go(runs: dict[str, Path], tmp_path: Path, capsys: Printed):
+    folder = broken(runs["first"], tmp_path / "old")
+    capsys.readouterr()
+    assert main(["compare", str(runs["second"]), str(folder), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr()
+    assert "of 11 points lack fd_identity or nfe: not drawn" in printed.err
+    assert "shown as far as they go" in printed.err and "old" in printed.out
+    page = Page(tmp_path / "out" / "index.html")
+    assert any(line[0].startswith("old") and "3" in line for line in page.table)
+
+
+def test_a_bench_appends_to_lines_that_lack_something(
+    runs: dict[str, Path], statistics: list[str], tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+):
+    folder = broken(runs["first"], tmp_path / "old")
+    capsys.readouterr()
+    assert (
+        main(["bench", "toy/edm", f"n={N}", "logger=none", *statistics, "solver=heun", "nfe=[15,20]", f"out={folder}"])
+        == 0
+    )
+    printed = capsys.readouterr()
+    assert "points lack fd_identity or nfe: not drawn" in printed.err
+    points = read_points(folder / "points.jsonl")
+    assert len(points) == 10, "the whole line is not measured again"
+    chosen = comparable(points, points[-1])  # as the bench's own drawing, which these tests leave out
+    write_curve_csv(chosen, tmp_path / "curve.csv")
+    plot_curve(chosen, tmp_path / "curve.png", title_of(chosen))
+    assert len(chosen) >= 5
+
+
+def test_text_of_files_stays_text(runs: dict[str, Path], tmp_path: Path, capsys: Printed):
+    """Names that a terminal, a spreadsheet, Markdown, rich or matplotlib would take for their own."""
+    names = [
+        "=2+3|x",
+        "[red]a[/red]",
+        "$x_{$",
+        "\x1b[31mred\x07",
+        "\u202eright",
+        "_hidden",
+        "a`b*c",
+        "\ud800",
+        ":smile:",
+    ]
+    for number, name in enumerate(names):
+        edited(runs["first"], tmp_path / "run", method=name, data="$[bold]^{", key=f"{number}", images_sha256=None)
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "run"), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert not set(printed) & set("\x1b\x07\u202e\ud800") and "\\x1b[31mred\\x07" in printed
+    assert all(name in printed for name in ("[red]a[/red]", "$x_{$", "_hidden", ":smile:"))
+    with (tmp_path / "out" / "compare.csv").open(newline="", encoding="utf-8") as file:
+        cells = [cell for line in csv.reader(file) for cell in line]
+    assert all(cell[:1] not in ("=", "+", "-", "@") or float(cell) is not None for cell in cells)
+    assert any(cell.startswith("'=2+3|x") for cell in cells)
+    lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert all(line.replace("\\|", "").count("|") == lines[0].count("|") for line in lines)
 
 
 # Mistakes
@@ -346,41 +452,72 @@ def test_points_that_were_scored_otherwise_are_refused(
 
 
 @pytest.mark.parametrize("change", ["changed", "missing", "damaged"])
-def test_a_reference_that_is_not_what_it_was_is_named(
-    change: str, tmp_path: Path, bench: Bench, refused: Callable[..., str]
+def test_without_the_reference_all_but_the_differences_is_shown(
+    change: str, tmp_path: Path, bench: Bench, capsys: Printed
 ):
     file = tmp_path / "reference.npz"
     assert main(["reference", "toy/edm", "data.n=100", f"reference={file}", "floor="]) == 0
     words = ["toy/edm", f"reference={file}", "floor=", "nfe=8"]
     folders = [bench(tmp_path / solver, *words, f"solver={solver}") for solver in ("ddim", "dpmpp2m")]
-    assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
+    (tmp_path / "kept.npz").write_bytes(file.read_bytes())
+    with_differences = compare([str(folder) for folder in folders])
     if change == "changed":
         assert main(["reference", "toy/edm", "data.n=101", f"reference={file}", "floor=", "again=true"]) == 0
     elif change == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:200])
-    assert str(file) in refused(*folders, f"out={tmp_path / 'out'}")
+    capsys.readouterr()
+    assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and "reference=" in said, said
+    assert len(Page(tmp_path / "out" / "index.html").table) == 3
+    again = compare([str(folder) for folder in folders], reference=str(tmp_path / "kept.npz"))
+    assert [row.label for row in again] == ["edm (ddim)", "edm (dpmpp2m)"]
+    assert again[1].difference.fd == with_differences[1].difference.fd
 
 
-def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
+def test_a_moved_run_shows_its_points_and_differences(
+    bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed
+):
+    """Its configuration's paths lead nowhere; that of the run beside it leads to the same reference."""
+    bench(tmp_path / "before", *RUNS["second"])
+    Image.new("L", (4, 4)).save(tmp_path / "before" / "samples_nfe15.png")
+    moved = (tmp_path / "before").rename(tmp_path / "somewhere else")
+    config = moved / "config.yaml"
+    lines = [
+        "reference: gone.npz" if line.startswith("reference:") else line for line in config.read_text().splitlines()
+    ]
+    config.write_text("\n".join(lines))
+    rows = compare([str(runs["first"]), str(moved)])
+    assert [row.difference is not None for row in rows] == [False, False, True, True] and rows[2].grid is not None
+    (tmp_path / "too").mkdir()
+    config.rename(tmp_path / "config.yaml")
+    bench(tmp_path / "too", "toy/edm", "solver=ddim", "nfe=15")
+    (tmp_path / "too" / "config.yaml").unlink()
+    capsys.readouterr()
+    assert main(["compare", str(moved), str(tmp_path / "too"), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr()
+    assert f"{moved / 'config.yaml'} does not exist" in printed.err or "config.yaml does not exist" in printed.err
+    assert printed.err.count("\n") == 1 and "edm (ddim)" in printed.out and (tmp_path / "out" / "curve.png").is_file()
+
+
+def test_a_reference_of_other_points_is_refused(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
+    other = tmp_path / "other.npz"
+    assert main(["reference", "toy/edm", "data.n=90", f"reference={other}", "floor="]) == 0
+    assert str(other) in refused(runs["first"], runs["second"], f"reference={other}", f"out={tmp_path / 'out'}")
+
+
+def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed):
     bench(tmp_path, *RUNS["second"])
     file = tmp_path / "features" / f"{points_of(tmp_path)[15]['key']}.npy"
     file.write_bytes(file.read_bytes()[:100])
-    assert str(file) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
-
-
-def test_a_folder_without_its_reference_is_named(
-    bench: Bench, runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
-):
-    """A fit without an evaluation may have written another config.yaml there."""
-    bench(tmp_path, *RUNS["second"])
-    config = tmp_path / "config.yaml"
-    lines = config.read_text().splitlines()
-    config.write_text("\n".join("reference: null" if line.startswith("reference:") else line for line in lines))
-    assert str(config) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
-    config.unlink()
-    assert str(config) in refused(runs["first"], tmp_path, f"out={tmp_path / 'out'}")
+    capsys.readouterr()
+    assert main(["compare", str(runs["first"]), str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said
+    rows = compare([str(runs["first"]), str(tmp_path)])
+    assert [row.difference is not None for row in rows] == [False, False, False, True]
 
 
 def test_mistakes_are_one_line(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):

@@ -20,7 +20,6 @@ from diffaccel.data.decode import (
     decode,
     is_colour,
     is_image,
-    printable,
 )
 
 RGB = np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8)
@@ -199,7 +198,3 @@ def test_images_are_known_by_their_header() -> None:
     assert is_image(saved(Image.fromarray(RGB), "JPEG"))
     for text in (b"", b"P", b"Python is a language", b"P1 is what a text may begin with", b"BMs are no bitmaps"):
         assert not is_image(io.BytesIO(text))
-
-
-def test_what_a_terminal_would_act_on_is_escaped() -> None:
-    assert printable("\x1b]0;title\x07 a\nb \udcff \xe9 [red]") == "\\x1b]0;title\\x07 a\\nb \\udcff \xe9 [red]"

@@ -139,34 +139,190 @@ def test_it_is_a_mapping(solvers: Registry[Any]) -> None:
     assert "absent" not in solvers
 
 
+def entry(name: str, load: Callable[[], object], package: str | None = "pack", group: str = "diffaccel.solvers") -> Any:
+    dist = SimpleNamespace(name=package) if package else None
+    return SimpleNamespace(name=name, load=load, value=f"pack.solvers:{name}", dist=dist, group=group)
+
+
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """An installed package that brings a solver 'leap' and one of a name already taken."""
+def plugins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Entry points of installed packages, to be filled."""
+    found: list[Any] = []
+    monkeypatch.setattr(module, "entry_points", lambda group: [each for each in found if each.group == group])
+    return found
+
+
+@pytest.fixture
+def plugin(plugins: list[Any]) -> list[str]:
+    """An installed package that brings a solver 'leap' and one of a name already taken; what of it was imported."""
     loaded: list[str] = []
 
-    def entry(name: str, factory: Callable[..., object]) -> SimpleNamespace:
-        def load() -> Callable[..., object]:
-            loaded.append(name)
-            return factory
+    def load(name: str) -> Callable[[], object]:
+        return lambda: loaded.append(name) or Churned
 
-        return SimpleNamespace(name=name, load=load)
-
-    def entry_points(group: str) -> list[SimpleNamespace]:
-        return [entry("leap", Churned), entry("heun", Churned)] if group == "diffaccel.solvers" else []
-
-    monkeypatch.setattr(module, "entry_points", entry_points)
+    plugins += [entry(name, load(name), package=None) for name in ("leap", "heun")]
     return loaded
 
 
-def test_plugins_come_by_entry_point(solvers: Registry[Any], plugin: list[str]) -> None:
+def test_plugins_come_by_entry_point(
+    solvers: Registry[Any], plugin: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert solvers["heun"] is Heun
     assert plugin == []  # nothing is imported before it is needed
     assert solvers.build({"name": "leap", "churn": 1.0}) == Churned(churn=1.0)
-    assert solvers["heun"] is Heun  # a plugin replaces no part of ours
-    assert plugin == ["leap", "heun"]
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert solvers.build({"name": "heun"}) == Heun()  # a plugin replaces no part of ours
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "plugin 'heun' (pack.solvers:heun) is ignored" in said
+    assert plugin == ["leap"]
     with pytest.raises(UsageError, match="did you mean 'leap'"):
         solvers["leep"]
-    assert plugin == ["leap", "heun"]
+    assert plugin == ["leap"]
+
+
+def test_plugins_are_among_the_names(solvers: Registry[Any], plugin: list[str]) -> None:
+    assert "leap" in list(solvers) and len(solvers) == 6 and plugin == ["leap"]
+    assert "levels" in solvers.known_keys()
+
+
+class Odd(BaseException):
+    pass
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def load() -> object:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (raising(ImportError("no module\x1b[31m named x")), r"can't be imported .*no module\\+x1b\[31m named x"),
+        (raising(SyntaxError("bad")), "can't be imported"),
+        (raising(SystemExit(3)), "can't be imported"),
+        (raising(UsageError("two solvers are called 'heun': rename one")), "two solvers are called 'heun'"),
+        (raising(Odd()), "can't be imported"),
+        (lambda: None, "is no class or function, and registers no solver 'broken'"),
+        (lambda: SimpleNamespace(), "is no class or function"),
+    ],
+    ids=str,
+)
+def test_a_broken_plugin_names_itself_and_stops_nothing(
+    solvers: Registry[Any], plugins: list[Any], load: Callable[[], object], reason: str
+) -> None:
+    plugins += [entry("broken", load), entry("leap", lambda: Churned)]
+    assert solvers.build({"name": "leap"}) == Churned() and "broken" not in solvers and len(list(solvers)) == 6
+    with pytest.raises(
+        UsageError, match=rf"plugin 'broken' \(pack.solvers:broken\) of package 'pack': .*{reason}"
+    ) as error:
+        solvers["broken"]
+    assert "\n" not in str(error.value) and str(error.value).startswith("no solver is called 'broken'")
+    with pytest.raises(UsageError, match="did you mean 'leap'.*package 'pack'"):
+        solvers.build({"name": "leep"})
+
+
+def test_an_interrupt_is_no_broken_plugin(solvers: Registry[Any], plugins: list[Any]) -> None:
+    plugins.append(entry("broken", raising(KeyboardInterrupt())))
+    with pytest.raises(KeyboardInterrupt):
+        solvers["broken"]
+
+
+def test_two_plugins_of_one_name_are_both_named(solvers: Registry[Any], plugins: list[Any]) -> None:
+    plugins += [
+        entry("leap", lambda: Churned),
+        entry("leap", lambda: Heun, package="other"),
+        entry("hop", lambda: Heun),
+    ]
+    with pytest.raises(UsageError, match="package 'pack'.*package 'other'.*uninstall one"):
+        solvers["leap"]
+    assert solvers["hop"] is Heun
+
+
+def test_a_package_in_two_places_of_the_path_is_one(solvers: Registry[Any], plugins: list[Any]) -> None:
+    plugins += [entry("leap", lambda: Churned), entry("leap", lambda: Churned)]
+    assert solvers["leap"] is Churned
+
+
+def test_a_module_may_register_its_parts_as_it_is_imported(solvers: Registry[Any], plugins: list[Any]) -> None:
+    def load() -> object:
+        solvers.register("leap")(Churned)
+        solvers._factories.setdefault("hop", Heun)
+        return SimpleNamespace()
+
+    plugins += [entry("hop", load), entry("leap", load)]
+    assert solvers["leap"] is Churned and solvers["hop"] is Heun
+    with pytest.raises(UsageError, match="no solver is called 'x'; known: [a-z_, ]*$"):
+        solvers["x"]
+
+
+def test_entry_points_that_can_not_be_read_stop_no_other(
+    solvers: Registry[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Damaged:
+        metadata = {"Name": "torn"}
+
+        @property
+        def entry_points(self) -> object:
+            raise TypeError("no =")
+
+    def entry_points(group: str) -> list[Any]:
+        raise TypeError("no =")
+
+    whole = SimpleNamespace(entry_points=[entry("leap", lambda: Churned), entry("no", lambda: Heun, group="else")])
+    monkeypatch.setattr(module, "entry_points", entry_points)
+    monkeypatch.setattr(module, "distributions", lambda: [Damaged(), whole])
+    assert solvers["leap"] is Churned and len(solvers) == 6
+    with pytest.raises(UsageError, match="package 'torn': its entry points can't be read"):
+        solvers["no"]
+
+
+def unevaluated(rate: "Missing" = 1) -> object:  # type: ignore[name-defined]  # noqa: F821
+    return rate
+
+
+def positional(rate: float, /) -> float:
+    return rate
+
+
+def several(*rates: float, scale: float = 2.0) -> tuple[tuple[float, ...], float]:
+    return rates, scale
+
+
+def unhashable(rate: Any = {1}) -> object:  # noqa: B006
+    return rate
+
+
+class Signed:
+    __signature__ = "none"
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        (unevaluated, "annotations don't evaluate .*Missing"),
+        (positional, "'rate' is positional only"),
+        (unhashable, "defaults make no schema"),
+        (Signed(), "constructor can't be inspected|annotations don't evaluate"),
+        (iter, "constructor can't be inspected"),
+    ],
+    ids=str,
+)
+def test_a_constructor_that_makes_no_schema_is_named(
+    solvers: Registry[Any], plugins: list[Any], factory: Any, reason: str
+) -> None:
+    plugins.append(entry("odd", lambda: factory if callable(factory) else Signed))
+    with pytest.raises(UsageError, match=rf"solver 'odd' of plugin 'odd' .*package 'pack'.*({reason})") as error:
+        solvers.build({"name": "odd"})
+    assert "\n" not in str(error.value)
+    assert {"churn", "rate", "widths"} <= solvers.known_keys(), "those of the others"
+
+
+def test_further_positional_arguments_are_no_key(solvers: Registry[Any]) -> None:
+    solvers.register("several")(several)
+    assert solvers.build({"name": "several", "scale": 3}) == ((), 3.0)
 
 
 def test_group_follows_the_kind() -> None:

@@ -17,6 +17,7 @@ from diffaccel.report import (
     read_points,
     sample_grid,
     scatter,
+    write_csv,
     write_curve_csv,
 )
 
@@ -24,7 +25,7 @@ from diffaccel.report import (
 def point(nfe: int, fd: float | None = 2.0, method: str = "edm", extractor: str = "digits", **keys) -> dict:
     metrics = {f"fd_{extractor}": fd, f"fd_{extractor}_se": 0.1, "kid": -0.001}
     return {
-        **{"method": method, "solver": "heun", "prior": "gaussian", "nfe": nfe, "n": 5000},
+        **{"method": method, "solver": "heun", "prior": "gaussian", "nfe": nfe, "n": 5000, "seed": 0},
         **{"extractor": {"name": extractor, "dim": 64}, "metrics": metrics},
         **keys,
     }
@@ -94,7 +95,7 @@ def test_csv_has_a_row_per_point_and_a_column_per_metric(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["nfe"] for row in rows] == ["5", "10"]
     assert [row["fd_digits"] for row in rows] == ["3.5", ""]
-    assert [row["seed"] for row in rows] == ["", "2"]
+    assert [row["seed"] for row in rows] == ["0", "2"] and {row["curve"] for row in rows} == {"edm (heun, gaussian)"}
     assert rows[0]["kid"] == "-0.001" and rows[0]["extractor"] == "digits" and "images_sha256" not in rows[0]
 
 
@@ -106,12 +107,12 @@ def test_only_inception_gives_fid():
 
 
 def test_curve_shows_every_series_and_the_floor(tmp_path, figures):
-    points = [point(10, 2.0), point(5, 4.0), point(5, 6.0), point(5, 3.0, method="tdpm"), point(20, None)]
+    points = [point(10, 2.0), point(5, 4.0), point(5, 6.0, seed=1), point(5, 3.0, method="tdpm"), point(20, None)]
     plot_curve(points, tmp_path / "curve.png", "title", [Published("DDIM", 10, 13.4)], floor=0.5)
     (axes,) = figures[0].axes
     assert axes.get_ylabel() == "fd_digits@5000" and axes.get_xscale() == axes.get_yscale() == "log"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["edm (heun, gaussian)", "tdpm (heun, gaussian)", "real images (0.5)"]
+    assert labels == ["edm (heun, gaussian), 1 to 2 seeds", "tdpm (heun, gaussian)", "real images (0.5)"]
     lines = [np.stack(line.get_data()).tolist() for line in axes.lines]
     assert [[5, 10], [5.0, 2.0]] in lines  # through the mean of the repeated measurement
     assert [[5, 5, 10], [4.0, 6.0, 2.0]] in lines  # a marker for each
@@ -124,7 +125,7 @@ def test_curve_takes_the_floor_from_the_points(tmp_path, figures):
     one["metrics"]["fd_digits_floor"] = 0.25
     plot_curve([one, point(10, n=1000)], tmp_path / "curve.png", "")
     labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert labels == ["edm (heun, gaussian) @5000", "edm (heun, gaussian) @1000", "real images (0.25)"]
+    assert labels == ["edm (n=5000)", "edm (n=1000)", "real images (0.25)"]
 
 
 def test_a_floor_far_below_does_not_squeeze_the_curves(tmp_path, figures):
@@ -157,3 +158,50 @@ def test_scatter_draws_both_sets(tmp_path, figures):
     drawn = [collection.get_offsets() for collection in figures[0].axes[0].collections]
     np.testing.assert_allclose(drawn[0], real.flatten(1))
     np.testing.assert_allclose(drawn[1], points.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["$x_{", "a_b^c", "[red]", "\\frac", "_hidden", "a" * 5000, "中文 ☃", "\x1b[31m"])
+def test_any_name_is_drawn_as_it_is(tmp_path, figures, name):
+    points = [point(5, method=name), point(10, method=name), point(5, method="other", extractor="digits")]
+    plot_curve(points, tmp_path / "curve.png", name, [Published(name, 10, 13.4)])
+    (axes,) = figures[0].axes
+    first, second = (text.get_text() for text in axes.get_legend().get_texts())
+    assert first.startswith(name.replace("\x1b", "\\x1b")[:20]) and second == "other (heun, gaussian)"
+    assert Image.open(tmp_path / "curve.png").size[0] > 900
+
+
+def test_a_measurement_that_comes_again_is_drawn_once(tmp_path, figures):
+    points = [point(5, 4.0, key="a"), point(10, 2.0, key="b"), point(5, 3.0, key="a")]
+    plot_curve(points, tmp_path / "curve.png", "")
+    lines = [np.stack(line.get_data()).tolist() for line in figures[0].axes[0].lines]
+    assert [[5, 10], [3.0, 2.0]] in lines and not any(4.0 in line[1] for line in lines)
+
+
+def test_points_that_lack_something_are_left_out(tmp_path, figures):
+    junk = [
+        {},
+        {"metrics": []},
+        point("5"),
+        point(-1),
+        point(5, "2"),
+        point(5, -1.0),
+        point(5, float("nan")),
+        point(5, None),
+    ]
+    plot_curve([*junk, point(10, 2.0)], tmp_path / "curve.png", "")
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["edm (heun, gaussian)"]
+    write_curve_csv(junk, tmp_path / "curve.csv")
+    assert len((tmp_path / "curve.csv").read_text().splitlines()) == 1 + len(junk)
+
+
+def test_lines_that_nest_too_deep_are_named(tmp_path):
+    (tmp_path / "points.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(UsageError, match="line 1, is no point"):
+        read_points(tmp_path / "points.jsonl")
+
+
+def test_text_cells_are_no_formulas(tmp_path):
+    write_csv([["=1+1", "-0.5", -0.5, "+1e3", "@x", "-2+3", "\t=1", None]], tmp_path / "a.csv")
+    with open(tmp_path / "a.csv", newline="") as file:
+        (row,) = csv.reader(file)
+    assert row == ["'=1+1", "-0.5", "-0.5", "+1e3", "'@x", "'-2+3", "\\t=1", ""]

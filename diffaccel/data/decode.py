@@ -24,6 +24,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from diffaccel.escape import printable
+
 SUFFIXES = {
     **dict.fromkeys((".png", ".apng"), "PNG"),
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
@@ -97,11 +99,6 @@ def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that are read, as far as this Pillow has them."""
     Image.init()
     return tuple(name for name in dict.fromkeys(SUFFIXES.values()) if name in Image.OPEN)
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would act on, and what it can't encode: names and messages come from the files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def listed(things: Iterable[str], most: int = 10) -> str:

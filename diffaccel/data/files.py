@@ -15,16 +15,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from torch import Tensor
 
-from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed, printable
+from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed
 from diffaccel.data.labels import Labels, read_labels
 from diffaccel.data.places import Files, FolderFiles, ZipFiles
 from diffaccel.data.source import SOURCES, Images, Source, Split, path_of
 from diffaccel.errors import UsageError
+from diffaccel.escape import printable
+from diffaccel.terminal import track
 
 NAMED_IN_ERRORS = 10
 SHOW_PROGRESS_FROM = 20_000  # images; fewer take seconds
@@ -156,14 +155,8 @@ class FileImages(Images):
 
     def _probes(self) -> list[Probe | str]:
         n = len(self.names)
-        checks = track(
-            _in_threads(self._probe, self.names),
-            f"checking {escape(printable(self.files.path))}",
-            total=n,
-            transient=True,
-            disable=n < SHOW_PROGRESS_FROM,
-            console=Console(stderr=True),
-        )
+        probes = _in_threads(self._probe, self.names)
+        checks = track(probes, f"checking {self.files.path}", n, shown=n >= SHOW_PROGRESS_FROM)
         with warnings.catch_warnings():  # decode() has a lower limit, and an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return list(checks)

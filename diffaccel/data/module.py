@@ -1,30 +1,22 @@
 """The data module: a source by name, its training stream, and its images in fixed order for statistics."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffaccel.data.decode import printable
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
+from diffaccel.terminal import say
 
 
 def _as_read(batch: Any) -> Any:
     """Collate nothing: the training set reads whole batches."""
     return batch
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a note to the user, once for all processes; stdout holds results alone."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def check_labels(data: "DataModule", classes: int) -> None:

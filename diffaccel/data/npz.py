@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from diffaccel.data.decode import listed, printable
+from diffaccel.data.decode import listed
 from diffaccel.errors import UsageError
+from diffaccel.escape import printable
 from diffaccel.mistaken import what_it_is
 
 MAX_RATIO = 100

@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from diffaccel.collective import all_gather
@@ -20,6 +18,7 @@ from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Prior
+from diffaccel.terminal import track
 from diffaccel.weights import tensors_sha256
 
 EXACT = 16
@@ -76,9 +75,8 @@ class BitsPerDim:
         # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
             batches = self.data.batches("test", self.batch_size, rank, world)
-            console, own = Console(stderr=True), math.ceil(self.n / self.batch_size / world)
-            shown, key = console.is_terminal and rank == 0, self._key(method, starts)
-            for index, images, _ in track(batches, "bits/dim", own, console=console, transient=True, disable=not shown):
+            own, key = math.ceil(self.n / self.batch_size / world), self._key(method, starts)
+            for index, images, _ in track(batches, "bits/dim", own, shown=rank == 0):
                 first = index * self.batch_size
                 if first >= self.n:
                     break

@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from diffaccel.collective import failing_together
@@ -26,10 +25,12 @@ from diffaccel.evaluator.sampling import ImageKind, evaluations_per_image, progr
 from diffaccel.evaluator.scores import Real, Scores, digests
 from diffaccel.methods import Diffusion
 from diffaccel.nn.features import Extractor
+from diffaccel.points import normalised, undrawn
 from diffaccel.prior import Group, Plan
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.reference import Reference
-from diffaccel.report import append_point, plot_curve, read_points, sample_grid, scatter, write_curve_csv
+from diffaccel.report import append_point, plot_curve, read_points, sample_grid, scatter, title_of, write_curve_csv
+from diffaccel.terminal import PlainConsole
 
 SHOWN = 64
 """Images on a sample grid: the first ones, the same noise for every budget and method."""
@@ -89,7 +90,7 @@ class Evaluator(L.Callback):
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
-        self.console = Console(stderr=True, highlight=False)  # stdout holds results alone
+        self.console = PlainConsole(stderr=True)  # stdout holds results alone
 
     # Lightning's hooks
 
@@ -133,7 +134,7 @@ class Evaluator(L.Callback):
                 if key in before:
                     self.points.append(before[key])
                     if trainer.is_global_zero:
-                        self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)", markup=False)
+                        self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)")
                         self._partial(budget).clear()  # a kill may have come between
                     continue
                 point = self.measure(trainer, method, budget, plan)
@@ -149,6 +150,8 @@ class Evaluator(L.Callback):
                     self._draw_curve()
             if self.likelihood is not None and trainer.is_global_zero:
                 self.likelihood.clear()
+            if trainer.is_global_zero and self.points:
+                self._say_undrawn()
             if before and trainer.is_global_zero:
                 self._draw_curve()  # the last run may have been killed before it
         finally:  # an interrupt loses no finished point
@@ -161,7 +164,10 @@ class Evaluator(L.Callback):
         path = self.out / "points.jsonl"
         if self.identity is None or self.again or not path.is_file():
             return {}
-        return {point["key"]: point for point in read_points(path) if "key" in point}
+        points = [normalised(point) for point in read_points(path)]
+        # A line that lacks the distance, or what it took, is measured again.
+        name = self.extractor.metric_name
+        return {point["key"]: point for point in points if name in point["metrics"] and point["nfe"] is not None}
 
     # One point
 
@@ -338,7 +344,12 @@ class Evaluator(L.Callback):
         point = self.points[-1]
         points = comparable(read_points(self.out / "points.jsonl"), point)
         write_curve_csv(points, self.out / "curve.csv")
-        plot_curve(points, self.out / "curve.png", f"{point['data']}: {point['reference']['name']}")
+        plot_curve(points, self.out / "curve.png", title_of([point]))
+
+    def _say_undrawn(self) -> None:
+        points = comparable(read_points(self.out / "points.jsonl"), self.points[-1])
+        for said in undrawn(points, self.extractor.metric_name):
+            self.console.print(f"points.jsonl: {said}")
 
 
 def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:
@@ -346,6 +357,7 @@ def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[
     return [
         other
         for other in points
-        if other["extractor"]["sha256"] == point["extractor"]["sha256"]
-        and other["reference"]["sha256"] == point["reference"]["sha256"]
+        if all(
+            normalised(other)[kind]["sha256"] in (point[kind]["sha256"], None) for kind in ("extractor", "reference")
+        )
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffaccel.errors import UsageError
@@ -17,6 +17,7 @@ from diffaccel.evaluator.scores import to_uint8
 from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import ChainState, Group, Plan
+from diffaccel.terminal import description_column
 
 
 @dataclass
@@ -132,10 +133,10 @@ def evaluations_per_image(
 def progress(console: Console, shown: bool, budget: float) -> Progress:
     """Bar over the images of a budget; only a terminal shows it."""
     columns = (
-        TextColumn(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
+        description_column(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("images"),
+        description_column("images"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

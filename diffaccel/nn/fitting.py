@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import torch
 from einops import rearrange
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.features import SmallClassifier, to_unit
+from diffaccel.terminal import PlainConsole, description_column
 from diffaccel.weights import read_checkpoint
 
 
@@ -127,7 +128,7 @@ class FitProgress(Progress):
     """
 
     def __init__(self, epochs: int, steps: int, batch_size: int, done: int, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (description_column(), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
         self.lines = console.quiet or not console.is_terminal
         super().__init__(*columns, console=console, transient=True, disable=self.lines)
         self.epochs, self.epoch_steps, self.batch_size = epochs, steps, batch_size
@@ -143,7 +144,7 @@ class FitProgress(Progress):
         self.update(self.task, completed=done, description=story)
         if self.lines and done % self.epoch_steps == 0:
             left = timedelta(seconds=round(self.tasks[0].time_remaining or 0))
-            self.console.print(f"{story}, {left} left", markup=False)
+            self.console.print(f"{story}, {left} left")
 
 
 def fit_extractor(
@@ -207,7 +208,7 @@ def fit_extractor(
     fit = ExtractorFit(recipe, model, optimizer, schedule, generator, order=torch.arange(len(images)))
     if resume is not None:
         fit.load(resume)
-    progress = FitProgress(epochs, steps, batch_size, fit.step, console or Console(quiet=True))
+    progress = FitProgress(epochs, steps, batch_size, fit.step, console or PlainConsole(quiet=True))
     with _interrupts_held() as interrupts, progress:
         while fit.step < epochs * steps:
             loss = fit.advance(images, labels)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffaccel.errors import UsageError, suggest
+from diffaccel.escape import printable
 from diffaccel.pretrained import denoisers  # noqa: F401 (registers them)
 from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, unwrap
 from diffaccel.pretrained.diffusers import WEIGHTS, identity_files, read_diffusers
@@ -148,4 +149,4 @@ def describe(found: Pretrained) -> str:
         "denoiser": part(found.denoiser),
         "process": part(found.process),
     }
-    return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+    return "\n".join(f"{key:9} {printable(value)}" for key, value in rows.items())

@@ -1,0 +1,105 @@
+"""Points as tables and drawings take them: what a line of points.jsonl lacks, or has of a wrong type, is unknown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Point = Mapping[str, Any]
+
+TEXTS = ("method", "experiment", "process", "data", "prior", "solver", "images_sha256", "device", "precision", "key")
+NUMBERS = (
+    *("nfe", "nfe_marginal", "nfe_burn_in", "nfe_sequential", "nfe_equivalent"),
+    *("gflops_per_image", "seconds_per_image", "seconds_scoring"),
+)
+COUNTS = ("n", "seed", "chains")
+MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
+
+
+def normalised(point: Point) -> dict[str, Any]:
+    """Return a point that has every key, of the right type; what is unknown is None or an empty mapping.
+
+    A point as this version writes it is returned as it is. One that does not say its budget takes what it spent for it.
+    """
+    found = dict(point)
+    found |= {name: _text(point.get(name)) for name in TEXTS}
+    found |= {name: _number(point.get(name)) for name in NUMBERS}
+    found |= {name: _count(point.get(name)) for name in COUNTS}
+    found |= {name: _mapping(point.get(name)) for name in MAPPINGS}
+    found["tuned"] = point.get("tuned") is True
+    found["metrics"] = {name: _number(value) for name, value in found["metrics"].items()}
+    for name, keys in (("extractor", ("name", "sha256")), ("reference", ("name", "sha256"))):
+        found[name] = {**found[name], **{key: _text(found[name].get(key)) for key in keys}}
+    for name in ("floor", "checkpoint"):  # there may be none
+        found[name] = _mapping(point.get(name)) or None
+    if found["floor"]:
+        found["floor"]["n"] = _count(found["floor"].get("n"))
+    found["settings"] = {**found["settings"], **_parts(found)}
+    budget = point.get("nfe_budget", found["nfe"])
+    found["nfe_budget"] = None if budget is None else _number(budget) or found["nfe"]
+    return found
+
+
+def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Prior and solver by name at least: an older point has nothing else of them."""
+    parts = {}
+    for part in ("prior", "solver"):
+        node = _mapping(found["settings"].get(part))
+        name = found[part] or _text(node.get("name"))
+        parts[part] = {**node, **({"name": name} if name else {})}
+    return parts
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 1e300 else None  # an infinite one too; NaN compares false
+
+
+def _count(value: object) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def distance(point: Point, key: str) -> float | None:
+    """The Frechet distance of a normalised point if it can be drawn, which takes a count of evaluations too."""
+    value = point["metrics"].get(key)
+    known = value is not None and value > 0 and point["nfe"] is not None and point["nfe"] > 0
+    return value if known else None
+
+
+def lacking(point: Point, key: str) -> list[str]:
+    """Names of what a normalised point should say and does not; ``key`` is its distance's."""
+    extractor, settings = point["extractor"], point["settings"]
+    said = {
+        key: point["metrics"].get(key),
+        **{name: point[name] for name in ("nfe", "method", "n", "seed")},
+        **{part: settings[part].get("name") for part in ("prior", "solver")},
+        "extractor": extractor["name"] and extractor["sha256"],
+        "reference": point["reference"]["sha256"],
+    }
+    return [name for name, value in said.items() if value is None]
+
+
+def undrawn(points: Sequence[Point], key: str) -> list[str]:
+    """Say in a line each how many points are not drawn, and how many are although they don't say all of themselves."""
+    hidden, partly = [], []
+    for point in map(normalised, points):
+        names = lacking(point, key)
+        if distance(point, key) is None:
+            hidden.append([name for name in names if name in (key, "nfe")] or [f"a positive {key} and nfe"])
+        elif names:
+            partly.append(names)
+    said = []
+    for found, end in ((hidden, "not drawn"), (partly, "shown as far as they go")):
+        if found:
+            names = list(dict.fromkeys(name for each in found for name in each))
+            verb = "lacks" if len(found) == 1 else "lack"
+            said.append(f"{len(found)} of {len(points)} points {verb} {' or '.join(names)}: {end}")
+    return said
