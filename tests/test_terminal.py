@@ -12,6 +12,7 @@ from diffaccel import terminal
 from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
 from diffaccel.escape import csv_cell, markdown_cell, printable
+from diffaccel.pretrained import Pretrained, describe
 from diffaccel.terminal import PlainConsole, description_column, print_lines, print_points, say, track
 
 HOSTILE = "[red]a[/red] \x1b[31mb\x1b]0;title\x07 \r\u202ec\u2066\u200b :smile: \ud800 \x9b1m"
@@ -102,3 +103,12 @@ def test_markdown_cells_are_text(text: str, cell: str):
 
 def test_a_usage_error_keeps_its_words():
     assert printable(str(UsageError("nfe=-1: give one or more positive budgets"))).startswith("nfe=-1")
+
+
+def test_what_a_checkpoint_says_of_itself_is_shown_in_one_line_each(capsys: pytest.CaptureFixture[str]):
+    part = {"name": "x\n\x1b[31m[red]", "key\x07": "\u202e"}
+    print_lines(
+        *describe(Pretrained((1, 8, 8), part, part, part, {}, {"format": "\x1b]0;t\x07\nforged  line"})).splitlines()
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 6 and "\x1b" not in printed and "\\x1b]0;t\\x07\\nforged  line" in printed
