@@ -53,6 +53,14 @@ def test_resuming_goes_on_as_if_uninterrupted(npz: str, step: int) -> None:
     assert all(same(a, b) for a, b in zip(uninterrupted, islice(loader, 4), strict=True))
 
 
+def test_coins_are_tossed_anew_for_every_image_and_epoch() -> None:
+    """Agreement by chance alone, within four deviations of 1/2: with the epoch before, and with the neighbour."""
+    coins = Stream(2000, seed=1)(torch.arange(3 * 2000))[1].reshape(3, 2000)
+    for one, other in ((coins[0], coins[1]), (coins[1], coins[2]), (coins[:, 1:], coins[:, :-1])):
+        assert (one == other).double().mean().item() == pytest.approx(0.5, abs=2 / 2000**0.5)
+    assert coins.double().mean().item() == pytest.approx(0.5, abs=2 / 6000**0.5)
+
+
 def test_flips_mirror_half_of_the_images(npz: str) -> None:
     """A flipped image is the stored one mirrored, others are untouched; fair to five standard errors."""
     steps = 250

@@ -267,6 +267,38 @@ def test_the_truth_costs_nothing_and_the_ends_are_finite(keys: dict, heads: tupl
     assert loss.isfinite().all() and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+def test_each_weight_belongs_to_its_head() -> None:
+    """Heads that are off by 2 and 3 cost 4 / t + 9 / (1 - t + t_min); the image's term joins them."""
+    model = method(weighting="reference", reconstruction="latent")
+    truth = Heads(*torch.randn(2, 2, 3, 4, 4))
+    t, low = f64(0.2, 0.7), model.process.time(f64(0.002))
+    found = model.main_loss(Heads(truth.phi + 2, truth.eps - 3), truth, t)
+    torch.testing.assert_close(found.double(), 4 / t + 9 / (1 - t + low), rtol=1e-5, atol=0)
+    model.main_loss = lambda heads, target, t: torch.ones(4)  # type: ignore[method-assign]
+    model.reconstruction_loss = lambda heads, x_0, x_t, t: torch.full((4,), 0.5)  # type: ignore[method-assign]
+    assert model.denoiser_loss(batch(4), NoiseStreams(0, range(4))).tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "weight"), [("pixel", 0.7**2), ("latent", 0.7), ("later", -0.5 * math.log(0.3))]
+)
+def test_the_image_s_term_with_and_without_lpips(reconstruction: str, weight: float) -> None:
+    """An image that is off by 2 everywhere, by a measure that says 5 of anything, which counts by its own weight."""
+    model = method(weighting="none", reconstruction=reconstruction, perceptual_weight=0.1)
+    x_t, t = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.3])
+    heads = Heads(*torch.randn(2, 2, 3, 4, 4))
+    x_0 = model.denoiser.image(heads, x_t, t) - 2  # type: ignore[operator]
+    torch.testing.assert_close(model.reconstruction_loss(heads, x_0, x_t, t), torch.full((2,), 2 * weight))
+
+    class Five(nn.Module):
+        def forward(self, image: Tensor, x_0: Tensor) -> Tensor:
+            return torch.full((len(image), 1, 1, 1), 5.0)
+
+    model._lpips = [Five()]
+    said = 0.1 * 5 + (0 if reconstruction == "later" else 2)
+    torch.testing.assert_close(model.reconstruction_loss(heads, x_0, x_t, t), torch.full((2,), said * weight))
+
+
 def test_absolute_errors_join_by_half() -> None:
     model = method(weighting="none", l1=True)
     zero, one = Heads(*torch.zeros(2, 1, 3, 4, 4)), Heads(*torch.full((2, 1, 3, 4, 4), 3.0))

@@ -224,6 +224,26 @@ def test_a_mixture_of_the_truth_is_found():
     assert sorted(density.weights.tolist()) == pytest.approx([0.2, 0.3, 0.5], abs=0.03)
 
 
+def test_the_loss_is_in_bits_a_dimension():
+    """Of N(0, s^2): log2(2 pi s^2) / 2 + mean y^2 / (2 s^2 ln 2)."""
+    density, y = NormalDensity(SHAPE, 0.5, std=1.2), torch.randn(4, *SHAPE)
+    variance = 1.2**2 + 0.5**2
+    square = y.square().flatten(1).mean(1).double()
+    expected = 0.5 * math.log2(2 * math.pi * variance) + square / (2 * variance * math.log(2))
+    torch.testing.assert_close(density.loss(y), expected, rtol=1e-6, atol=0)
+
+
+def test_components_see_the_noise_of_as_many_draws_as_there_are_rounds(monkeypatch):
+    from sklearn.mixture import GaussianMixture
+
+    seen, fit = [], GaussianMixture.fit
+    monkeypatch.setattr(GaussianMixture, "fit", lambda self, x, y=None: seen.append(x) or fit(self, x))
+    density = MixtureDensity(PLANE, 0.3, rank=2, components=1, rounds=3)
+    density.fit(source(torch.ones(400, *PLANE)))
+    assert len(seen) == 3 and all(x.std() == pytest.approx(0.3, rel=0.1) for x in seen)
+    assert abs(np.corrcoef([x.ravel() for x in seen]) - np.eye(3)).max() < 0.15
+
+
 def test_only_the_first_images_make_the_components():
     """Of one component the moments are known: the images' own, and the noise's variance."""
     first, rest = 0.5 + 0.2 * torch.randn(350, *PLANE), 5 + torch.randn(250, *PLANE)

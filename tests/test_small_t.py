@@ -251,6 +251,27 @@ def test_each_phase_moves_its_own_parameters_alone(density, frozen):
         assert moved == {"denoiser" if phase.name == "denoiser" else "prior"}
 
 
+@pytest.mark.parametrize(
+    ("density", "frozen", "names"),
+    [("flow", True, {"density"}), ("flow", False, {"denoiser", "density"}), ("gaussian", False, {"denoiser"})],
+)
+def test_what_is_trained_by_steps_is_averaged(density, frozen, names):
+    method = small_t(density={"name": density}, frozen=frozen)
+    assert {name.split(".")[0] for name, _ in method.averaged().named_parameters()} == names
+
+
+def test_a_density_learns_the_law_at_its_own_level_and_rate(monkeypatch):
+    """y = x_0 + ratio eps, with each image's own noise."""
+    method, seen = fitted(small_t(density={"name": "flow"}, density_lr=0.3)), []
+    (phase,) = method.phases()
+    assert phase.lr == 0.3
+    monkeypatch.setattr(method.density, "loss", lambda y: seen.append(y) or y.flatten(1).sum(1))
+    images = batch()
+    phase.loss(images, NoiseStreams(0, range(64)))
+    noise = NoiseStreams(0, range(64)).normal(images.image)
+    torch.testing.assert_close(seen[0], images.image + method.prior.ratio_star * noise)
+
+
 def test_what_is_left_on_disk():
     names = {density: set(fitted(small_t(density={"name": density})).exports()) for density in ("flow", "gaussian")}
     assert names == {"flow": {"density"}, "gaussian": {"density"}}
