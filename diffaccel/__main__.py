@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,9 +19,9 @@ from diffaccel.terminal import PlainConsole, print_lines
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
 
-  diffaccel bench EXPERIMENT nfe=[5,10,20] n=5000   measure points of the quality-versus-NFE curve
+  diffaccel bench EXPERIMENT nfe=5,10,20 n=5000     measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
-  diffaccel search EXPERIMENT nfe=[5,10] seed=7     find the best prior and solver for each budget, in search.trials
+  diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
   diffaccel tradeoff EXPERIMENT                     small T: the bound and the distance for each start time
   diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
   diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC says what it is
@@ -31,9 +32,10 @@ EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, dig
 (`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
 
 Keys may be set on the command line; the frequent ones:
-  nfe=10 or nfe=[5,10]     most network evaluations per image, burn-in included; one point each
+  nfe=10 or nfe=5,10       most network evaluations per image, burn-in included; one point each
   n=5000 seed=0            images per point, and their noise
-  solver=ipndm             another part by name (solver, prior, process ...); solver.grid.rho=5 sets a key of it
+  solver=ipndm             another part by name (solver, prior, process ...)
+  solver.grid.ratio_min=0.01  a key of a part
   chains=100               chains of a Langevin-Gibbs prior
   checkpoint=FILE          weights of the denoiser; init=FILE: those that a fit begins it with
   batch_size= threads= devices= accelerator=
@@ -212,8 +214,9 @@ def bench(config: Any) -> None:
     method, _ = planned
     if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
         console.print(
-            "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit`, then set "
-            "posterior.checkpoint=FILE"
+            "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit "
+            f"{shlex.quote(config.experiment)}`, then set posterior.checkpoint=FILE",
+            markup=False,
         )
     evaluator = experiment.build_evaluator(config, method)
     launch.write_config(config)

@@ -195,7 +195,7 @@ def conform(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str):
             value = [scalar(word) for word in value.replace(",", " ").split()]
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{key}={value}: give a list, [{value}] say")
+            raise UsageError(f"{key}={value}: give a list ('[{value}]' in a shell)")
         return [conform(key, item, arguments[0]) for item in value]
     if origin is dict and arguments[0] is float and isinstance(value, Mapping):
         return {float(name) if isinstance(name, int) else name: item for name, item in value.items()}

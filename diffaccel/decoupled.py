@@ -88,9 +88,10 @@ class DecoupledDenoiser(NetworkDenoiser):
         self.preconditioning, self.noise_scale = preconditioning, noise_scale
         self.sigma_data = 1.0 if preconditioning == "later" else sigma_data
         heads, two = tuple(getattr(network, "heads", (1,))), (process.attenuation.free + 1, 1)
+        wanted = f"network.heads={two[0]},{two[1]}"
         if heads != two and (heads != (1,) or process.attenuation.free):
             raise UsageError(
-                f"denoiser 'decoupled': the network's heads are {list(heads)}: set network.heads={list(two)} for the "
+                f"denoiser 'decoupled': the network's heads are {list(heads)}: set {wanted} for the "
                 f"attenuation {type(process.attenuation).__name__}" + ("" if process.attenuation.free else ", or [1]")
             )
         self.single = heads == (1,)

@@ -160,7 +160,7 @@ def check_grid(solver: Solver, denoiser: Denoiser) -> None:
     if least < 0.999 * low:
         raise UsageError(
             f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
-            f"solver.grid.ratio_min={low:.6g} (and solver.grid.name, if the experiment names no grid)"
+            f"solver.grid.ratio_min={low:.6g}"
         )
 
 

@@ -455,5 +455,5 @@ class Decoupled(Process):
         if not self.scales_data:
             raise UsageError(
                 f"process 'decoupled': the attenuation {type(self.attenuation).__name__} has free parameters, which "
-                f"don't go with {what}, or attenuation=constant"
+                f"don't go with {what}, or process.attenuation=constant"
             )

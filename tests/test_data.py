@@ -192,7 +192,7 @@ def test_cifar10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: py
     for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         write(name, {"data": pixels[k], "labels": [k, 9 - k]})
     write("batches.meta", {"label_names": [str(k) for k in range(10)]})
-    with pytest.raises(UsageError, match="download: true"):
+    with pytest.raises(UsageError, match="data.download=true"):
         data("cifar10", root=str(tmp_path)).setup("fit")
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)

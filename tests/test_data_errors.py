@@ -81,7 +81,7 @@ def test_a_bare_array_is_no_npz(tmp_path: Path) -> None:
         ("npz", "path", ["no file", "npz"]),
         ("zip", "path", ["no file", "zip"]),
         ("folder", "path", ["no folder"]),
-        ("cifar10", "root", ["CIFAR-10", "download: true", "npz"]),
+        ("cifar10", "root", ["CIFAR-10", "data.download=true", "npz"]),
     ],
 )
 def test_data_that_are_not_there(tmp_path: Path, name: str, key: str, words: list[str]) -> None:

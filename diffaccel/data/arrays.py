@@ -178,7 +178,7 @@ class Cifar10(Source):
         try:
             data = CIFAR10(self.root, train=name == "train", download=self.download)
         except (RuntimeError, OSError) as error:
-            remedy = "check the connection" if self.download else "set download: true"
+            remedy = "check the connection" if self.download else "set data.download=true"
             raise UsageError(
                 f"no whole CIFAR-10 under {self.root} ({error}): {remedy}, or use the source npz"
             ) from None

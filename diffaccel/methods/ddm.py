@@ -80,13 +80,12 @@ class DecoupledDiffusion(Diffusion):
                 raise UsageError(f"method 'ddm': {key} {choice!r} is none of {', '.join(get_args(known))}")
         if weighting == "unit" and (l1 or reconstruction != "none"):
             raise UsageError(
-                "method 'ddm': weighting=unit is a squared error and nothing else: set method.weighting to later, "
-                "reference or none"
+                "method.weighting=unit is a squared error alone: set method.weighting=later, reference or none"
             )
         if perceptual_weight and (reconstruction == "none" or shape[0] != 3):
             raise UsageError(
                 "method 'ddm': perceptual_weight needs a reconstruction term and images of three channels: set "
-                "method.reconstruction=pixel, or perceptual_weight=0"
+                "method.reconstruction=pixel, or method.perceptual_weight=0"
             )
         self.process: Decoupled = denoiser.process
         self.weighting, self.l1, self.reconstruction = weighting, l1, reconstruction

@@ -89,7 +89,7 @@ class TruncatedDiffusion(Diffusion):
             self.critic = CRITICS.build(critic, shape=shape, classes=self.classes, **context)
         if critic.get("name") == "features" and not frozen:
             raise UsageError(
-                "method 'tdpm': critic 'features' takes a denoiser that is trained already: set method.frozen"
+                "method 'tdpm': critic 'features' takes a denoiser that is trained already: set method.frozen=true"
             )
         if frozen:
             if isinstance(prior, ImplicitPrior) and prior.generator is None:
@@ -100,7 +100,9 @@ class TruncatedDiffusion(Diffusion):
         self._truncate(denoiser, prior)
         self._objectives = [OBJECTIVES.build(node) for node in objectives]
         if objectives and isinstance(denoiser, NetworkDenoiser) and not frozen:
-            raise UsageError("method 'tdpm': objectives take a denoiser that is trained already: set method.frozen")
+            raise UsageError(
+                "method 'tdpm': objectives take a denoiser that is trained already: set method.frozen=true"
+            )
         for objective in self._objectives:
             objective.attach(denoiser, self.implicit, shape)
         self.learning = nn.ModuleList(self._objectives)  # what they learn of their own

@@ -148,7 +148,7 @@ class Solver(ABC):
             option = "" if self.analytic_first is None else " with analytic_first"
             raise UsageError(
                 f"{type(self).__name__}{option} takes the mean of x_t to be alpha x_0, which it is not on {process}: "
-                "take solver=bridge or ddim without analytic_first, or attenuation=constant"
+                "take solver=bridge or ddim without analytic_first, or process.attenuation=constant"
             )
 
     @torch.no_grad()

@@ -1,0 +1,264 @@
+"""What the help, the READMEs and the messages advise is accepted: commands load and build, keys and values exist."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffaccel import experiment, pretrained
+from diffaccel.__main__ import HELP, _one_experiment, _options
+from diffaccel.attenuation import ATTENUATIONS
+from diffaccel.config import FLAGS, Config, load
+from diffaccel.data import SOURCES
+from diffaccel.denoiser import DENOISERS
+from diffaccel.density import DENSITIES
+from diffaccel.levels import LEVELS
+from diffaccel.methods import METHODS
+from diffaccel.nn import NETWORKS
+from diffaccel.nn.critic import CRITICS
+from diffaccel.nn.features import EXTRACTORS
+from diffaccel.nn.fitting import fit_extractor
+from diffaccel.overrides import ALIASES, sort_words
+from diffaccel.prior import PRIORS
+from diffaccel.prior.posterior import POSTERIORS
+from diffaccel.process import PROCESSES
+from diffaccel.registry import Registry
+from diffaccel.solver import GRIDS, SOLVERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert")
+SMALL = ("toy", "digits", "cifar10_small", "mnist")
+"""Data whose networks build in no time."""
+
+KINDS: dict[str, Registry[Any]] = {
+    "solver": SOLVERS, "prior": PRIORS, "process": PROCESSES, "network": NETWORKS, "denoiser": DENOISERS,
+    "levels": LEVELS, "posterior": POSTERIORS, "method": METHODS, "data": SOURCES, "extractor": EXTRACTORS,
+    "grid": GRIDS, "density": DENSITIES, "attenuation": ATTENUATIONS, "critic": CRITICS, "init_solver": SOLVERS,
+}  # fmt: skip
+
+
+# Commands, as a shell passes them on
+
+
+def blocks(page: Path) -> list[str]:
+    """The shell blocks of a page."""
+    return re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def script() -> str:
+    """All commands that the pages and the help name, in one script: blocks, then what stands in backquotes."""
+    parts = blocks(ROOT / "experiments" / "cifar10_small" / "README.md")[:1]
+    for page in PAGES:
+        parts += blocks(page)
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`((?:for|diffaccel|make) [^`]*)`", prose)]
+    parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", HELP, re.M)]
+    parts += re.findall(r"`(diffaccel [^`]*)`", HELP)
+    text = "\n".join(parts).replace(".venv/bin/", "").replace("EXPERIMENT", "digits/edm")
+    text = text.replace(" key=value", "").replace(" ...", "")
+    return re.sub(r"\[([\w.]+=[\w./]+)\]", r"\1", text).replace("python -c", ": -c")
+
+
+def run(shell: list[str]) -> list[tuple[str, ...]]:
+    """Run the script with functions in place of the programs; return their words."""
+    stubs = "".join(f'{name}() {{ record {name} "$@"; }}\n' for name in ("diffaccel", "make", "python", "pre-commit"))
+    launchers = 'srun() { while [ "$1" != diffaccel ]; do shift; done; record "$@"; }\n'
+    launchers += 'torchrun() { while [ "$1" != diffaccel ]; do shift; done; record "$@"; }\n'
+    record = "record() { printf '%s\\037' \"$@\"; printf '\\036'; }\n"
+    found = subprocess.run([*shell, record + stubs + launchers + script()], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and found.stderr == "", found.stderr
+    return [tuple(line.split("\037")[:-1]) for line in found.stdout.split("\036")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def commands() -> list[tuple[str, ...]]:
+    return run(["bash", "-c"])
+
+
+@pytest.fixture
+def my_solver() -> Iterator[None]:
+    """The README's own part, made by the README's own code."""
+    (code,) = re.findall(r"^```python\n(from dataclasses.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(code, {"__name__": "readme"})
+    yield
+    SOLVERS._factories.pop("my_solver")
+
+
+def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solver: None):
+    built = set()
+    seen = {words[:2] for words in commands}
+    assert {("diffaccel", verb) for verb in VERBS} <= seen and ("make", "bench") in seen
+    for program, verb, *words in {re.sub(r"\d+", "1", str(words)): words for words in commands}.values():
+        if program != "diffaccel" or verb not in VERBS or not words:
+            continue
+        if verb in ("compare", "convert"):
+            paths, _ = _options(list(words), ["out", *pretrained.OPTIONS], verb, ["inspect", "again"])
+            assert paths, words
+            continue
+        others, settings = sort_words(words, FLAGS)
+        config = load(_one_experiment(others), settings)
+        if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
+            continue
+        parts = repr((config.method, config.process, config.network, config.denoiser, config.prior, config.solver))
+        if (key := re.sub(r"\d+\.?\d*", "0", parts)) in built:
+            continue
+        built.add(key)
+        for part in (config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
+            part.pop("init", None)  # a file that an earlier command leaves
+        method = experiment.build_method(config, load=False)
+        for budget in config.nfe if verb in ("bench", "sample") else ():
+            assert method.plan(budget, config.n).steps >= 0
+
+
+def test_make_has_its_targets_and_options(commands: list[tuple[str, ...]]):
+    makefile = (ROOT / "Makefile").read_text()
+    for _, target, *words in (words for words in commands if words[0] == "make"):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+        for word in words:
+            assert re.search(rf"\b{word.split('=')[0]}\b", makefile), word
+    for key in re.findall(r"\$\(call option,\w+,(\w+)\)", makefile):
+        load("toy/edm", [f"{key}={'2' if key not in KINDS else 'heun' if key == 'solver' else 'gaussian'}"])
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_passes_on_the_same_words(commands: list[tuple[str, ...]]):
+    assert run(["zsh", "-f", "-c"]) == commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_word_of_a_block_is_special_to_zsh(page: Path):
+    """Without quotes zsh takes brackets for a pattern, and pasted comments for words; it splits no variable."""
+    for block in blocks(page):
+        if "python -c" in block:
+            continue
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|\$\{\w+\}", "", block)
+        assert not re.search(r"=\S*[\[*?{]|(^|\s)#|(^|\s)=\w", bare), block
+        assert not re.search(r"(^|\s)\$[A-Z]{2,}(\s|$)", bare, re.M), block
+
+
+# Keys and values in messages and prose
+
+SETTING = re.compile(r"(?<![\w./\-\"'{<])([a-z_]\w*(?:\.\w+)*)=([\w./+-]*\w|)(?![\w=\"'\[{(<])")
+ELSEWHERE = {"key", "images", "classes", "condition", "use_distributed_sampler", "denoise", "hidden"}
+"""Words before a ``=`` in strings that advise no setting: arguments of functions."""
+
+
+def strings() -> Iterator[tuple[str, str]]:
+    """The texts of the package, docstrings of attributes among them, without what f-strings fill in."""
+    for path in sorted((ROOT / "diffaccel").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                yield path.name, "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+                yield path.name, node.value
+
+
+def settings() -> list[tuple[str, str, str]]:
+    found = {(name, key, value) for name, text in strings() for key, value in SETTING.findall(text)}
+    for page in PAGES:
+        spans = re.findall(r"`([^`\n]*)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S))
+        found |= {(page.parent.name, key, value) for span in spans for key, value in SETTING.findall(span)}
+    return sorted(setting for setting in found if setting[1] not in ELSEWHERE)
+
+
+def known(key: str) -> bool:
+    """Whether some experiment may set a key."""
+    top, *path = ALIASES.get(key, key).split(".")
+    if not path or top not in KINDS:
+        place: Any = Config()
+        for name in (top, *path):
+            if isinstance(place, dict):
+                return True
+            if not hasattr(place, name):
+                return key in pretrained.OPTIONS
+            place = getattr(place, name)
+        return True
+    registry: Registry[Any] | None = KINDS[top]
+    while registry is not None and path:
+        keys = {"name", "checkpoint", "init"}.union(*(registry.keys_of(name) for name in registry))
+        if path[0] not in keys and path[0] not in fit_extractor.__annotations__:
+            return False
+        registry = KINDS.get(path.pop(0))
+    return not path
+
+
+def test_messages_and_prose_name_keys_and_parts_that_exist():
+    found = settings()
+    assert len(found) > 80 and ("adaptive.py", "nfe", "null") in found
+    unknown = [(where, key, value) for where, key, value in found if not known(key)]
+    assert unknown == []
+    for where, key, value in found:
+        kind = KINDS.get(key.removesuffix(".name").split(".")[-1])
+        if kind is not None and value and not value.isupper():
+            assert value in kind or (key == "method" and value == "extractor") or key == "data", (where, key, value)
+        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and key not in pretrained.OPTIONS:
+            load("toy/edm", [f"{key}={value}"])
+
+
+def test_commands_in_messages_are_the_programs():
+    for where, text in strings():
+        for command in re.findall(r"`diffaccel ([^`]*)`", text):
+            verb, *words = shlex.split(command.replace("{}", "digits/edm").replace("EXPERIMENT", "digits/edm"))
+            assert verb in (*VERBS, "help", "VERB"), (where, command)
+            if words and verb in VERBS and verb not in ("compare", "convert"):
+                others, given = sort_words(words, FLAGS)
+                load(_one_experiment(others), given)
+
+
+# What was advised and failed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "digits/edm solver.grid.rho=5",
+        "digits/edm solver.grid.ratio_min=0.01",
+        "cifar10_small/dlg solver.grid.ratio_min=0.01",
+        "cifar10_small/dlg solver.grid=karras solver.grid.rho=5",
+        "cifar10_small/tdpm method.critic=features method.frozen=true",
+        "digits/edm network=ncsnpp network.width=16 network.attention=[] network.augment=9 training.augment=0.1",
+        "digits/small_t prior.density.basis=dct",
+    ],
+)  # fmt: skip
+def test_advice_builds(line: str):
+    name, *words = line.split()
+    method = experiment.build_method(load(name, words), load=False)
+    for budget in method.by_nfe or (10,):
+        method.plan(budget, 5000)
+    if "augment" in line:
+        assert method.phases()
+
+
+def test_an_error_names_the_part_that_has_a_key():
+    from diffaccel.errors import UsageError
+
+    with pytest.raises(UsageError, match="grid 'listed' has no key 'rho'; it is a key of karras"):
+        experiment.build_method(load("cifar10_small/dlg", ["solver.grid.rho=5"]), load=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("digits/dlg checkpoint=", "its fit trains none"),
+        ("digits/edm checkpoint=", "which `diffaccel fit digits/edm` leaves"),
+        ("digits/small_t prior.checkpoint=", "which `diffaccel fit digits/small_t` leaves"),
+        ("digits/small_t checkpoint=", "its fit trains none"),
+    ],
+)
+def test_weights_that_are_missing_are_had_from_a_fit_that_leaves_them(line: str, remedy: str):
+    from diffaccel.errors import UsageError
+
+    name, *words = line.split()
+    with pytest.raises(UsageError) as error:
+        experiment.check_trained(config := load(name, words), experiment.build_method(config, load=False))
+    assert remedy in str(error.value)
