@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,55 +83,18 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no command is called {verb!r}{suggest(verb, [*verbs, *PATH_VERBS])} (see `diffaccel help`)"
             )
         _quiet()
-        from diffaccel.config import FLAGS, load
+        from diffaccel.config import FLAGS, KEYS, load
         from diffaccel.machine import settle
-        from diffaccel.overrides import sort_words
+        from diffaccel.overrides import one_experiment
 
-        others, settings = sort_words(
-            words, FLAGS, lambda word: word.endswith((".yaml", ".yml")) and os.path.isfile(word)
-        )
+        experiment, settings = one_experiment(words, KEYS, FLAGS)
         # Statistics are written to OUT, and not over those that the experiment reads.
         instead = {"reference": "", "floor": ""} if verb == "reference" else None
-        config = load(_one_experiment(others), settings, instead)
+        config = load(experiment, settings, instead)
         settle(config)
         verbs[verb](config)
 
     return _guarded(run)
-
-
-def _one_experiment(words: list[str]) -> str | None:
-    """Return the experiment among the words that are no settings; None if there are none.
-
-    Raises:
-        UsageError: A word is a key without a value, or there are several.
-    """
-    from diffaccel.config import FLAGS, KEYS
-
-    for word in words:
-        if word in KEYS:
-            raise UsageError(f"{word!r} is a key: write {word}={'true' if word in FLAGS else 'VALUE'}, without spaces")
-    if len(words) > 1:
-        raise UsageError(
-            f"give one experiment, not {' and '.join(map(repr, words))}; settings are key=value, without spaces"
-        )
-    return words[0] if words else None
-
-
-def _options(
-    words: list[str], known: Iterable[str], verb: str, flags: Iterable[str] = ()
-) -> tuple[list[str], dict[str, str]]:
-    """Separate the paths of a command from its options, which are text.
-
-    Raises:
-        UsageError: An option that it doesn't have.
-    """
-    from diffaccel.overrides import sort_words
-
-    paths, settings = sort_words(words, [*flags])
-    options = dict(word.split("=", 1) for word in settings)
-    if unknown := sorted(options.keys() - {*known, *flags}):
-        raise UsageError(f"{verb} has no key {unknown[0]!r}{suggest(unknown[0], known)}")
-    return [os.path.expanduser(path) for path in paths], options
 
 
 def _guarded(run: Callable[[], None]) -> int:
@@ -163,8 +126,9 @@ def _guarded(run: Callable[[], None]) -> int:
 def compare(words: list[str]) -> None:
     """Print the points of several runs side by side, and write a page of them."""
     from diffaccel import compare as comparison
+    from diffaccel.overrides import paths_and_options
 
-    sources, options = _options(words, ["out", "reference"], "compare")
+    sources, options = paths_and_options(words, ["out", "reference"], "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
     rows = comparison.compare(sources, options.get("reference"), console.print)
@@ -176,10 +140,10 @@ def compare(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
     from diffaccel import pretrained
-    from diffaccel.overrides import scalar
+    from diffaccel.overrides import paths_and_options, scalar
     from diffaccel.targets import check_new
 
-    paths, options = _options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
+    paths, options = paths_and_options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
     inspects, again = (scalar(options.pop(flag, "no")) is True for flag in ("inspect", "again"))
     if len(paths) != (1 if inspects else 2):
         raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf's parser
 
-from diffaccel.errors import UsageError
+from diffaccel.errors import UsageError, suggest
 from diffaccel.trees import leaves, merge
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -162,6 +162,44 @@ def _next_value(flag: bool, rest: "deque[str]") -> str:
     if not rest or is_setting or (flag and not isinstance(WORDS.get(follows.lower()), bool)):
         return "true"
     return rest.popleft()
+
+
+def one_experiment(
+    words: Collection[str], keys: Collection[str], flags: Collection[str]
+) -> tuple[str | None, list[str]]:
+    """Separate a command's experiment, None if it names none, from its settings.
+
+    Args:
+        words: Of the command line.
+        keys: Keys of the schema.
+        flags: Those of them that need no value after ``--``.
+
+    Raises:
+        UsageError: A word is a key without a value, or there are several experiments.
+    """
+    others, settings = sort_words(words, flags, lambda word: word.endswith((".yaml", ".yml")) and os.path.isfile(word))
+    for word in others:
+        if word in keys:
+            raise UsageError(f"{word!r} is a key: write {word}={'true' if word in flags else 'VALUE'}, without spaces")
+    if len(others) > 1:
+        named = " and ".join(map(repr, others))
+        raise UsageError(f"give one experiment, not {named}; settings are key=value, without spaces")
+    return (others[0] if others else None), settings
+
+
+def paths_and_options(
+    words: Collection[str], known: Collection[str], verb: str, flags: Collection[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Separate the paths of a command on files from its options, which are text.
+
+    Raises:
+        UsageError: An option that it doesn't have.
+    """
+    paths, settings = sort_words(words, flags)
+    options = dict(word.split("=", 1) for word in settings)
+    if unknown := sorted(options.keys() - {*known, *flags}):
+        raise UsageError(f"{verb} has no key {unknown[0]!r}{suggest(unknown[0], known)}")
+    return [os.path.expanduser(path) for path in paths], options
 
 
 def parse(words: Collection[str], holds_path: Callable[[str], bool], texts: Collection[str]) -> dict[str, Any]:

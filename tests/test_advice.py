@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from diffaccel import experiment, pretrained
-from diffaccel.__main__ import HELP, _one_experiment, _options
+from diffaccel.__main__ import HELP
 from diffaccel.attenuation import ATTENUATIONS
-from diffaccel.config import FLAGS, Config, load
+from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.data import SOURCES
 from diffaccel.denoiser import DENOISERS
 from diffaccel.density import DENSITIES
@@ -24,7 +24,7 @@ from diffaccel.nn import NETWORKS
 from diffaccel.nn.critic import CRITICS
 from diffaccel.nn.features import EXTRACTORS
 from diffaccel.nn.fitting import fit_extractor
-from diffaccel.overrides import ALIASES, sort_words
+from diffaccel.overrides import ALIASES, one_experiment, paths_and_options
 from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
@@ -99,11 +99,10 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if program != "diffaccel" or verb not in VERBS or not words:
             continue
         if verb in ("compare", "convert"):
-            paths, _ = _options(list(words), ["out", *pretrained.OPTIONS], verb, ["inspect", "again"])
+            paths, _ = paths_and_options(words, ["out", "reference", *pretrained.OPTIONS], verb, ["inspect", "again"])
             assert paths, words
             continue
-        others, settings = sort_words(words, FLAGS)
-        config = load(_one_experiment(others), settings)
+        config = load(*one_experiment(words, KEYS, FLAGS))
         if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
             continue
         parts = repr((config.method, config.process, config.network, config.denoiser, config.prior, config.solver))
@@ -211,8 +210,7 @@ def test_commands_in_messages_are_the_programs():
             verb, *words = shlex.split(command.replace("{}", "digits/edm").replace("EXPERIMENT", "digits/edm"))
             assert verb in (*VERBS, "help", "VERB"), (where, command)
             if words and verb in VERBS and verb not in ("compare", "convert"):
-                others, given = sort_words(words, FLAGS)
-                load(_one_experiment(others), given)
+                load(*one_experiment(words, KEYS, FLAGS))
 
 
 # What was advised and failed
