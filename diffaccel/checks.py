@@ -176,7 +176,7 @@ def conform(key: str, value: Any, kind: Any) -> Any:
         kind: The annotation.
 
     Raises:
-        UsageError: A lone value for a list, or a number other than 0 and 1 for a bool, which OmegaConf takes for true.
+        UsageError: A lone value for a list, a list or mapping for a number, or a number other than 0 and 1 for a bool.
     """
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -191,7 +191,9 @@ def conform(key: str, value: Any, kind: Any) -> Any:
         if own[0] is not str and isinstance(value, str) and value.lower() in ("none", "null"):
             return None
         return conform(key, value, own[0])
-    if origin is list and not isinstance(value, Mapping) and value is not None:
+    if (origin is list and isinstance(value, Mapping)) or (kind in (int, float) and isinstance(value, list | Mapping)):
+        raise UsageError(f"{key}={value}: give {'a list' if origin is list else 'a number'}")
+    if origin is list and value is not None:
         if isinstance(value, str):
             value = [scalar(word) for word in value.replace(",", " ").split()]
         if not isinstance(value, list | tuple):

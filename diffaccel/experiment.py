@@ -14,7 +14,7 @@ from torch import nn
 from diffaccel import __version__
 from diffaccel.config import Config, find
 from diffaccel.data import SOURCES, DataModule
-from diffaccel.denoiser import DENOISERS, Denoiser
+from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import Density
 from diffaccel.errors import UsageError
 from diffaccel.evaluator import BitsPerDim, Evaluator
@@ -65,6 +65,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
+    if isinstance(denoiser, NetworkDenoiser) and network is None:
+        raise UsageError(f"denoiser {config.denoiser['name']!r} needs a network: set network=unet, say")
     if pretrained is not None and network is not None:
         check_grid(solver, denoiser)
     if pretrained is not None and network is not None and load:

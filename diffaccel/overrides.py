@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.errors import UsageError, suggest
-from diffaccel.trees import leaves, merge
+from diffaccel.trees import leaves, merge, renames
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
@@ -78,7 +78,7 @@ def refuse_references(tree: Mapping[str, Any], where: object, given: Mapping[str
         UsageError: There is one.
     """
     for keys, value in leaves(tree):
-        if isinstance(value, str) and "${" in value and not _sets(given or {}, keys):
+        if isinstance(value, str) and "${" in value and not _sets(given or {}, tree, keys):
             key = ".".join(map(str, keys))
             raise UsageError(
                 f"{where}: {key}={value!r}: a file can't have references: write the value, or set {key}= on the "
@@ -111,13 +111,14 @@ def keep_references(config: Any, tree: Mapping[str, Any]) -> None:
             place[last] = value
 
 
-def _sets(given: Any, keys: tuple[Any, ...]) -> bool:
+def _sets(given: Any, tree: Any, keys: tuple[Any, ...]) -> bool:
+    """Whether a setting replaces the value at ``keys`` of a file's tree, or a branch or part that holds it."""
     for key in keys:
-        if not isinstance(given, Mapping):
-            return True  # a whole branch is replaced
+        if not isinstance(given, Mapping) or renames(tree, given):
+            return True
         if key not in given:
             return False
-        given = given[key]
+        given, tree = given[key], tree[key]
     return True
 
 

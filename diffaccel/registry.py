@@ -192,6 +192,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             raise UsageError(f"{self.kind}: the key 'name' is missing{suggest('', self)}")
         factory, accepted = self[name], self._parameters(name)
         for key, registry in self.nested.items():
+            if key in accepted and node.get(key, "") is None:
+                del node[key]  # the default
             if key in node and key in accepted:
                 context[key] = registry.build(registry.named(node.pop(key), accepted[key].default))
         self._say_ignored(name)

@@ -31,7 +31,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
             value = {"name": value}
         if key in PARTS and isinstance(before, str):
             before = {"name": before}
-        renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and _renames(before, value)
+        renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and renames(before, value)
         nests = isinstance(value, Mapping) and isinstance(before, Mapping) and not renamed
         if isinstance(value, Mapping):
             value = merge(cast(Mapping[str, Any], before) if nests else {}, value)
@@ -39,5 +39,6 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+def renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Whether a part gives another name than the one before it."""
     return "name" in value and "name" in before and value["name"] != before["name"]

@@ -20,7 +20,7 @@ from diffaccel.search import check_space
 LOADED = """
 nfe=.nan nfe=.inf nfe=nan nfe=[5,.nan] nfe=true n=10^14 n=true n=1000.5 n=1e400 n=1:30 seed=2**70 seed=0.5 images=none
 devices=true training.lr=.nan training.lr=.inf training.betas=0.9 keep_images=2 compile=perhaps solver.eta=.nan
-data.n=.nan prior.ratio_star=.inf n=0 nfe=5,5 shape=2,1
+data.n=.nan prior.ratio_star=.inf nfe={a:1} nfe=[[5]] training.betas={a:1} n=[5] n.x=3 n=0 nfe=5,5 shape=2,1
 """
 
 
@@ -146,6 +146,11 @@ def test_parts_refuse_what_they_cannot_mean(line: str):
     key = words[-1].partition("=")[0].split(".")[-1]
     assert "\n" not in str(error.value)
     assert ("name" if key == "x" else key) in str(error.value)
+
+
+def test_a_denoiser_without_the_network_that_it_needs():
+    with pytest.raises(UsageError, match="'karras' needs a network"):
+        experiment.build_method(load("toy/edm", ["denoiser=karras"]), load=False)
 
 
 @pytest.mark.parametrize(

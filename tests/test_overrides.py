@@ -197,6 +197,13 @@ def test_a_file_refers_to_nothing(line: str, based: bool, tmp_path: Path, monkey
     assert "own.yaml" in message and line.split(":")[0] in message and "hidden" not in message
 
 
+def test_a_part_of_another_name_replaces_a_files_references(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("method: edm\nshape: [2, 1, 1]\ndata: {name: npz, path: '${oc.env:NOWHERE}/x'}\n")
+    assert load(str(tmp_path / "a.yaml"), ["data=toy"]).data == {"name": "toy"}
+    with pytest.raises(UsageError, match="data.path"):
+        load(str(tmp_path / "a.yaml"), ["data=npz"])
+
+
 def test_a_part_resolves_nothing():
     from diffaccel.solver import SOLVERS
 
