@@ -9,12 +9,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import SharedError, UsageError, suggest
 from diffaccel.escape import printable
-from diffaccel.terminal import PlainConsole, print_lines
+from diffaccel.storage import FULL, check_room, check_target
+from diffaccel.terminal import PlainConsole, print_lines, side_output
 
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no command is called {verb!r}{suggest(verb, [*verbs, *PATH_VERBS])} (see `diffaccel help`)"
             )
         _quiet()
+        from diffaccel import launch
         from diffaccel.config import FLAGS, KEYS, load
         from diffaccel.machine import settle
         from diffaccel.overrides import one_experiment
@@ -91,8 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         # Statistics are written to OUT, and not over those that the experiment reads.
         instead = {"reference": "", "floor": ""} if verb == "reference" else None
         config = load(experiment, settings, instead)
-        settle(config)
-        verbs[verb](config)
+        writes = not (config.dry_run and verb in ("bench", "sample"))
+        with launch.folder_of(config) if writes else nullcontext():
+            settle(config)
+            verbs[verb](config)
 
     return _guarded(run)
 
@@ -111,6 +116,12 @@ def _guarded(run: Callable[[], None]) -> int:
         return 2
     except UsageError as error:
         console.print(printable(f"diffaccel: {error}"), style="red")
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        console.print(printable(f"diffaccel: {where}{error.strerror}"), style="red")
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -131,6 +142,7 @@ def compare(words: list[str]) -> None:
     sources, options = paths_and_options(words, ["out", "reference"], "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
+    check_target(out / "index.html")
     rows = comparison.compare(sources, options.get("reference"), console.print)
     comparison.write(rows, out)
     comparison.show(rows)
@@ -183,7 +195,8 @@ def bench(config: Any) -> None:
             markup=False,
         )
     evaluator = experiment.build_evaluator(config, method)
-    launch.write_config(config)
+    check_room(config.folder, *evaluator.room(), "features")
+    launch.write_config(config, "points.jsonl")
     trainer = launch.build_trainer(config, [evaluator])
     method.eval()
     try:
@@ -216,7 +229,7 @@ def search(config: Any) -> None:
 
     method = experiment.build_method(config, frozen=True)
     searcher = experiment.build_searcher(config, method)
-    launch.write_config(config)
+    launch.write_config(config, "trials.jsonl", "best.yaml")
     config.logger = "none"
     trainer = launch.build_trainer(config, [searcher])
     method.eval()
@@ -244,7 +257,7 @@ def tradeoff(config: Any) -> None:
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
     likelihood = experiment.build_likelihood(config, method)
     curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
-    launch.write_config(config)
+    launch.write_config(config, "tradeoff.csv")
     config.logger = "none"
     trainer = launch.build_trainer(config, [curve])
     method.eval()
@@ -271,9 +284,11 @@ def fit(config: Any) -> None:
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
     resume = resume_from(config, [*method.exports()], console)
+    checkpointer = launch.build_checkpointer(config)
+    checkpointer.check_outputs(method)
     if resume is not None:
-        experiment.check_resumable(resume, method)
-    callbacks: list[Any] = [launch.build_checkpointer(config)]
+        checkpointer.check_same_run(resume, experiment.check_resumable(resume, method))
+    callbacks: list[Any] = [checkpointer]
     evaluator = None
     if config.reference and Path(config.reference).is_file():
         with method.tuning():
@@ -333,7 +348,7 @@ def _fit_extractor(config: Any) -> None:
     recipes.register("extractor")(fit_extractor)
     data = experiment.build_data(config)
     resume = resume_from(config, ["extractor"], console)
-    launch.make_folder(config)
+    launch.write_config(config, "last.ckpt", "extractor.safetensors")
     if config.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"precision={config.precision}: an extractor is trained in 32-true or bf16-mixed")
     announce(config)
@@ -384,9 +399,10 @@ def _report_density(config: Any, method: Any, data: Any) -> None:
 def _finish(config: Any) -> None:
     """Close W&B's run: the next one in this process would go on writing into it."""
     if config.logger == "wandb":
-        import wandb
+        with side_output("W&B, as it closed,"):
+            import wandb
 
-        wandb.finish()
+            wandb.finish()
 
 
 def _quiet() -> None:

@@ -1,27 +1,48 @@
 """What training leaves behind: its state at intervals, and weights at its end."""
 
+import io
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diffaccel import __version__
+from diffaccel.errors import UsageError
 from diffaccel.evaluator.logs import log_weights
 from diffaccel.methods import Diffusion
+from diffaccel.storage import check_room, check_target, write_whole
+from diffaccel.terminal import side_output
 from diffaccel.weights import save_weights
+
+IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")
+"""Keys of the description in which a run that goes on must agree with the one before."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lets Lightning's checkpoints replace the last ones only when they are written whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UsageError: The file can't be written.
+        """
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)  # straight to a file, a full disk is an error that does not name the cause
+        write_whole(path, buffer.getbuffer())
 
 
 class Checkpointer(L.Callback):
     """Saves ``last.ckpt`` every few minutes, when training is interrupted, and at its end; then the weights.
 
-    A checkpoint replaces the last one only when it is written whole.
-
     Args:
         out: Folder to write to.
         minutes: Minutes between checkpoints.
-        description: What the weights' header says besides counters.
+        description: What the weights' header says besides counters, and what a run that goes on must agree with.
     """
 
     def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
@@ -30,13 +51,41 @@ class Checkpointer(L.Callback):
         self._before = 0.0  # seconds trained in the runs that this one goes on from
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "description": self.description}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._before = state_dict["seconds"]
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started
+
+    def check_outputs(self, method: Diffusion) -> None:
+        """Refuse, before training, a folder that its files can't be written to.
+
+        Raises:
+            UsageError: A name is taken by a folder, or there is no room for two states of training, old and new.
+        """
+        last = self.out / "last.ckpt"
+        for path in (last, *(self.out / f"{name}.safetensors" for name in method.exports())):
+            check_target(path)
+        trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
+        state = 4 * trained  # with two moments and the average
+        check_room(self.out, state * (1 if last.is_file() else 2), state, "checkpoints")
+
+    def check_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of other settings, under whose name its weights would be kept.
+
+        Raises:
+            UsageError: The settings differ; the message shows one.
+        """
+        before = content.get("callbacks", {}).get(type(self).__name__, {}).get("description", self.description)
+        for key in IDENTITY:
+            there, here = before.get(key), self.description.get(key)
+            if there != here:
+                raise UsageError(
+                    f"resume: {path} is of a run with {key}={there}, this one has {here}: "
+                    "go on with the settings that it had, or choose another out= (init=FILE begins with its weights)"
+                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         self._saved = self._started = time.monotonic()
@@ -65,10 +114,7 @@ class Checkpointer(L.Callback):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write ``last.ckpt``; every process calls this."""
-        partial = self.out / "last.ckpt.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.out / "last.ckpt")
+        trainer.save_checkpoint(self.out / "last.ckpt")
         self._saved = time.monotonic()
 
     def _export(self, trainer: L.Trainer, method: Diffusion) -> None:
@@ -79,8 +125,12 @@ class Checkpointer(L.Callback):
             "hours": round(self._seconds() / 3600, 3),
             "version": __version__,
         }
+        written = []
         for name, (state, said) in method.exports().items():
             path = self.out / f"{name}.safetensors"
             save_weights(path, state, {**description, **said}, getattr(torch, said.get("dtype", "bfloat16")))
-            for logger in trainer.loggers:
-                log_weights(logger, path, f"{description['experiment']}-{name}", {**description, **said})
+            written.append((path, {**description, **said}))
+        for logger in trainer.loggers:
+            for path, said in written:
+                with side_output(f"{type(logger).__name__}, of {path.name},"):
+                    log_weights(logger, path, f"{description['experiment']}-{path.stem}", said)

@@ -33,7 +33,7 @@ from diffaccel.process import PROCESSES
 from diffaccel.reference import Reference, load_reference
 from diffaccel.search import Searcher
 from diffaccel.solver import SOLVERS, Solver
-from diffaccel.weights import assign_weights, file_sha256, load_weights, read_checkpoint, read_description
+from diffaccel.weights import assign_weights, check_finite, file_sha256, load_weights, read_checkpoint, read_description
 
 WEIGHT_KEYS = ("name", "generator", "network", "density", "checkpoint", "init")
 """Keys of a prior that say what is fitted in it, and whose weights it has."""
@@ -211,15 +211,16 @@ def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dic
     own = of_network(content["diffaccel"].get("ema", {}), name)
     if not own:
         raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
+    check_finite(own, f"checkpoint {path}", "get or train the file anew")
     assign_weights(own, network, f"the weights of {path}")
     return {"images_seen": content["diffaccel"]["images_seen"]}
 
 
-def check_resumable(path: Path, method: Diffusion) -> None:
-    """Read a checkpoint before a run goes on from it.
+def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
+    """Read a checkpoint before a run goes on from it, and return its content.
 
     Raises:
-        UsageError: As :func:`read_checkpoint`, or it belongs to other networks.
+        UsageError: As :func:`read_checkpoint`, or it belongs to other networks, or holds NaN.
     """
     content = read_checkpoint(path)
     assign_weights(content["state_dict"], method, f"the weights of {path}")
@@ -227,6 +228,9 @@ def check_resumable(path: Path, method: Diffusion) -> None:
     average = dict(network.named_parameters()) if network is not None else {}
     if content["diffaccel"].get("ema", {}).keys() != average.keys():
         raise UsageError(f"resume: {path} holds averages of other networks: go on with the settings that it had")
+    for what, tensors in (("", content["state_dict"]), (" (average)", content["diffaccel"].get("ema", {}))):
+        check_finite(tensors, f"resume: {path}{what}", "go on from an older checkpoint")
+    return content
 
 
 def build_data(config: Config) -> DataModule:

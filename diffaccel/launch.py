@@ -2,23 +2,29 @@
 
 import os
 import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from diffaccel.checkpoint import Checkpointer
-from diffaccel.collective import all_gather
+from diffaccel.checkpoint import Checkpointer, WholeFiles
 from diffaccel.config import Config, as_written, to_yaml
-from diffaccel.errors import SharedError, UsageError
+from diffaccel.errors import UsageError
 from diffaccel.evaluator import Evaluator
+from diffaccel.evaluator.logs import unfailing
 from diffaccel.machine import announce, device_type
 from diffaccel.overrides import as_given
-from diffaccel.terminal import say
+from diffaccel.processes import Processes
+from diffaccel.storage import check_target, occupied, write_whole
+from diffaccel.terminal import say, side_output
 from diffaccel.weights import file_sha256
 
 
@@ -28,21 +34,48 @@ def build_loggers(config: Config) -> list[Logger]:
     Raises:
         UsageError: W&B refuses to go online (without a key, say).
     """
-    out = config.folder
-    if config.logger == "csv":
-        return [CSVLogger(out, name="csv")]
-    if config.logger == "tensorboard":
-        try:
-            return [TensorBoardLogger(out, name="tensorboard")]
-        except ModuleNotFoundError:
-            raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb") from None
+    mode = wandb_mode(config) if config.logger == "wandb" else ""
     if config.logger == "none":
         return []
+    builders: dict[str, Callable[[Config], Logger]]
+    builders = {"csv": _csv, "tensorboard": _tensorboard, "wandb": partial(_wandb, mode=mode)}
+    if config.logger == "tensorboard" and find_spec("tensorboard") is None:
+        raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb")
+    if mode in ("online", "shared"):
+        return [unfailing(_online(config, mode))]
+    with side_output(f"logger={config.logger}"):
+        logger: Any = builders[config.logger](config)
+        if is_first(config):
+            logger.experiment  # noqa: B018 (starts it now: Lightning would let a failure end the run)
+        return [unfailing(logger)]
+    return []
+
+
+def _csv(config: Config) -> Logger:
+    return CSVLogger(config.folder, name="csv")
+
+
+def _tensorboard(config: Config) -> Logger:
+    return TensorBoardLogger(config.folder, name="tensorboard")
+
+
+def _online(config: Config, mode: str) -> Logger:
+    import wandb
+
+    logger = _wandb(config, mode)
+    try:
+        logger.experiment  # noqa: B018 (starts the run, on rank zero)
+    except wandb.errors.Error as error:
+        raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
+    return logger
+
+
+def _wandb(config: Config, mode: str) -> WandbLogger:
     import wandb  # imported late: it takes a second that runs without it needn't wait
 
     wandb.setup()  # reads WANDB_SILENT before there is anything to say
-    mode, variables = wandb_mode(config), os.environ
-    logger = WandbLogger(
+    variables, out = os.environ, config.folder
+    return WandbLogger(
         project=variables.get("WANDB_PROJECT", "diffaccel"),
         name=variables.get("WANDB_NAME", f"{config.data_name}/{Path(config.experiment).stem}"),
         save_dir=variables.get("WANDB_DIR", out),
@@ -52,12 +85,6 @@ def build_loggers(config: Config) -> list[Logger]:
         resume=variables.get("WANDB_RESUME", "allow"),
         config=as_written(config),
     )
-    if mode in ("online", "shared"):
-        try:
-            logger.experiment  # noqa: B018 (starts the run, on rank zero)
-        except wandb.errors.Error as error:
-            raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
-    return [logger]
 
 
 def wandb_mode(config: Config) -> str:
@@ -94,27 +121,6 @@ class StepsBar(RichProgressBar):
         return "training"
 
 
-class Processes(DDPStrategy):
-    """DDP, also for a fit without gradients, which has nothing to wrap: that of a density in closed form."""
-
-    def setup_environment(self) -> None:
-        """Start the process group, and check that ``precision: auto`` means the same on every node.
-
-        Raises:
-            SharedError: It doesn't.
-        """
-        super().setup_environment()
-        chosen = set(all_gather(self.precision_plugin.precision))
-        if len(chosen) > 1:
-            raise SharedError(f"processes compute in {' and in '.join(sorted(chosen))}: set precision=32-true")
-
-    def configure_ddp(self) -> None:
-        """Wrap the module if there are gradients to sum."""
-        assert self.lightning_module is not None
-        if any(parameter.requires_grad for parameter in self.lightning_module.parameters()):
-            super().configure_ddp()
-
-
 def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False, phases: int = 1) -> L.Trainer:
     """Build the trainer: processes, precision, logger.
 
@@ -127,13 +133,13 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
     Raises:
         UsageError: A GPU was asked for and there is none.
     """
-    make_folder(config)
     processes = config.devices * config.num_nodes
     every = evaluation_steps(config) if training else None
     trainer = L.Trainer(
         accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
         devices=config.devices,
         num_nodes=config.num_nodes,
+        plugins=[WholeFiles()],
         strategy=Processes(find_unused_parameters=phases > 1) if processes > 1 else "auto",
         precision=cast(Any, config.precision),
         max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
@@ -203,22 +209,46 @@ def build_checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
 
-def make_folder(config: Config) -> None:
-    """Make the folder that a run writes to.
+def folder_of(config: Config) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder that a run writes to; its first process does it for all.
 
     Raises:
-        UsageError: It can't be made or written to.
+        UsageError: The folder can't be written to, or is in use.
     """
-    folder = config.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out={folder} can't be written to ({error.strerror}): choose another out=") from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"out={folder} can't be written to: choose another out=")
+    return occupied(config.folder) if is_first(config) else nullcontext()
 
 
-def write_config(config: Config) -> None:
-    """Leave the resolved configuration beside the results."""
-    make_folder(config)
-    (config.folder / "config.yaml").write_text(to_yaml(config, config.folder))
+def is_first(config: Config) -> bool:
+    """Whether this is the process of rank zero, also before there is a trainer to say so."""
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+    return config.devices * config.num_nodes == 1 or (rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
+
+
+def write_config(config: Config, *results: str) -> None:
+    """Leave the resolved configuration beside the results as config.yaml; earlier ones become config.1.yaml and so on.
+
+    Several configurations may share a folder, whose points say by themselves how they were measured.
+
+    Args:
+        config: The run's.
+        results: Files of the folder that the run will write.
+
+    Raises:
+        UsageError: One of the files can't be written.
+    """
+    if not is_first(config):
+        return
+    for name in results:
+        check_target(config.folder / name)
+    path, text = config.folder / "config.yaml", to_yaml(config, config.folder)
+    if path.is_file() and (settings := _settings(path.read_text(errors="replace"))) != _settings(text):
+        earlier = config.folder.glob("config.*.yaml")
+        if all(_settings(file.read_text(errors="replace")) != settings for file in earlier):
+            numbered = (config.folder / f"config.{number}.yaml" for number in count(1))
+            path.replace(next(file for file in numbered if not file.exists()))
+    write_whole(path, text)
+
+
+def _settings(text: str) -> list[str]:
+    """A configuration's lines without those of how a run began."""
+    return [line for line in text.splitlines() if not line.startswith(("resume:", "again:"))]

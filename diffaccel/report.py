@@ -25,6 +25,7 @@ from diffaccel.errors import UsageError
 from diffaccel.escape import csv_cell, printable
 from diffaccel.overrides import as_given
 from diffaccel.points import Point, distance, normalised
+from diffaccel.storage import lock, unwritable, write_all
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; its yellow is too faint for a line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,22 +50,32 @@ class Published(NamedTuple):
 def append_point(path: str | Path, point: Point) -> None:
     """Append a point as one line of JSON and bring it to the disk before returning.
 
-    Numbers that JSON does not have (NaN, infinity) become null. What a killed run has left of a line is removed first.
+    Numbers that JSON does not have (NaN, infinity) become null. What a killed run has left of a line is removed first;
+    the file is locked meanwhile, so that several processes may append to it.
 
     Raises:
         TypeError: The point holds something that is no JSON, a tensor say.
+        UsageError: The file can't be written; it is then as it was.
     """
     path = Path(path)
     line = json.dumps(_finite(as_given(point)), allow_nan=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:  # the system appends one write as a whole, so two runs may share a file
-        content = path.read_bytes()
-        torn = _torn(content)
-        file.truncate(len(content) - len(torn))
-        lacks_newline = content and not torn and not content.endswith(b"\n")
-        file.write(b"\n" + line if lacks_newline else line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            lock(file)
+            file.seek(0)
+            content = file.read()
+            torn = _torn(content)
+            end = file.truncate(len(content) - len(torn))
+            lacks_newline = content and not torn and not content.endswith(b"\n")
+            try:
+                write_all(file, b"\n" + line if lacks_newline else line)
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read_points(path: str | Path) -> list[dict[str, Any]]:

@@ -50,7 +50,6 @@ def sample(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> li
         UsageError: A folder holds other images, OUT can't be written to, or the images can't be of this format.
     """
     writer = ImageWriter(config, experiment.describe_checkpoint(config, method), plans)
-    launch.make_folder(config)
     config.logger = "none"
     trainer = launch.build_trainer(config, [writer])
     trainer.test(method.eval(), DataLoader([0]), verbose=False)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from diffaccel.registry import Registry
 from diffaccel.report import append_point, read_points
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
+from diffaccel.storage import write_whole
 from diffaccel.terminal import PlainConsole
 
 Settings = dict[str, dict[str, Any]]
@@ -309,9 +310,7 @@ class Searcher(L.Callback):
             if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
                 settings["prior"].pop("checkpoint", None)
         tree = {"base": str(self.base.resolve()), "by_nfe": {**self.before, **best}}
-        part = self.out / "best.yaml.part"
-        part.write_text(OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
-        part.replace(self.out / "best.yaml")
+        write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
         for budget, settings in best.items():
             if self.before.get(budget, settings) != settings:
                 self.console.print(f"nfe {budget}: best.yaml had another winner; its trials are in trials.jsonl")

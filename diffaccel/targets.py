@@ -8,6 +8,7 @@ from rich.console import Console
 
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
+from diffaccel.storage import check_target
 
 
 def check_new(paths: Iterable[Path], again: bool = False) -> None:
@@ -17,19 +18,14 @@ def check_new(paths: Iterable[Path], again: bool = False) -> None:
         UsageError: So it is.
     """
     paths = list(paths)
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(f"{paths[0]} is named twice: name two files")
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{path} is a folder: name a file")
         if path.exists() and not again:
             raise UsageError(f"{path} exists: again=true replaces it, or write elsewhere")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{path} can't be written ({error.strerror}): write elsewhere") from None
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"{path} can't be written: write elsewhere")
+        check_target(path)
 
 
 def resume_from(config: Config, weights: list[str], console: Console) -> Path | None:
@@ -49,7 +45,8 @@ def resume_from(config: Config, weights: list[str], console: Console) -> Path | 
     if config.resume == "auto" and last.is_file():
         console.print(f"going on from {last}")
         return last
-    inside = config.resume not in (None, "auto") and Path(config.resume).resolve().parent == config.folder.resolve()
+    given = None if config.resume in (None, "auto") else Path(str(config.resume))
+    inside = given is not None and os.path.realpath(given.parent) == os.path.realpath(config.folder)
     if left is not None and not inside:
         remedy = "go on with resume=auto, or choose" if left == last else "choose"
         raise UsageError(f"{left} exists: {remedy} another out=")

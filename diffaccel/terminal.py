@@ -1,7 +1,8 @@
 """What the terminal shows. Whatever prints does it from here, so that text from files is shown and never acted on."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,24 @@ def say(text: str) -> None:
     from lightning.pytorch.utilities import rank_zero_only  # late: it takes seconds to import, and help needs none
 
     rank_zero_only(PlainConsole(stderr=True, soft_wrap=True).print)(printable(text))
+
+
+@contextmanager
+def side_output(what: str) -> Iterator[None]:
+    """Turn a failure to write what a run can do without (a log, a picture, a copy) into one line on stderr.
+
+    Everything but an interrupt is caught, for loggers and drawing raise whatever they like: only such output belongs
+    into the ``with`` block, never the result itself.
+
+    Args:
+        what: Name of the output, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        said = f"diffaccel: {what} failed ({reason:.200}); the results are not affected"
+        PlainConsole(stderr=True, soft_wrap=True).print(printable(said))
 
 
 def wide_console(least: int = WIDTH) -> PlainConsole:

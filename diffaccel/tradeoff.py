@@ -26,6 +26,8 @@ from diffaccel.methods.small_t import Tradeoff
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior
 from diffaccel.report import write_csv
+from diffaccel.storage import whole
+from diffaccel.terminal import side_output
 
 matplotlib.use("Agg")
 
@@ -215,10 +217,11 @@ def best(rows: Sequence[Row]) -> dict[str, float]:
 
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write ``tradeoff.csv`` and ``tradeoff.png``."""
-    out.mkdir(parents=True, exist_ok=True)
-    heads = list(rows[0])  # the first row is the first to be whole
-    write_csv([heads, *([row.get(head) for head in heads] for row in rows)], out / "tradeoff.csv")
-    plot(rows, out / "tradeoff.png")
+    heads, picture = list(rows[0]), out / "tradeoff.png"  # the first row is the first to be whole
+    with whole(out / "tradeoff.csv") as part:
+        write_csv([heads, *([row.get(head) for head in heads] for row in rows)], part)
+    with side_output(str(picture)), whole(picture) as part:
+        plot(rows, part)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from diffaccel.errors import UsageError
 from diffaccel.mistaken import what_it_is
+from diffaccel.storage import write_whole
 
 
 def file_sha256(path: Path) -> str:
@@ -39,16 +40,15 @@ def save_weights(
     """Write floating-point tensors in ``dtype`` with a description beside them in the file's header.
 
     The file appears whole or not at all.
+
+    Raises:
+        UsageError: It can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = {
         name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
         for name, tensor in tensors.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(stored, partial, {"diffaccel": json.dumps(dict(description))})
-    partial.chmod(0o644)  # safetensors writes files that only their owner may read
-    partial.replace(path)
+    write_whole(path, serialize(stored, {"diffaccel": json.dumps(dict(description))}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -69,12 +69,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UsageError(f"weights {path} can't be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:  # the last two: JSON that is none, or no mapping
         raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
+    check_finite(tensors, f"weights {path}", "get or train the file anew")
+    return {n: tensor.float() if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}, description
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        UsageError: A tensor, which the message names, holds NaN or infinity.
+    """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            if not tensor.isfinite().all():
-                raise UsageError(f"weights {path}: tensor {name!r} holds NaN or infinity: get or train the file anew")
-            tensors[name] = tensor.float()
-    return tensors, description
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"{origin}: tensor {name!r} holds NaN or infinity: {remedy}")
 
 
 def read_description(path: Path) -> dict[str, Any]:

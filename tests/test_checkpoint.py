@@ -1,8 +1,10 @@
 """What training leaves behind: resuming changes nothing, and a foreign checkpoint runs nothing."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffaccel.__main__ import main
-from diffaccel.checkpoint import Checkpointer
+from diffaccel.checkpoint import Checkpointer, WholeFiles
+from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
 from diffaccel.weights import file_sha256, read_weights
@@ -181,21 +184,88 @@ def test_other_files_are_refused(whole: Path, tmp_path: Path, capsys: Printed):
             assert str(file) in error and error.count("\n") == 1
 
 
-def test_a_checkpoint_appears_whole_or_not_at_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A write that breaks off leaves the last checkpoint as it was."""
-    checkpointer = Checkpointer(tmp_path, 5.0, {})
-    (tmp_path / "last.ckpt").write_bytes(b"good")
+def test_a_checkpoint_appears_whole_or_not_at_all(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+):
+    """A write that breaks off leaves the last checkpoint as it was, and the run one line."""
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(b"good")
 
-    class Full:
-        is_global_zero = True
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def save_checkpoint(self, path: Path) -> None:
-            path.write_bytes(b"half")
-            raise OSError("no space left")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match=r"last.ckpt can't be written \(No space left on device\): make room"):
+        WholeFiles().save_checkpoint(state(whole), last)
+    assert last.read_bytes() == b"good" and os.listdir(tmp_path) == ["last.ckpt"]
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path / 'fit'}", "reference=", "resume=auto"]
+    assert main([*words, f"images={BATCH}"]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "Traceback" not in said
+    assert not list(tmp_path.glob("fit/*.ckpt*"))
 
-    with pytest.raises(OSError, match="no space"):
-        checkpointer.save(Full())  # type: ignore[arg-type]
-    assert (tmp_path / "last.ckpt").read_bytes() == b"good"
+
+def test_weights_that_are_nan_are_not_gone_on_from(whole: Path, tmp_path: Path, capsys: Printed):
+    for part in ("ema", "state_dict"):
+        content = state(whole)
+        tensors = content["diffaccel"]["ema"] if part == "ema" else content["state_dict"]
+        name = next(name for name in tensors if name.endswith("weight"))
+        tensors[name].view(-1)[0] = torch.nan
+        torch.save(content, tmp_path / "nan.ckpt")
+        words = ["digits/edm", *TINY, f"out={tmp_path / 'out'}"]
+        for run in (["fit", f"resume={tmp_path / 'nan.ckpt'}"], ["bench", f"checkpoint={tmp_path / 'nan.ckpt'}"]):
+            if run[0] == "bench" and part == "state_dict":
+                continue  # the average is what samples
+            capsys.readouterr()
+            assert main([run[0], *words, run[1]]) == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert "nan.ckpt" in said and f"{name.removeprefix('denoiser.')}'" in said and "NaN" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_the_settings_that_it_had(whole: Path, tmp_path: Path, capsys: Printed):
+    """Else one seed's weights would be kept under another's name."""
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path / 'out'}", "reference=", f"resume={whole / 'last.ckpt'}"]
+    for changed, said in (("seed=1", "seed=0, this one has 1"), ("denoiser.sigma_data=0.5", "denoiser=")):
+        assert main([*words, changed]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_fit_are_not_overwritten(whole: Path, tmp_path: Path, capsys: Printed):
+    fit = ["fit", "digits/edm", *TINY, "reference=", f"images={BATCH}", f"out={tmp_path}"]
+    assert main(fit) == 0
+    before = (tmp_path / "ema.safetensors").read_bytes()
+    for missing, words in (
+        ("", ["seed=1"]),
+        ("", ["seed=1", "resume=auto"]),
+        ("", [f"resume={whole / 'last.ckpt'}"]),
+        ("last.ckpt", ["seed=1"]),
+        ("", ["seed=1", "resume=auto"]),
+    ):
+        if missing:
+            (tmp_path / missing).unlink()
+        capsys.readouterr()
+        assert main([*fit, *words]) == 2, words
+        said = capsys.readouterr().err
+        assert str(tmp_path) in said and "another out=" in said
+    assert (tmp_path / "ema.safetensors").read_bytes() == before
+
+
+def test_names_that_are_taken_are_found_before_training(tmp_path: Path, capsys: Printed, monkeypatch):
+    monkeypatch.setattr(Diffusion, "training_step", lambda *_: pytest.fail("it trained"))
+    fit = ["fit", "digits/edm", *TINY, "reference=", f"out={tmp_path}"]
+    for name in ("last.ckpt", "ema.safetensors", "config.yaml"):
+        (tmp_path / name).mkdir()
+        assert main(fit) == 2
+        said = capsys.readouterr().err
+        assert name in said and said.count("diffaccel: ") == 1 and "Traceback" not in said
+        (tmp_path / name).rmdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(fit) == 2
+    assert "MB free" in capsys.readouterr().err
 
 
 def test_dlg_goes_on_without_a_copy_of_its_denoiser(tmp_path: Path, capsys: Printed) -> None:

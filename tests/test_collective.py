@@ -1,9 +1,12 @@
 """Several processes: they train as one, and fail as one."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,61 @@ def test_alone_an_error_is_itself():
     assert not isinstance(raised.value, SharedError)
     with failing_together():
         pass
+
+
+# A process that is gone
+
+FIT_FOREVER = ["fit", *FIT, "images=100000000", "reference=", "devices=2"]
+
+
+def start(tmp_path: Path, script: str, *words: str, **environment: str) -> "subprocess.Popen[str]":
+    """As :func:`run`, without waiting, in a session of its own."""
+    file = tmp_path / "run.py"
+    file.write_text(f"{PREAMBLE}{script}\nsys.exit(main(sys.argv[1:]))\n")
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(file), *words, f"out={tmp_path / 'out'}"]
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def assert_ended(process: "subprocess.Popen[str]", status: int, seconds: float) -> str:
+    """Wait for the end of all of a session; returns what it has printed."""
+    try:
+        _, said = process.communicate(timeout=seconds)  # ends when no process has the pipe any more
+        assert process.returncode == status, said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path):
+    """The other process would wait for half an hour."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = assert_ended(start(tmp_path, "", *FIT_FOREVER, MASTER_PORT=port), 2, 120)
+    assert f"MASTER_PORT={port} is taken" in said
+    assert said.count("diffaccel: ") == 1 and "Traceback" not in said
+
+
+def test_one_that_dies_at_its_start_ends_all(tmp_path: Path):
+    said = assert_ended(start(tmp_path, 'os.environ.get("LOCAL_RANK") == "1" and os._exit(3)', *FIT_FOREVER), 2, 120)
+    assert "process 1 ended with status 3" in said and said.count("diffaccel: ") == 1 and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_ends_all(tmp_path: Path, rank: int):
+    script = f"""
+from diffaccel.methods import Diffusion
+training_step = Diffusion.training_step
+def step(self, *arguments):
+    if self.steps == 20 and self.global_rank == {rank}:
+        os.kill(os.getpid(), 9)
+    return training_step(self, *arguments)
+Diffusion.training_step = step
+"""
+    said = assert_ended(start(tmp_path, script, *FIT_FOREVER), [-9, 2][rank], 120)
+    assert "Traceback" not in said
+    assert rank == 0 or ("process 1 was ended by SIGKILL" in said and said.count("diffaccel: ") == 1)

@@ -530,4 +530,4 @@ def test_mistakes_are_one_line(runs: dict[str, Path], tmp_path: Path, refused: C
     (tmp_path / "empty" / "points.jsonl").touch()
     assert str(tmp_path / "empty") in refused(tmp_path / "empty", f"out={tmp_path / 'out'}")
     (tmp_path / "file").touch()
-    assert "can't be written to" in refused(runs["first"], f"out={tmp_path / 'file' / 'out'}")
+    assert "can't be written" in refused(runs["first"], f"out={tmp_path / 'file' / 'out'}")

@@ -21,7 +21,7 @@ import torch
 
 from diffaccel import checkpoint
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator, Partial, callback
+from diffaccel.evaluator import Evaluator, Partial, callback, pictures
 from diffaccel.report import read_points
 from diffaccel.weights import read_weights
 
@@ -193,7 +193,7 @@ def test_pictures_that_a_kill_has_prevented_are_drawn(name: str, statistics: lis
 
     def killed() -> None:
         drawing()
-        broken_at(callback, name, after=False)()
+        broken_at(pictures, name, after=False)()
 
     words = ["bench", "toy/edm", "nfe=5", "n=60", "logger=none", *statistics, f"out={tmp_path}"]
     assert Run(words, killed).end() == -signal.SIGKILL

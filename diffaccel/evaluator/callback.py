@@ -18,19 +18,21 @@ from torch import Tensor
 
 from diffaccel.collective import failing_together
 from diffaccel.evaluator.bits import BitsPerDim
-from diffaccel.evaluator.logs import budget_name, log_curve
+from diffaccel.evaluator.logs import log_curve
 from diffaccel.evaluator.partial import Chunk, Partial
+from diffaccel.evaluator.pictures import comparable, draw_curve, draw_samples
 from diffaccel.evaluator.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.evaluator.sampling import ImageKind, evaluations_per_image, progress, sample_group
-from diffaccel.evaluator.scores import Real, Scores, digests
+from diffaccel.evaluator.scores import KEPT, Real, Scores, digests
 from diffaccel.methods import Diffusion
 from diffaccel.nn.features import Extractor
 from diffaccel.points import normalised, undrawn
 from diffaccel.prior import Group, Plan
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.reference import Reference
-from diffaccel.report import append_point, plot_curve, read_points, sample_grid, scatter, title_of, write_curve_csv
-from diffaccel.terminal import PlainConsole
+from diffaccel.report import append_point, read_points
+from diffaccel.storage import whole
+from diffaccel.terminal import PlainConsole, side_output
 
 SHOWN = 64
 """Images on a sample grid: the first ones, the same noise for every budget and method."""
@@ -127,27 +129,26 @@ class Evaluator(L.Callback):
         """Plan all budgets before the first is measured; then measure, write and log one after the other."""
         plans = [(budget, method.plan(budget, self.n)) for budget in self.budgets]
         self.extractor.to(method.device)
-        before = trainer.strategy.broadcast(self._measured())
+        before, left = trainer.strategy.broadcast((self._measured(), [self._left(budget) for budget in self.budgets]))
         try:
-            for budget, plan in plans:
-                key = self.key(budget)
-                if key in before:
-                    self.points.append(before[key])
+            for (budget, plan), batches_left in zip(plans, left, strict=True):
+                point = before.get(self.key(budget))
+                if point is not None:
+                    self.points.append(point)
                     if trainer.is_global_zero:
                         self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)")
-                        self._partial(budget).clear()  # a kill may have come between
-                    continue
-                point = self.measure(trainer, method, budget, plan)
-                if self.likelihood is not None:
-                    point["metrics"] |= self.likelihood(method, trainer.global_rank, trainer.world_size)
-                self.points.append(point)
+                    if not batches_left:
+                        continue
+                    self.measure(trainer, method, budget, plan)  # from those batches: features and pictures are due
+                else:
+                    point = self.measure(trainer, method, budget, plan)
+                    if self.likelihood is not None:
+                        point["metrics"] |= self.likelihood(method, trainer.global_rank, trainer.world_size)
+                    if trainer.is_global_zero:
+                        append_point(self.out / "points.jsonl", point)
+                    self.points.append(point)
                 if trainer.is_global_zero:
-                    if key and self.keep_features:
-                        self._keep(self.out / "features" / f"{key}.npy")
-                    self._draw()  # before the point: what is killed in between is drawn again
-                    append_point(self.out / "points.jsonl", point)
-                    self._partial(budget).clear()
-                    self._draw_curve()
+                    self._leave(budget)
             if self.likelihood is not None and trainer.is_global_zero:
                 self.likelihood.clear()
             if trainer.is_global_zero and self.points:
@@ -157,7 +158,8 @@ class Evaluator(L.Callback):
         finally:  # an interrupt loses no finished point
             if trainer.is_global_zero and self.points:
                 for logger in trainer.loggers:
-                    log_curve(logger, self.points, self.out, self.provenance)
+                    with side_output(f"{type(logger).__name__}, of the curve,"):
+                        log_curve(logger, self.points, self.out, self.provenance)
 
     def _measured(self) -> dict[str | None, dict[str, Any]]:
         """Points that OUT has, by key."""
@@ -168,6 +170,17 @@ class Evaluator(L.Callback):
         # A line that lacks the distance, or what it took, is measured again.
         name = self.extractor.metric_name
         return {point["key"]: point for point in points if name in point["metrics"] and point["nfe"] is not None}
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that batches and features take at least, together and in the largest file."""
+        batches, features = (4 * images * self.extractor.dim for images in (self.n, min(self.n, KEPT)))
+        kept = len(self.budgets) * features * self.keep_features
+        return batches + kept, features * self.keep_features
+
+    def _left(self, budget: float) -> bool:
+        """Whether a measured point's batches lie on disk because a kill came before its features and pictures."""
+        partial = self._partial(budget)
+        return partial.exists() and not (partial.kept and self._features_kept(budget))
 
     # One point
 
@@ -324,40 +337,31 @@ class Evaluator(L.Callback):
 
     # What it leaves
 
-    def _keep(self, path: Path) -> None:
-        """Write the features, whole or not at all."""
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, self.features.numpy())
-        part.replace(path)
+    def _leave(self, budget: float) -> None:
+        """Write what the point, which is on disk, can do without; then forget its batches."""
+        if not self._features_kept(budget):
+            path = self._features_path(budget)
+            with side_output(str(path)), whole(path) as part, part.open("wb") as file:
+                np.save(file, self.features.numpy())
+        self._draw()
+        if self._features_kept(budget):
+            self._partial(budget).clear()
+        self._draw_curve()
+
+    def _features_path(self, budget: float) -> Path:
+        return self.out / "features" / f"{self.key(budget)}.npy"
+
+    def _features_kept(self, budget: float) -> bool:
+        """Whether the features are on disk, if they are to be there at all."""
+        return self.identity is None or not self.keep_features or self._features_path(budget).is_file()
 
     def _draw(self) -> None:
-        point = self.points[-1]
-        budget = budget_name(point)
-        if self.kind.discrete:
-            sample_grid(self.shown, self.out / f"samples_nfe{budget}.png")
-        else:
-            scatter(self.shown.flatten(1), self.out / f"samples_nfe{budget}.png", title=f"NFE {budget}")
+        draw_samples(self.shown, self.kind.discrete, self.points[-1], self.out)
 
     def _draw_curve(self) -> None:
-        point = self.points[-1]
-        points = comparable(read_points(self.out / "points.jsonl"), point)
-        write_curve_csv(points, self.out / "curve.csv")
-        plot_curve(points, self.out / "curve.png", title_of([point]))
+        draw_curve(self.points[-1], self.out)
 
     def _say_undrawn(self) -> None:
         points = comparable(read_points(self.out / "points.jsonl"), self.points[-1])
         for said in undrawn(points, self.extractor.metric_name):
             self.console.print(f"points.jsonl: {said}")
-
-
-def comparable(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that may share a plot with ``point``: same data, extractor and reference."""
-    return [
-        other
-        for other in points
-        if all(
-            normalised(other)[kind]["sha256"] in (point[kind]["sha256"], None) for kind in ("extractor", "reference")
-        )
-    ]

@@ -1,14 +1,38 @@
 """Points to the run's loggers, on rank zero alone: every logger gets the same figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from diffaccel.report import Point
+from diffaccel.terminal import side_output
 
+CALLS = ("log_hyperparams", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
+"""What Lightning and :func:`log_curve` call of a logger."""
 COLUMNS = ("method", "solver", "prior", "nfe_budget", "nfe", "nfe_burn_in", "n", "seed", "seconds_per_image")
+
+
+def unfailing(logger: Logger) -> Logger:
+    """Let the first of a logger's calls that fails be one line, and those after it do nothing."""
+    failed: list[bool] = []
+
+    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any, **words: Any) -> Any:
+            if failed:
+                return None
+            with side_output(type(logger).__name__):
+                return call(*arguments, **words)
+            failed.append(True)  # reached where an error was caught
+            return None
+
+        return guarded
+
+    for name in CALLS:
+        if hasattr(logger, name):
+            setattr(logger, name, guard(getattr(logger, name)))
+    return logger
 
 
 def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:

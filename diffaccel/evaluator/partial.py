@@ -4,7 +4,7 @@ Every batch leaves a file, written whole or not at all, and a chain the state it
 for any number of processes, so a point may be finished by another number than it was begun with.
 """
 
-import os
+import io
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel import storage
 from diffaccel.errors import UsageError
 from diffaccel.prior import Group
 
@@ -102,10 +103,17 @@ class Partial:
         if state is not None:
             write_whole(self._state(group), {"rounds": number + 1, "state": state})
 
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        return self.folder is not None and self.folder.is_dir()
+
     def clear(self) -> None:
         """Remove everything, unless it is kept: the point is measured."""
-        if self.folder is not None and not self.kept:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None and not self.kept and self.folder.is_dir():
+            # Under another name first: a folder that lacks some of its batches would seem to be a point's that goes on.
+            rubbish = self.folder.with_name(f".{self.folder.name}{storage.PART}")
+            self.folder.replace(rubbish)
+            shutil.rmtree(rubbish, ignore_errors=True)
 
     def _chunk(self, indices: Sequence[int]) -> Path | None:
         return self.folder and self.folder / f"images_{indices[0]:08d}.pt"
@@ -118,10 +126,9 @@ def write_whole(path: Path | None, content: Any) -> None:
     """Write what :func:`read_whole` reads: a file appears whole or not at all; nowhere, nothing."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(content, part)
-    part.replace(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # straight to a file, a full disk is an error of its own that does not name the cause
+    storage.write_whole(path, buffer.getbuffer())
 
 
 def read_whole(path: Path | None) -> Any:

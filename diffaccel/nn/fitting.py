@@ -1,5 +1,6 @@
 """Fitting the small classifier whose features score: one loop, whose whole state is kept so that it can be stopped."""
 
+import io
 import signal
 import statistics
 import threading
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.features import SmallClassifier, to_unit
+from diffaccel.storage import write_whole
 from diffaccel.terminal import PlainConsole, description_column
-from diffaccel.weights import read_checkpoint
+from diffaccel.weights import check_finite, read_checkpoint
 
 
 class ImageSource(Protocol):
@@ -81,7 +83,6 @@ class ExtractorFit:
 
     def save(self, path: Path) -> None:
         """Write the state, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
         content = {
             "diffaccel": {"extractor": self.recipe, "step": self.step, "order": self.order},
             "state_dict": self.model.state_dict(),
@@ -89,8 +90,9 @@ class ExtractorFit:
             "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
         }
-        torch.save(content, partial)
-        partial.replace(path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(path, buffer.getbuffer())
 
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.
@@ -106,6 +108,7 @@ class ExtractorFit:
         if keys := [key for key in self.recipe if recipe.get(key) != self.recipe[key]]:
             there = ", ".join(f"{key}={recipe.get(key)} (not {self.recipe[key]})" for key in keys)
             raise UsageError(f"checkpoint {path} is of another fit, with {there}: set it so, or choose another out=")
+        check_finite(content["state_dict"], f"checkpoint {path}", "take an older one")
         try:
             self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])

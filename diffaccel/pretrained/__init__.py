@@ -24,6 +24,7 @@ from diffaccel.pretrained.edm import read_edm
 from diffaccel.pretrained.pickles import open_file, refuse
 from diffaccel.pretrained.score_sde import read_score_sde
 from diffaccel.pretrained.torchfile import Stored
+from diffaccel.storage import check_target
 from diffaccel.weights import file_sha256, read_description, read_weights, save_weights
 
 __all__ = [
@@ -129,6 +130,7 @@ def convert(source: Path, target: Path, **options: Any) -> Pretrained:
     """
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: a converted checkpoint's name ends in .safetensors")
+    check_target(target)
     found = read(source, **options)
     save_weights(target, found.tensors, found.description, torch.float32)
     return found
