@@ -120,8 +120,8 @@ def _guarded(run: Callable[[], None]) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        console.print(printable(f"diffaccel: {where}{error.strerror}"), style="red")
+        where = "the output" if error.filename is None else error.filename
+        console.print(printable(f"diffaccel: {where}: {error.strerror}"), style="red")
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):

@@ -141,7 +141,7 @@ def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path: Path, monkeypatch: pyt
         return loss(self, *arguments)
 
     monkeypatch.setattr(Diffusion, "denoiser_loss", interrupted)
-    words = ["logger=wandb", "training.checkpoint_minutes=0", "images=640"]
+    words = ["logger=wandb", "training.checkpoint_minutes=0.0001", "images=640"]
     assert fit(tmp_path, *words) == 130
     if not (tmp_path / "last.ckpt").is_file():
         pytest.fail("nothing to go on from")
