@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -188,12 +187,6 @@ def bench(config: Any) -> None:
     if (planned := _plan(config)) is None:
         return
     method, _ = planned
-    if config.posterior.get("name") == "classifier" and not config.posterior.get("checkpoint"):
-        console.print(
-            "the noise classifier has no weights and reads levels at random: train it with `diffaccel fit "
-            f"{shlex.quote(config.experiment)}`, then set posterior.checkpoint=FILE",
-            markup=False,
-        )
     evaluator = experiment.build_evaluator(config, method)
     check_room(config.folder, *evaluator.room(), "features")
     launch.write_config(config, "points.jsonl")
@@ -269,11 +262,12 @@ def tradeoff(config: Any) -> None:
 
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
-    from diffaccel import experiment, launch
+    from diffaccel import experiment, launch, loading
+    from diffaccel.data.module import check_labels
     from diffaccel.targets import resume_from
     from diffaccel.terminal import print_points
 
-    frozen = config.method_name == "dlg" or bool(config.method.get("frozen"))
+    frozen = config.method_name != "extractor" and experiment.keeps_denoiser(config)
     if config.init and (frozen or config.method_name == "extractor" or not config.network):
         raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
     if config.method_name == "extractor":
@@ -283,11 +277,12 @@ def fit(config: Any) -> None:
         part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
+    check_labels(data, method.trained_classes)
     resume = resume_from(config, [*method.exports()], console)
     checkpointer = launch.build_checkpointer(config)
     checkpointer.check_outputs(method)
     if resume is not None:
-        checkpointer.check_same_run(resume, experiment.check_resumable(resume, method))
+        checkpointer.check_same_run(resume, loading.check_resumable(resume, method))
     callbacks: list[Any] = [checkpointer]
     evaluator = None
     if config.reference and Path(config.reference).is_file():
@@ -310,10 +305,8 @@ def fit(config: Any) -> None:
         _finish(config)
     if not trainer.is_global_zero:
         return
-    if config.method_name == "dlg":
-        _report_acceptance(config, method, data)
-    if config.method_name == "small_t":
-        _report_density(config, method, data)
+    for line in method.describe_fit(data):
+        console.print(line)
     if evaluator is not None:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
     console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}")
@@ -362,38 +355,6 @@ def _fit_extractor(config: Any) -> None:
     save_classifier(model, path, metric, data.label, accuracy, config.seed)
     minutes = (time.monotonic() - started) / 60
     console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes")
-
-
-def _report_acceptance(config: Any, method: Any, data: Any) -> None:
-    """Say how exactly the noise classifier reads levels on held-out images."""
-    from diffaccel.data import to_float
-    from diffaccel.methods.dlg import accept
-
-    found = accept(method.classifier, (to_float(images) for _, images, _ in data.batches("test", 250)), config.seed)
-    worst = max(found.error.values())
-    verdict = "accepted" if found.accepted else "NOT accepted: train longer (images=), the chain would drift"
-    decades = ", ".join(f"{decade}: {error:.4f}" for decade, error in found.error.items())
-    console.print(
-        f"noise classifier: mean |ln sigma error| by decade {decades}"
-        f" (worst {worst:.4f}, limit {found.limit:.4f}), top-1 {found.top_1:.1%}: {verdict}"
-    )
-
-
-def _report_density(config: Any, method: Any, data: Any) -> None:
-    """Say what the density knows of held-out noisy images."""
-    from diffaccel.data import to_float
-    from diffaccel.methods.small_t import judge
-
-    if not method.density.normalised:
-        return
-    with method.averaged_weights():
-        density = method.density.cpu().eval()
-        found = judge(density, (to_float(images) for _, images, _ in data.batches("test", 250)), config.seed)
-    verdict = "" if found.plausible else "; BELOW THE NOISE'S OWN ENTROPY: it has learned noise, or isn't normalised"
-    console.print(
-        f"density: {found.bits:.4f} bits/dim on held-out noisy images, {found.gain:.4f} +- {found.se:.4f} below N(0, I)"
-        f" (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws {found.largest:.3g}{verdict}"
-    )
 
 
 def _finish(config: Any) -> None:

@@ -51,7 +51,11 @@ class Checkpointer(L.Callback):
         self._before = 0.0  # seconds trained in the runs that this one goes on from
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"seconds": self._seconds(), "description": self.description}
+        return {"seconds": self._seconds()}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint, too, what its weights are."""
+        checkpoint.setdefault("diffaccel", {})["description"] = self.description
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._before = state_dict["seconds"]
@@ -78,7 +82,7 @@ class Checkpointer(L.Callback):
         Raises:
             UsageError: The settings differ; the message shows one.
         """
-        before = content.get("callbacks", {}).get(type(self).__name__, {}).get("description", self.description)
+        before = content["diffaccel"].get("description", self.description)
         for key in IDENTITY:
             there, here = before.get(key), self.description.get(key)
             if there != here:

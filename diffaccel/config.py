@@ -8,7 +8,6 @@ keys. Paths in a file are relative to that file, paths on the command line to th
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from yaml import YAMLError  # OmegaConf's parser
 from diffaccel import overrides
 from diffaccel.checks import check, check_finite, conform
 from diffaccel.errors import UsageError, suggest
-from diffaccel.methods.base import nearest
+from diffaccel.methods.base import METHODS, nearest
 from diffaccel.methods.small_t import Tradeoff
 from diffaccel.methods.training import Training
 from diffaccel.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
@@ -29,20 +28,8 @@ from diffaccel.trees import PARTS, merge
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
-PATHS = (
-    "checkpoint",
-    "init",
-    "posterior.checkpoint",
-    "prior.checkpoint",
-    "prior.init",
-    "reference",
-    "floor",
-    "extractor.path",
-    "data.path",
-    "data.test_path",
-    "data.root",
-)
-"""Keys that hold a path, resolved against the file that sets them."""
+PATHS = ("checkpoint", "init", "reference", "floor", "path", "test_path", "root")
+"""Keys that hold a path wherever they stand, resolved against the file that sets them."""
 
 TUNABLE = ("prior", "solver")
 """Parts that ``by_nfe`` may set."""
@@ -92,6 +79,9 @@ class Config:
     """Reverse integrator."""
     by_nfe: dict[int, Any] = field(default_factory=dict)
     """Budget -> ``{prior: ..., solver: ...}`` laid over the above from that budget on; the lowest also below it."""
+    tuned_for: list[str] = field(default_factory=list)
+    """``NETWORK=HASH`` of each of the weights that ``by_nfe`` was searched for, as `diffaccel search` writes it. With
+    other weights ``by_nfe`` is left out. Empty if it holds for any."""
     search: Search = field(default_factory=Search)
     """What `diffaccel search` tries."""
     training: Training = field(default_factory=Training)
@@ -201,8 +191,7 @@ FLAGS = frozenset(item.name for item in dataclasses.fields(Config) if item.type 
 
 def holds_path(key: str) -> bool:
     """Whether the value of a dotted key is a path."""
-    part = re.sub(r"^by_nfe\.\d+\.", "", key)
-    return part in PATHS or key in ("out", "resume") or key.startswith("tradeoff.densities.")
+    return key.rpartition(".")[2] in (*PATHS, "out", "resume") or key.startswith("tradeoff.densities.")
 
 
 def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
@@ -227,6 +216,7 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
     tree = merge(merge(read(file, given=given), instead or {}), given)
     check_finite(tree, experiment)
     _check_keys(tree)
+    _check_method(experiment, file, given)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
     _check_parts(tree)
@@ -264,6 +254,20 @@ def _typed(tree: dict[str, Any], experiment: str) -> Config:
     assert isinstance(config, Config)
     keep_references(config, tree)
     return config
+
+
+def _check_method(experiment: str, file: Path, given: Mapping[str, Any]) -> None:
+    """Refuse to give an experiment the name of another one: its parts stay, so that its points would be mislabelled.
+
+    Raises:
+        UsageError: ``method=`` names another one for the same class.
+    """
+    own, wanted = (tree.get("method", {}).get("name") for tree in (read(file, given=given), given))
+    if wanted and own and wanted != own and METHODS[own] is METHODS[wanted]:
+        raise UsageError(
+            f"method={wanted} would call {experiment} so and change nothing else: name the experiment of that method, "
+            f"{file.parent.name}/{wanted}, say"
+        )
 
 
 def _chosen(given: dict[str, Any]) -> str:
@@ -326,14 +330,19 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
 
 
 def _map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
-    """Replace each path of a tree, in place."""
-    for name in PATHS:
-        *parents, last = name.split(".")
-        branch: Any = tree
-        for key in parents:
-            branch = branch.get(key) if isinstance(branch, dict) else None
-        if isinstance(branch, dict) and isinstance(branch.get(last), str):
-            branch[last] = change(branch[last])
+    """Replace each path of a tree, in place, those of budgets and of parts' parts among them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _map_paths(value, change)
+        elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict):
+                    _map_paths(item, change)
+        elif key in PATHS and isinstance(value, str):
+            tree[key] = change(value)
+    densities = tree.get("densities")  # of tradeoff: time -> file
+    if isinstance(densities, dict):
+        densities.update({T: change(path) for T, path in densities.items() if isinstance(path, str)})
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -357,6 +366,8 @@ def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
     if not isinstance(entries, dict):
         raise UsageError(f"by_nfe={entries!r}: give budgets, each with a prior and a solver")
     tree["by_nfe"] = entries
+    if "by_nfe" in given and "tuned_for" not in given:
+        tree["tuned_for"] = []  # the user's own settings, for whatever weights
     own = {part: given[part] for part in TUNABLE if part in given}
     for budget, entry in entries.items():
         if not isinstance(budget, int) or budget < 1:

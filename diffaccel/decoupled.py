@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffaccel.denoiser import DENOISERS, NetworkDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.process import Decoupled, DecoupledPrediction, Prediction, Process, expand
+from diffaccel.process import Decoupled, DecoupledPrediction, Prediction, Process, expand, require
 
 Preconditioning = Literal["recommended", "reference", "later"]
 
@@ -85,6 +85,8 @@ class DecoupledDenoiser(NetworkDenoiser):
                              f"{', '.join(get_args(Preconditioning))}")  # fmt: skip
         if preconditioning == "reference" and process.clock != "t":
             raise UsageError("denoiser 'decoupled': the reference's preconditioning is for process.clock=t: take later")
+        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: give the data's standard deviation")
+        require(0 < noise_scale < math.inf, f"denoiser.noise_scale={noise_scale:g}: give a positive number")
         self.preconditioning, self.noise_scale = preconditioning, noise_scale
         self.sigma_data = 1.0 if preconditioning == "later" else sigma_data
         heads, two = tuple(getattr(network, "heads", (1,))), (process.attenuation.free + 1, 1)

@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import UsageError
-from diffaccel.process import EDMVarianceExploding, Prediction, Process, expand
+from diffaccel.process import EDMVarianceExploding, Prediction, Process, expand, require
 from diffaccel.registry import Registry
+
+
+def _given(augment: Tensor | None) -> tuple[Tensor, ...]:
+    """Augmentation labels as an argument, if there are any: not everything takes them."""
+    return () if augment is None else (augment,)
 
 
 class Denoiser(nn.Module, ABC):
@@ -31,10 +36,21 @@ class Denoiser(nn.Module, ABC):
     """Class labels (B,) that are bound, if any."""
     source: dict[str, Any] | None = None
     """Where weights of another program come from: format, ema or raw, units, SHA-256."""
+    any_process = False
+    """Whether the same weights serve on every process: the network depends on the noise-to-data ratio alone."""
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
-        """Predict at states ``x_t`` (B, C, H, W) and times ``t`` (B,)."""
+    def forward(
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
+        """Predict at states ``x_t`` (B, C, H, W) and times ``t`` (B,).
+
+        Args:
+            x_t: States, (B, C, H, W).
+            t: Times, (B,).
+            condition: Class labels, (B,); None for the null class.
+            augment: Augmentation labels, (B, L); None for none, as in sampling.
+        """
 
     @property
     def network(self) -> nn.Module:
@@ -101,10 +117,22 @@ class ConditionedDenoiser(Denoiser):
     def select(self, index: Tensor) -> Denoiser:  # noqa: D102
         return ConditionedDenoiser(self.denoiser.select(index), self.condition[index])
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
-        return self.denoiser(x_t, t, self.condition if condition is None else condition)
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
+        return self.denoiser(x_t, t, self.condition if condition is None else condition, *_given(augment))
 
-    def guided(self, weight: float) -> Denoiser:  # noqa: D102
+    def guided(self, weight: float) -> Denoiser:
+        """See :class:`Denoiser`.
+
+        Raises:
+            UsageError: The network was never trained without labels.
+        """
+        if not getattr(self.network, "null_class", True):
+            raise UsageError(
+                "solver.guidance needs a network that was trained without labels too, and this one never was: set "
+                "solver.guidance=0, or take a network fitted with training.label_drop"
+            )
         return GuidedDenoiser(self.denoiser, self.condition, weight)
 
 
@@ -127,8 +155,10 @@ class GuidedDenoiser(ConditionedDenoiser):
     def select(self, index: Tensor) -> Denoiser:  # noqa: D102
         return GuidedDenoiser(self.denoiser.select(index), self.condition[index], self.weight)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
-        given, free = super().forward(x_t, t, condition), self.denoiser(x_t, t)
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
+        given, free = super().forward(x_t, t, condition, augment), self.denoiser(x_t, t, None, *_given(augment))
         return Prediction(*(a + self.weight * (a - b) for a, b in zip(given, free, strict=True)))
 
 
@@ -148,6 +178,9 @@ class NetworkDenoiser(Denoiser):
         ratio_max: Largest trained ratio; infinity stands for the process's own top.
         time_scale: What the network is told of the time is this times t; 1 / t_max for None. The network ``ddpm`` wants
             indices: 1 on the process ``vp_discrete``, T - 1 on ``vp``.
+
+    Raises:
+        UsageError: The ratios are no range, or ``time_scale`` is not positive and finite.
     """
 
     def __init__(
@@ -159,6 +192,14 @@ class NetworkDenoiser(Denoiser):
         time_scale: float | None = None,
     ) -> None:
         super().__init__()
+        require(
+            0 < ratio_min < ratio_max,
+            f"denoiser: ratio_min={ratio_min:g} and ratio_max={ratio_max:g}: give 0 < ratio_min < ratio_max",
+        )
+        require(
+            time_scale is None or 0 < time_scale < math.inf,
+            f"denoiser.time_scale={time_scale}: give a positive number, or null for 1 / t_max",
+        )
         self._network, self.process, self.time_scale = network, process, time_scale
         top = process.ratio(torch.tensor(process.t_max, dtype=torch.float64, device="cpu")).item()
         self.ratio_range = (ratio_min, min(ratio_max, top))
@@ -193,11 +234,12 @@ class NetworkDenoiser(Denoiser):
     def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Run the network once, (B, C, H, W), in the state's dtype whatever the network computes in."""
         noise = self.noise_conditioning(t).to(x_t)
-        labels = () if augment is None else (augment,)  # not every network takes any
-        return self._network(self.scale_input(x_t, t), noise, condition, *labels).to(x_t)
+        return self._network(self.scale_input(x_t, t), noise, condition, *_given(augment)).to(x_t)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
-        return self.prediction(self.output(x_t, t, condition), x_t, t)
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
+        return self.prediction(self.output(x_t, t, condition, augment), x_t, t)
 
     def loss(
         self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
@@ -296,9 +338,14 @@ class KarrasDenoiser(NetworkDenoiser):
         ratio_min: Least trained ratio.
         ratio_max: Largest trained ratio; a start at infinite ratio is out of range.
 
+    Raises:
+        UsageError: ``sigma_data`` is not positive and finite; see also :class:`NetworkDenoiser`.
+
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1
     """
+
+    any_process = True
 
     def __init__(
         self,
@@ -309,6 +356,7 @@ class KarrasDenoiser(NetworkDenoiser):
         ratio_max: float = 80.0,
     ) -> None:
         super().__init__(network, process, ratio_min, ratio_max)
+        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: give the data's standard deviation")
         self.sigma_data = sigma_data
 
     def _norm(self, t: Tensor) -> Tensor:
@@ -367,7 +415,9 @@ class MixtureDenoiser(Denoiser):
         a = alpha.to(x)[:, None]
         return x.square().sum(1, keepdim=True) - 2 * a * (x @ means.T) + a.square() * means.square().sum(1)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         variance = (alpha.square() * self.var + sigma.square()).to(x_t)
         logits = self.log_weights.to(x_t) - self._square_distance(x_t, alpha) / (2 * variance[:, None])

@@ -3,8 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
-import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,26 +16,34 @@ from diffaccel.data import SOURCES, DataModule
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import Density
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import BitsPerDim, Evaluator
+from diffaccel.evaluator import BitsPerDim, Evaluator, Identity
+from diffaccel.headers import check_ratios
 from diffaccel.levels import LEVELS
+from diffaccel.loading import (
+    adopt,
+    check_grid,
+    check_shared_prior,
+    check_trained,
+    describe_checkpoint,
+    load_denoiser,
+    load_network,
+    load_prior,
+    weights_sha256,
+)
 from diffaccel.methods import METHODS, Diffusion
-from diffaccel.methods.ema import of_network
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.features import EXTRACTORS, Extractor
 from diffaccel.nn.jpeg import AsJPEG
 from diffaccel.overrides import as_given
-from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
-from diffaccel.pretrained import read as read_pretrained
+from diffaccel.pretrained import Pretrained, files_sha256
 from diffaccel.prior import PRIORS, DensityPrior, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
-from diffaccel.reference import Reference, load_reference
+from diffaccel.reference import Reference, check_same_data, load_reference
 from diffaccel.search import Searcher
 from diffaccel.solver import SOLVERS, Solver
-from diffaccel.weights import assign_weights, check_finite, file_sha256, load_weights, read_checkpoint, read_description
-
-WEIGHT_KEYS = ("name", "generator", "network", "density", "checkpoint", "init")
-"""Keys of a prior that say what is fitted in it, and whose weights it has."""
+from diffaccel.terminal import say
+from diffaccel.weights import assign_weights
 
 
 def shape_of(config: Config) -> tuple[int, int, int]:
@@ -65,42 +72,28 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
-    if isinstance(denoiser, NetworkDenoiser) and network is None:
-        raise UsageError(f"denoiser {config.denoiser['name']!r} needs a network: set network=unet, say")
-    if pretrained is not None and network is not None:
-        check_grid(solver, denoiser)
-    if pretrained is not None and network is not None and load:
-        denoiser.source = pretrained.source
-        assign_weights(pretrained.tensors, network, f"the weights of {config.checkpoint}")
-    elif network is not None and (weights := config.checkpoint if load else config.init):
-        load_denoiser(Path(weights), network)
-    posterior = None
-    if config.posterior:
-        node = dict(config.posterior)
-        checkpoint = node.pop("checkpoint", None)
-        posterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape)
-        if load and checkpoint:
-            load_weights(Path(checkpoint), cast(nn.Module, posterior.network))
+    if isinstance(denoiser, NetworkDenoiser):
+        if network is None:
+            raise UsageError(f"denoiser {config.denoiser['name']!r} needs a network: set network=unet, say")
+        said = _fill_denoiser(config, denoiser, pretrained, solver, load)
+    posterior = build_posterior(config, denoiser, load)
     method = METHODS.build(
         config.method,
         denoiser=denoiser,
-        prior=build_prior(config.prior, posterior, denoiser, shape, load),
+        prior=build_prior(config, config.prior, posterior, denoiser, load),
         solver=solver,
         levels=LEVELS.build(config.levels),
         training=config.training,
         shape=shape,
         seed=config.seed,
     )
+    if load and isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
+        check_ratios(Path(config.checkpoint), said, denoiser)  # now that the method has cut what it doesn't use
     if load and frozen:
         check_trained(config, method)
-    for budget in config.by_nfe:
-        parts = config.at(budget)
-        prior: Prior = method.prior
-        if parts["prior"] != config.prior:
-            prior = build_prior(parts["prior"], posterior, denoiser, shape, load)
-            if all(parts["prior"].get(key) == config.prior.get(key) for key in WEIGHT_KEYS):
-                prior.share_weights(method.prior)  # it may be in training
-        method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
+    set_budgets(config, method, posterior, load, verify=load or not frozen)  # a dry run reads no weights
+    if load and frozen:
+        check_start(config, method)
     for name, network in method.evaluated_networks().items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -113,64 +106,97 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     return method
 
 
-def check_trained(config: Config, method: Diffusion) -> None:
-    """Refuse networks without weights: what they sample says nothing.
+def _fill_denoiser(
+    config: Config, denoiser: NetworkDenoiser, pretrained: Pretrained | None, solver: Solver, load: bool
+) -> dict[str, Any]:
+    """Give a denoiser the weights that the configuration names; returns what their file says of itself."""
+    if pretrained is not None:
+        check_grid(solver, denoiser)
+    if pretrained is not None and load:
+        denoiser.source = pretrained.source
+        assign_weights(pretrained.tensors, denoiser.network, f"the weights of {config.checkpoint}")
+    elif weights := config.checkpoint if load else config.init:
+        return load_denoiser(config, Path(weights), denoiser)
+    return {}
 
-    Raises:
-        UsageError: The denoiser, or a prior that is fitted, has no checkpoint.
-    """
-    prior = method.prior.networks()
-    for part, key, wanted, given, fitted in (
-        ("denoiser", "checkpoint", bool(config.network), config.checkpoint, "denoiser" in method.trained_networks()),
-        ("prior", "prior.checkpoint", bool(prior), config.prior.get("checkpoint"), True),
-    ):
-        if wanted and not given:
-            source = (
-                f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if fitted else "its fit trains none"
+
+def set_budgets(
+    config: Config, method: Diffusion, posterior: LevelPosterior | None, load: bool, verify: bool = True
+) -> None:
+    """Build the settings by budget; those that were searched for other weights are set aside, and that is said."""
+    if config.by_nfe and config.tuned_for and verify:
+        others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - set(weights_sha256(method))})
+        if others:
+            say(
+                f"the settings by budget were searched for another {' and '.join(others)}, so they are left out: "
+                "`diffaccel search` finds new ones, by_nfe= sets some"
             )
-            raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {source}")
+            config.by_nfe = {}
+        method.tuned = not others
+    for budget in config.by_nfe:
+        parts = config.at(budget)
+        prior: Prior = method.prior
+        if parts["prior"] != config.prior:
+            prior = build_prior(config, parts["prior"], posterior, method.denoiser, load)
+            if _same_weights(parts["prior"], config.prior):
+                prior.share_weights(method.prior)  # it may be in training
+        method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
 
 
-def adopt(config: Config) -> Pretrained | None:
-    """Take network and preconditioning from a checkpoint that brings its own; None if it brings none.
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two priors are the same but for their level and what acts in sampling alone."""
+    levels = ("ratio_star", "K", "prior_level_offset")
+    keys = {"name", "checkpoint", "init", *getattr(PRIORS[one["name"]], "weight_keys", ())} - {*levels}
+    return all(one.get(key) == other.get(key) for key in keys)
 
-    A network's weights mean nothing under another preconditioning, so that the experiment's own two give way. Its
-    process stays: what is read runs on any.
+
+def check_start(config: Config, method: Diffusion) -> None:
+    """Refuse to call samples a method's that start from another prior than the one it is about.
 
     Raises:
-        UsageError: The checkpoint is refused, or makes images of another shape.
+        UsageError: None of the experiment's priors is of that kind.
     """
-    if not config.checkpoint or not is_pretrained(Path(config.checkpoint)):
+    priors = [method.prior, *(prior for prior, _ in method.by_nfe.values())]
+    if not any(isinstance(prior, method.starts_from) for prior in priors):
+        known = [name for name in PRIORS if _is_subclass(PRIORS[name], method.starts_from)]
+        raise UsageError(
+            f"method {config.method_name!r} starts from prior={' or '.join(known)}, and {config.experiment} has "
+            f"{config.prior['name']!r}: name the method's own experiment, or set prior="
+        )
+
+
+def _is_subclass(factory: object, kind: type) -> bool:
+    return isinstance(factory, type) and issubclass(factory, kind)
+
+
+def keeps_denoiser(config: Config) -> bool:
+    """Whether a fit leaves the denoiser's weights as they are."""
+    probe = getattr(METHODS[config.method_name], "keeps_denoiser", Diffusion.keeps_denoiser)
+    return bool(probe(config.method))
+
+
+def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> LevelPosterior | None:
+    """Build what a chain asks for its levels, with its weights; None if the experiment has none.
+
+    Raises:
+        UsageError: An unknown name or key, or weights that are missing or of another network.
+    """
+    if not config.posterior:
         return None
-    found = read_pretrained(config.checkpoint)
-    if found.shape != shape_of(config):
-        raise UsageError(
-            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, the experiment's are of shape "
-            f"{shape_of(config)}: take another experiment, or set shape="
-        )
-    config.network, config.denoiser = found.network, found.denoiser
-    return found
-
-
-def check_grid(solver: Solver, denoiser: Denoiser) -> None:
-    """Refuse a grid of the experiment's that goes on below what a checkpoint was trained on.
-
-    Raises:
-        UsageError: It does.
-    """
-    least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
-    if least < 0.999 * low:
-        raise UsageError(
-            f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
-            f"solver.grid.ratio_min={low:.6g}"
-        )
+    node = dict(config.posterior)
+    checkpoint = node.pop("checkpoint", None)
+    posterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape_of(config))
+    if load and checkpoint:
+        network = cast(nn.Module, posterior.network)
+        load_network(Path(checkpoint), network, "classifier", {"shape": config.shape, "posterior": node})
+    return posterior
 
 
 def build_prior(
-    node: dict[str, Any],
+    config: Config,
+    node: Mapping[str, Any],
     posterior: LevelPosterior | None,
     denoiser: Denoiser,
-    shape: tuple[int, int, int],
     load: bool = True,
 ) -> Prior:
     """Build a prior, with its own weights if it has any (``checkpoint``), or the first ones of a fit (``init``).
@@ -184,53 +210,15 @@ def build_prior(
     node = dict(node)
     checkpoint, init = node.pop("checkpoint", None), node.pop("init", None)
     context: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
-    prior = PRIORS.build(node, denoiser=denoiser, shape=shape, **context)
+    prior = PRIORS.build(node, denoiser=denoiser, shape=shape_of(config), **context)
     for key, given in (("checkpoint", checkpoint), ("init", init)):
         if given and not prior.networks():
             raise UsageError(f"prior {node['name']!r} has no network: remove prior.{key}")
     if weights := (checkpoint if load else None) or init:
-        ((name, network),) = prior.networks().items()
-        load_denoiser(Path(weights), network, name)
+        load_prior(config, Path(weights), prior, node)
+    elif load and denoiser.source is None:
+        check_shared_prior(config, prior)
     return prior
-
-
-def load_denoiser(path: Path, network: nn.Module, name: str = "denoiser") -> dict[str, Any]:
-    """Read a network's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
-
-    Args:
-        path: The file.
-        network: What they are for.
-        name: Which network of the run, ``denoiser``, ``generator`` or ``density``.
-
-    Raises:
-        UsageError: The file is missing, broken, holds code, or belongs to another network.
-    """
-    if path.suffix == ".safetensors" or not path.is_file():
-        return load_weights(path, network)
-    content = read_checkpoint(path)
-    own = of_network(content["diffaccel"].get("ema", {}), name)
-    if not own:
-        raise UsageError(f"checkpoint {path} holds no averaged {name}: give one of a run that trained it")
-    check_finite(own, f"checkpoint {path}", "get or train the file anew")
-    assign_weights(own, network, f"the weights of {path}")
-    return {"images_seen": content["diffaccel"]["images_seen"]}
-
-
-def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
-    """Read a checkpoint before a run goes on from it, and return its content.
-
-    Raises:
-        UsageError: As :func:`read_checkpoint`, or it belongs to other networks, or holds NaN.
-    """
-    content = read_checkpoint(path)
-    assign_weights(content["state_dict"], method, f"the weights of {path}")
-    network = method.averaged()
-    average = dict(network.named_parameters()) if network is not None else {}
-    if content["diffaccel"].get("ema", {}).keys() != average.keys():
-        raise UsageError(f"resume: {path} holds averages of other networks: go on with the settings that it had")
-    for what, tensors in (("", content["state_dict"]), (" (average)", content["diffaccel"].get("ema", {}))):
-        check_finite(tensors, f"resume: {path}{what}", "go on from an older checkpoint")
-    return content
 
 
 def build_data(config: Config) -> DataModule:
@@ -263,34 +251,48 @@ def build_extractor(config: Config) -> Extractor:
     return EXTRACTORS.build(config.extractor)
 
 
-def identify(config: Config, extractor: Extractor, reference: Reference, floor: Reference | None) -> dict[str, Any]:
-    """Say all that a point's images, and their scores, follow from besides budget and settings."""
+def identify(
+    config: Config, extractor: Extractor, reference: Reference, floor: Reference | None
+) -> Callable[[float], Identity]:
+    """Say, for each budget, all that a point's images and their scores follow from."""
     scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
     scores["floor"] = floor and floor.sha256
     if config.likelihood:
         scores["likelihood"] = config.likelihood_n
-    return {"images": identify_images(config), "scores": scores}
+    images = identify_images(config)
+    return lambda budget: Identity(images(budget), scores)
 
 
-def identify_images(config: Config) -> dict[str, Any]:
-    """Say all that generated images follow from besides budget and settings."""
+def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
+    """Say, for each budget, all that generated images follow from; files by what is in them."""
+    parts = _identify_parts(config)
+
+    def at(budget: float) -> dict[str, Any]:
+        settings = {part: _by_content(node) for part, node in config.at(budget).items()}
+        return {**parts, "budget": budget, "settings": settings}
+
+    return at
+
+
+def _identify_parts(config: Config) -> dict[str, Any]:
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
-    weights = {
-        name: files_sha256(Path(path)) if path and Path(path).exists() else None
-        for name, path in (
-            ("denoiser", config.checkpoint),
-            ("posterior", config.posterior.get("checkpoint")),
-            ("prior", config.prior.get("checkpoint")),
-        )
-    }
     return {
         **{key: getattr(config, key) for key in keys},
         **({"truncate": True} if config.truncate else {}),
-        "posterior": {key: value for key, value in config.posterior.items() if key != "checkpoint"},
-        "weights": weights,
+        "checkpoint": _content(config.checkpoint),
+        "posterior": _by_content(config.posterior),
         "version": __version__,
     }
+
+
+def _by_content(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A part whose weights go by what is in the file and not by where it lies."""
+    return {key: _content(value) if key in ("checkpoint", "init") else value for key, value in node.items()}
+
+
+def _content(path: str | None) -> str | None:
+    return files_sha256(Path(path)) if path and Path(path).exists() else None
 
 
 def _configuration(config: Config, measured: bool) -> dict[str, Any]:
@@ -300,7 +302,7 @@ def _configuration(config: Config, measured: bool) -> dict[str, Any]:
         config: The run's.
         measured: Whether with the weights that the configuration names, and not with some in training.
     """
-    found = identify_images(config)
+    found = _identify_parts(config)
     for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
         found.pop(key, None)  # they have keys of their own, or change nothing beyond rounding
     if config.by_nfe:
@@ -326,12 +328,20 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
     """
     if config.n < 2:
         raise UsageError(f"n={config.n}: a distance needs at least 2 images")
-    SOURCES.build(config.data)  # reads nothing; a mistyped key is an error all the same
+    source = SOURCES.build(config.data)  # reads nothing
+    if source.fixed_shape not in (None, shape_of(config)):
+        raise UsageError(
+            f"data={config.data['name']}: images have shape {source.fixed_shape}, the experiment's is "
+            f"{shape_of(config)}: set shape= (and a network that fits), or another data set"
+        )
     extractor = build_extractor(config)
     if config.reference is None:
         raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
     reference = load_reference(config.reference, extractor)
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    for path, found in ((config.reference, reference), (config.floor, floor)):
+        if path is not None and found is not None:
+            check_same_data(path, found, source.label, shape_of(config))
     if config.jpeg is not None:
         extractor = AsJPEG(extractor, config.jpeg)
     likelihood = build_likelihood(config, method) if measured else None
@@ -348,7 +358,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
             "method": config.method_name,
             "experiment": config.experiment,
             "process": config.process["name"],
-            "data": config.data_name,
+            "data": as_given(config.data.get("label")) or source.label,
             "checkpoint": describe_checkpoint(config, method),
             "configuration": _configuration(config, measured),
         },
@@ -359,7 +369,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         keep_images=config.keep_images,
         likelihood=likelihood,
         truncate=config.truncate,
-        discrete=config.data["name"] != "toy",
+        discrete=source.has_images(),
     )
 
 
@@ -372,7 +382,7 @@ def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
     if not config.likelihood:
         return None
     method.prior.start_ratio(method.denoiser)
-    identity = {**identify_images(config), "data": config.data, "prior": config.prior}
+    identity = {**_identify_parts(config), "data": config.data, "prior": _by_content(config.prior)}
     return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
 
 
@@ -385,7 +395,7 @@ def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
     node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
     found = []
     for T, checkpoint in config.tradeoff.densities.items():
-        prior = build_prior({**node, "T": T, "checkpoint": checkpoint}, None, method.denoiser, method.shape)
+        prior = build_prior(config, {**node, "T": T, "checkpoint": checkpoint}, None, method.denoiser)
         assert isinstance(prior, DensityPrior)
         found.append(prior)
     return found
@@ -405,24 +415,6 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(node, posterior, method.denoiser, method.shape),
+        prior=lambda node: build_prior(config, node, posterior, method.denoiser),
         evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
     )
-
-
-def describe_checkpoint(config: Config, method: Diffusion) -> dict[str, Any] | None:
-    """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
-    if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
-        return None
-    path = Path(config.checkpoint)
-    given = as_given(config.checkpoint)
-    shown = given if given != config.checkpoint else os.path.relpath(path)
-    if method.denoiser.source is not None:
-        found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
-        return {**found, "source": method.denoiser.source}
-    seen: int | None
-    if path.suffix == ".safetensors":
-        seen = read_description(path).get("images_seen")
-    else:
-        seen = read_checkpoint(path)["diffaccel"]["images_seen"]
-    return {"path": shown, "sha256": file_sha256(path), "images_seen": seen}

@@ -191,7 +191,7 @@ def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
 
 def build_checkpointer(config: Config) -> Checkpointer:
     """Build the callback that saves training state and, at its end, weights."""
-    prior = {key: value for key, value in config.prior.items() if key != "init"}
+    prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
     if init := config.prior.get("init"):  # which weights, and not where they lay
         prior["init_sha256"] = file_sha256(Path(init))
     description = {
@@ -204,9 +204,15 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "denoiser": config.denoiser,
         "process": config.process,
         "prior": prior,
+        **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
+        **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
         **({"init_sha256": file_sha256(Path(config.init))} if config.init else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def _without_path(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "checkpoint"}
 
 
 def folder_of(config: Config) -> AbstractContextManager[None]:

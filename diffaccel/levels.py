@@ -1,7 +1,7 @@
 """Which noise levels a denoiser is trained at: laws of t given one uniform number a sample."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from diffaccel.registry import Registry
 
 class Levels(Protocol):
     """Maps uniform numbers to training times of a denoiser."""
+
+    bounded: ClassVar[bool]
+    """Whether the denoiser's range ends the levels, so that nothing is learned beyond it."""
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """Return times (B,) for u in [0, 1), (B,) float64, inside the denoiser's range."""
@@ -32,6 +35,8 @@ class LogNormal:
     Raises:
         UsageError: std is not positive.
     """
+
+    bounded: ClassVar[bool] = False
 
     mean: float = -1.2
     std: float = 1.2
@@ -51,6 +56,8 @@ class LogNormal:
 class Uniform:
     """Time uniform over the denoiser's range (DDPM and score SDEs)."""
 
+    bounded: ClassVar[bool] = True
+
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""
         low, high = denoiser.process.time(torch.tensor(denoiser.ratio_range, dtype=u.dtype, device=u.device))
@@ -65,6 +72,8 @@ class Index:
     Raises:
         UsageError: On training, the process has no indices.
     """
+
+    bounded: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""
@@ -82,6 +91,8 @@ class LogUniform:
     That is the importance sampling of maximum-likelihood training (Song et al., 2021, arXiv 2101.09258), for
     g^2 / sigma^2 dt = 2 d ln(rho): on VP uniform in ln(e^B - 1), on sub-VP in 2 ln sinh(B / 2), on VE in t.
     """
+
+    bounded: ClassVar[bool] = True
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""

@@ -24,6 +24,16 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def require(holds: bool, what: str) -> None:
+    """Refuse a value out of range; a comparison with NaN doesn't hold either.
+
+    Raises:
+        UsageError: It does not hold.
+    """
+    if not holds:
+        raise UsageError(what)
+
+
 class Process(ABC):
     """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``."""
 
@@ -119,12 +129,21 @@ PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", 
 class VariancePreserving(Process):
     """VP with linear beta: B(t) = beta_0 t + (beta_1 - beta_0) t^2 / 2, alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
 
+    Raises:
+        UsageError: The betas are negative, infinite, or fall.
+
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 33
     """
 
     beta_0: float = 0.1
     beta_1: float = 20.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.beta_0 <= self.beta_1 < math.inf and self.beta_1 > 0,
+            f"process: beta_0={self.beta_0:g} and beta_1={self.beta_1:g}: give 0 <= beta_0 <= beta_1, beta_1 positive",
+        )
 
     def _integral(self, t: Tensor) -> Tensor:
         return self.beta_0 * t + 0.5 * (self.beta_1 - self.beta_0) * t.square()
@@ -178,12 +197,22 @@ class CosineVariancePreserving(Process):
 
     The schedule ends at alpha = 0; ``t_max`` stops just before, where an eps prediction still fixes x_0 in float32.
 
+    Raises:
+        UsageError: ``offset`` is negative or infinite, or ``t_max`` is not between 0 and 1.
+
     References:
         Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672, Eq. 17
     """
 
     offset: float = 0.008
     t_max: float = 0.9999
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.offset < math.inf and 0 < self.t_max < 1,
+            f"process 'vp_cosine': offset={self.offset:g} and t_max={self.t_max:g}: give an offset of 0 or more, and "
+            "t_max between 0 and 1",
+        )
 
     @property
     def _u_0(self) -> float:
@@ -292,12 +321,22 @@ class DiscreteVariancePreserving(Process):
 class VarianceExploding(Process):
     """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 lies at t = -inf.
 
+    Raises:
+        UsageError: Not 0 < sigma_min < sigma_max < infinity.
+
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 30
     """
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.sigma_min < self.sigma_max < math.inf,
+            f"process 've': sigma_min={self.sigma_min:g} and sigma_max={self.sigma_max:g}: give positive levels, "
+            "sigma_min the smaller",
+        )
 
     @property
     def _rate(self) -> float:
@@ -324,11 +363,17 @@ class VarianceExploding(Process):
 class EDMVarianceExploding(Process):
     """EDM's VE: alpha = 1, sigma = t, so time is the noise level itself.
 
+    Raises:
+        UsageError: ``sigma_max`` is not positive and finite.
+
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1
     """
 
     sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max={self.sigma_max:g}: give a positive level")
 
     @property
     def t_max(self) -> float:  # type: ignore[override]

@@ -39,6 +39,8 @@ class Splits(Protocol):
     def name(self) -> str: ...  # noqa: D102
     @property
     def label(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -167,6 +169,7 @@ def compute_reference(
         "split": split,
         "n": moments.n,
         "limit": data.limit,
+        "shape": list(data.shape),
         "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},
         "order": "features evenly spread over the split",
         "version": __version__,
@@ -188,6 +191,32 @@ def load_reference(path: str | Path, extractor: Extractor) -> Reference:
             f"{path} was made with the extractor {_named(made_with)}, the run scores with {_named(wanted)}: {REMEDY}"
         )
     return reference
+
+
+def check_same_data(path: str | Path, reference: Reference, label: str, shape: tuple[int, int, int]) -> None:
+    """Refuse to compare samples with statistics of other data.
+
+    Args:
+        path: The statistics' file, for the message.
+        reference: The statistics.
+        label: What the experiment's data are called; a qualifier in brackets, "CIFAR-10 (JPEG)", makes no difference.
+        shape: (C, H, W) of the experiment's images.
+
+    Raises:
+        UsageError: The statistics are of data by another label, or of images of another shape.
+    """
+    own, theirs = (name.partition(" (")[0] for name in (label, str(reference.provenance["label"])))
+    if own != theirs:
+        raise UsageError(
+            f"{path} holds statistics of {theirs!r}, and the experiment's data are {own!r}: make their own with "
+            "`diffaccel reference` and give reference= and floor=, or, if they are the same data, set "
+            f"data.label={theirs!r}"
+        )
+    if (made := reference.provenance.get("shape")) is not None and tuple(made) != shape:
+        raise UsageError(
+            f"{path} holds statistics of images of shape {tuple(made)}, the experiment's are of shape {shape}: make "
+            "their own with `diffaccel reference`, or set shape="
+        )
 
 
 def read_reference(path: str | Path) -> Reference:

@@ -176,6 +176,28 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
                 said = f"{_origin(plugin)} is ignored: {self.kind} {name!r} is another part's name; rename the plugin"
                 PlainConsole(stderr=True, soft_wrap=True).print(said)
 
+    def complete(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a part's node with the defaults of the keys that it leaves out, its own parts likewise.
+
+        Raises:
+            UsageError: An unknown name.
+        """
+        parameters = inspect.signature(self[node["name"]]).parameters.values()
+        whole = {one.name: one.default for one in parameters if one.default is not one.empty} | dict(node)
+        for key, registry in self.nested.items():
+            if key in whole and not isinstance(whole[key], Mapping):
+                whole[key] = registry.node_of(whole[key])
+            if isinstance(whole.get(key), Mapping) and "name" in whole[key]:
+                whole[key] = registry.complete(whole[key])
+        return whole
+
+    def node_of(self, part: Any) -> dict[str, Any] | None:
+        """Return the node that builds a part which is a dataclass of this registry; None if it is none."""
+        names = [name for name, factory in self._factories.items() if factory is type(part)]
+        if not names or not dataclasses.is_dataclass(part) or isinstance(part, type):
+            return None
+        return {"name": names[0], **dataclasses.asdict(part)}
+
     def build(self, node: Mapping[str, Any] | str, **context: Any) -> T:
         """Construct the part that ``node['name']`` names from the node's other keys.
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffaccel import experiment, launch
+from diffaccel import experiment, launch, loading
 from diffaccel.collective import all_gather, failing_together
 from diffaccel.config import Config
+from diffaccel.data import SOURCES
 from diffaccel.errors import UsageError
 from diffaccel.evaluator.partial import Chunk, Partial
 from diffaccel.evaluator.provenance import device_name, git_commit, identity_hash, versions
@@ -49,7 +50,7 @@ def sample(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> li
     Raises:
         UsageError: A folder holds other images, OUT can't be written to, or the images can't be of this format.
     """
-    writer = ImageWriter(config, experiment.describe_checkpoint(config, method), plans)
+    writer = ImageWriter(config, loading.describe_checkpoint(config, method), plans)
     config.logger = "none"
     trainer = launch.build_trainer(config, [writer])
     trainer.test(method.eval(), DataLoader([0]), verbose=False)  # type: ignore[arg-type]
@@ -73,7 +74,7 @@ class ImageWriter(L.Callback):
 
     def __init__(self, config: Config, checkpoint: Mapping[str, Any] | None, plans: Mapping[float, Plan]) -> None:
         self.config, self.checkpoint, self.plans = config, checkpoint, plans
-        self.kind = ImageKind(config.data["name"] != "toy", config.truncate)
+        self.kind = ImageKind(SOURCES.build(config.data).has_images(), config.truncate)
         self.format = config.format if self.kind.discrete else "npz"
         if self.format == "png" and config.shape[0] not in (1, 3):
             raise UsageError(f"format=png: images of {config.shape[0]} channels have no PNG: set format=npz")
@@ -84,8 +85,7 @@ class ImageWriter(L.Callback):
 
     def _key(self, budget: float) -> str:
         """Hash of all that the files follow from."""
-        settings = {"budget": budget, "settings": self.config.at(budget), "files": self.format}
-        return identity_hash({**self.images, **settings})
+        return identity_hash({**self.images(budget), "files": self.format})
 
     def _made_before(self, budget: float) -> bool:
         """Whether the budget's folder holds these very images, and they aren't to be made again.
@@ -112,7 +112,7 @@ class ImageWriter(L.Callback):
         """Make and write the images of every budget."""
         assert isinstance(pl_module, Diffusion)
         if trainer.is_global_zero and self.config.format != self.format:
-            self.console.print(f"{self.config.data_name} has points and no images: they are written as npz")
+            self.console.print(f"{self.config.data['name']} has points and no images: they are written as npz")
         for budget, plan in self.plans.items():
             if budget not in self.made_before:
                 self._run(trainer, pl_module, budget, plan)

@@ -22,6 +22,7 @@ from yaml import YAMLError  # OmegaConf's parser
 from diffaccel.config import TUNABLE, Search, merge
 from diffaccel.errors import UsageError, suggest
 from diffaccel.evaluator import Evaluator
+from diffaccel.loading import weights_sha256
 from diffaccel.methods import Diffusion
 from diffaccel.noise import NoiseStreams
 from diffaccel.overrides import as_given
@@ -170,18 +171,22 @@ class Searcher(L.Callback):
         any_one = next(iter(self.evaluators.values()))
         self.out, self.metric = any_one.out, any_one.extractor.metric_name
         self.console = PlainConsole(stderr=True, soft_wrap=True)
-        self.before = read_winners(self.out / "best.yaml", base)
+        self.before, self.before_for = read_winners(self.out / "best.yaml", base)
         path = self.out / "trials.jsonl"
         trials = read_points(path) if path.is_file() else []
         self.measured = {self._key(trial): trial for trial in trials if _whole(trial)}
         self.broken = sum(not _whole(trial) for trial in trials)
         self.best: dict[int, Settings] = {}
+        self.weights: list[str] = []
         self._trajectories: dict[str, FineTrajectory] = {}
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Search every budget."""
         assert isinstance(pl_module, Diffusion)
         pl_module.by_nfe = {}
+        self.weights = weights_sha256(pl_module)
+        if self.before_for not in ([], self.weights):
+            raise UsageError(f"{self.out / 'best.yaml'} holds settings for other weights: choose another out=")
         if self.broken and trainer.is_global_zero:
             self.console.print(f"trials.jsonl: {self.broken} lines lack what a trial has: those are measured again")
         for evaluator in self.evaluators.values():
@@ -309,7 +314,7 @@ class Searcher(L.Callback):
         for settings in best.values():  # those of the experiment are inherited, and a path would be sought from here
             if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
                 settings["prior"].pop("checkpoint", None)
-        tree = {"base": str(self.base.resolve()), "by_nfe": {**self.before, **best}}
+        tree = {"base": str(self.base.resolve()), "tuned_for": self.weights, "by_nfe": {**self.before, **best}}
         write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
         for budget, settings in best.items():
             if self.before.get(budget, settings) != settings:
@@ -317,21 +322,21 @@ class Searcher(L.Callback):
             self.before[budget] = settings
 
 
-def read_winners(path: Path, base: Path) -> dict[int, Settings]:
-    """Read the winners that an earlier search has left, by budget; none if there is no file.
+def read_winners(path: Path, base: Path) -> tuple[dict[int, Settings], list[str]]:
+    """Read the winners that an earlier search has left, by budget, and for which weights; none if there is no file.
 
     Raises:
         UsageError: It is not of a search of this experiment.
     """
     if not path.is_file():
-        return {}
+        return {}, []
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
         raise UsageError(f"{path} is not of a search of {base} and would be replaced: choose another out=")
-    return cast(dict[int, Settings], tree["by_nfe"])
+    return cast(dict[int, Settings], tree["by_nfe"]), [str(one) for one in tree.get("tuned_for", [])]
 
 
 def _whole(trial: Mapping[str, Any]) -> bool:

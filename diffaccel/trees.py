@@ -31,6 +31,8 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
             value = {"name": value}
         if key in PARTS and isinstance(before, str):
             before = {"name": before}
+        if key == "data" and isinstance(value, Mapping) and isinstance(before, Mapping) and _moves(before, value):
+            before = {name: item for name, item in before.items() if name != "label"}
         renamed = isinstance(value, Mapping) and isinstance(before, Mapping) and renames(before, value)
         nests = isinstance(value, Mapping) and isinstance(before, Mapping) and not renamed
         if isinstance(value, Mapping):
@@ -42,3 +44,8 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     """Whether a part gives another name than the one before it."""
     return "name" in value and "name" in before and value["name"] != before["name"]
+
+
+def _moves(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Whether data get another place, so that what they were called before is no longer theirs."""
+    return any(key in value and before.get(key, value[key]) != value[key] for key in ("path", "root"))

@@ -241,7 +241,7 @@ def test_an_error_names_the_part_that_has_a_key():
     from diffaccel.errors import UsageError
 
     with pytest.raises(UsageError, match="grid 'listed' has no key 'rho'; it is a key of karras"):
-        experiment.build_method(load("cifar10_small/dlg", ["solver.grid.rho=5"]), load=False)
+        experiment.build_method(load("cifar10_small/dlg", ["solver.grid.rho=5"]), load=False, frozen=True)
 
 
 @pytest.mark.parametrize(

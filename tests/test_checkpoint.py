@@ -16,7 +16,7 @@ from diffaccel.checkpoint import Checkpointer, WholeFiles
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
-from diffaccel.weights import file_sha256, read_weights
+from diffaccel.weights import file_sha256, read_weights, save_weights
 
 IMAGES, BATCH = 1280, 64  # 20 steps
 TINY = [
@@ -275,7 +275,9 @@ def test_dlg_goes_on_without_a_copy_of_its_denoiser(tmp_path: Path, capsys: Prin
     assert state["state_dict"] and not any(name.startswith("denoiser.") for name in state["state_dict"])
     assert main([*words, "images=2560", "resume=auto"]) == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["diffaccel"]["images_seen"] == 2560
-    other = "experiments/digits/weights/ddpm.safetensors"  # the same network with other weights
+    tensors, said = read_weights(Path("experiments/digits/weights/edm.safetensors"))
+    other = tmp_path / "other.safetensors"
+    save_weights(other, {name: 1.1 * tensor for name, tensor in tensors.items()}, said)
     assert main([*words, "images=3840", "resume=auto", f"checkpoint={other}"]) == 2
     assert "another denoiser" in capsys.readouterr().err
 

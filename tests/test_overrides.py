@@ -214,7 +214,7 @@ def test_a_part_resolves_nothing():
 def test_what_a_run_writes_keeps_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", str(tmp_path / "hidden"))
     monkeypatch.setenv("ETA", "0.5")
-    monkeypatch.setenv("TITLE", "hidden")
+    monkeypatch.setenv("TITLE", "toy mixture (hidden)")
     words = ["init=${oc.env:PLACE}/w.pth", "data.label=${oc.env:TITLE}", "solver=ddim", "solver.eta=${oc.env:ETA}"]
     out = tmp_path / "out"
     assert main(["bench", "toy/edm", "n=20", "nfe=4", "logger=csv", f"out={out}", *words]) == 0

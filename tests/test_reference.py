@@ -59,6 +59,7 @@ def test_provenance_says_what_it_is(saved):
         "split": "train",
         "n": 500,
         "limit": None,
+        "shape": [2, 1, 1],
         "extractor": {"name": "identity", "sha256": Identity(2).sha256, "dim": 2},
         "order": "features evenly spread over the split",
         "version": __version__,

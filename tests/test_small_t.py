@@ -198,11 +198,16 @@ def test_an_unfitted_density_is_refused():
 # Training
 
 
+def drawn(method: SmallTimeDiffusion, data: Batch, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training times of a batch and their weights."""
+    return method.times(method.level_quantiles(data, NoiseStreams(0, range(first, first + len(data.index)))))
+
+
 def test_a_trained_denoiser_is_trained_up_to_T():
     method = small_t(network(kind=EpsDenoiser), frozen=False)
     low, high = method.denoiser.ratio_range
     assert high == method.prior.ratio_star
-    t, weight = method.times(batch(), NoiseStreams(0, range(64)))
+    t, weight = drawn(method, batch())
     assert 0 < t.min() < 0.02 and 0.58 < t.max() <= 0.6 and weight.eq(1).all()
     kept = network(kind=EpsDenoiser)
     assert small_t(kept).denoiser.ratio_range[1] > 100, "a frozen one keeps its range"
@@ -211,11 +216,11 @@ def test_a_trained_denoiser_is_trained_up_to_T():
 def test_stratified_times_are_one_of_each_share_whatever_the_process():
     method = small_t(network(kind=EpsDenoiser), frozen=False)
     low, high = method.denoiser.process.time(torch.tensor(method.denoiser.ratio_range).double())
-    halves = [method.times(batch(32, first), NoiseStreams(0, range(first, first + 32)))[0] for first in (64, 96)]
+    halves = [drawn(method, batch(32, first), first)[0] for first in (64, 96)]
     share = ((torch.cat(halves) - low) / (high - low) * 64).floor()
     assert share.sort().values.tolist() == list(range(64))
     method.stratified = False
-    share = ((method.times(batch(), NoiseStreams(0, range(64)))[0] - low) / (high - low) * 64).floor()
+    share = ((drawn(method, batch())[0] - low) / (high - low) * 64).floor()
     assert len(share.unique()) < 60
 
 
@@ -233,7 +238,9 @@ def test_the_likelihood_s_weight_makes_the_loss_the_bound_s_term(levels):
     expected = score_matching(truth, data.image, 0.05, torch.tensor([prior.ratio_star]), BatchedNoise(n), 4)[:, 0]
     assert abs(loss.mean() - expected.mean()) < 4 * (loss.var() / n + expected.var() / n) ** 0.5
     if isinstance(levels, LogUniform):
-        assert method.times(data, BatchedNoise(n))[1].allclose(torch.tensor(math.log(prior.ratio_star / 0.05)).double())
+        assert method.times(BatchedNoise(n).uniform())[1].allclose(
+            torch.tensor(math.log(prior.ratio_star / 0.05)).double()
+        )
 
 
 @pytest.mark.parametrize(("density", "frozen"), [("flow", True), ("flow", False), ("gaussian", False)])

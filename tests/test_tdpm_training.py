@@ -18,7 +18,7 @@ from diffaccel.methods import TruncatedDiffusion
 from diffaccel.metrics.states import compare_states, radial_power
 from diffaccel.noise import NoiseStreams
 from diffaccel.report import read_points
-from diffaccel.weights import file_sha256, read_weights
+from diffaccel.weights import file_sha256, read_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -74,6 +74,7 @@ def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, mo
     assert fit(tmp_path / "halves", *words, "resume=auto") == 0
     one, other = state(tmp_path / "whole"), state(tmp_path / "halves")
     assert one["diffaccel"]["steps"] == 8
+    assert one["diffaccel"].pop("description") == other["diffaccel"].pop("description")
     assert one["diffaccel"].pop("denoiser_sha256", 0) == other["diffaccel"].pop("denoiser_sha256", 0)
     for key in ("state_dict", "diffaccel", "optimizer_states"):
         torch.testing.assert_close(other[key], one[key], rtol=0, atol=0)
@@ -246,12 +247,16 @@ def test_one_generator_serves_all_budgets(tmp_path: Path):
     shared = f"checkpoint={tmp_path / 'shared' / 'ema.safetensors'}"  # a network of the same size
     for name, words, left in (
         ("shared", [], {"ema", "raw"}),
-        ("product", [*PRODUCT, shared], {"generator", "generator_raw"}),
+        ("product", [*PRODUCT, shared.replace("ema.", "whole.")], {"generator", "generator_raw"}),
     ):
         out = tmp_path / name
         assert fit(out, *words, images=64) == 0
         assert {file.stem for file in out.glob("*.safetensors")} == left
         weights = shared
+        if name == "shared":  # as if it had been trained at all levels
+            tensors, said = read_weights(out / "ema.safetensors")
+            del said["trained_ratios"]
+            save_weights(out / "whole.safetensors", tensors, said)
         if name == "product":
             assert "denoiser_sha256" in state(out)["diffaccel"]
             weights = f"prior.checkpoint={out / 'generator.safetensors'}"

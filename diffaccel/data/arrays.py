@@ -29,6 +29,8 @@ class Digits(Source):
         label: Provenance, for tables and plots.
     """
 
+    discrete, fixed_shape = True, (1, 8, 8)
+
     def __init__(self, label: str | None = None) -> None:
         self.label = label or "digits 8x8"
 
@@ -55,6 +57,8 @@ class Npz(Source):
         test_path: The test images, if any.
         label: Provenance, for tables and plots; the file's name by default.
     """
+
+    discrete = True
 
     def __init__(self, path: str, test_path: str | None = None, label: str | None = None) -> None:
         self.path, self.test_path = path, test_path
@@ -162,6 +166,8 @@ class Cifar10(Source):
         Learning Multiple Layers of Features from Tiny Images (Krizhevsky, 2009)
     """
 
+    discrete, fixed_shape = True, (3, 32, 32)
+
     def __init__(self, root: str, download: bool = False, label: str | None = None) -> None:
         self.root, self.download = root, download
         self.label = label or "CIFAR-10"
@@ -198,6 +204,8 @@ class Toy(Source):
         seed: Seed of the points.
         label: Provenance, for tables and plots.
     """
+
+    discrete, fixed_shape = False, (2, 1, 1)
 
     means = ((-2.0, -2.0), (2.0, -2.0), (0.0, 2.5))
     weights = (0.2, 0.3, 0.5)

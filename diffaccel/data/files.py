@@ -204,6 +204,8 @@ class FileSource(Source):
         label: Provenance, for tables and plots; the place's name by default.
     """
 
+    discrete = True
+
     def __init__(
         self,
         path: str,

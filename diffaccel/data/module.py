@@ -129,8 +129,8 @@ class DataModule(LightningDataModule):
             if split != "train":
                 self._check_fit(split, images)
             self._splits[split] = images
-            for note in images.notes:
-                say(f"{self.label} ({split}): {note}")
+            for one in images.notes:
+                say(f"{self.label} ({split}): {one}")
         return self._splits[split]
 
     def _check_fit(self, split: str, images: Images) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -102,6 +102,17 @@ class Source(ABC):
     """
 
     label: str
+
+    discrete: ClassVar[bool | None] = None
+    """Whether its data are images, uint8, and not points in units of their own; None if the data have to tell."""
+    fixed_shape: ClassVar[tuple[int, int, int] | None] = None
+    """(C, H, W), of a source whose images have no other."""
+
+    def has_images(self) -> bool:
+        """Whether its data are images, which are scored as 8-bit ones; reads one if the class doesn't say."""
+        if self.discrete is not None:
+            return self.discrete
+        return self.split("train").read(torch.zeros(1, dtype=torch.int64)).dtype == torch.uint8
 
     @abstractmethod
     def split(self, name: Split) -> Images:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -40,6 +40,18 @@ SCATTERED = 1000
 """Toy points on a scatter plot."""
 
 
+class Identity(NamedTuple):
+    """What a point follows from, at one budget.
+
+    Attributes:
+        images: Of its images: parts, hashes of weights, n, seed, budget.
+        scores: Of its metrics besides: hashes of extractor and statistics.
+    """
+
+    images: dict[str, Any]
+    scores: dict[str, Any]
+
+
 class Evaluator(L.Callback):
     """Measures points of the quality-versus-NFE curve.
 
@@ -56,9 +68,8 @@ class Evaluator(L.Callback):
         settings: Budget -> ``{"prior": ..., "solver": ...}``, each with its name and keys, for the points.
         discrete: Whether samples are images, brought to uint8; toy points are scored as they are.
         truncate: Whether images are truncated to uint8 and not rounded.
-        identity: What a point follows from besides budget and settings: ``images`` (hashes of weights, n, seed ...)
-            and ``scores`` (hashes of extractor and statistics). A point of equal ``key`` is not measured twice, and one
-            that was begun is finished. None for weights that are still in training.
+        identity: What a point of a budget follows from. A point of equal ``key`` is not measured twice, and one that
+            was begun is finished. None for weights that are still in training.
         again: Measure points that OUT has already once more.
         keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
         keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
@@ -78,7 +89,7 @@ class Evaluator(L.Callback):
         provenance: dict[str, Any],
         settings: Callable[[float], dict[str, dict[str, Any]]],
         discrete: bool = True,
-        identity: dict[str, Any] | None = None,
+        identity: Callable[[float], Identity] | None = None,
         again: bool = False,
         keep_features: bool = True,
         keep_images: bool = False,
@@ -188,16 +199,14 @@ class Evaluator(L.Callback):
         """Hash of all that a point follows from, but for versions; None if it is not to be found again."""
         if self.identity is None:
             return None
-        return self._hash({**self.identity["images"], **self.identity["scores"]}, budget)
-
-    def _hash(self, identity: dict[str, Any], budget: float) -> str:
-        return identity_hash({**identity, "budget": budget, "settings": self.settings(budget)})
+        found = self.identity(budget)
+        return identity_hash({**found.images, **found.scores})
 
     def _partial(self, budget: float) -> Partial:
         """What is done of a point: under its key, or if images are kept, under a hash of what they follow from."""
         if self.identity is None:
             return Partial(None)
-        images = self.out / "images" / self._hash(self.identity["images"], budget)
+        images = self.out / "images" / identity_hash(self.identity(budget).images)
         kept = self.keep_images or images.is_dir()
         return Partial(images if kept else self.out / "partial" / str(self.key(budget)), kept)
 
@@ -292,7 +301,8 @@ class Evaluator(L.Callback):
             "prior": settings["prior"]["name"],
             "solver": settings["solver"]["name"],
             "settings": settings,
-            "tuned": bool(method.by_nfe),
+            "by_budget": bool(method.by_nfe),
+            "tuned": method.tuned,
             "nfe_budget": budget if math.isfinite(budget) else None,
             "nfe": nfe,
             "nfe_marginal": nfe - burn_in,

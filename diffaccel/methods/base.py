@@ -1,14 +1,14 @@
 """The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffaccel.data import Batch
+from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -36,6 +36,7 @@ class Diffusion(TrainedModule):
     """Baselines: whatever process, denoiser, prior and solver the experiment names.
 
     Attributes:
+        tuned: Whether the settings by budget were searched for the very weights that it has.
         by_nfe: Budget -> prior and solver that take over from that budget on; the lowest also below it. Empty if one
             setting serves all.
 
@@ -48,6 +49,9 @@ class Diffusion(TrainedModule):
         shape: Image shape (C, H, W).
         seed: The run's seed.
     """
+
+    starts_from: type = Prior
+    """Kind of prior without which a sample is none of the method's."""
 
     def __init__(
         self,
@@ -62,9 +66,20 @@ class Diffusion(TrainedModule):
         super().__init__(training, seed)
         self.denoiser, self.prior, self.solver, self.levels = denoiser, prior, solver, levels
         self.by_nfe: dict[int, tuple[Prior, Solver]] = {}
+        self.tuned = self.truncated = False
         self.shape = shape
         self.frozen = False
         self.classes: int = getattr(denoiser.network, "classes", 0)
+
+    @classmethod
+    def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
+        """Whether a fit of the method as ``node`` describes it leaves the denoiser's weights as they are."""
+        return bool(node.get("frozen", False))
+
+    def truncate_denoiser(self, ratio_star: float) -> None:
+        """Train the denoiser up to a noise-to-data ratio and no further."""
+        self.denoiser.ratio_range = self.denoiser.ratio_range[0], ratio_star
+        self.truncated = True
 
     # A frozen denoiser
 
@@ -88,8 +103,9 @@ class Diffusion(TrainedModule):
         return {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add a frozen denoiser's hash."""
+        """Add what the denoiser was trained on, or a frozen one's hash."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["diffaccel"] |= self.trained_ratios()
         if self.frozen:
             checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
 
@@ -113,6 +129,11 @@ class Diffusion(TrainedModule):
             raise UsageError(f"training.augment: the network is told of augmentations: set network.augment={LABELS}")
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
+    @property
+    def trained_classes(self) -> int:
+        """Number of classes of what is trained, which labels have to fit; 0 if no label is used."""
+        return self.classes if self.trained_networks() else 0
+
     def trained_networks(self) -> dict[str, nn.Module]:
         """Networks that sample and are trained by steps, by name: they are averaged, and left when training is done."""
         trained = isinstance(self.denoiser, NetworkDenoiser) and not self.frozen
@@ -132,16 +153,27 @@ class Diffusion(TrainedModule):
         for name, network in self.trained_networks().items():
             own = of_network(average, name)
             raw, ema = ("raw", "ema") if name == "denoiser" else (f"{name}_raw", name)
-            found[raw] = (network.state_dict(), {"averaged": False})
-            found[ema] = ({**network.state_dict(), **own}, {"averaged": bool(own)})
+            said = {"kind": name, **(self.trained_ratios() if name == "denoiser" else {})}
+            found[raw] = (network.state_dict(), {**said, "averaged": False})
+            found[ema] = ({**network.state_dict(), **own}, {**said, "averaged": bool(own)})
         return found
+
+    def trained_ratios(self) -> dict[str, Any]:
+        """Noise-to-data ratios that the denoiser is trained on, for its header; none if its levels have no bounds."""
+        bounded = self.truncated or getattr(self.levels, "bounded", True)
+        return {"trained_ratios": list(self.denoiser.ratio_range)} if bounded else {}
+
+    def describe_fit(self, data: DataModule) -> list[str]:
+        """Say how good what was fitted is on held-out images, a line each; nothing that the curve doesn't say."""
+        return []
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Squared error of the network's output at one level a sample, (B,)."""
         u = self.level_quantiles(batch, noise)
         x_0, labels = self.augmented(batch)
-        t = self.levels(self.denoiser, u.to(self.device))
+        t, weight = self.times(u.to(self.device))
         loss = self.level_loss(x_0, t, noise, self.drop_labels(batch.condition, noise), labels)
+        loss = weight.to(loss) * loss
         if self.training_plan.pixel_sum:
             loss = loss * x_0[0].numel()
         if self.logs_now:  # by quarters of the levels' law, from the least noise up
@@ -163,6 +195,11 @@ class Diffusion(TrainedModule):
         # Neighbours in the stream share a number, in whatever batches and processes they are.
         u = NoiseStreams(self.seed, batch.index // 2, "pairs of levels").uniform()
         return torch.where(batch.index.cpu() % 2 == 1, 1 - u, u)
+
+    def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Training times at quantiles of the levels, and the weight of the loss there: (B,) -> (B,) each, float64."""
+        t = self.levels(self.denoiser, u)
+        return t, torch.ones_like(t)
 
     def drop_labels(self, condition: Tensor | None, noise: NoiseStreams) -> Tensor | None:
         """Replace some labels by the null class."""
@@ -197,6 +234,8 @@ class Diffusion(TrainedModule):
             UsageError: The budget is below the method's minimum.
         """
         self.tune(nfe)
+        if isinstance(self.prior, ChainPrior):
+            self._require_null_class()
         return self.prior.plan(self.solver, nfe, n, self.extra_evaluations)
 
     def tune(self, nfe: float) -> None:
@@ -257,6 +296,14 @@ class Diffusion(TrainedModule):
         if not self.classes or isinstance(self.prior, ChainPrior):
             return None
         return torch.tensor(indices, device=self.device) % self.classes
+
+    def _require_null_class(self) -> None:
+        """Refuse chains, which change classes, on a network that was never trained without labels."""
+        if self.classes and not getattr(self.denoiser.network, "null_class", True):
+            raise UsageError(
+                "a chain samples without labels, and this conditional network was never trained without: take another "
+                "prior, or a network fitted with training.label_drop"
+            )
 
     def finish(self, x_0: Tensor) -> Tensor:
         """What the method does after the solver."""

@@ -1,7 +1,7 @@
 """Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593: a chain over pretrained scores."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.checks import positive
-from diffaccel.data import Batch
+from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.levels import Levels
@@ -17,7 +17,7 @@ from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.training import Phase, Training
 from diffaccel.nfe import counted_apart
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior, Prior
+from diffaccel.prior import ChainPrior, ClassifierPosterior, LangevinGibbsPrior, Prior
 from diffaccel.solver import Solver
 
 
@@ -39,6 +39,13 @@ class DenoisingLangevinGibbs(Diffusion):
         tweedie_counted: Whether that step is an evaluation of the budget; the reference doesn't count it. A point
             lists it under ``tweedie`` if not.
     """
+
+    starts_from = ChainPrior
+
+    @classmethod
+    def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
+        """Always."""
+        return True
 
     def __init__(
         self,
@@ -74,7 +81,19 @@ class DenoisingLangevinGibbs(Diffusion):
         return [Phase("classifier", self.classifier.network.parameters(), self.classifier_loss)]
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:  # noqa: D102
-        return {"classifier": (self.classifier.network.state_dict(), {})}
+        return {"classifier": (self.classifier.network.state_dict(), {"kind": "classifier"})}
+
+    def describe_fit(self, data: DataModule) -> list[str]:
+        """Say how exactly the noise classifier reads levels."""
+        images = (to_float(images) for _, images, _ in data.batches("test", 250))
+        found = accept(self.classifier, images, self.seed)
+        worst = max(found.error.values())
+        verdict = "accepted" if found.accepted else "NOT accepted: train longer (images=), the chain would drift"
+        decades = ", ".join(f"{decade}: {error:.4f}" for decade, error in found.error.items())
+        return [
+            f"noise classifier: mean |ln sigma error| by decade {decades} (worst {worst:.4f}, limit {found.limit:.4f})"
+            f", top-1 {found.top_1:.1%}: {verdict}"
+        ]
 
     def classifier_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Cross-entropy at one level a sample, uniform over the table, (B,) in nats."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffaccel.checks import positive
 from diffaccel.collective import failing_together
-from diffaccel.data import Batch, to_float
+from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.denoiser import Denoiser
 from diffaccel.density import Density, NormalDensity, TrainingImages
 from diffaccel.errors import UsageError
@@ -53,6 +53,8 @@ class SmallTimeDiffusion(Diffusion):
         https://arxiv.org/abs/2206.05173
     """
 
+    starts_from = DensityPrior
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -70,6 +72,11 @@ class SmallTimeDiffusion(Diffusion):
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         positive("method 'small_t'", density_lr=density_lr)
         self.weighting, self.stratified, self.density_lr = weighting, stratified, density_lr
+        if stratified and training.antithetic and training.batch_size % 2:
+            raise UsageError(
+                f"method 'small_t': mirrored pairs of levels share out an even batch, training.batch_size is "
+                f"{training.batch_size}: make it even, or set training.antithetic=false"
+            )
         if isinstance(prior, DensityPrior):
             low, high = denoiser.ratio_range
             if not low < prior.ratio_star <= high * 1.001:
@@ -78,7 +85,7 @@ class SmallTimeDiffusion(Diffusion):
                     f"[{low:.4g}, {high:.4g}]: change prior.T, or denoiser.ratio_max"
                 )
             if not frozen:
-                denoiser.ratio_range = low, prior.ratio_star
+                self.truncate_denoiser(prior.ratio_star)
         if frozen:
             self.freeze_denoiser()
 
@@ -100,6 +107,11 @@ class SmallTimeDiffusion(Diffusion):
             found.append(Phase("density", parameters, self.density_loss, lr=self.density_lr))
         return found
 
+    @property
+    def trained_classes(self) -> int:
+        """The denoiser's; a density sees no labels."""
+        return 0 if self.frozen else self.classes
+
     def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return super().trained_networks() | ({"density": self.density} if list(self.density.parameters()) else {})
 
@@ -109,8 +121,30 @@ class SmallTimeDiffusion(Diffusion):
         found.pop("density_raw", None)
         state, _ = found.get("density", (self.density.state_dict(), {}))
         level = {"ratio_star": self.density.ratio, "any_level": not self.density.bound}
-        said = {"dtype": "float32", "density": type(self.density).__name__, **level, "shape": list(self.shape)}
+        said = {
+            "kind": "density",
+            "dtype": "float32",
+            "density": type(self.density).__name__,
+            **level,
+            "shape": list(self.shape),
+        }
         return {**found, "density": (state, said)}
+
+    def describe_fit(self, data: DataModule) -> list[str]:
+        """Say what the density knows of held-out noisy images."""
+        if not self.density.normalised:
+            return []
+        with self.averaged_weights():
+            density = self.density.cpu().eval()
+            found = judge(density, (to_float(images) for _, images, _ in data.batches("test", 250)), self.seed)
+        verdict = (
+            "" if found.plausible else "; BELOW THE NOISE'S OWN ENTROPY: it has learned noise, or isn't normalised"
+        )
+        return [
+            f"density: {found.bits:.4f} bits/dim on held-out noisy images, {found.gain:.4f} ± {found.se:.4f} below "
+            f"N(0, I) (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws "
+            f"{found.largest:.3g}{verdict}"
+        ]
 
     # Fitting
 
@@ -143,31 +177,39 @@ class SmallTimeDiffusion(Diffusion):
         with full_precision(y):
             return self.density.loss(y)
 
-    def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """Weighted squared error of the predicted noise, mean over C, H, W: (B,)."""
-        t, weight = self.times(batch, noise)
-        eps = noise.normal(batch.image)
-        found = self.denoiser.given(batch.condition)(self.denoiser.process.marginal(batch.image, t, eps), t).eps
-        return weight.to(eps) * (found - eps).square().flatten(1).mean(1)
+    def level_quantiles(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """One of each of as many equal shares as the global batch has images, by the position in the stream."""
+        if not self.stratified:
+            return super().level_quantiles(batch, noise)
+        size, index = self.training_plan.batch_size, batch.index.cpu()
+        if not self.training_plan.antithetic:
+            return ((index % size) + noise.uniform()) / size
+        u = NoiseStreams(self.seed, index // 2, "pairs of levels").uniform()
+        lower = ((index // 2) % (size // 2) + u) / size  # pairs share out the lower half, mirrors the upper one
+        return torch.where(index % 2 == 1, 1 - lower, lower)
 
     @torch.enable_grad()
-    def times(self, batch: Batch, noise: NoiseStreams) -> tuple[Tensor, Tensor]:
+    def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Training times and the weights of |sigma_t s + z|^2 there, (B,) each, float64.
 
         One over the density of t = levels(u) is dt / du, so that g^2 / (2 sigma^2) dt / du is the likelihood's weight
         for any levels: with ``log_uniform`` a constant.
         """
-        u = noise.uniform().to(self.device)
-        if self.stratified:
-            size = self.training_plan.batch_size  # the global batch: its share of the levels goes with the position
-            u = ((batch.index.to(u) % size) + u) / size
         if self.weighting == "sigma":
-            t = self.levels(self.denoiser, u)
-            return t, torch.ones_like(t)
+            return super().times(u)
         t = self.levels(self.denoiser, u.requires_grad_())
         (derivative,) = torch.autograd.grad(t.sum(), u)
         t, process = t.detach(), self.denoiser.process
         return t, 0.5 * (process.diffusion(t) / process.sigma(t)).square() * derivative
+
+    def level_loss(
+        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """Squared error of the predicted noise, whatever the network predicts, mean over C, H, W: (B,)."""
+        eps = noise.normal(x_0)
+        labels = () if augment is None else (augment,)  # an exact denoiser takes none
+        found = self.denoiser(self.denoiser.process.marginal(x_0, t, eps), t, condition, *labels).eps
+        return (found - eps).square().flatten(1).mean(1)
 
 
 @dataclass

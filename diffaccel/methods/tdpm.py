@@ -56,6 +56,8 @@ class TruncatedDiffusion(Diffusion):
             (``ode_pair``, ``distribution_matching``) and keys.
     """
 
+    starts_from = ImplicitPrior
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -123,7 +125,7 @@ class TruncatedDiffusion(Diffusion):
                 f"[{low:.4g}, {high:.4g}]: set denoiser.ratio_max"
             )
         if isinstance(denoiser, NetworkDenoiser) and not self.frozen:
-            denoiser.ratio_range = (low, star)
+            self.truncate_denoiser(star)
 
     @property
     def implicit(self) -> ImplicitPrior:

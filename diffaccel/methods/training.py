@@ -221,7 +221,7 @@ class TrainedModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the average, under their own key."""
-        checkpoint["diffaccel"] = {"images_seen": self.images_seen, "steps": self.steps}
+        checkpoint.setdefault("diffaccel", {}).update(images_seen=self.images_seen, steps=self.steps)
         if self.ema is not None:
             checkpoint["diffaccel"]["ema"] = self.ema.state_dict()
 

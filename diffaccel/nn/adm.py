@@ -42,7 +42,7 @@ class NoiseEmbedding(nn.Module):
     Args:
         width: Number of sinusoids.
         embedding: Width of the result.
-        classes: Number of class labels; none of them is the null class.
+        classes: Number of class labels; label ``classes`` is the null class, which adds nothing.
         augment: Number of augmentation labels.
     """
 
@@ -66,7 +66,8 @@ class NoiseEmbedding(nn.Module):
             embedding = embedding + self.augment(augment)
         embedding = self.second(F.silu(self.first(embedding)))
         if self.label is not None and condition is not None:
-            embedding = embedding + self.label(condition)
+            known = condition < self.label.num_embeddings
+            embedding = embedding + self.label(condition * known) * known[:, None]
         return F.silu(embedding)
 
 
@@ -213,10 +214,12 @@ class ADMUNet(nn.Module):
         blocks: Residual blocks per resolution on the way down; one more on the way up.
         attention: Heights, in pixels, of the feature maps with self-attention; the bottleneck has one block with it.
         dropout: Dropout rate in the residual blocks.
-        classes: Number of class labels; 0 for an unconditional network.
+        classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
         heads: Channels of each head in units of the image's; each has a decoder.
         decouple: Whether each decoder has a decoupling module. EDM's own network has a single decoder without.
         augment: Number of augmentation labels, which are zero when sampling; 0 for none.
+        null_class: Whether a conditional network is trained without labels too, so that it samples without and can be
+            guided.
 
     Raises:
         UsageError: The image can't be halved as often as ``multipliers`` asks, the width can't be divided, or a
@@ -240,11 +243,12 @@ class ADMUNet(nn.Module):
         heads: list[int] = [1],  # noqa: B006
         decouple: bool = True,
         augment: int = 0,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         _check(shape, width, multipliers, attention)
         channels, rows, _ = shape
-        self.shape, self.heads = tuple(shape), tuple(heads)
+        self.shape, self.heads, self.classes, self.null_class = tuple(shape), tuple(heads), classes, null_class
         self.takes_augment = augment > 0
         layout = Layout(rows, width, multipliers, attention, 4 * width, dropout)
         self.embed = NoiseEmbedding(width, 4 * width, classes, augment)

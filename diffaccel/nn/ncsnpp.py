@@ -188,6 +188,8 @@ class NCSNpp(nn.Module):
         dropout: Dropout rate in the blocks.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is no class.
         augment: Width of EDM's augmentation labels, which sampling leaves out; 0 for none.
+        null_class: Whether a conditional network is trained without labels too, so that it samples without and can be
+            guided.
 
     Raises:
         UsageError: An unknown layout, no layers, widths without GroupNorm, or an image that can't be halved that often.
@@ -212,12 +214,14 @@ class NCSNpp(nn.Module):
         dropout: float = 0.1,
         classes: int = 0,
         augment: int = 0,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         chosen = {"embedding": embedding, "resample": resample, "encoder": encoder, "decoder": decoder}
         _check(shape, width, multipliers, blocks, attention, chosen)
         channels, rows, columns = shape
         self.shape, self.classes, self.blocks, self.encoder = tuple(shape), classes, blocks, encoder
+        self.null_class = null_class
         self.sizes = [f"{rows // 2**level}x{columns // 2**level}" for level in range(len(multipliers))]
         features = noise_width or (2 * width if embedding == "fourier" else width)
         self.takes_augment = augment > 0

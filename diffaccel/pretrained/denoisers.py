@@ -33,6 +33,8 @@ class VEDenoiser(NetworkDenoiser):
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VE
     """
 
+    any_process = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -77,6 +79,8 @@ class VPDenoiser(EpsDenoiser):
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VP
     """
+
+    any_process = True
 
     def __init__(
         self,

@@ -37,6 +37,11 @@ def _alike(value: Any, default: Any) -> bool:
     return type(value) in kinds and abs(value) < 1e5
 
 
+def _null_class(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a conditional network's arguments say of labels left out in training: without any it has no null class."""
+    return {"null_class": given["label_dropout"] > 0} if given["label_dim"] else {}
+
+
 # SongUNet: NCSN++ and DDPM++; its tensors' names are ours.
 
 
@@ -51,6 +56,7 @@ def _song_unet(arguments: Mapping[str, Any], origin: str) -> Network:
     network |= {own: given[name] for name, own in _SONG_NAMES.items()}
     network |= {own: list(given[name]) for name, own in _SONG_LISTS.items()}
     network["noise_width"] = given["model_channels"] * given["channel_mult_noise"]
+    network |= _null_class(given)
     return network, (channels, pixels, pixels)
 
 
@@ -103,6 +109,7 @@ def _dhariwal_unet(arguments: Mapping[str, Any], origin: str) -> Network:
     network |= {own: given[name] for name, own in _DHARIWAL_NAMES.items()}
     network["multipliers"] = list(given["channel_mult"])
     network["attention"] = [size for size in given["attn_resolutions"] if size in rows]
+    network |= _null_class(given)
     return network, (channels, pixels, pixels)
 
 

@@ -42,6 +42,11 @@ class Prior(nn.Module, ABC):
     burn_in_counted = True
     """Whether a budget bounds the burn-in too."""
 
+    weight_keys: tuple[str, ...] = ()
+    """Keys that its weights depend on: a file made with other values of them is another prior's."""
+    uses_denoiser_weights = False
+    """Whether what is fitted in it are the denoiser's own weights."""
+
     def networks(self) -> dict[str, nn.Module]:
         """Its own networks whose forwards are evaluations, by name."""
         return {}

@@ -34,6 +34,8 @@ class DensityPrior(Prior):
         UsageError: Neither or both of ``ratio_star`` and ``T``, or a level out of range.
     """
 
+    weight_keys = ("density",)
+
     def __init__(
         self,
         denoiser: Denoiser,

@@ -54,6 +54,7 @@ class ImplicitPrior(Prior):
     """
 
     evaluations = 1
+    weight_keys = ("generator", "ratio_star", "ratio_init", "token", "K", "prior_level_offset", "network")
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class ImplicitPrior(Prior):
         if generator == "shared" and network:
             raise UsageError("prior 'implicit': a shared generator is the denoiser's network: remove prior.network")
         self.token = self._token(denoiser, token)
+        self.uses_denoiser_weights = generator == "shared"
         self.own: Denoiser | None = None
         self.made: nn.Module | None = None
         if network:
@@ -118,8 +120,18 @@ class ImplicitPrior(Prior):
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return {} if self.generator is None else {"generator": self.generator}
 
-    def share_weights(self, other: Prior) -> None:  # noqa: D102
+    def share_weights(self, other: Prior) -> None:
+        """See :class:`Prior`.
+
+        Raises:
+            UsageError: The other one's generator makes states at another level.
+        """
         assert isinstance(other, ImplicitPrior)
+        if self.ratio_made != other.ratio_made:
+            raise UsageError(
+                f"by_nfe: the generator makes states at ratio_star {other.ratio_made:.6g}, and a budget starts at "
+                f"{self.ratio_made:.6g}: change prior.told there, not prior.ratio_star"
+            )
         self.own, self.made = other.own, other.made
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:

@@ -61,7 +61,9 @@ class AnalyticFirst(Denoiser):
         self.denoiser, self.std = denoiser, std
         self.used = False
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:  # noqa: D102
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
         if self.used:
             return self.denoiser(x_t, t, condition)
         self.used = True
