@@ -26,6 +26,7 @@ from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior
 from diffaccel.process import EDMVarianceExploding
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.onestep import StochasticHeun
+from diffaccel.weights import save_weights
 
 DATA = ["cifar10", "celebahq256"]
 NAMES = ["kar1", "kar2", "probability_flow", "reverse_diffusion", "euler_maruyama", "rk45"]
@@ -284,6 +285,9 @@ def test_bench_of_a_checkpoint_of_another_program(tmp_path: Path, undrawn: None)
     networks = random_network(1, **VE), random_network(2, **VE)
     torch.save(score_sde_content(*networks), tmp_path / "a.pth")
     words = [f"checkpoint={tmp_path / 'a.pth'}", "prior.init_steps=3", "prior.warmup=[[1,2.0]]"]
+    classifier = experiment.build_method(load("cifar10/dlg", words)).auxiliary_networks()["classifier"]
+    save_weights(tmp_path / "classifier.safetensors", classifier.state_dict(), {})
+    words.append(f"posterior.checkpoint={tmp_path / 'classifier.safetensors'}")
     settings = [f"out={tmp_path / 'out'}", "logger=none", "threads=1", "nfe=10", "n=8"]
     assert main(["bench", "cifar10/dlg", *words, *settings]) == 0
     point = json.loads((tmp_path / "out" / "points.jsonl").read_text())

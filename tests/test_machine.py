@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffaccel import experiment, launch, machine
+from diffaccel import experiment, machine, processes
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.errors import SharedError, UsageError
@@ -92,7 +92,7 @@ def test_shipped_results_keep_their_keys():
     """Those of cifar10_small were measured in bf16-mixed."""
     config = load("cifar10_small/edm", ["precision=bf16-mixed"])
     machine.settle(config)
-    assert experiment.identify_images(config)["precision"] == "bf16-mixed"
+    assert experiment.identify_images(config)(10)["precision"] == "bf16-mixed"
 
 
 def test_fp16_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -105,9 +105,9 @@ def test_fp16_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path):
 
 
 def test_processes_that_chose_differently_stop(monkeypatch: pytest.MonkeyPatch):
-    strategy = launch.Processes()
-    monkeypatch.setattr(launch.DDPStrategy, "setup_environment", lambda self: None)
-    monkeypatch.setattr(launch, "all_gather", lambda thing: ["32-true", "bf16-mixed"])
+    strategy = processes.Processes()
+    monkeypatch.setattr(processes.DDPStrategy, "setup_environment", lambda self: None)
+    monkeypatch.setattr(processes, "all_gather", lambda thing: ["32-true", "bf16-mixed"])
     with pytest.raises(SharedError, match="32-true and in bf16-mixed"):
         strategy.setup_environment()
 

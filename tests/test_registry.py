@@ -208,7 +208,6 @@ def raising(error: BaseException) -> Callable[[], object]:
         (lambda: None, "is no class or function, and registers no solver 'broken'"),
         (lambda: SimpleNamespace(), "is no class or function"),
     ],
-    ids=str,
 )
 def test_a_broken_plugin_names_itself_and_stops_nothing(
     solvers: Registry[Any], plugins: list[Any], load: Callable[[], object], reason: str
@@ -308,7 +307,6 @@ class Signed:
         (Signed(), "constructor can't be inspected|annotations don't evaluate"),
         (iter, "constructor can't be inspected"),
     ],
-    ids=str,
 )
 def test_a_constructor_that_makes_no_schema_is_named(
     solvers: Registry[Any], plugins: list[Any], factory: Any, reason: str
