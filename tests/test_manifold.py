@@ -11,6 +11,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Neighbours, distances, manifold_scores, nearest
+from diffaccel.metrics.neighbours import smallest
 
 
 def gaussian(n: int, dim: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -201,3 +202,16 @@ def test_features_that_are_not_finite_are_refused(bad):
     for pair in ((good, spoilt), (spoilt, good)):
         with pytest.raises(UsageError, match="hold 1 values that are NaN or infinite"):
             manifold_scores(*pair)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_smallest_are_those_of_all_distances_to_the_last_bit(scale):
+    """Also among copies, near duplicates and points far from the origin, where a matrix product rounds them away."""
+    x = scale + torch.randn(150, 6)
+    x[40:60] = x[39]  # more copies than there are spare candidates
+    x[60:90] = x[90:120] + 1e-6 * torch.randn(30, 6)
+    (whole,) = distances(x, x, rows=150)
+    expected = whole.sort(dim=1, stable=True)
+    for rows in (150, 32):
+        distance, index = smallest(x, x, 4, rows)
+        assert torch.equal(distance, expected.values[:, :4]) and torch.equal(index, expected.indices[:, :4])
