@@ -42,7 +42,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     path, identity = tmp_path_factory.mktemp("noise") / "reference.npz", Identity(DIM)
     features = torch.randn(4 * DIM, DIM, generator=torch.Generator().manual_seed(0))
     extractor = {"name": identity.name, "sha256": identity.sha256, "dim": DIM}
-    provenance = {"label": "noise", "split": "train", "extractor": extractor}
+    provenance = {"label": "toy mixture (noise)", "split": "train", "extractor": extractor}
     Reference(Moments.from_features(features), features.half(), provenance).save(path)
     means = f"denoiser.means=[[{','.join('0' * DIM)}]]"
     return [

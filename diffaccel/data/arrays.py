@@ -205,7 +205,7 @@ class Toy(Source):
         label: Provenance, for tables and plots.
     """
 
-    discrete, fixed_shape = False, (2, 1, 1)
+    discrete = False
 
     means = ((-2.0, -2.0), (2.0, -2.0), (0.0, 2.5))
     weights = (0.2, 0.3, 0.5)
