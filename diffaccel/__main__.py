@@ -188,7 +188,8 @@ def bench(config: Any) -> None:
         return
     method, _ = planned
     evaluator = experiment.build_evaluator(config, method)
-    check_room(config.folder, *evaluator.room(), "features")
+    if launch.is_first(config):
+        check_room(config.folder, *evaluator.room(), "features")
     launch.write_config(config, "points.jsonl")
     trainer = launch.build_trainer(config, [evaluator])
     method.eval()
@@ -244,7 +245,8 @@ def tradeoff(config: Any) -> None:
     method = experiment.build_method(config, frozen=True)
     if not isinstance(method, SmallTimeDiffusion):
         raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
-    check_new([config.folder / "tradeoff.csv"], config.again)
+    if launch.is_first(config):
+        check_new([config.folder / "tradeoff.csv"], config.again)
     starts = starts_of(method, config.tradeoff.T, experiment.build_fitted(config, method))
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, method, measured=False) if settings.fd else None
@@ -280,7 +282,8 @@ def fit(config: Any) -> None:
     check_labels(data, method.trained_classes)
     resume = resume_from(config, [*method.exports()], console)
     checkpointer = launch.build_checkpointer(config)
-    checkpointer.check_outputs(method)
+    if launch.is_first(config):
+        checkpointer.check_outputs(method)
     if resume is not None:
         checkpointer.check_same_run(resume, loading.check_resumable(resume, method))
     callbacks: list[Any] = [checkpointer]

@@ -213,13 +213,14 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    tree = merge(merge(read(file, given=given), instead or {}), given)
+    own = read(file, given=given)
+    tree = merge(merge(own, instead or {}), given)
     check_finite(tree, experiment)
     _check_keys(tree)
-    _check_method(experiment, file, given)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
     _check_parts(tree)
+    _check_method(experiment, file, own, tree)
     if "shape" not in tree:
         raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
     config = _typed(tree, experiment)
@@ -256,14 +257,14 @@ def _typed(tree: dict[str, Any], experiment: str) -> Config:
     return config
 
 
-def _check_method(experiment: str, file: Path, given: Mapping[str, Any]) -> None:
+def _check_method(experiment: str, file: Path, own: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     """Refuse to give an experiment the name of another one: its parts stay, so that its points would be mislabelled.
 
     Raises:
         UsageError: ``method=`` names another one for the same class.
     """
-    own, wanted = (tree.get("method", {}).get("name") for tree in (read(file, given=given), given))
-    if wanted and own and wanted != own and METHODS[own] is METHODS[wanted]:
+    before, wanted = ((part.get("method") or {}).get("name") for part in (own, tree))
+    if wanted and isinstance(before, str) and wanted != before and METHODS[before] is METHODS[wanted]:
         raise UsageError(
             f"method={wanted} would call {experiment} so and change nothing else: name the experiment of that method, "
             f"{file.parent.name}/{wanted}, say"

@@ -24,7 +24,7 @@ SETTINGS = ("prior.", "solver.")
 FILES = ("checkpoint", "init", "path")
 """Last names of leaves that hold a path, which no label gives that does without."""
 DEPTH = 8
-"""Levels of settings that are told apart key by key."""
+"""Depth to which nested settings are compared key by key."""
 LONGEST = 32
 """Characters of a value in a label."""
 
@@ -47,7 +47,7 @@ class Curve:
 
     Attributes:
         members: Their numbers.
-        shared: What each of them says of itself, but for budget and seed.
+        shared: Each one's settings, without budget and seed.
         common: Settings that happen to be equal for all budgets of tuned points.
     """
 

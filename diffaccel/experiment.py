@@ -109,7 +109,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
 def _fill_denoiser(
     config: Config, denoiser: NetworkDenoiser, pretrained: Pretrained | None, solver: Solver, load: bool
 ) -> dict[str, Any]:
-    """Give a denoiser the weights that the configuration names; returns what their file says of itself."""
+    """Give a denoiser the weights that the configuration names; returns the header of their file."""
     if pretrained is not None:
         check_grid(solver, denoiser)
     if pretrained is not None and load:

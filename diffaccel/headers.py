@@ -1,7 +1,7 @@
-"""What a file of weights says of itself, compared with what an experiment asks of it.
+"""The header of a file of weights, compared with what an experiment asks of the file.
 
 A header is the JSON description that ``fit`` and ``convert`` leave in a file: ``kind`` (denoiser, generator, density,
-classifier), ``shape``, and the parts that the weights were trained in. What it doesn't say is not compared.
+classifier), ``shape``, and the parts that the weights were trained in. Keys that it lacks are not compared.
 """
 
 import json

@@ -225,7 +225,10 @@ def folder_of(config: Config) -> AbstractContextManager[None]:
 
 
 def is_first(config: Config) -> bool:
-    """Whether this is the process of rank zero, also before there is a trainer to say so."""
+    """Whether this is the process of rank zero, also before there is a trainer to say so.
+
+    It makes the run's folder and checks it for all: the others may be ahead of it, or have disks of their own.
+    """
     node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     return config.devices * config.num_nodes == 1 or (rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
 

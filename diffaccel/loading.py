@@ -40,7 +40,7 @@ def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, 
         asked: Key of the file's header -> what it should be there.
 
     Returns:
-        What the file says of itself.
+        The file's header.
 
     Raises:
         UsageError: The file is missing, broken, holds code, or is another network's; or its header says otherwise.
@@ -60,7 +60,7 @@ def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, 
 
 
 def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict[str, Any]:
-    """Read a denoiser's weights; returns what the file says of itself.
+    """Read a denoiser's weights; returns the file's header.
 
     Raises:
         UsageError: See :func:`load_network`.
@@ -81,12 +81,12 @@ def load_prior(config: Config, path: Path, prior: Prior, node: Mapping[str, Any]
         UsageError: See :func:`load_network`.
     """
     ((name, network),) = prior.networks().items()
-    asked: dict[str, Any] = {"shape": config.shape, "prior": {**node}}
+    asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node)}
     load_network(path, network, name, asked)
 
 
 def check_shared_prior(config: Config, prior: Prior) -> None:
-    """Compare a prior that is fitted in the denoiser's own weights with what their file says of it.
+    """Compare a prior that is fitted in the denoiser's own weights with the header of their file.
 
     Raises:
         UsageError: They differ.
@@ -97,7 +97,7 @@ def check_shared_prior(config: Config, prior: Prior) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a file of ours says of itself, be it safetensors or a checkpoint of ``fit``; empty if it says nothing."""
+    """Header of a file of ours, be it safetensors or a checkpoint of ``fit``; empty if it has none."""
     if path.suffix == ".safetensors":
         return read_description(path)
     content = read_checkpoint(path)["diffaccel"]
@@ -117,17 +117,13 @@ def check_trained(config: Config, method: Diffusion) -> None:
             "noise classifier",
             "posterior.checkpoint",
             bool(method.auxiliary_networks()),
-            _posterior_weights(config),
+            config.posterior.get("checkpoint"),
             True,
         ),
     ):
         if wanted and not given:
             left = f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if fitted else "its fit trains none"
             raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {left}")
-
-
-def _posterior_weights(config: Config) -> str | None:
-    return config.posterior.get("checkpoint")
 
 
 def adopt(config: Config) -> Pretrained | None:

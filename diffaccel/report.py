@@ -35,7 +35,7 @@ COLUMNS = (
     *("nfe_equivalent", "gflops_per_image", "seconds_per_image", "n", "seed"),
 )
 BESIDE = 8
-"""Curves from which on the legend stands beside the axes."""
+"""From this many curves on, the legend is drawn outside the axes."""
 CELL = 64  # pixels that the longer side of a small image is magnified to, about
 
 

@@ -245,7 +245,7 @@ def folder_name(budget: float) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """Read what a folder says of its images; None if it says nothing."""
+    """Read the record that a folder holds of its images; None without one."""
     try:
         found = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError):

@@ -62,7 +62,8 @@ def write_statistics(config: Config) -> str | None:
     paths = _paths(config)
     if not paths:
         raise UsageError("nothing to write: set reference=FILE or floor=FILE, or neither for files in OUT")
-    check_new(paths.values(), config.again)
+    if launch.is_first(config):
+        check_new(paths.values(), config.again)
     data, extractor = experiment.build_data(config), experiment.build_extractor(config)
     if "test" in paths and (missing := _missing(data)):
         if config.floor or len(paths) == 1:  # it was asked for

@@ -96,7 +96,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def _description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     content = json.loads((metadata or {}).get("diffaccel", "{}"))
     if not isinstance(content, dict):
-        raise ValueError("what its header says of it is no mapping")
+        raise ValueError("its header is no mapping")
     return content
 
 

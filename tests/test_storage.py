@@ -141,6 +141,44 @@ def test_the_first_process_holds_the_folder_for_all(monkeypatch: pytest.MonkeyPa
     assert not is_first(load("toy/edm", ["num_nodes=2"]))
 
 
+class _Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "toy/edm", "reference={files}/reference.npz", "floor={files}/floor.npz"],
+        ["fit", "digits/edm", "reference=null"],
+        ["tradeoff", "toy/small_t", "tradeoff.fd=false"],
+        ["reference", "toy/edm"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_later_process_leaves_the_folder_to_the_first(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ahead of the first, or on a disk of its own, it finds no folder, makes none, and goes on."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    def build_trainer(*_: object, **__: object) -> None:
+        raise _Reached
+
+    def mkdir(path: Path, *_: object, **__: object) -> None:
+        pytest.fail(f"{path} is made")
+
+    if words[0] == "bench":
+        files = [f"{key}={tmp_path / key}.npz" for key in ("reference", "floor")]
+        assert main(["reference", "toy/edm", "data.n=50", "accelerator=cpu", *files]) == 0
+    monkeypatch.setattr("diffaccel.launch.build_trainer", build_trainer)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    out = tmp_path / "out"
+    with pytest.raises(_Reached):
+        main([*(word.format(files=tmp_path) for word in words), "devices=2", "accelerator=cpu", f"out={out}"])
+    assert not out.exists()
+
+
 def test_a_mistake_leaves_no_folder(tmp_path: Path):
     out = tmp_path / "deep" / "er"
     assert main([*BENCH, "solver=huen", f"out={out}"]) == 2

@@ -172,7 +172,7 @@ def _open(stream: IO[bytes]) -> Any:
 
 
 def _is_deep(image: Any) -> bool:
-    """Whether an image that isn't loaded yet has more than 8 bits a channel; Pillow's mode tells that of grey alone."""
+    """Whether an image has more than 8 bits a channel. Before loading, Pillow's mode tells for grey alone."""
     if image.mode.startswith(("I", "F")):
         return True
     if image.format == "TIFF":

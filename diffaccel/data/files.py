@@ -48,7 +48,7 @@ class FileImages(Images):
     Args:
         files: Where they lie.
         names: Which of them, in order.
-        labels: Their labels, and what to say of them.
+        labels: Their labels, and the line that reports them.
         image_size: Crop the middle square and resize it (Lanczos) to this many pixels a side; None takes the images as
             they are, which must then have one size.
         others: Further images of the split, which count only in deciding whether the images are grey.

@@ -144,7 +144,7 @@ class Diffusion(TrainedModule):
         return nn.ModuleDict(networks) if networks else None
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Return what training leaves: file name -> weights, and what its header says of them.
+        """Return what training leaves: file name -> weights, and the header that describes them.
 
         The denoiser's are ``raw`` and, averaged, ``ema``; another network's go by its name.
         """

@@ -27,7 +27,7 @@ class Training:
     flip: bool = False
     """Mirror images left to right at random."""
     augment: float = 0.0
-    """Probability of each of EDM's geometric augmentations, of which the network is told: set network.augment=9."""
+    """Probability of each of EDM's geometric augmentations, an input of the network: set network.augment=9."""
     workers: int = 0
     """Processes that read images; 0 suits data in memory."""
     lr: float = 1e-3

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffaccel.nn import NCSNpp
 from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names, unwrap
 from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
@@ -141,7 +142,7 @@ def read_diffusers(path: Path, options: Mapping[str, Any]) -> Pretrained:
     network, shape = read_config(parts.config, options.get("size"), origin)
     found = aliases(unwrap(origin, read_weights(parts.files)))
     on_meta = build_on_meta(origin, network, shape, len(found))
-    fourier, units = network["name"] == "ncsnpp", "[-1, 1], as in the file"
+    fourier, units = isinstance(on_meta, NCSNpp), "[-1, 1], as in the file"
     entries = names_of_ncsnpp(on_meta) if fourier else names_of_ddpm(on_meta)
     check_names(origin, {entry.name: shape_in(found, entry) for entry in entries}, found)
     tensors = assemble(origin, entries, found, on_meta)

@@ -38,7 +38,7 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def _null_class(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a conditional network's arguments say of labels left out in training: without any it has no null class."""
+    """Whether a conditional network has a null class: only if its training left labels out."""
     return {"null_class": given["label_dropout"] > 0} if given["label_dim"] else {}
 
 
