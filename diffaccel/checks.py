@@ -4,7 +4,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from diffaccel.errors import UsageError
 from diffaccel.overrides import scalar
@@ -43,6 +43,21 @@ class Range:
 
 
 COUNT, LENGTH, SHARE, POSITIVE = Range(1, 10**6), Range(1, 10**12), Range(0, 1), Range(0, ends="(]")
+
+FILLED = "one or more"
+"""Marks an annotated list that must not be empty."""
+Count = Annotated[int, COUNT]
+"""Annotation of a constructor's parameter: a positive integer; a registry checks it before it builds the part."""
+Counts = Annotated[list[int], COUNT, FILLED]
+"""One positive integer or more."""
+Whole = Annotated[int, Range(0, 10**6)]
+"""Zero or a positive integer."""
+Wholes = Annotated[list[int], Range(0, 10**6)]
+"""Such integers, or none."""
+Positives = Annotated[list[float], POSITIVE, FILLED]
+"""One positive number or more."""
+Dropout = Annotated[float, Range(0, 1, "[)")]
+"""Probability of leaving a unit out."""
 
 RANGES: dict[str, Range] = {
     "n": Range(1, 10**8, why="the features of all images are kept in memory"),
@@ -167,6 +182,37 @@ def at_least(low: float, where: str, **values: float | None) -> None:
             raise UsageError(f"{where}: {key} is {value}, it must be {low:g} or more")
 
 
+def check_annotated(where: str, values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """Refuse values outside the :class:`Range` that their parameter is annotated with; None is left alone.
+
+    Args:
+        where: The part, for the message.
+        values: Its values by their keys.
+        annotations: Annotations of its constructor's parameters.
+
+    Raises:
+        UsageError: There is one, or an empty list where a value is required.
+    """
+    for key, value in values.items():
+        for annotation in (annotations.get(key), *get_args(annotations.get(key))):  # of ``Count | None``, too
+            metadata = getattr(annotation, "__metadata__", ())
+            for allowed in (item for item in metadata if isinstance(item, Range)):
+                numbers = value if isinstance(value, list) else [value]
+                if any(number is not None and number not in allowed for number in numbers):
+                    raise UsageError(f"{where}: {key} is {_shown(value)}, {allowed}")
+                if FILLED in metadata and not numbers:
+                    raise UsageError(f"{where}: {key} is empty: give one or more, {allowed}")
+
+
+def plain_type(annotation: Any) -> Any:
+    """Return an annotation without its ranges, those of ``Count | None`` too."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return Union[tuple(plain_type(one) for one in get_args(annotation))]  # noqa: UP007 (made at run time)
+    return annotation
+
+
 def conform(key: str, value: Any, kind: Any) -> Any:
     """Bring a value, as a person writes it, to a type: 2e6 to an int, "5,10" to a list, "none" to None.
 
@@ -183,6 +229,7 @@ def conform(key: str, value: Any, kind: Any) -> Any:
             return value
         kinds = {field.name: field.type for field in fields(kind)}
         return {name: conform(f"{key}.{name}".lstrip("."), item, kinds.get(name, Any)) for name, item in value.items()}
+    kind = plain_type(kind)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         own = [argument for argument in arguments if argument is not types.NoneType]

@@ -435,7 +435,16 @@ class MixtureDenoiser(Denoiser):
 
 @DENOISERS.register("mixture")
 def mixture(process: Process, means: list[list[float]], std: float, weights: list[float]) -> MixtureDenoiser:
-    """Exact denoiser of 2-D toy points, (2, 1, 1) each: means (K, 2), one deviation, weights (K,)."""
+    """Exact denoiser of 2-D toy points, (2, 1, 1) each: means (K, 2), one standard deviation, weights (K,).
+
+    Raises:
+        UsageError: No means, a mean without two coordinates, or weights that are not positive or not one per mean.
+    """
+    if not means or any(len(mean) != 2 for mean in means) or len(weights) != len(means) or not min(weights) > 0:
+        raise UsageError(
+            f"denoiser 'mixture': means are {means} and weights {weights}: give pairs of coordinates, one or more, and "
+            "a positive weight for each"
+        )
     points = torch.tensor(means, dtype=torch.float32)[:, :, None, None]
     return MixtureDenoiser(points, std**2, torch.tensor(weights, dtype=torch.float32), process)
 

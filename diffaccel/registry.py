@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffaccel.checks import conform
+from diffaccel.checks import check_annotated, conform, plain_type
 from diffaccel.errors import UsageError, suggest
 from diffaccel.escape import printable
 from diffaccel.overrides import as_plain, refuse_references
@@ -237,6 +237,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None
+        check_annotated(where, values, {key: parameter.annotation for key, parameter in parameters.items()})
         return factory(**values, **{key: value for key, value in context.items() if key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
@@ -280,7 +281,7 @@ def _schema(
             default = dataclasses.field(default_factory=partial(copy.copy, parameter.default))
         elif (make := _default_factory(factory, parameter.name)) is not None:
             default = dataclasses.field(default_factory=make)
-        annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+        annotation = Any if parameter.annotation is parameter.empty else plain_type(parameter.annotation)
         fields.append((parameter.name, annotation, default))
     try:
         return dataclasses.make_dataclass("Part", fields)

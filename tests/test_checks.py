@@ -135,6 +135,19 @@ toy/tdpm method.gamma=-1
 toy/tdpm method.generator_since=-1
 toy/small_t method.density_lr=0
 digits/edm levels.std=0
+digits/edm network.widths=[]
+digits/edm network.widths=[-1]
+digits/edm network.heads=[]
+digits/edm network.embedding=0
+digits/edm network.unshuffle=0
+digits/edm network.classes=-3
+digits/edm network.dropout=1.5
+digits/dlg posterior.count=-3
+digits/dlg posterior.width=0
+cifar10/tdpm network.groups=0
+cifar10/tdpm network.multipliers=[]
+toy/edm denoiser.means=[]
+toy/edm denoiser.weights=[1,-1]
 """.strip().splitlines()
 
 

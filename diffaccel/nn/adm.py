@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
 from diffaccel.nn.unet import NETWORKS
@@ -234,15 +235,15 @@ class ADMUNet(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        width: int = 192,
-        multipliers: list[int] = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
-        blocks: int = 3,
-        attention: list[int] = [16, 8],  # noqa: B006
-        dropout: float = 0.1,
-        classes: int = 0,
-        heads: list[int] = [1],  # noqa: B006
+        width: Count = 192,
+        multipliers: Counts = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
+        blocks: Count = 3,
+        attention: Wholes = [16, 8],  # noqa: B006
+        dropout: Dropout = 0.1,
+        classes: Whole = 0,
+        heads: Counts = [1],  # noqa: B006
         decouple: bool = True,
-        augment: int = 0,
+        augment: Whole = 0,
         null_class: bool = True,
     ) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import Count, Dropout, Positives, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 
@@ -230,17 +231,17 @@ class DDPMUNet(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        width: int = 128,
-        multipliers: list[float] = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
-        blocks: int = 2,
-        attention: list[int] = [16],  # noqa: B006
-        dropout: float = 0.1,
-        groups: int = 32,
-        classes: int = 0,
+        width: Count = 128,
+        multipliers: Positives = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
+        blocks: Count = 2,
+        attention: Wholes = [16],  # noqa: B006
+        dropout: Dropout = 0.1,
+        groups: Count = 32,
+        classes: Whole = 0,
         attention_up: list[int] | None = None,
         middle_attention: bool = True,
-        middle_groups: int | None = None,
-        head_width: int | None = None,
+        middle_groups: Count | None = None,
+        head_width: Count | None = None,
         eps: float = EPS,
         film: bool = False,
         symmetric: bool = False,

@@ -5,6 +5,7 @@ import math
 from einops import pack, rearrange
 from torch import Tensor, nn
 
+from diffaccel.checks import Count, Counts
 from diffaccel.nn.unet import NETWORKS, NoiseEmbedding
 
 
@@ -23,10 +24,10 @@ class MLP(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        width: int = 128,
-        depth: int = 3,
-        embedding: int = 32,
-        heads: list[int] = [1],  # noqa: B006 (read only; a list, for YAML)
+        width: Count = 128,
+        depth: Count = 3,
+        embedding: Count = 32,
+        heads: Counts = [1],  # noqa: B006 (read only; a list, for YAML)
     ) -> None:
         super().__init__()
         self.shape, self.heads = tuple(shape), tuple(heads)

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 
@@ -202,18 +203,18 @@ class NCSNpp(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        width: int = 128,
-        multipliers: list[int] = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
-        blocks: int = 4,
-        attention: list[int] = [16],  # noqa: B006
+        width: Count = 128,
+        multipliers: Counts = [1, 2, 2, 2],  # noqa: B006 (read only; a list, for YAML)
+        blocks: Count = 4,
+        attention: Wholes = [16],  # noqa: B006
         embedding: str = "fourier",
-        noise_width: int | None = None,
+        noise_width: Count | None = None,
         resample: str = "fir",
         encoder: str = "residual",
         decoder: str = "standard",
-        dropout: float = 0.1,
-        classes: int = 0,
-        augment: int = 0,
+        dropout: Dropout = 0.1,
+        classes: Whole = 0,
+        augment: Whole = 0,
         null_class: bool = True,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
 from diffaccel.registry import Registry
@@ -172,15 +173,15 @@ class UNet(Decoder):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        widths: list[int] = [64, 128],  # noqa: B006 (read only; a list, for YAML)
-        blocks: int = 2,
-        attention: list[int] = [],  # noqa: B006
-        unshuffle: int = 1,
-        embedding: int = 256,
-        dropout: float = 0.0,
-        classes: int = 0,
-        heads: list[int] = [1],  # noqa: B006
-        augment: int = 0,
+        widths: Counts = [64, 128],  # noqa: B006 (read only; a list, for YAML)
+        blocks: Count = 2,
+        attention: Wholes = [],  # noqa: B006
+        unshuffle: Count = 1,
+        embedding: Count = 256,
+        dropout: Dropout = 0.0,
+        classes: Whole = 0,
+        heads: Counts = [1],  # noqa: B006
+        augment: Whole = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import at_least, positive
+from diffaccel.checks import Count, at_least, positive
 from diffaccel.denoiser import Denoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn.classifier import NoiseLevelClassifier
@@ -115,10 +115,10 @@ class ExactPosterior(LevelPosterior):
 @POSTERIORS.register("classifier")
 def classifier(
     shape: tuple[int, int, int],
-    count: int = 1000,
+    count: Count = 1000,
     ratio_min: float = 0.02,
     ratio_max: float = 100.0,
-    width: int = 32,
+    width: Count = 32,
     normalise: bool = True,
 ) -> ClassifierPosterior:
     """Build a noise classifier over ``count`` geometric levels (see :class:`NoiseLevelClassifier`)."""
@@ -127,7 +127,7 @@ def classifier(
 
 
 @POSTERIORS.register("exact")
-def exact(denoiser: Denoiser, count: int = 1000, ratio_min: float = 0.02, ratio_max: float = 100.0) -> ExactPosterior:
+def exact(denoiser: Denoiser, count: Count = 1000, ratio_min: float = 0.02, ratio_max: float = 100.0) -> ExactPosterior:
     """Build the exact posterior of an exact denoiser.
 
     Raises:
