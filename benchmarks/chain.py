@@ -18,15 +18,15 @@ from torch import Tensor
 
 from diffaccel.config import load
 from diffaccel.data import to_float
-from diffaccel.evaluator import to_uint8
+from diffaccel.evaluation import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
-from diffaccel.machine import settle
+from diffaccel.features.extractors import Extractor
 from diffaccel.methods import Diffusion
 from diffaccel.metrics import Moments, frechet_distance
-from diffaccel.nn.features import Extractor
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Plan
 from diffaccel.process import expand
+from diffaccel.run.machine import settle
 
 ROUNDS = (1, 2, 5, 10, 20, 50)
 BANDS = 4

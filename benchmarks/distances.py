@@ -22,9 +22,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from diffaccel.data.arrays import Npz
 from diffaccel.errors import UsageError
+from diffaccel.features.extractors import Extractor, Small
+from diffaccel.features.jpeg import jpeg
 from diffaccel.metrics import Frechet, FrechetDistance, Moments
-from diffaccel.nn.features import Extractor, Small
-from diffaccel.nn.jpeg import jpeg
 
 # The least blur is 0.4 pixels: 0.25 would change no value by half a level, so that in uint8 it is none.
 BLUR = (0, 0.4, 0.5, 0.75, 1, 1.5)

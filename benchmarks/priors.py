@@ -19,12 +19,12 @@ from benchmarks.distances import moments, score
 from diffaccel.config import Config, load
 from diffaccel.data import DataModule, to_float
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import to_uint8
+from diffaccel.evaluation import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
-from diffaccel.machine import settle
 from diffaccel.methods import TruncatedDiffusion
 from diffaccel.metrics import Frechet
 from diffaccel.noise import NoiseStreams
+from diffaccel.run.machine import settle
 
 
 def matched_gaussian(states: Tensor, n: int, seed: int = 0) -> Tensor:

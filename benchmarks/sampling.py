@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.timing import Stopwatch, compare, show, timed
 from diffaccel.denoiser import KarrasDenoiser
-from diffaccel.levels import LEVELS
+from diffaccel.denoiser.levels import LEVELS
 from diffaccel.methods import Diffusion, Training
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn.unet import UNet

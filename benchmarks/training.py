@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Stopwatch, clock, compare, show
-from diffaccel import experiment, launch
+from diffaccel import experiment
 from diffaccel.__main__ import _quiet
 from diffaccel.config import Config, load
-from diffaccel.methods.ema import EMA
+from diffaccel.run import launch
+from diffaccel.training.ema import EMA
 
 BATCH, STEPS, LIMIT = 64, 10, 1.05
 EXPERIMENT = """\

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import SharedError, UsageError, suggest
-from diffaccel.escape import printable
 from diffaccel.storage import FULL, check_room, check_target
-from diffaccel.terminal import PlainConsole, print_lines, side_output
+from diffaccel.text.escape import printable
+from diffaccel.text.terminal import PlainConsole, print_lines, side_output
 
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
@@ -84,10 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no command is called {verb!r}{suggest(verb, [*verbs, *PATH_VERBS])} (see `diffaccel help`)"
             )
         _quiet()
-        from diffaccel import launch
         from diffaccel.config import FLAGS, KEYS, load
-        from diffaccel.machine import settle
-        from diffaccel.overrides import one_experiment
+        from diffaccel.parts.overrides import one_experiment
+        from diffaccel.run import launch
+        from diffaccel.run.machine import settle
 
         experiment, settings = one_experiment(words, KEYS, FLAGS)
         # Statistics are written to OUT, and not over those that the experiment reads.
@@ -135,8 +135,8 @@ def _guarded(run: Callable[[], None]) -> int:
 
 def compare(words: list[str]) -> None:
     """Print the points of several runs side by side, and write a page of them."""
-    from diffaccel import compare as comparison
-    from diffaccel.overrides import paths_and_options
+    from diffaccel.parts.overrides import paths_and_options
+    from diffaccel.verbs import compare as comparison
 
     sources, options = paths_and_options(words, ["out", "reference"], "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
@@ -151,8 +151,8 @@ def compare(words: list[str]) -> None:
 def convert(words: list[str]) -> None:
     """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
     from diffaccel import pretrained
-    from diffaccel.overrides import paths_and_options, scalar
-    from diffaccel.targets import check_new
+    from diffaccel.parts.overrides import paths_and_options, scalar
+    from diffaccel.run.targets import check_new
 
     paths, options = paths_and_options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
     inspects, again = (scalar(options.pop(flag, "no")) is True for flag in ("inspect", "again"))
@@ -181,8 +181,9 @@ def bench(config: Any) -> None:
     """Measure the configured budgets with the configured weights."""
     from torch.utils.data import DataLoader
 
-    from diffaccel import experiment, launch
-    from diffaccel.terminal import print_points
+    from diffaccel import experiment
+    from diffaccel.report.table import print_points
+    from diffaccel.run import launch
 
     if (planned := _plan(config)) is None:
         return
@@ -209,7 +210,7 @@ def _plan(config: Any) -> tuple[Any, dict[float, Any]] | None:
     plans = {budget: method.plan(budget, config.n) for budget in config.nfe}
     if not config.dry_run:
         return method, plans
-    from diffaccel.cost import print_cost
+    from diffaccel.verbs.cost import print_cost
 
     print_cost(config, method, plans)
     return None
@@ -219,7 +220,8 @@ def search(config: Any) -> None:
     """Find the best prior and solver for each configured budget."""
     from torch.utils.data import DataLoader
 
-    from diffaccel import experiment, launch
+    from diffaccel import experiment
+    from diffaccel.run import launch
 
     method = experiment.build_method(config, frozen=True)
     searcher = experiment.build_searcher(config, method)
@@ -237,10 +239,11 @@ def tradeoff(config: Any) -> None:
     """Measure the bound and the distance of samples as functions of the start time."""
     from torch.utils.data import DataLoader
 
-    from diffaccel import experiment, launch
+    from diffaccel import experiment
+    from diffaccel.evaluation.tradeoff import TradeoffCurve, best, starts_of
     from diffaccel.methods import SmallTimeDiffusion
-    from diffaccel.targets import check_new
-    from diffaccel.tradeoff import TradeoffCurve, best, starts_of
+    from diffaccel.run import launch
+    from diffaccel.run.targets import check_new
 
     method = experiment.build_method(config, frozen=True)
     if not isinstance(method, SmallTimeDiffusion):
@@ -264,10 +267,12 @@ def tradeoff(config: Any) -> None:
 
 def fit(config: Any) -> None:
     """Train a method, or the feature network that scores."""
-    from diffaccel import experiment, launch, loading
+    from diffaccel import experiment
     from diffaccel.data.module import check_labels
-    from diffaccel.targets import resume_from
-    from diffaccel.terminal import print_points
+    from diffaccel.experiment import loading
+    from diffaccel.report.table import print_points
+    from diffaccel.run import launch
+    from diffaccel.run.targets import resume_from
 
     frozen = config.method_name != "extractor" and experiment.keeps_denoiser(config)
     if config.init and (frozen or config.method_name == "extractor" or not config.network):
@@ -317,7 +322,7 @@ def fit(config: Any) -> None:
 
 def sample(config: Any) -> None:
     """Write the images that bench measures, a folder for each budget."""
-    from diffaccel.sample import sample as write_images
+    from diffaccel.verbs.sample import sample as write_images
 
     if (planned := _plan(config)) is not None:
         for folder in write_images(config, *planned):
@@ -326,19 +331,20 @@ def sample(config: Any) -> None:
 
 def reference(config: Any) -> None:
     """Write the statistics that bench compares with: of the training split, and of the test split for the floor."""
-    from diffaccel.statistics import write_statistics
+    from diffaccel.verbs.reference import write_statistics
 
     if words := write_statistics(config):
         print_lines(f"to use them, add to bench: {words}")
 
 
 def _fit_extractor(config: Any) -> None:
-    from diffaccel import experiment, launch
-    from diffaccel.machine import announce, device_type
-    from diffaccel.nn.features import save_classifier
-    from diffaccel.nn.fitting import fit_extractor
-    from diffaccel.registry import Registry
-    from diffaccel.targets import resume_from
+    from diffaccel import experiment
+    from diffaccel.features.extractors import save_classifier
+    from diffaccel.features.fitting import fit_extractor
+    from diffaccel.parts.registry import Registry
+    from diffaccel.run import launch
+    from diffaccel.run.machine import announce, device_type
+    from diffaccel.run.targets import resume_from
 
     recipes: Registry[Any] = Registry("method")
     recipes.register("extractor")(fit_extractor)

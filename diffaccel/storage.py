@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from diffaccel.errors import UsageError
-from diffaccel.terminal import PlainConsole
+from diffaccel.text.terminal import PlainConsole
 
 try:
     import fcntl

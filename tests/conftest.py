@@ -39,7 +39,7 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """No pictures, which cost more than the points of tests: test_evaluator.py draws them."""
-    from diffaccel.evaluator import Evaluator
+    from diffaccel.evaluation import Evaluator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_draw", lambda self: None)

@@ -20,7 +20,7 @@ import yaml
 from diffaccel.__main__ import main
 from diffaccel.data import DataModule
 from diffaccel.errors import UsageError
-from diffaccel.nn.features import SmallClassifier, save_classifier
+from diffaccel.features.extractors import SmallClassifier, save_classifier
 from diffaccel.report import read_points
 
 N, BUDGET, LIMIT = 32, 12, 256

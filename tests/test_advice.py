@@ -13,22 +13,22 @@ import pytest
 
 from diffaccel import experiment, pretrained
 from diffaccel.__main__ import HELP
-from diffaccel.attenuation import ATTENUATIONS
 from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.data import SOURCES
 from diffaccel.denoiser import DENOISERS
+from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import DENSITIES
-from diffaccel.levels import LEVELS
+from diffaccel.features.extractors import EXTRACTORS
+from diffaccel.features.fitting import fit_extractor
 from diffaccel.methods import METHODS
 from diffaccel.nn import NETWORKS
 from diffaccel.nn.critic import CRITICS
-from diffaccel.nn.features import EXTRACTORS
-from diffaccel.nn.fitting import fit_extractor
-from diffaccel.overrides import ALIASES, one_experiment, paths_and_options
+from diffaccel.parts.overrides import ALIASES, one_experiment, paths_and_options
+from diffaccel.parts.registry import Registry
 from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
-from diffaccel.registry import Registry
+from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
 
 ROOT = Path(__file__).parent.parent

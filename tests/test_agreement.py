@@ -13,8 +13,7 @@ from diffaccel.config import EXPERIMENTS, find, load
 from diffaccel.data import SOURCES, ArrayImages, DataModule, Source
 from diffaccel.errors import UsageError
 from diffaccel.experiment import build_evaluator, build_method
-from diffaccel.headers import kind_of
-from diffaccel.loading import weights_sha256
+from diffaccel.experiment.headers import kind_of
 from diffaccel.methods import METHODS, DenoisingLangevinGibbs
 from diffaccel.nn import NETWORKS
 from diffaccel.process import PROCESSES
@@ -197,7 +196,7 @@ def test_settings_searched_for_other_weights_are_left_out(tmp_path: Path, capsys
     tensors, said = read_weights(WEIGHTS / "edm.safetensors")
     moved = {name: tensor + 0.01 * tensor.abs().mean() for name, tensor in tensors.items()}
     save_weights(tmp_path / "mine.safetensors", moved, said)
-    known = weights_sha256(build_method(load("digits/edm")))
+    known = build_method(load("digits/edm")).weights_sha256()
     file = tmp_path / "best.yaml"
     file.write_text(
         f"base: {find('digits/edm').resolve()}\ntuned_for: {json.dumps(known)}\n"
@@ -218,7 +217,7 @@ def test_what_a_search_finds_belongs_to_its_weights(tmp_path: Path):
     words = ["nfe=5", "n=20", "search.trials=1", "search.images=[20]", "threads=1", f"out={tmp_path}"]
     assert main(["search", "digits/edm_best", *words]) == 0
     found = load(str(tmp_path / "best.yaml"))
-    assert found.tuned_for == weights_sha256(build_method(load("digits/edm")))
+    assert found.tuned_for == build_method(load("digits/edm")).weights_sha256()
     assert build_method(found, frozen=True).tuned
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from diffaccel.data import Batch, augment
 from diffaccel.data.augment import LABELS
 from diffaccel.denoiser import KarrasDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import Diffusion, Training
 from diffaccel.nn import UNet
 from diffaccel.noise import NoiseStreams

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffaccel.attenuation import ATTENUATIONS, Constant, Linear
 from diffaccel.denoiser import Denoiser, GaussianDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import PROCESSES, Decoupled, DecoupledPrediction, Prediction, VariancePreserving, expand
+from diffaccel.process.attenuation import ATTENUATIONS, Constant, Linear
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.solver.grid import LogSNR, Quadratic, TimeToZero, UniformTime
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffaccel.__main__ import main
-from diffaccel.checkpoint import Checkpointer, WholeFiles
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
+from diffaccel.run.checkpoint import Checkpointer, WholeFiles
 from diffaccel.weights import file_sha256, read_weights, save_weights
 
 IMAGES, BATCH = 1280, 64  # 20 steps
@@ -286,7 +286,7 @@ def test_an_interrupt_within_a_step_keeps_the_last_whole_state(tmp_path: Path, m
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffaccel.methods.ema.EMA.update", interrupt)  # after the optimiser, before the end
+    monkeypatch.setattr("diffaccel.training.ema.EMA.update", interrupt)  # after the optimiser, before the end
     assert main(["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference="]) == 130
     assert not (tmp_path / "last.ckpt").exists()
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from diffaccel import experiment
-from diffaccel.checks import RANGES, Range, check, conform
 from diffaccel.config import Config, load
 from diffaccel.errors import UsageError
-from diffaccel.overrides import scalar
-from diffaccel.search import check_space
+from diffaccel.evaluation.search import check_space
+from diffaccel.parts.checks import RANGES, Range, check, conform
+from diffaccel.parts.overrides import scalar
 
 # Loaded: what a value is not
 

@@ -23,7 +23,7 @@ PREAMBLE = """\
 import os, sys
 from diffaccel.__main__ import main
 from diffaccel.denoiser import MixtureDenoiser
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluation import Evaluator
 
 Evaluator._draw = Evaluator._draw_curve = lambda self: None
 """

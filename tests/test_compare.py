@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffaccel import compare as comparison
 from diffaccel.__main__ import main
-from diffaccel.compare import Row, compare, table
-from diffaccel.evaluator import BLOCKS, comparable
+from diffaccel.evaluation import BLOCKS, comparable
 from diffaccel.metrics import Frechet, paired_difference
-from diffaccel.reference import read_reference
+from diffaccel.metrics.reference import read_reference
 from diffaccel.report import append_point, plot_curve, read_points, title_of, write_curve_csv
+from diffaccel.verbs import compare as comparison
+from diffaccel.verbs.compare import Row, compare, table
 
 N = 300
 RUNS = {

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from diffaccel import cost
 from diffaccel.__main__ import main
 from diffaccel.config import load
-from diffaccel.cost import LiveBytes
 from diffaccel.experiment import build_method
+from diffaccel.verbs import cost
+from diffaccel.verbs.cost import LiveBytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

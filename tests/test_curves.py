@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from diffaccel.curves import places_of
+from diffaccel.report.curves import places_of
 
 
 def point(nfe: float | None = 5, seed: int = 0, **changes: Any) -> dict[str, Any]:

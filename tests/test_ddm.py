@@ -8,19 +8,19 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from diffaccel.attenuation import Attenuation, Constant, Linear
 from diffaccel.data import Batch
-from diffaccel.decoupled import DecoupledDenoiser, Heads
 from diffaccel.denoiser import KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
+from diffaccel.denoiser.levels import Uniform
 from diffaccel.errors import UsageError
-from diffaccel.levels import Uniform
 from diffaccel.methods import DecoupledDiffusion, Training
-from diffaccel.methods.ema import EMA
 from diffaccel.nn import MLP, UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import GaussianPrior
 from diffaccel.process import Decoupled, EDMVarianceExploding, expand
+from diffaccel.process.attenuation import Attenuation, Constant, Linear
 from diffaccel.solver import SOLVERS
+from diffaccel.training.ema import EMA
 
 ROWS = [("recommended", "t"), ("recommended", "t^2"), ("later", "t"), ("later", "t^2"), ("reference", "t")]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.distances import blurred, damages, ladder, main, moments, noisy, read, rises, without_classes
 from diffaccel.data.arrays import Digits
+from diffaccel.features.extractors import Small
 from diffaccel.metrics import Frechet
-from diffaccel.nn.features import Small
 
 EXTRACTOR = Path(__file__).parents[1] / "experiments" / "digits" / "weights" / "extractor.safetensors"
 DAMAGES = ("blur, pixels", "noise, of 255", "JPEG quality", "classes dropped")

@@ -10,8 +10,8 @@ from torch import nn
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import DenoisingLangevinGibbs, Training
 from diffaccel.methods.dlg import accept
 from diffaccel.nn.classifier import NoiseLevelClassifier

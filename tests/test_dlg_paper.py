@@ -18,7 +18,7 @@ from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import to_uint8
+from diffaccel.evaluation import to_uint8
 from diffaccel.methods import DenoisingLangevinGibbs
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffaccel.methods.ema import EMA
+from diffaccel.training.ema import EMA
 
 
 @pytest.fixture

@@ -20,17 +20,18 @@ from torch.utils.data import DataLoader
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from wandb.proto import wandb_internal_pb2
 
-from diffaccel import experiment, launch
+from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator, Real
+from diffaccel.evaluation import Evaluator, Real
+from diffaccel.features.extractors import Identity, Inception
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion
-from diffaccel.nn.features import Identity, Inception
+from diffaccel.metrics.reference import load_reference
 from diffaccel.prior import ExactPosterior, Plan
-from diffaccel.reference import load_reference
 from diffaccel.report import read_points
+from diffaccel.run import launch
 
 CHAINS = ["chains=10", "nfe=20"]
 QUICK = ["n=60", "logger=none"]
@@ -365,7 +366,7 @@ def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypat
 SCRIPT = """\
 import sys
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluation import Evaluator
 
 Evaluator._draw = Evaluator._draw_curve = lambda self: None
 for name, words in {runs!r}:

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from diffaccel.denoiser import Denoiser, GaussianDenoiser, KarrasDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.methods.feature_critic import FeatureCritic
 from diffaccel.nn import MLP, UNet
 from diffaccel.nn.critic import CRITICS, r1_penalty
 from diffaccel.process import EDMVarianceExploding, VariancePreserving
+from diffaccel.training.feature_critic import FeatureCritic
 
 SHAPE, RATIO = (1, 8, 8), 0.7
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
-from diffaccel.nn import features, fitting
-from diffaccel.nn.features import (
+from diffaccel.features.extractors import (
     EXTRACTORS,
     Identity,
     Inception,
@@ -27,7 +26,8 @@ from diffaccel.nn.features import (
     load_classifier,
     save_classifier,
 )
-from diffaccel.nn.fitting import augment, fit_extractor
+from diffaccel.features.fitting import augment, fit_extractor
+from diffaccel.nn import features, fitting
 
 
 class DigitSource:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, GuidedDenoiser, KarrasDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import UNet

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import UsageError
-from diffaccel.nn.features import Extractor, Identity
-from diffaccel.nn.jpeg import AsJPEG, jpeg
+from diffaccel.features.extractors import Extractor, Identity
+from diffaccel.features.jpeg import AsJPEG, jpeg
 
 
 class Values(Extractor):

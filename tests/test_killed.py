@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffaccel import checkpoint
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator, Partial, callback, pictures
+from diffaccel.evaluation import Evaluator, Partial, callback, pictures
 from diffaccel.report import read_points
+from diffaccel.run import checkpoint
 from diffaccel.weights import read_weights
 
 pytestmark = [
@@ -207,7 +207,7 @@ def test_pictures_that_a_kill_has_prevented_are_drawn(name: str, statistics: lis
 SCRIPT = """\
 import sys
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluation import Evaluator
 
 Evaluator._draw = Evaluator._draw_curve = lambda self: None
 sys.exit(main({words!r}))

@@ -6,9 +6,9 @@ from typing import Any
 import lightning.pytorch.loggers.wandb
 import pytest
 
-from diffaccel import launch
 from diffaccel.config import load
 from diffaccel.errors import UsageError
+from diffaccel.run import launch
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.denoiser import GaussianDenoiser
-from diffaccel.levels import LEVELS, Index, Levels, LogNormal, LogUniform, Uniform
+from diffaccel.denoiser.levels import LEVELS, Index, Levels, LogNormal, LogUniform, Uniform
 from diffaccel.process import DiscreteVariancePreserving, EDMVarianceExploding, Process, VariancePreserving
 
 LOW, HIGH = 0.01, 10.0

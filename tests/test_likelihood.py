@@ -8,8 +8,8 @@ import pytest
 import torch
 from oracles import BatchedNoise, one_gaussian, three_modes
 
-from diffaccel.levels import LogUniform, Uniform
-from diffaccel.likelihood import (
+from diffaccel.denoiser.levels import LogUniform, Uniform
+from diffaccel.evaluation.likelihood import (
     bits_per_dim,
     bound,
     decoding,

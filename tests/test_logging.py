@@ -12,8 +12,8 @@ from test_evaluator import wandb_records
 
 from diffaccel.__main__ import main
 from diffaccel.methods import Diffusion
-from diffaccel.methods.ema import EMA
 from diffaccel.report import read_points
+from diffaccel.training.ema import EMA
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -53,7 +53,7 @@ SCHEDULE = ["training.evaluate_every=100", "training.evaluate_n=40"]
 def test_budgets_are_measured_on_schedule_with_the_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[int, int]] = []
     average: dict[str, torch.Tensor] = {}
-    from diffaccel.evaluator import Evaluator
+    from diffaccel.evaluation import Evaluator
 
     measure, update = Evaluator.measure, EMA.update
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffaccel import experiment, machine, processes
+from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.errors import SharedError, UsageError
-from diffaccel.launcher import check_launcher
+from diffaccel.run import machine, processes
+from diffaccel.run.environment import check_launcher
 
 QUICK = ["n=40", "nfe=3", "logger=none"]
 

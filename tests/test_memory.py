@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffaccel.evaluator.scores import KEPT
+from diffaccel.evaluation.scores import KEPT
+from diffaccel.features.extractors import Identity
 from diffaccel.metrics import Moments
-from diffaccel.nn.features import Identity
-from diffaccel.reference import Reference
+from diffaccel.metrics.reference import Reference
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ SCRIPT = """\
 import resource
 import sys
 from diffaccel.__main__ import main
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluation import Evaluator
 
 Evaluator._draw = Evaluator._draw_curve = lambda self: None
 status = main(sys.argv[1:])

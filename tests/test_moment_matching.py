@@ -9,13 +9,13 @@ from torch import Tensor
 from diffaccel.data import Batch
 from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.methods.moment_matching import MomentMatching, RandomFilters, moments, transport_between
 from diffaccel.metrics import Moments
 from diffaccel.metrics.frechet import frechet_distance
 from diffaccel.nn import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import EDMVarianceExploding
+from diffaccel.training.moment_matching import MomentMatching, RandomFilters, moments, transport_between
 
 D = 6
 

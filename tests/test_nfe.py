@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffaccel.denoiser import MixtureDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
 from diffaccel.nfe import EvaluationCounter, burn_in
 from diffaccel.nn.classifier import NoiseLevelClassifier

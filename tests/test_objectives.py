@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser, Prediction
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import Training, TruncatedDiffusion
-from diffaccel.methods.objectives import OBJECTIVES, DistributionMatching, OdePair
 from diffaccel.nn import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import EDMVarianceExploding, VariancePreserving, expand
 from diffaccel.solver import SOLVERS
+from diffaccel.training.objectives import OBJECTIVES, DistributionMatching, OdePair
 
 SHAPE, STAR, INIT = (1, 4, 4), 0.5, 20.0
 

@@ -10,7 +10,7 @@ from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import Config, load, parse_overrides, to_yaml
 from diffaccel.errors import UsageError
-from diffaccel.overrides import as_given, scalar, sort_words
+from diffaccel.parts.overrides import as_given, scalar, sort_words
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 Printed = pytest.CaptureFixture[str]

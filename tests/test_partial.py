@@ -10,8 +10,8 @@ import torch
 from diffaccel.__main__ import main
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Chunk, Partial
-from diffaccel.nn.features import SmallClassifier, save_classifier
+from diffaccel.evaluation import Chunk, Partial
+from diffaccel.features.extractors import SmallClassifier, save_classifier
 from diffaccel.nn.unet import UNet
 from diffaccel.report import read_points
 

@@ -19,8 +19,8 @@ from diffaccel.errors import UsageError
 from diffaccel.nn.ddpm import DDPMUNet
 from diffaccel.pretrained import convert, read
 from diffaccel.pretrained.diffusers_names import names_of_ddpm
-from diffaccel.pretrained.torchfile import read_torch
 from diffaccel.weights import read_checkpoint
+from diffaccel.weights.torchfile import read_torch
 
 __all__ = ["edm_modules"]  # a fixture
 
@@ -238,7 +238,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_programs_that_mean_harm(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffaccel.pretrained.pickles.MAX_OPERATIONS", 10_000)
+    monkeypatch.setattr("diffaccel.weights.pickles.MAX_OPERATIONS", 10_000)
     body, match = HOSTILE[name]
     (tmp_path / "a.pkl").write_bytes(program(body))
     with pytest.raises(UsageError, match=match):

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffaccel import __version__, statistics
+from diffaccel import __version__
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.data import DataModule
 from diffaccel.errors import UsageError
+from diffaccel.features.extractors import Identity
 from diffaccel.metrics import Moments
-from diffaccel.nn.features import Identity
-from diffaccel.reference import compute_reference, load_reference, read_reference, save_references
+from diffaccel.metrics.reference import compute_reference, load_reference, read_reference, save_references
 from diffaccel.report import read_points
+from diffaccel.verbs import reference as statistics
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +166,8 @@ WORKER = """
 import sys, torch.distributed as dist
 from diffaccel.config import load
 from diffaccel.data import DataModule
-from diffaccel.nn.features import Identity
-from diffaccel.reference import compute_reference
+from diffaccel.features.extractors import Identity
+from diffaccel.metrics.reference import compute_reference
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
 for batch_size in (64, 500):
     data = DataModule({"name": "toy", "n": 500, "seed": 3})

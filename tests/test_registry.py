@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from diffaccel import registry as module
 from diffaccel.errors import UsageError, suggest
-from diffaccel.registry import Registry
+from diffaccel.parts import registry as module
+from diffaccel.parts.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def test_further_positional_arguments_are_no_key(solvers: Registry[Any]) -> None
 
 def test_group_follows_the_kind() -> None:
     assert Registry("solver").group == "diffaccel.solvers"
-    assert Registry("process", group="diffaccel.processes").group == "diffaccel.processes"
+    assert Registry("process", group="diffaccel.processes").group == "diffaccel.run.processes"
 
 
 def test_suggestions() -> None:

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffaccel import experiment, image_files
-from diffaccel import sample as sampling
+from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
-from diffaccel.evaluator import Partial
+from diffaccel.evaluation import Partial
 from diffaccel.methods import Diffusion
 from diffaccel.prior import Plan
-from diffaccel.report import read_points
+from diffaccel.report import image_files, read_points
+from diffaccel.verbs import sample as sampling
 from diffaccel.weights import save_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")

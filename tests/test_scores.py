@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffaccel.evaluator.partial import Chunk
-from diffaccel.evaluator.scores import BLOCKS, Real, Scores, blocks_of, spread, to_uint8
+from diffaccel.evaluation.partial import Chunk
+from diffaccel.evaluation.scores import BLOCKS, Real, Scores, blocks_of, spread, to_uint8
 from diffaccel.metrics import Moments
-from diffaccel.reference import Reference
+from diffaccel.metrics.reference import Reference
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,11 @@ from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import FiniteSetDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator
+from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation.search import check_space, draw
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import Decoupled, EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.report import read_points
-from diffaccel.search import check_space, draw
 from diffaccel.solver import SOLVERS, Listed, LogSNR
 from diffaccel.solver.searched import FineTrajectory
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import EpsDenoiser, KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser.levels import LogUniform, Uniform
 from diffaccel.density import TrainingImages
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogUniform, Uniform
-from diffaccel.likelihood import score_matching
+from diffaccel.evaluation.likelihood import score_matching
 from diffaccel.methods import SmallTimeDiffusion, Training
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import MLP, UNet
@@ -306,7 +306,7 @@ def test_what_does_not_go_together_is_refused():
 def test_a_learned_score_and_a_learned_start():
     """Three modes: a small network on [0, 1], a flow at T = 0.4, and what the two give from it and from white noise."""
     from diffaccel.density import DENSITIES
-    from diffaccel.likelihood import bound
+    from diffaccel.evaluation.likelihood import bound
 
     truth, steps = three_modes(), 3000
     model = EpsDenoiser(MLP((2, 1, 1), 128, 3), truth.process, ratio_min=0.0105)

@@ -13,7 +13,7 @@ import torch
 
 from diffaccel.__main__ import main
 from diffaccel.config import load
-from diffaccel.evaluator import BitsPerDim, Evaluator
+from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.experiment import build_method
 from diffaccel.report import read_points
 from diffaccel.weights import read_description, read_weights

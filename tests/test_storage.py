@@ -18,12 +18,12 @@ from diffaccel import storage
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.errors import UsageError
-from diffaccel.evaluator import Evaluator
-from diffaccel.evaluator.partial import write_whole
-from diffaccel.launch import is_first
+from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation.partial import write_whole
 from diffaccel.report import append_point, read_points
+from diffaccel.run.launch import is_first
 from diffaccel.storage import LOCK, check_room, check_target, occupied, whole
-from diffaccel.terminal import side_output
+from diffaccel.text.terminal import side_output
 from diffaccel.weights import save_weights
 
 Printed = pytest.CaptureFixture[str]
@@ -170,7 +170,7 @@ def test_a_later_process_leaves_the_folder_to_the_first(
     if words[0] == "bench":
         files = [f"{key}={tmp_path / key}.npz" for key in ("reference", "floor")]
         assert main(["reference", "toy/edm", "data.n=50", "accelerator=cpu", *files]) == 0
-    monkeypatch.setattr("diffaccel.launch.build_trainer", build_trainer)
+    monkeypatch.setattr("diffaccel.run.launch.build_trainer", build_trainer)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(Path, "mkdir", mkdir)
     out = tmp_path / "out"
@@ -317,9 +317,9 @@ def broken(*_: object, **__: object) -> None:
 
 def test_what_a_run_can_do_without_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed):
     for name in ("sample_grid", "write_curve_csv", "plot_curve"):
-        monkeypatch.setattr(f"diffaccel.evaluator.pictures.{name}", broken)
+        monkeypatch.setattr(f"diffaccel.evaluation.pictures.{name}", broken)
     monkeypatch.setattr("numpy.save", broken)
-    monkeypatch.setattr("diffaccel.evaluator.callback.log_curve", broken)
+    monkeypatch.setattr("diffaccel.evaluation.callback.log_curve", broken)
     assert main(["bench", "digits/edm", "n=40", "nfe=3", "logger=csv", f"out={tmp_path}"]) == 0
     assert len(read_points(tmp_path / "points.jsonl")) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
@@ -364,7 +364,7 @@ def test_a_fit_without_its_logger_leaves_its_weights(
 ):
     fit = ["fit", "digits/edm", *TINY, "images=64", "training.log_every=1", "reference=", f"logger={logger}"]
     (tmp_path / logger).write_text("in the way")  # of the logger's folder
-    monkeypatch.setattr("diffaccel.checkpoint.log_weights", broken)
+    monkeypatch.setattr("diffaccel.run.checkpoint.log_weights", broken)
     assert main([*fit, f"out={tmp_path}"]) == 0
     assert (tmp_path / "ema.safetensors").is_file() and (tmp_path / "raw.safetensors").is_file()
     said = capsys.readouterr().err

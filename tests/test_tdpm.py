@@ -9,10 +9,9 @@ from torch import nn
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import Training, TruncatedDiffusion
-from diffaccel.methods.ema import EMA
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import UNet
 from diffaccel.nn.critic import Critic
@@ -20,6 +19,7 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import DiscreteVariancePreserving, EDMVarianceExploding, VariancePreserving
 from diffaccel.solver import SOLVERS
+from diffaccel.training.ema import EMA
 
 SHAPE = (1, 8, 8)
 

@@ -63,7 +63,7 @@ def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, mo
             raise KeyboardInterrupt
         return loss(self, *arguments)
 
-    from diffaccel.checkpoint import Checkpointer
+    from diffaccel.run.checkpoint import Checkpointer
 
     monkeypatch.setattr(TruncatedDiffusion, "critic_loss", interrupted)
     monkeypatch.setattr(  # every 3 steps and not every 10

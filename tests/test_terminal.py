@@ -8,12 +8,13 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from diffaccel import terminal
 from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
-from diffaccel.escape import csv_cell, markdown_cell, printable
 from diffaccel.pretrained import Pretrained, describe
-from diffaccel.terminal import PlainConsole, description_column, print_lines, print_points, say, track
+from diffaccel.report.table import print_points
+from diffaccel.text import terminal
+from diffaccel.text.escape import csv_cell, markdown_cell, printable
+from diffaccel.text.terminal import PlainConsole, description_column, print_lines, say, track
 
 HOSTILE = "[red]a[/red] \x1b[31mb\x1b]0;title\x07 \r\u202ec\u2066\u200b :smile: \ud800 \x9b1m"
 SHOWN = "[red]a[/red] \\x1b[31mb\\x1b]0;title\\x07 \\r\\u202ec\\u2066\\u200b :smile: \\ud800 \\x9b1m"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
+from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import LogNormal
 from diffaccel.methods import Diffusion, Phase, TrainedModule, Training
 from diffaccel.methods.base import nearest
 from diffaccel.nn.unet import UNet

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
+from diffaccel.denoiser.levels import Index, LogNormal
 from diffaccel.errors import UsageError
-from diffaccel.levels import Index, LogNormal
 from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import DDPMUNet, UNet

@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from diffaccel.escape import printable
+from diffaccel.text.escape import printable
 
 SUFFIXES = {
     **dict.fromkeys((".png", ".apng"), "PNG"),

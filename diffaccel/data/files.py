@@ -22,8 +22,8 @@ from diffaccel.data.labels import Labels, read_labels
 from diffaccel.data.places import Files, FolderFiles, ZipFiles
 from diffaccel.data.source import SOURCES, Images, Source, Split, path_of
 from diffaccel.errors import UsageError
-from diffaccel.escape import printable
-from diffaccel.terminal import track
+from diffaccel.text.escape import printable
+from diffaccel.text.terminal import track
 
 NAMED_IN_ERRORS = 10
 SHOW_PROGRESS_FROM = 20_000  # images; fewer take seconds

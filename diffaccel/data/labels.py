@@ -16,7 +16,7 @@ from torch import Tensor
 from diffaccel.data.decode import UNREADABLE, listed
 from diffaccel.data.places import LABELS_FILE, Files
 from diffaccel.errors import UsageError
-from diffaccel.escape import printable
+from diffaccel.text.escape import printable
 
 MAX_CLASSES = 1_000_000
 NO_LABELS = "set labels: false"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
-from diffaccel.terminal import say
+from diffaccel.text.terminal import say
 
 
 def _as_read(batch: Any) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 
 from diffaccel.data.decode import listed
 from diffaccel.errors import UsageError
-from diffaccel.escape import printable
-from diffaccel.mistaken import what_it_is
+from diffaccel.text.escape import printable
+from diffaccel.text.mistaken import what_it_is
 
 MAX_RATIO = 100
 """Most bytes of an array for each byte of its file; images rarely compress by more than 10."""

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from diffaccel.data.decode import MAX_BYTES, SUFFIXES, UNREADABLE, has_image_suffix, is_image, listed
 from diffaccel.errors import UsageError
-from diffaccel.escape import printable
+from diffaccel.text.escape import printable
 
 LABELS_FILE = "dataset.json"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import UsageError
-from diffaccel.registry import Registry
+from diffaccel.parts.registry import Registry
 
 Split = Literal["train", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)

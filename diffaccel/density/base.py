@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffaccel.errors import UsageError
-from diffaccel.registry import Registry
+from diffaccel.parts.registry import Registry
 
 DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities")
 

@@ -5,7 +5,7 @@ from diffaccel.methods.ddm import DecoupledDiffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
 from diffaccel.methods.small_t import SmallTimeDiffusion
 from diffaccel.methods.tdpm import TruncatedDiffusion
-from diffaccel.methods.training import Phase, TrainedModule, Training
+from diffaccel.training.module import Phase, TrainedModule, Training
 
 __all__ = [
     "METHODS",

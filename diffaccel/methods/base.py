@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
-from diffaccel.levels import Levels
-from diffaccel.methods.ema import of_network
-from diffaccel.methods.training import Phase, TrainedModule, Training
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.registry import Registry
 from diffaccel.prior import ChainPrior, Group, Plan, Prior
-from diffaccel.registry import Registry
 from diffaccel.solver import Solver
+from diffaccel.training.ema import of_network
+from diffaccel.training.module import Phase, TrainedModule, Training
 from diffaccel.weights import tensors_sha256
 
 METHODS: Registry["Diffusion"] = Registry("method")
@@ -226,6 +226,11 @@ class Diffusion(TrainedModule):
     def auxiliary_networks(self) -> dict[str, nn.Module]:
         """Networks whose FLOPs count and whose forwards don't."""
         return {}
+
+    def weights_sha256(self) -> list[str]:
+        """``NETWORK=HASH`` of the weights of each network that samples: searched settings belong to these weights."""
+        networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
+        return [f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.items()]
 
     def plan(self, nfe: float, n: int) -> Plan:
         """Spend at most ``nfe`` evaluations per image on n images, burn-in included, by the settings of that budget.

@@ -5,18 +5,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffaccel.checks import at_least
-from diffaccel.decoupled import DecoupledDenoiser, Heads
 from diffaccel.denoiser import Denoiser
+from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
+from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
-from diffaccel.levels import Levels
+from diffaccel.features.perceptual import build_lpips
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.methods.training import Phase, Training
-from diffaccel.nn.perceptual import build_lpips
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import at_least
 from diffaccel.prior import Plan, Prior
 from diffaccel.process import Decoupled
 from diffaccel.solver import Solver
+from diffaccel.training.module import Phase, Training
 
 Weighting = Literal["unit", "reference", "later", "none"]
 Reconstruction = Literal["none", "pixel", "latent", "later"]
@@ -32,7 +32,7 @@ class DecoupledDiffusion(Diffusion):
     ``bridge``, and its 10 steps are 11 evaluations.
 
     Args:
-        denoiser: See :class:`Diffusion`; a :class:`~diffaccel.decoupled.DecoupledDenoiser`, or an exact one.
+        denoiser: See :class:`Diffusion`; a :class:`~diffaccel.denoiser.decoupled.DecoupledDenoiser`, or an exact one.
         prior: See :class:`Diffusion`.
         solver: See :class:`Diffusion`.
         levels: See :class:`Diffusion`.

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffaccel.checks import positive
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.denoiser import Denoiser
+from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
-from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.methods.training import Phase, Training
 from diffaccel.nfe import counted_apart
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import positive
 from diffaccel.prior import ChainPrior, ClassifierPosterior, LangevinGibbsPrior, Prior
 from diffaccel.solver import Solver
+from diffaccel.training.module import Phase, Training
 
 
 @METHODS.register("dlg")

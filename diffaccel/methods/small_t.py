@@ -8,19 +8,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffaccel.checks import positive
 from diffaccel.collective import failing_together
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.denoiser import Denoiser
+from diffaccel.denoiser.levels import Levels
 from diffaccel.density import Density, NormalDensity, TrainingImages
 from diffaccel.errors import UsageError
-from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.methods.training import Phase, Training
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import positive
 from diffaccel.prior import DensityPrior, Prior
 from diffaccel.prior.density import full_precision
 from diffaccel.solver import Solver
+from diffaccel.training.module import Phase, Training
 
 Weighting = Literal["sigma", "likelihood"]
 

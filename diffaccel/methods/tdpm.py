@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import at_least, positive
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
-from diffaccel.levels import Levels
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.methods.feature_critic import FeatureCritic  # noqa: F401 (registers it)
-from diffaccel.methods.moment_matching import MomentMatching  # noqa: F401 (registers it)
-from diffaccel.methods.objectives import OBJECTIVES, in_units
-from diffaccel.methods.training import Phase, Training
 from diffaccel.metrics.states import compare_states
 from diffaccel.nn.critic import CRITICS, Critic, r1_penalty
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import at_least, positive
 from diffaccel.prior import GaussianPrior, ImplicitPrior, Prior
 from diffaccel.solver import Solver
+from diffaccel.training.feature_critic import FeatureCritic  # noqa: F401 (registers it)
+from diffaccel.training.module import Phase, Training
+from diffaccel.training.moment_matching import MomentMatching  # noqa: F401 (registers it)
+from diffaccel.training.objectives import OBJECTIVES, in_units
 
 
 @METHODS.register("tdpm")

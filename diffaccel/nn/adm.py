@@ -7,10 +7,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
 from diffaccel.nn.unet import NETWORKS
+from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
 HEAD_WIDTH = 64
 """Channels of an attention head."""

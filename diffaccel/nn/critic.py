@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
-from diffaccel.registry import Registry
+from diffaccel.parts.registry import Registry
 
 CRITICS: Registry["Critic"] = Registry("critic")
 

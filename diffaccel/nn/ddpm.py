@@ -8,9 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import Count, Dropout, Positives, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
+from diffaccel.parts.checks import Count, Dropout, Positives, Whole, Wholes
 
 EPS = 1e-6
 """Epsilon of GroupNorm in DDPM's code, a tenth of PyTorch's."""
@@ -240,7 +240,7 @@ class DDPMUNet(nn.Module):
         classes: Whole = 0,
         attention_up: list[int] | None = None,
         middle_attention: bool = True,
-        middle_groups: Count | None = None,
+        middle_groups: Whole | None = None,
         head_width: Count | None = None,
         eps: float = EPS,
         film: bool = False,

@@ -5,8 +5,8 @@ import math
 from einops import pack, rearrange
 from torch import Tensor, nn
 
-from diffaccel.checks import Count, Counts
 from diffaccel.nn.unet import NETWORKS, NoiseEmbedding
+from diffaccel.parts.checks import Count, Counts
 
 
 @NETWORKS.register("mlp")

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
+from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
 Filter = Literal["fir", "box"]
 TAPS: dict[str, tuple[float, ...]] = {"fir": (1.0, 3.0, 3.0, 1.0), "box": (1.0, 1.0)}

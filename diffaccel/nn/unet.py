@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
-from diffaccel.registry import Registry
+from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
+from diffaccel.parts.registry import Registry
 
 NETWORKS: Registry[nn.Module] = Registry("network")
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from diffaccel.errors import UsageError, suggest
-from diffaccel.escape import printable
 from diffaccel.pretrained import denoisers  # noqa: F401 (registers them)
 from diffaccel.pretrained.checkpoint import Pretrained, build_on_meta, check_names, unwrap
 from diffaccel.pretrained.diffusers import WEIGHTS, identity_files, read_diffusers
 from diffaccel.pretrained.edm import read_edm
-from diffaccel.pretrained.pickles import open_file, refuse
 from diffaccel.pretrained.score_sde import read_score_sde
-from diffaccel.pretrained.torchfile import Stored
 from diffaccel.storage import check_target
+from diffaccel.text.escape import printable
 from diffaccel.weights import file_sha256, read_description, read_weights, save_weights
+from diffaccel.weights.pickles import open_file, refuse
+from diffaccel.weights.torchfile import Stored
 
 __all__ = [
     "FOREIGN",

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
-from diffaccel.pretrained.pickles import refuse
-from diffaccel.pretrained.torchfile import Stored
 from diffaccel.process import PROCESSES
 from diffaccel.weights import assign_weights
+from diffaccel.weights.pickles import refuse
+from diffaccel.weights.torchfile import Stored
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from diffaccel.nn import NCSNpp
 from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names, unwrap
 from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
-from diffaccel.pretrained.pickles import open_file, refuse
-from diffaccel.pretrained.torchfile import Stored, read_torch
+from diffaccel.weights.pickles import open_file, refuse
+from diffaccel.weights.torchfile import Stored, read_torch
 
 MAX_JSON = 10_000_000
 """Largest configuration or index, in bytes."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffaccel.pretrained.pickles import refuse, short
+from diffaccel.weights.pickles import refuse, short
 
 Node = dict[str, Any]
 

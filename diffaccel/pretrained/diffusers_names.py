@@ -8,7 +8,7 @@ from torch import nn
 from diffaccel.nn.ddpm import Attention, DDPMUNet, Downsample, ResidualBlock, Upsample
 from diffaccel.nn.ncsnpp import NCSNpp
 from diffaccel.pretrained.checkpoint import Entry
-from diffaccel.pretrained.torchfile import Stored
+from diffaccel.weights.torchfile import Stored
 
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

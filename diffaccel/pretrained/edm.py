@@ -19,7 +19,7 @@ import torch
 from diffaccel.nn.ncsnpp import resampling_kernel
 from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names
 from diffaccel.pretrained.edm_networks import NETWORKS
-from diffaccel.pretrained.pickles import (
+from diffaccel.weights.pickles import (
     Attributed,
     make_dict,
     make_set,
@@ -28,7 +28,7 @@ from diffaccel.pretrained.pickles import (
     run_pickle,
     short,
 )
-from diffaccel.pretrained.torchfile import ARCHIVE, Storage, Stored, read_stream, torch_globals
+from diffaccel.weights.torchfile import ARCHIVE, Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
 """Of the tree of modules; a pickle may share one child among many parents."""

@@ -8,7 +8,7 @@ from torch import nn
 from diffaccel.nn.adm import ADMUNet, Block
 from diffaccel.nn.ncsnpp import TAPS
 from diffaccel.pretrained.checkpoint import Entry
-from diffaccel.pretrained.pickles import refuse, short
+from diffaccel.weights.pickles import refuse, short
 
 Network = tuple[dict[str, Any], tuple[int, int, int]]
 """A network's node as an experiment has it, and the image shape."""

@@ -24,8 +24,8 @@ from diffaccel.pretrained.checkpoint import (
     check_names,
     unwrap,
 )
-from diffaccel.pretrained.pickles import refuse
-from diffaccel.pretrained.torchfile import Stored, read_torch
+from diffaccel.weights.pickles import refuse
+from diffaccel.weights.torchfile import Stored, read_torch
 
 Options = Mapping[str, Any]
 

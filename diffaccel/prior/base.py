@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.registry import Registry
 from diffaccel.process import expand
-from diffaccel.registry import Registry
 from diffaccel.solver import Solver
 
 PRIORS: Registry["Prior"] = Registry("prior")

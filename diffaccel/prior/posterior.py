@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffaccel.checks import Count, at_least, positive
 from diffaccel.denoiser import Denoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn.classifier import NoiseLevelClassifier
 from diffaccel.noise import NoiseStreams
-from diffaccel.registry import Registry
+from diffaccel.parts.checks import Count, at_least, positive
+from diffaccel.parts.registry import Registry
 
 POSTERIORS: Registry["LevelPosterior"] = Registry("posterior")
 

@@ -7,10 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from diffaccel.checks import at_least, positive
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import at_least, positive
 from diffaccel.process import expand
 from diffaccel.solver.base import SOLVERS, Solver, Trajectory
 from diffaccel.solver.grid import Grid, LogSNR

@@ -16,8 +16,8 @@ from torch import Tensor
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.registry import Registry
 from diffaccel.process import Prediction, Process, expand
-from diffaccel.registry import Registry
 from diffaccel.solver.grid import GRIDS, Grid, Karras
 
 SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS})

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffaccel.checks import positive
 from diffaccel.errors import UsageError
+from diffaccel.parts.checks import positive
+from diffaccel.parts.registry import Registry
 from diffaccel.process import DiscreteVariancePreserving, Process
-from diffaccel.registry import Registry
 
 GRIDS: Registry["Grid"] = Registry("grid")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffaccel.checks import at_least
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
+from diffaccel.parts.checks import at_least
 from diffaccel.process import expand
 from diffaccel.solver.base import SOLVERS, Solver, Trajectory, where_finite
 

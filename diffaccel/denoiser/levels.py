@@ -1,0 +1,100 @@
+"""Which noise levels a denoiser is trained at: laws of t given one uniform number a sample."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser.base import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.parts.checks import positive
+from diffaccel.parts.registry import Registry
+from diffaccel.process import DiscreteVariancePreserving
+
+
+class Levels(Protocol):
+    """Maps uniform numbers to training times of a denoiser."""
+
+    bounded: ClassVar[bool]
+    """Whether the denoiser's range ends the levels, so that nothing is learned beyond it."""
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """Return times (B,) for u in [0, 1), (B,) float64, inside the denoiser's range."""
+        ...
+
+
+LEVELS: Registry[Levels] = Registry("level")
+
+
+@LEVELS.register("lognormal")
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
+
+    Raises:
+        UsageError: std is not positive.
+    """
+
+    bounded: ClassVar[bool] = False
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        positive("levels 'lognormal'", std=self.std)
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.ratio_range
+        ratio = (self.mean + self.std * torch.special.ndtri(u)).exp().clamp(low, high)
+        return denoiser.process.time(ratio)
+
+
+@LEVELS.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """Time uniform over the denoiser's range (DDPM and score SDEs)."""
+
+    bounded: ClassVar[bool] = True
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.process.time(torch.tensor(denoiser.ratio_range, dtype=u.dtype, device=u.device))
+        return low + u * (high - low)
+
+
+@LEVELS.register("index")
+@dataclass(frozen=True)
+class Index:
+    """Index uniform on those of a discrete process up to the top of the denoiser's range: {0 .. K - 1} (DDPM, TDPM).
+
+    Raises:
+        UsageError: On training, the process has no indices.
+    """
+
+    bounded: ClassVar[bool] = True
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        if not isinstance(denoiser.process, DiscreteVariancePreserving):
+            raise UsageError("levels 'index' are those of process=vp_discrete: take it, or levels=uniform or lognormal")
+        top = denoiser.process.time(torch.tensor(denoiser.ratio_range[1], dtype=u.dtype, device=u.device)).round()
+        return torch.minimum((u * (top + 1)).floor(), top)  # a mirrored u may be 1
+
+
+@LEVELS.register("log_uniform")
+@dataclass(frozen=True)
+class LogUniform:
+    """ln(rho) uniform over the denoiser's range: density proportional to g^2 / sigma^2 on every process.
+
+    That is the importance sampling of maximum-likelihood training (Song et al., 2021, arXiv 2101.09258), for
+    g^2 / sigma^2 dt = 2 d ln(rho): on VP uniform in ln(e^B - 1), on sub-VP in 2 ln sinh(B / 2), on VE in t.
+    """
+
+    bounded: ClassVar[bool] = True
+
+    def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        low, high = denoiser.ratio_range
+        return denoiser.process.time(low * (high / low) ** u)

@@ -1,0 +1,233 @@
+"""Networks as denoisers: what the network predicts (eps, x_0, v) and how its inputs are scaled."""
+
+import copy
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.denoiser.base import DENOISERS, Denoiser, augment_args
+from diffaccel.errors import UsageError
+from diffaccel.process import Prediction, Process, expand, require
+
+
+class NetworkDenoiser(Denoiser):
+    """A network, what goes into it, and what its output means.
+
+    Subclasses say how ``output`` relates to (x_0, eps) in both directions; the loss is the squared error of the output
+    against its target, so each one's weighting is its parametrisation's own.
+
+    Args:
+        network: (input (B, C, H, W), noise (B,), condition (B,) or None) -> output (B, C, H, W).
+        process: Forward process.
+        ratio_min: Least trained noise-to-data ratio.
+        ratio_max: Largest trained ratio; infinity stands for the process's own top.
+        time_scale: What the network is told of the time is this times t; 1 / t_max for None. The network ``ddpm`` wants
+            indices: 1 on the process ``vp_discrete``, T - 1 on ``vp``.
+
+    Raises:
+        UsageError: The ratios are no range, or ``time_scale`` is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        ratio_min: float = 0.002,
+        ratio_max: float = math.inf,
+        time_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        require(
+            0 < ratio_min < ratio_max,
+            f"denoiser: ratio_min={ratio_min:g} and ratio_max={ratio_max:g}: give 0 < ratio_min < ratio_max",
+        )
+        require(
+            time_scale is None or 0 < time_scale < math.inf,
+            f"denoiser.time_scale={time_scale}: give a positive number, or null for 1 / t_max",
+        )
+        self._network, self.process, self.time_scale = network, process, time_scale
+        top = process.ratio(torch.tensor(process.t_max, dtype=torch.float64, device="cpu")).item()
+        self.ratio_range = (ratio_min, min(ratio_max, top))
+
+    @property
+    def network(self) -> nn.Module:  # noqa: D102
+        return self._network
+
+    def copy(self) -> "NetworkDenoiser":
+        """Copy, with a network and weights of its own, not compiled: what was compiled runs on the weights copied."""
+        copied = copy.deepcopy(self)
+        for name in ("forward", "encode"):
+            vars(copied.network).pop(name, None)
+        return copied
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """What tells the network the noise level, (B,): the scaled time."""
+        return t / self.process.t_max if self.time_scale is None else self.time_scale * t
+
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network sees of the state."""
+        return x_t
+
+    @abstractmethod
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network's output should be, (B, C, H, W)."""
+
+    @abstractmethod
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """What an output says of x_0 and eps."""
+
+    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Run the network once, (B, C, H, W), in the state's dtype whatever the network computes in."""
+        noise = self.noise_conditioning(t).to(x_t)
+        return self._network(self.scale_input(x_t, t), noise, condition, *augment_args(augment)).to(x_t)
+
+    def forward(  # noqa: D102
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Prediction:
+        return self.prediction(self.output(x_t, t, condition, augment), x_t, t)
+
+    def loss(
+        self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        """Squared error of the output against its target, one value per sample.
+
+        Args:
+            x_0: Clean images, (B, C, H, W).
+            t: Times, (B,).
+            eps: Standard normal noise, (B, C, H, W).
+            condition: Class labels, (B,), or None.
+            augment: Augmentation labels, (B, L), or None.
+
+        Returns:
+            Mean over C, H, W of each sample, (B,), in units of the target's.
+        """
+        output = self.output(self.process.marginal(x_0, t, eps), t, condition, augment)
+        return (output - self.target(x_0, eps, t)).square().flatten(1).mean(1)
+
+
+@DENOISERS.register("eps")
+class EpsDenoiser(NetworkDenoiser):
+    """The network predicts the noise (DDPM, arXiv 2006.11239).
+
+    At infinite ratio its output says nothing of x_0.
+
+    Raises:
+        UsageError: The process ends at infinite ratio and ``ratio_max`` doesn't stop before.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        ratio_min: float = 0.002,
+        ratio_max: float = math.inf,
+        time_scale: float | None = None,
+    ) -> None:
+        super().__init__(network, process, ratio_min, ratio_max, time_scale)
+        if math.isinf(self.ratio_range[1]):
+            raise UsageError(
+                "denoiser 'eps' can't predict x_0 at the process's top, where the noise-to-data ratio is infinite: "
+                "set denoiser.ratio_max, or take denoiser=v, x0 or karras"
+            )
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+        return eps
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
+        return Prediction((x_t - sigma * output) / alpha, output)
+
+
+@DENOISERS.register("x0")
+class DataDenoiser(NetworkDenoiser):
+    """The network predicts the data; the ratio must be positive."""
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+        return x_0
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
+        return Prediction(output, (x_t - alpha * output) / sigma)
+
+
+@DENOISERS.register("v")
+class VelocityDenoiser(NetworkDenoiser):
+    """The network predicts v = alpha eps - sigma x_0, which is well scaled at both ends.
+
+    References:
+        Progressive Distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512
+    """
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+        return expand(self.process.alpha(t), x_0) * eps - expand(self.process.sigma(t), x_0) * x_0
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        norm = alpha.square() + sigma.square()  # 1 on a variance preserving process
+        a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
+        return Prediction(a * x_t - s * output, s * x_t + a * output)
+
+
+@DENOISERS.register("karras")
+class KarrasDenoiser(NetworkDenoiser):
+    """EDM's preconditioning, at ratio rho on any process.
+
+        D(y; rho) = c_skip y + c_out F(c_in y; ln(rho) / 4),    y = x_t / alpha_t
+
+    Written in alpha and sigma, so that no coefficient divides by alpha alone and eps = (y - D) / rho doesn't cancel.
+
+    Args:
+        network: See :class:`NetworkDenoiser`.
+        process: See :class:`NetworkDenoiser`.
+        sigma_data: Standard deviation of the data, in units of [-1, 1].
+        ratio_min: Least trained ratio.
+        ratio_max: Largest trained ratio; a start at infinite ratio is out of range.
+
+    Raises:
+        UsageError: ``sigma_data`` is not positive and finite; see also :class:`NetworkDenoiser`.
+
+    References:
+        Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1
+    """
+
+    any_process = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        sigma_data: float = 0.5,
+        ratio_min: float = 0.002,
+        ratio_max: float = 80.0,
+    ) -> None:
+        super().__init__(network, process, ratio_min, ratio_max)
+        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: give the data's standard deviation")
+        self.sigma_data = sigma_data
+
+    def _norm(self, t: Tensor) -> Tensor:
+        """Standard deviation of x_t."""
+        return (self.process.sigma(t).square() + (self.process.alpha(t) * self.sigma_data).square()).sqrt()
+
+    def noise_conditioning(self, t: Tensor) -> Tensor:
+        """c_noise = ln(rho) / 4, (B,)."""
+        return self.process.ratio(t).log() / 4
+
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """c_in y = x_t over its standard deviation."""
+        return x_t / expand(self._norm(t), x_t)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(x_0 - c_skip y) / c_out, whose variance is 1 at every level."""
+        alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
+        return expand(sigma / (norm * self.sigma_data), x_0) * x_0 - expand(alpha * self.sigma_data / norm, x_0) * eps
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+        alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
+        scaled = x_t / expand(norm, x_t)
+        skip, out = alpha * self.sigma_data / norm, sigma / norm
+        return Prediction(
+            self.sigma_data * (expand(skip, x_t) * scaled + expand(out, x_t) * output),
+            expand(out, x_t) * scaled - expand(skip, x_t) * output,
+        )

@@ -1,0 +1,21 @@
+"""The evaluation callback, what it leaves on the way, and what a point's images add up to."""
+
+from diffaccel.evaluation.bits import BitsPerDim, least_ratio
+from diffaccel.evaluation.callback import Evaluator, Identity
+from diffaccel.evaluation.partial import Chunk, Partial
+from diffaccel.evaluation.pictures import comparable
+from diffaccel.evaluation.scores import BLOCKS, Real, Scores, to_uint8
+
+__all__ = [
+    "BLOCKS",
+    "BitsPerDim",
+    "Chunk",
+    "Evaluator",
+    "Identity",
+    "Partial",
+    "Real",
+    "Scores",
+    "comparable",
+    "least_ratio",
+    "to_uint8",
+]

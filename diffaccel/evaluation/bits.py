@@ -1,0 +1,140 @@
+"""Bits per dimension of test images under a method's probability flow, which no budget or solver moves."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffaccel.collective import all_gather
+from diffaccel.data import DataModule
+from diffaccel.evaluation.likelihood import bits_per_dim, dequantised, probability_flow, rademacher
+from diffaccel.evaluation.partial import read_whole, write_whole
+from diffaccel.methods import Diffusion
+from diffaccel.nfe import EvaluationCounter
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import Prior
+from diffaccel.text.terminal import track
+from diffaccel.weights import tensors_sha256
+
+EXACT = 16
+"""Up to so many dimensions the divergence is exact; above, one random probe an image estimates it."""
+LEAST = 1e-3
+"""Least ratio of a denoiser that knows all: sigma at 1e-5 on the variance preserving process."""
+
+
+def least_ratio(method: Diffusion) -> float:
+    """Where likelihoods begin: the least level that the denoiser is trained on."""
+    return max(method.denoiser.ratio_range[0], LEAST)
+
+
+class BitsPerDim:
+    """Measures the first ``n`` test images, shared among the processes; once for each prior.
+
+    Args:
+        data: Where they come from; images are dequantised, other points taken as they are.
+        n: Number of images.
+        seed: Of the dequantisation and the probes, which belong to the image.
+        batch_size: Images a batch; no value depends on it.
+        out: Folder whose ``partial/`` keeps each batch that is done until :meth:`clear`; None keeps nothing.
+        identity: What the values follow from besides the starts: batches of another are not taken.
+    """
+
+    def __init__(
+        self, data: DataModule, n: int, seed: int, batch_size: int, out: Path | None = None, identity: object = None
+    ) -> None:
+        self.data, self.n, self.seed, self.batch_size = data, n, seed, batch_size
+        self.folder = out and out / "partial"
+        self.identity = json.dumps(identity, sort_keys=True, default=str)
+        self._known: dict[int, dict[str, float]] = {}
+
+    def __call__(self, method: Diffusion, rank: int = 0, world: int = 1) -> dict[str, float]:
+        """Measure a method: the mean, its standard error, the number of images, and the denoiser's evaluations each."""
+        key = id(method.prior)
+        if key not in self._known:
+            bits, nfe = self.each(method, [method.prior], rank, world)
+            self._known[key] = {
+                "bits_per_dim": bits.mean().item(),
+                "bits_per_dim_se": standard_error(bits[0]),
+                "bits_per_dim_n": bits.shape[1],
+                "bits_per_dim_nfe": nfe[0].item(),
+            }
+        return self._known[key]
+
+    def each(self, method: Diffusion, starts: Sequence[Prior], rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Bits per dimension of each image for several starts, whose levels one flow goes through.
+
+        Returns:
+            ``(bits, nfe)``: (S, n) float64, and the denoiser's evaluations an image up to each start, (S,).
+        """
+        found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
+        # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
+            batches = self.data.batches("test", self.batch_size, rank, world)
+            own, key = math.ceil(self.n / self.batch_size / world), self._key(method, starts)
+            for index, images, _ in track(batches, "bits/dim", own, shown=rank == 0):
+                first = index * self.batch_size
+                if first >= self.n:
+                    break
+                images = images[: self.n - first]
+                path = self.folder and self.folder / f"bits_{key}_{first:08d}_{len(images)}.pt"
+                done = read_whole(path)
+                if done is None:
+                    done = self._batch(method, starts, images, first)
+                    write_whole(path, done)
+                found.append(done[0])
+                calls.append(done[1])
+        shares = all_gather((torch.cat(found, 1), torch.stack(calls).sum(0)))
+        bits = torch.cat([share for share, _ in shares], 1)
+        return bits, torch.stack([count for _, count in shares]).sum(0) / bits.shape[1]
+
+    def clear(self) -> None:
+        """Remove the batches that are kept: what they are for is written."""
+        if self.folder is None:
+            return
+        for path in self.folder.glob("bits_*"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it may hold a point's batches
+            self.folder.rmdir()
+
+    def _key(self, method: Diffusion, starts: Sequence[Prior]) -> str:
+        """Hash of what a batch's values follow from."""
+        laws = [(type(start).__name__, start.start_ratio(method.denoiser), _digest(start)) for start in starts]
+        return hashlib.sha256(json.dumps([self.identity, laws]).encode()).hexdigest()[:16]
+
+    def _batch(self, method: Diffusion, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Of some images, and how many evaluations all of them took up to each start."""
+        noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
+        width, size = cell_range(images), images[0].numel()
+        x = (images if width is None else dequantised(images, noise)).to(method.device)
+        ratios = [start.start_ratio(method.denoiser) for start in starts]
+        levels = sorted(set(ratios))
+        flow = probability_flow(
+            method.denoiser, x, least_ratio(method), levels, rademacher(noise, x) if size > EXACT else None
+        )
+        bits, calls = torch.zeros(len(starts), len(x), dtype=torch.float64), torch.zeros(len(starts))
+        with EvaluationCounter({"denoiser": method.denoiser.network}, {"denoiser": 0.0}) as counter:
+            for level, (x_star, volume) in zip(levels, flow, strict=True):
+                for i, start in enumerate(starts):
+                    if ratios[i] == level:
+                        bits[i] = bits_per_dim(start.log_prob(method.denoiser, x_star) + volume, size, width).cpu()
+                        calls[i] = counter.evaluations["denoiser"]
+        return bits, calls
+
+
+def _digest(prior: Prior) -> list[str]:
+    return [type(module).__name__ for module in prior.modules()] + [tensors_sha256(prior.state_dict())]
+
+
+def cell_range(images: Tensor) -> float | None:
+    """Width of the scaled range that 256 cells share, as :func:`bits_per_dim` takes it; None for other points."""
+    return 2.0 if images.dtype == torch.uint8 else None
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,)."""
+    return values.std().item() / math.sqrt(len(values))

@@ -1,0 +1,52 @@
+"""What is drawn of points; a failure here is one line, for the points are on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel.report import plot_curve, read_points, sample_grid, scatter, title_of, write_curve_csv
+from diffaccel.report.logs import budget_name
+from diffaccel.report.points import Point, normalised
+from diffaccel.storage import whole
+from diffaccel.text.terminal import side_output
+
+
+def draw_samples(shown: Tensor, images: bool, point: Point, out: Path) -> None:
+    """Draw a point's first samples.
+
+    Args:
+        shown: The samples, (N, C, H, W).
+        images: Whether they are uint8 images; else points of the plane.
+        point: The point.
+        out: Folder of ``samples_nfe<budget>.png``.
+    """
+    budget = budget_name(point)
+    path = out / f"samples_nfe{budget}.png"
+    with side_output(str(path)), whole(path) as part:
+        if images:
+            sample_grid(shown, part)
+        else:
+            scatter(shown.flatten(1), part, title=f"NFE {budget}")
+
+
+def draw_curve(point: Point, out: Path) -> None:
+    """Write ``curve.csv`` and ``curve.png`` from the points of a folder that compare with one of them."""
+    table, picture = out / "curve.csv", out / "curve.png"
+    points = comparable(read_points(out / "points.jsonl"), point)
+    with side_output(str(table)), whole(table) as part:
+        write_curve_csv(points, part)
+    with side_output(str(picture)), whole(picture) as part:
+        plot_curve(points, part, title_of([point]))
+
+
+def comparable(points: Sequence[dict[str, Any]], point: Point) -> list[dict[str, Any]]:
+    """Those that may share a plot with ``point``: same data, extractor and reference."""
+    return [
+        other
+        for other in points
+        if all(
+            normalised(other)[kind]["sha256"] in (point[kind]["sha256"], None) for kind in ("extractor", "reference")
+        )
+    ]

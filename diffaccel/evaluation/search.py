@@ -1,0 +1,362 @@
+"""The search for the best prior and solver at each budget, by the same trials for every method.
+
+Random settings from a seeded generator meet in rounds of more and more images (successive halving). All settings of a
+budget share their noise, so that their differences are less noisy than their distances.
+"""
+
+import copy
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.table import Table
+from yaml import YAMLError  # OmegaConf's parser
+
+from diffaccel.config import TUNABLE, Search
+from diffaccel.errors import UsageError, suggest
+from diffaccel.evaluation import Evaluator
+from diffaccel.methods import Diffusion
+from diffaccel.noise import NoiseStreams
+from diffaccel.parts.overrides import as_given
+from diffaccel.parts.registry import Registry
+from diffaccel.parts.trees import merge
+from diffaccel.prior import PRIORS, ChainPrior, Plan, Prior
+from diffaccel.report import append_point, read_points
+from diffaccel.solver import SOLVERS
+from diffaccel.solver.searched import FineTrajectory
+from diffaccel.storage import write_whole
+from diffaccel.text.terminal import PlainConsole
+
+Settings = dict[str, dict[str, Any]]
+"""``{"prior": ..., "solver": ...}``, each a part as a file writes it."""
+
+STARTS = 64
+"""Trajectories that a grid is searched on."""
+DRAWS = 200
+"""Draws in vain after which a space counts as exhausted."""
+
+
+def check_space(space: Mapping[str, Any]) -> None:
+    """Refuse a space with a key or name that nothing has.
+
+    Args:
+        space: Dotted key -> a list of values, or ``{low, high}`` with ``log: true`` or ``integer: true``. The key
+            ``gamma`` is that of a ``listed`` grid, which dynamic programming fills.
+
+    Raises:
+        UsageError: The space is empty, a key belongs to no prior or solver, a name is unknown, or values are neither
+            list nor range.
+    """
+    if not space:
+        raise UsageError("nothing to search: the experiment has no search.space")
+    registries: dict[str, Registry[Any]] = {"prior": PRIORS, "solver": SOLVERS}
+    for key, values in space.items():
+        _value(key, values, np.random.default_rng(0))
+        part, *path = key.split(".")
+        registry = registries.get(part)
+        if key == "gamma":
+            continue
+        if registry is None or not path:
+            raise UsageError(f"search.space: {key!r} is neither gamma nor a key of {' or '.join(TUNABLE)}")
+        while registry is not None and path:
+            known = {"name"} | registry.known_keys()
+            if path[0] not in known:
+                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest(path[0], known)}")
+            if path == ["name"]:
+                for name in values:
+                    registry[name]  # an unknown one is an error
+            registry = registry.nested.get(path.pop(0))
+
+
+def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> Settings:
+    """Draw settings: each key of the space over the experiment's own, less the keys that the drawn parts don't have.
+
+    Args:
+        space: See :func:`check_space`.
+        own: Prior and solver of the experiment.
+        rng: Where chance comes from.
+    """
+    tree: dict[str, Any] = dict(own)
+    gamma = None
+    for key, values in space.items():
+        value = _value(key, values, rng)
+        if key == "gamma":
+            gamma = value
+            continue
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        tree = merge(tree, value)
+    drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
+    if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
+        drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # no argument of the prior's: it is read afterwards
+    if (grid := drawn["solver"].get("grid", {})).get("name") == "listed":
+        grid.clear()
+        grid.update(name="listed", gamma=gamma or 1.0)
+    return drawn
+
+
+def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
+    if isinstance(values, list) and values:
+        return values[rng.integers(len(values))]
+    if not isinstance(values, Mapping) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "integer"}:
+        raise UsageError(f"search.space.{key}={values!r}: give a list of values, or {{low, high}} with log or integer")
+    low, high = values["low"], values["high"]
+    whole, log = bool(values.get("integer")), bool(values.get("log"))
+    if not all(type(end) is int or (type(end) is float and not whole) for end in (low, high)):
+        raise UsageError(f"search.space.{key}={values!r}: low and high must be {'whole ' * whole}numbers")
+    if low > high or (log and (low <= 0 or whole)):
+        rule = "low must not exceed high" if low > high else "log needs a positive low, and goes without integer"
+        raise UsageError(f"search.space.{key}={values!r}: {rule}")
+    if values.get("integer"):
+        return int(rng.integers(low, high + 1))
+    drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.get("log") else rng.uniform(low, high)
+    return float(f"{drawn:.3g}")
+
+
+def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a part without the keys that the one of its name doesn't have, its own parts likewise."""
+    keys = registry.keys_of(node["name"])
+    known = {key: value for key, value in node.items() if key == "name" or key in keys}
+    for key, nested in registry.nested.items():
+        if isinstance(known.get(key), Mapping) and "name" in known[key]:
+            known[key] = _known(nested, known[key])
+    return known
+
+
+class Searcher(L.Callback):
+    """Searches every budget, one after the other.
+
+    Each measured setting is a line of ``trials.jsonl``, which a search that was interrupted takes up again; the winners
+    go to ``best.yaml``, an experiment of their own.
+
+    Args:
+        search: How many settings, how many images, and the space.
+        own: Prior and solver of the experiment, the first setting of each budget.
+        budgets: Most evaluations per image.
+        n: Images that the winners will make: chains are as many per image as with that, so that burn-in and drift are.
+        seed: Of the noise and of the draws.
+        base: Path of the experiment, for ``best.yaml``.
+        prior: Builds a prior.
+        evaluator: Builds an evaluator for a number of images.
+
+    Raises:
+        UsageError: A number out of range, or a space that is empty.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        own: Settings,
+        budgets: list[float],
+        n: int,
+        seed: int,
+        base: Path,
+        prior: Callable[[dict[str, Any]], Prior],
+        evaluator: Callable[[int], Evaluator],
+    ) -> None:
+        check_space(search.space)
+        for budget in budgets:
+            if not math.isfinite(budget) or budget != int(budget):
+                raise UsageError(f"nfe={budget:g}: a search needs whole budgets")
+        self.search, self.own, self.budgets, self.n, self.seed = search, own, budgets, n, seed
+        self.base, self.build_prior = base, prior
+        self.evaluators = {images: evaluator(images) for images in search.images}
+        any_one = next(iter(self.evaluators.values()))
+        self.out, self.metric = any_one.out, any_one.extractor.metric_name
+        self.console = PlainConsole(stderr=True, soft_wrap=True)
+        self.before, self.before_for = read_winners(self.out / "best.yaml", base)
+        path = self.out / "trials.jsonl"
+        trials = read_points(path) if path.is_file() else []
+        self.measured = {self._key(trial): trial for trial in trials if _whole(trial)}
+        self.broken = sum(not _whole(trial) for trial in trials)
+        self.best: dict[int, Settings] = {}
+        self.weights: list[str] = []
+        self._trajectories: dict[str, FineTrajectory] = {}
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Search every budget."""
+        assert isinstance(pl_module, Diffusion)
+        pl_module.by_nfe = {}
+        self.weights = pl_module.weights_sha256()
+        if self.before_for not in ([], self.weights):
+            raise UsageError(f"{self.out / 'best.yaml'} holds settings for other weights: choose another out=")
+        if self.broken and trainer.is_global_zero:
+            self.console.print(f"trials.jsonl: {self.broken} lines lack what a trial has: those are measured again")
+        for evaluator in self.evaluators.values():
+            evaluator.extractor.to(pl_module.device)
+        for budget in self.budgets:
+            self.best[int(budget)] = self._search(trainer, pl_module, int(budget))
+            if trainer.is_global_zero:
+                self._write()
+
+    def _search(self, trainer: L.Trainer, method: Diffusion, budget: int) -> Settings:
+        """Halve the field round by round; return the settings that are left."""
+        field = self._field(method, budget)
+        for number, images in enumerate(self.search.images, start=1):
+            trials = []
+            for settings in field:
+                trials.append(self._measure(trainer, method, budget, images, settings))
+                done, best = len(trials), min(trial["score"] for trial in trials)
+                if trainer.is_global_zero:
+                    self.console.print(
+                        f"nfe {budget}, round {number}: {done} of {len(field)} at n={images}, best {self.metric}"
+                        f" {best:.4g}, this {trials[-1]['score']:.4g}",
+                    )  # fmt: skip
+            ranked = sorted(trials, key=lambda trial: trial["score"])
+            if not math.isfinite(ranked[0]["score"]):
+                reason = ranked[0].get("error", "no distance")
+                raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
+            if trainer.is_global_zero:
+                self._report(ranked, budget, images)
+            field = [trial["drawn"] for trial in ranked[: max(1, math.ceil(self.search.keep * len(ranked)))]]
+        return ranked[0]["settings"]
+
+    def _field(self, method: Diffusion, budget: int) -> list[Settings]:
+        """Draw the settings of a budget: distinct, and such as can keep to it; the experiment's own come first."""
+        rng = np.random.default_rng((self.seed, budget))
+        field = [self.own]
+        vain = 0
+        while len(field) < self.search.trials and vain < DRAWS:
+            drawn = draw(self.search.space, self.own, rng)
+            if drawn in field or not self._affordable(method, budget, drawn):
+                vain += 1
+                continue
+            field.append(drawn)
+            vain = 0
+        return [settings for settings in field if self._affordable(method, budget, settings)]
+
+    def _affordable(self, method: Diffusion, budget: int, drawn: Settings) -> bool:
+        """Whether the settings keep to the budget in every round; a mistyped key is an error all the same."""
+        prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(_without_gamma(drawn["solver"]))
+        try:
+            for images in self.search.images:
+                self._scaled(prior, images).plan(solver, budget, images, method.extra_evaluations)
+        except UsageError:
+            return False
+        return True
+
+    def _scaled(self, prior: Prior, images: int) -> Prior:
+        """Give a chain prior as many chains per image as the winner will have."""
+        if isinstance(prior, ChainPrior):
+            prior.chains = max(1, prior.chains * images // self.n)
+        return prior
+
+    def _measure(
+        self, trainer: L.Trainer, method: Diffusion, budget: int, images: int, drawn: Settings
+    ) -> dict[str, Any]:
+        """Measure settings on so many images, or look up what was measured."""
+        trial: dict[str, Any] = {"nfe_budget": budget, "n": images, "of": self.n, "seed": self.seed, "drawn": drawn}
+        trial["extractor"] = self.evaluators[images].extractor.sha256
+        trial["checkpoint"] = (self.evaluators[images].provenance["checkpoint"] or {}).get("sha256")
+        if (key := self._key(trial)) in self.measured:
+            return self._scored(self.measured[key])
+        try:
+            settings = self._filled(trainer, method, budget, drawn)
+            method.prior = self._scaled(self.build_prior(settings["prior"]), images).to(method.device)
+            method.solver = SOLVERS.build(settings["solver"])
+            point = self.evaluators[images].measure(trainer, method, budget, method.plan(budget, images))
+            trial |= {"settings": settings, "nfe": point["nfe"], "metrics": point["metrics"]}
+        except UsageError as error:  # a chain that leaves the denoiser's range, say
+            trial["error"] = str(error)
+        if trainer.is_global_zero:
+            append_point(self.out / "trials.jsonl", trial)
+        self.measured[key] = trial
+        return self._scored(trial)
+
+    def _scored(self, trial: dict[str, Any]) -> dict[str, Any]:
+        score = trial.get("metrics", {}).get(self.metric)
+        return {**trial, "score": score if isinstance(score, int | float) else math.inf}
+
+    @staticmethod
+    def _key(trial: Mapping[str, Any]) -> str:
+        names = ("nfe_budget", "n", "of", "seed", "drawn", "extractor", "checkpoint")
+        return json.dumps([trial.get(name) for name in names], sort_keys=True)
+
+    def _filled(self, trainer: L.Trainer, method: Diffusion, budget: int, drawn: Settings) -> Settings:
+        """Replace a ``listed`` grid without levels by the one that dynamic programming finds."""
+        grid = drawn["solver"].get("grid", {})
+        if "gamma" not in grid:
+            return drawn
+        prior = self.build_prior(drawn["prior"]).to(method.device)
+        solver = SOLVERS.build(_without_gamma(drawn["solver"]))
+        steps = prior.plan(solver, budget, self.n, method.extra_evaluations).steps
+        key = json.dumps(drawn["prior"], sort_keys=True)
+        if key not in self._trajectories:
+            with trainer.precision_plugin.forward_context():
+                (indices, *_), noise = prior.schedule(STARTS, STARTS)[0], NoiseStreams(self.seed, range(STARTS))
+                noise = noise.first(len(indices))
+                state = prior.open(method.denoiser, self.seed, [indices], method.shape)
+                x_t, t = prior(method.denoiser, noise, method.shape, Plan(1, 2), state)
+                self._trajectories[key] = FineTrajectory(method.denoiser, x_t, t)
+        found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
+        node = {"name": "listed", "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
+        return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}
+
+    def _report(self, ranked: list[dict[str, Any]], budget: int, images: int) -> None:
+        table = Table(f"{self.metric}@{images}", "nfe", "prior", "solver", box=None, header_style="bold")
+        for trial in ranked[:5]:
+            parts = (_words(trial["drawn"][part]) for part in TUNABLE)
+            table.add_row(f"{trial['score']:.4g}", f"{trial.get('nfe', math.nan):.4g}", *parts)
+        middle = statistics.median(trial["score"] for trial in ranked)
+        self.console.print(f"nfe {budget}, n={images}: best five of {len(ranked)} settings, median {middle:.4g}")
+        self.console.print(table)
+
+    def _write(self) -> None:
+        """Write the winners so far as an experiment over the searched one; those of other budgets stay."""
+        best = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}
+        for settings in best.values():  # those of the experiment are inherited, and a path would be sought from here
+            if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
+                settings["prior"].pop("checkpoint", None)
+        tree = {"base": str(self.base.resolve()), "tuned_for": self.weights, "by_nfe": {**self.before, **best}}
+        write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
+        for budget, settings in best.items():
+            if self.before.get(budget, settings) != settings:
+                self.console.print(f"nfe {budget}: best.yaml had another winner; its trials are in trials.jsonl")
+            self.before[budget] = settings
+
+
+def read_winners(path: Path, base: Path) -> tuple[dict[int, Settings], list[str]]:
+    """Read the winners that an earlier search has left, by budget, and for which weights; none if there is no file.
+
+    Raises:
+        UsageError: It is not of a search of this experiment.
+    """
+    if not path.is_file():
+        return {}, []
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
+        raise UsageError(f"{path} is not of a search of {base} and would be replaced: choose another out=")
+    return cast(dict[int, Settings], tree["by_nfe"]), [str(one) for one in tree.get("tuned_for", [])]
+
+
+def _whole(trial: Mapping[str, Any]) -> bool:
+    """Whether a line has what a trial is ranked and shown by."""
+    drawn, found = trial.get("drawn"), trial.get("settings")
+    known = isinstance(drawn, Mapping) and all(isinstance(drawn.get(part), Mapping) for part in TUNABLE)
+    measured = isinstance(found, Mapping) and isinstance(trial.get("metrics"), Mapping)
+    return known and (isinstance(trial.get("error"), str) or measured and isinstance(trial.get("nfe"), int | float))
+
+
+def _words(node: Mapping[str, Any]) -> str:
+    """Say a part in one line: dpmpp2m (denoise False, karras (rho 5))."""
+    keys = [
+        _words(value) if isinstance(value, Mapping) else f"{key} {value}"
+        for key, value in node.items()
+        if key != "name" and value is not None
+    ]
+    return node["name"] + (f" ({', '.join(keys)})" if keys else "")
+
+
+def _without_gamma(solver: Mapping[str, Any]) -> dict[str, Any]:
+    grid = {key: value for key, value in solver.get("grid", {}).items() if key != "gamma"}
+    return {**solver, "grid": grid} if grid else dict(solver)

@@ -1,0 +1,244 @@
+"""Where to stop: the bound and the distance as functions of the start time, for each density, from one network.
+
+A small T makes the score's part of the bound small and the mismatch of the start large. The bound hardly sees a
+mismatch that ruins images, so the distance of samples stands beside it: T is never chosen on the bound alone.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib
+import torch
+from torch import Tensor
+
+from diffaccel.data import DataModule
+from diffaccel.density import Density, GaussianDensity, NormalDensity
+from diffaccel.errors import UsageError
+from diffaccel.evaluation import BitsPerDim, Evaluator, least_ratio
+from diffaccel.evaluation.bits import cell_range, standard_error
+from diffaccel.evaluation.likelihood import Bound, LogDensity, bits_per_dim, bound, decoding, dequantised
+from diffaccel.methods import Diffusion, SmallTimeDiffusion
+from diffaccel.methods.small_t import Tradeoff
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import DensityPrior
+from diffaccel.report import write_csv
+from diffaccel.storage import whole
+from diffaccel.text.terminal import side_output
+
+matplotlib.use("Agg")
+
+NORMAL = "N(0, I)"
+"""Name of the start that others are compared with."""
+
+Row = dict[str, Any]
+
+
+class TradeoffCurve(L.Callback):
+    """Measures L(T), and the distance of samples, for N(0, I), the Gaussian of the data's moments, and the density.
+
+    Args:
+        settings: Images, draws.
+        starts: Density by name -> the prior at each time, see :func:`starts_of`.
+        data: Where test images come from.
+        evaluator: Measures samples; None leaves that out.
+        likelihood: Measures bits per dimension by the probability flow; None leaves that out.
+        seed: Of the noise, which all times and densities share.
+        out: Folder of ``tradeoff.csv`` and ``tradeoff.png``.
+    """
+
+    def __init__(
+        self,
+        settings: Tradeoff,
+        starts: dict[str, dict[float, DensityPrior]],
+        data: DataModule,
+        evaluator: Evaluator | None,
+        likelihood: BitsPerDim | None,
+        seed: int,
+        batch_size: int,
+        out: Path,
+    ) -> None:
+        self.settings, self.starts, self.data = settings, starts, data
+        self.evaluator, self.likelihood = evaluator, likelihood
+        self.seed, self.batch_size, self.out = seed, batch_size, out
+        self.rows: list[Row] = []
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure everything and write it."""
+        assert isinstance(pl_module, SmallTimeDiffusion)
+        self.rows = self.bounds(pl_module, self.starts)
+        try:
+            if self.likelihood is not None:
+                self.likelihoods(trainer, pl_module, [self.starts[row["density"]][row["T"]] for row in self.rows])
+            if self.evaluator is not None:
+                self.evaluator.extractor.to(pl_module.device)
+                for row in self.rows:
+                    row |= self.distances(trainer, pl_module, self.starts[row["density"]][row["T"]])
+        finally:  # an interrupt loses no row
+            if trainer.is_global_zero:
+                write(self.rows, self.out)
+        if self.likelihood is not None and trainer.is_global_zero:
+            self.likelihood.clear()
+
+    @torch.no_grad()
+    def bounds(self, method: Diffusion, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
+        """One row a density and time, in bits per dimension, with standard errors."""
+        times = sorted({T for priors in starts.values() for T in priors})
+        process = method.denoiser.process
+        ratios = process.ratio(torch.tensor(times, dtype=torch.float64)).tolist()
+        method.denoiser.check_range(torch.tensor(ratios))
+        laws = {
+            name: [_law(method, priors[T]) if T in priors else _nowhere for T in times]
+            for name, priors in starts.items()
+        }
+        parts: list[tuple[Bound, Tensor]] = []
+        for index, images, _ in self.data.batches("test", self.batch_size):
+            first = index * self.batch_size
+            if first >= self.settings.images:
+                break
+            images = images[: self.settings.images - first]
+            noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
+            width = cell_range(images)
+            x_0 = (images if width is None else dequantised(images, noise)).to(method.device)
+            low = least_ratio(method)
+            terms = bound(method.denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
+            parts.append((terms, decoding(method.denoiser, x_0, low, noise)))
+        bounds, deltas = [terms for terms, _ in parts], torch.cat([delta for _, delta in parts])
+        return [
+            {"density": name, "T": T, "ratio": ratios[i], **self._terms(name, i, bounds, deltas, width)}
+            for name, priors in starts.items()
+            for i, T in enumerate(times)
+            if T in priors
+        ]
+
+    def _terms(self, name: str, i: int, bounds: list[Bound], deltas: Tensor, width: float | None) -> Row:
+        """The bound and its terms at the i-th time, means over the images."""
+        size = math.prod(self.data.shape)
+        total = torch.cat([terms.total(name)[:, i] for terms in bounds])
+        bits, unit = bits_per_dim(total, size, width), size * math.log(2)
+        return {
+            "bits_per_dim_bound": bits.mean().item(),
+            "bits_per_dim_bound_se": bits.std().item() / math.sqrt(len(bits)),
+            "bits_per_dim_bound_of_x_0": bits_per_dim(total + deltas, size, width).mean().item(),
+            "log_nu": torch.cat([terms.start[name][:, i] for terms in bounds]).mean().item() / unit,
+            "I": torch.cat([terms.score_matching[:, i] for terms in bounds]).mean().item() / unit,
+            "R": bounds[0].entropy[i].item() / unit,
+            "n": len(bits),
+        }
+
+    def likelihoods(self, trainer: L.Trainer, method: Diffusion, starts: list[DensityPrior]) -> None:
+        """Add each row's bits per dimension by the probability flow, and what its start gains over N(0, I) at its T."""
+        assert self.likelihood is not None
+        bits, nfe = self.likelihood.each(method, starts, trainer.global_rank, trainer.world_size)
+        normal = {row["T"]: own for row, own in zip(self.rows, bits, strict=True) if row["density"] == NORMAL}
+        for row, own, calls in zip(self.rows, bits, nfe.tolist(), strict=True):
+            gain = normal[row["T"]] - own
+            row |= {"bits_per_dim": own.mean().item(), "bits_per_dim_se": standard_error(own)}
+            row |= {"bits_per_dim_gain": gain.mean().item(), "bits_per_dim_gain_se": standard_error(gain)}
+            row |= {"bits_per_dim_nfe": calls, "bits_per_dim_n": len(own)}
+
+    def distances(self, trainer: L.Trainer, method: Diffusion, prior: DensityPrior) -> Row:
+        """Distances of samples from one start, at each budget."""
+        assert self.evaluator is not None
+        method.prior, method.by_nfe = prior.to(method.device), {}
+        found: Row = {}
+        for budget in self.evaluator.budgets:
+            plan = method.plan(budget, self.evaluator.n)
+            metrics = self.evaluator.measure(trainer, method, budget, plan)["metrics"]
+            name = self.evaluator.extractor.metric_name
+            found |= {f"{name}_nfe{budget:g}": metrics[name], f"{name}_nfe{budget:g}_se": metrics[f"{name}_se"]}
+        return found
+
+
+def starts_of(
+    method: SmallTimeDiffusion, times: Sequence[float], fitted: Sequence[DensityPrior] = ()
+) -> dict[str, dict[float, DensityPrior]]:
+    """Density by name -> the prior at each time where it is known.
+
+    Args:
+        method: Its own density is one.
+        times: For those that are known at all of them.
+        fitted: The experiment's density as fitted at further times.
+
+    Raises:
+        UsageError: The experiment's density has no log-density, or holds at every level and needs no further fits.
+    """
+    own = method.density
+    if not own.normalised:
+        raise UsageError("the trade-off needs a log-density, which a vae has not: set prior.density.name=gaussian")
+    known: dict[str, Density] = {NORMAL: NormalDensity(own.shape, own.ratio)}
+    if isinstance(own, GaussianDensity):  # or one that holds the same moments
+        known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
+        known["Gaussian"].basis = own.basis
+        known["Gaussian"].fitted.fill_(True)
+    if fitted and not own.bound:
+        raise UsageError("this density holds at every level: remove tradeoff.densities")
+    process, fits = method.denoiser.process, {}
+    if own.bound:
+        for density in (own, *(prior.density for prior in fitted)):
+            T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
+            fits[float(f"{T:.9g}")] = prior_at(method, density, density.ratio)  # without what rounding left on T
+    # At a fit's time all starts share its very level: the flow stops there once.
+    ratios = dict(zip(times, process.ratio(torch.tensor(times, dtype=torch.float64)).tolist(), strict=True))
+    ratios |= {T: prior.ratio_star for T, prior in fits.items()}
+    found = {
+        name: {T: prior_at(method, density, ratio) for T, ratio in ratios.items()} for name, density in known.items()
+    }
+    return found | ({type(own).__name__.removesuffix("Density").lower(): fits} if fits else {})
+
+
+def prior_at(method: Diffusion, density: Density, ratio: float) -> DensityPrior:
+    """A prior of a density at a noise-to-data ratio."""
+    prior = DensityPrior(method.denoiser, method.shape, {"name": "normal"}, ratio)
+    prior.density = density.at(ratio)
+    prior.evaluations = density.evaluations
+    return prior
+
+
+def _law(method: Diffusion, prior: DensityPrior) -> LogDensity:
+    return partial(prior.to(method.device).log_prob, method.denoiser)
+
+
+def _nowhere(x: Tensor) -> Tensor:
+    return torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
+
+
+def best(rows: Sequence[Row]) -> dict[str, float]:
+    """The time of the least bound for each density."""
+    names = dict.fromkeys(row["density"] for row in rows)
+    return {
+        name: min((row for row in rows if row["density"] == name), key=lambda row: row["bits_per_dim_bound"])["T"]
+        for name in names
+    }
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """Write ``tradeoff.csv`` and ``tradeoff.png``."""
+    heads, picture = list(rows[0]), out / "tradeoff.png"  # the first row is the first to be whole
+    with whole(out / "tradeoff.csv") as part:
+        write_csv([heads, *([row.get(head) for head in heads] for row in rows)], part)
+    with side_output(str(picture)), whole(picture) as part:
+        plot(rows, part)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the bound, and the distances if there are any, against T."""
+    from matplotlib import pyplot as plt
+
+    shown = [key for key in rows[0] if f"{key}_se" in rows[0] and not key.endswith("_gain")]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], shown, strict=True):
+        for name in dict.fromkeys(row["density"] for row in rows):
+            own = sorted((row for row in rows if row["density"] == name and key in row), key=lambda row: row["T"])
+            # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
+            errors = None if key.startswith("bits") else [row[f"{key}_se"] for row in own]
+            axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
+        axis.set_ylabel(key, parse_math=False)
+        axis.set(xlabel="T", yscale="linear" if key.startswith("bits") else "log")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(title="start")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,130 @@
+"""From a configuration to the objects that measure: extractor, evaluator, likelihood, search."""
+
+import dataclasses
+
+from diffaccel.config import Config, find
+from diffaccel.data import SOURCES
+from diffaccel.errors import UsageError
+from diffaccel.evaluation import BitsPerDim, Evaluator
+from diffaccel.evaluation.search import Searcher
+from diffaccel.experiment.build import build_data, build_prior, shape_of
+from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
+from diffaccel.experiment.loading import (
+    describe_checkpoint,
+)
+from diffaccel.features.extractors import EXTRACTORS, Extractor
+from diffaccel.features.jpeg import AsJPEG
+from diffaccel.methods import Diffusion
+from diffaccel.metrics.reference import Reference, check_same_data, load_reference
+from diffaccel.parts.overrides import as_given
+from diffaccel.prior import DensityPrior
+
+
+def build_extractor(config: Config) -> Extractor:
+    """Build the extractor that scores."""
+    return EXTRACTORS.build(config.extractor)
+
+
+def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
+    """Build the evaluation callback.
+
+    Args:
+        config: The run's.
+        method: What is measured.
+        measured: Whether with the weights that the configuration names, and not with some in training.
+
+    Raises:
+        UsageError: A single image, or the extractor's weights or the reference are missing or don't fit each other.
+    """
+    if config.n < 2:
+        raise UsageError(f"n={config.n}: a distance needs at least 2 images")
+    source = SOURCES.build(config.data)  # reads nothing
+    if source.fixed_shape not in (None, shape_of(config)):
+        raise UsageError(
+            f"data={config.data['name']}: images have shape {source.fixed_shape}, the experiment's is "
+            f"{shape_of(config)}: set shape= (and a network that fits), or another data set"
+        )
+    extractor = build_extractor(config)
+    if config.reference is None:
+        raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
+    reference = load_reference(config.reference, extractor)
+    floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
+    for path, found in ((config.reference, reference), (config.floor, floor)):
+        if path is not None and found is not None:
+            check_same_data(path, found, source.label, shape_of(config))
+    if config.jpeg is not None:
+        extractor = AsJPEG(extractor, config.jpeg)
+    likelihood = build_likelihood(config, method) if measured else None
+    return Evaluator(
+        budgets=config.nfe,
+        n=config.n,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        extractor=extractor,
+        reference=reference,
+        floor=floor,
+        out=config.folder,
+        provenance={
+            "method": config.method_name,
+            "experiment": config.experiment,
+            "process": config.process["name"],
+            "data": as_given(config.data.get("label")) or source.label,
+            "checkpoint": describe_checkpoint(config, method),
+            "configuration": describe_configuration(config, measured),
+        },
+        settings=config.at,
+        identity=identify(config, extractor, reference, floor) if measured else None,
+        again=config.again,
+        keep_features=config.keep_features,
+        keep_images=config.keep_images,
+        likelihood=likelihood,
+        truncate=config.truncate,
+        discrete=source.has_images(),
+    )
+
+
+def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
+    """Build what measures bits per dimension, if that is asked for.
+
+    Raises:
+        UsageError: The prior has no density.
+    """
+    if not config.likelihood:
+        return None
+    method.prior.start_ratio(method.denoiser)
+    identity = {**identify_parts(config), "data": config.data, "prior": by_content(config.prior)}
+    return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
+
+
+def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
+    """Build the experiment's density prior at the further times that it was fitted at, ``tradeoff.densities``.
+
+    Raises:
+        UsageError: Weights that are missing, broken, or of another level or density.
+    """
+    node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
+    found = []
+    for T, checkpoint in config.tradeoff.densities.items():
+        prior = build_prior(config, {**node, "T": T, "checkpoint": checkpoint}, None, method.denoiser)
+        assert isinstance(prior, DensityPrior)
+        found.append(prior)
+    return found
+
+
+def build_searcher(config: Config, method: Diffusion) -> Searcher:
+    """Build the search of ``config.search``.
+
+    Raises:
+        UsageError: As :func:`build_evaluator`, or a search that is out of range.
+    """
+    posterior = getattr(method.prior, "posterior", None)
+    return Searcher(
+        config.search,
+        {"prior": config.prior, "solver": config.solver},
+        config.nfe,
+        config.n,
+        config.seed,
+        find(config.experiment),
+        prior=lambda node: build_prior(config, node, posterior, method.denoiser),
+        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
+    )

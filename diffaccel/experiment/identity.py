@@ -1,0 +1,80 @@
+"""Cache keys: everything that determines the images of a point and their scores."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffaccel import __version__
+from diffaccel.config import Config
+from diffaccel.evaluation import Identity
+from diffaccel.features.extractors import Extractor
+from diffaccel.metrics.reference import Reference
+from diffaccel.pretrained import files_sha256
+
+
+def identify(
+    config: Config, extractor: Extractor, reference: Reference, floor: Reference | None
+) -> Callable[[float], Identity]:
+    """Say, for each budget, all that a point's images and their scores follow from."""
+    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
+    scores["floor"] = floor and floor.sha256
+    if config.likelihood:
+        scores["likelihood"] = config.likelihood_n
+    images = identify_images(config)
+    return lambda budget: Identity(images(budget), scores)
+
+
+def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
+    """Say, for each budget, all that generated images follow from; files by what is in them."""
+    parts = identify_parts(config)
+
+    def at(budget: float) -> dict[str, Any]:
+        settings = {part: by_content(node) for part, node in config.at(budget).items()}
+        return {**parts, "budget": budget, "settings": settings}
+
+    return at
+
+
+def identify_parts(config: Config) -> dict[str, Any]:
+    """Collect the parts and settings that determine images, but for budget, prior and solver."""
+    parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
+    keys = (*parts, *arithmetic, "n", "seed", "batch_size")
+    return {
+        **{key: getattr(config, key) for key in keys},
+        **({"truncate": True} if config.truncate else {}),
+        "checkpoint": _content(config.checkpoint),
+        "posterior": by_content(config.posterior),
+        "version": __version__,
+    }
+
+
+def by_content(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A part whose weights go by what is in the file and not by where it lies."""
+    return {key: _content(value) if key in ("checkpoint", "init") else value for key, value in node.items()}
+
+
+def _content(path: str | None) -> str | None:
+    return files_sha256(Path(path)) if path and Path(path).exists() else None
+
+
+def describe_configuration(config: Config, measured: bool) -> dict[str, Any]:
+    """Record what a point follows from besides budget, settings, n and seed: it tells curves apart in a comparison.
+
+    Args:
+        config: The run's.
+        measured: Whether with the weights that the configuration names, and not with some in training.
+    """
+    found = identify_parts(config)
+    for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
+        found.pop(key, None)  # they have keys of their own, or change nothing beyond rounding
+    if config.by_nfe:
+        tuning = json.dumps([config.prior, config.solver, config.by_nfe], sort_keys=True, default=str)
+        found["tuning"] = hashlib.sha256(tuning.encode()).hexdigest()
+    if not measured:
+        found |= {"training": dataclasses.asdict(config.training), "levels": config.levels, "data": config.data}
+        found["limit"] = config.limit
+        found["init"] = files_sha256(Path(config.init)) if config.init else None
+    return found

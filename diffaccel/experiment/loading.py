@@ -1,0 +1,190 @@
+"""Weights into the networks of an experiment: every file is compared with what it is wanted for before it is used."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffaccel.config import Config
+from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.errors import UsageError
+from diffaccel.experiment.headers import check_header
+from diffaccel.methods import Diffusion
+from diffaccel.parts.overrides import as_given
+from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
+from diffaccel.pretrained import read as read_pretrained
+from diffaccel.prior import Prior
+from diffaccel.solver import Solver
+from diffaccel.training.ema import of_network
+from diffaccel.weights import (
+    assign_weights,
+    check_finite,
+    file_sha256,
+    load_weights,
+    read_checkpoint,
+    read_description,
+)
+
+
+def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a network's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+
+    Args:
+        path: The file.
+        network: What they are for.
+        kind: ``denoiser``, ``generator``, ``density`` or ``classifier``.
+        asked: Key of the file's header -> what it should be there.
+
+    Returns:
+        The file's header.
+
+    Raises:
+        UsageError: The file is missing, broken, holds code, or is another network's; or its header says otherwise.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        check_header(path, read_description(path) if path.is_file() else {}, kind, asked)
+        return load_weights(path, network)
+    content = read_checkpoint(path)["diffaccel"]
+    own = of_network(content.get("ema", {}), kind)
+    if not own:
+        raise UsageError(f"checkpoint {path} holds no averaged {kind}: give one of a run that trained it")
+    check_finite(own, f"checkpoint {path}", "get or train the file anew")
+    said = {**content.get("description", {}), "kind": kind, "trained_ratios": content.get("trained_ratios")}
+    check_header(path, said, kind, asked)
+    assign_weights(own, network, f"the weights of {path}")
+    return {**said, "images_seen": content["images_seen"]}
+
+
+def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """Read a denoiser's weights; returns the file's header.
+
+    Raises:
+        UsageError: See :func:`load_network`.
+    """
+    asked: dict[str, Any] = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
+    if not denoiser.any_process:
+        asked["process"] = config.process
+    said = load_network(path, denoiser.network, "denoiser", asked)
+    if said.get("label_drop") == 0:
+        denoiser.network.null_class = False  # type: ignore[assignment]  # a network's own attribute
+    return said
+
+
+def load_prior(config: Config, path: Path, prior: Prior, node: Mapping[str, Any]) -> None:
+    """Read the weights of the one network that a prior has.
+
+    Raises:
+        UsageError: See :func:`load_network`.
+    """
+    ((name, network),) = prior.networks().items()
+    asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node)}
+    load_network(path, network, name, asked)
+
+
+def check_shared_prior(config: Config, prior: Prior) -> None:
+    """Compare a prior that is fitted in the denoiser's own weights with the header of their file.
+
+    Raises:
+        UsageError: They differ.
+    """
+    if prior.uses_denoiser_weights and config.checkpoint:
+        path = Path(config.checkpoint)
+        check_header(path, read_header(path), "denoiser", {"prior": config.prior})
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Header of a file of ours, be it safetensors or a checkpoint of ``fit``; empty if it has none."""
+    if path.suffix == ".safetensors":
+        return read_description(path)
+    content = read_checkpoint(path)["diffaccel"]
+    return {"kind": "denoiser", **content.get("description", {}), "images_seen": content["images_seen"]}
+
+
+def check_trained(config: Config, method: Diffusion) -> None:
+    """Refuse networks without weights: what they sample says nothing.
+
+    Raises:
+        UsageError: The denoiser, a prior that is fitted, or the classifier of a chain has no checkpoint.
+    """
+    for part, key, wanted, given, fitted in (
+        ("denoiser", "checkpoint", bool(config.network), config.checkpoint, "denoiser" in method.trained_networks()),
+        ("prior", "prior.checkpoint", bool(method.prior.networks()), config.prior.get("checkpoint"), True),
+        (
+            "noise classifier",
+            "posterior.checkpoint",
+            bool(method.auxiliary_networks()),
+            config.posterior.get("checkpoint"),
+            True,
+        ),
+    ):
+        if wanted and not given:
+            left = f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if fitted else "its fit trains none"
+            raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {left}")
+
+
+def adopt(config: Config) -> Pretrained | None:
+    """Take network and preconditioning from a checkpoint that brings its own; None if it brings none.
+
+    A network's weights mean nothing under another preconditioning, so that the experiment's own two give way. Its
+    process stays: what is read runs on any.
+
+    Raises:
+        UsageError: The checkpoint is refused, or makes images of another shape.
+    """
+    if not config.checkpoint or not is_pretrained(Path(config.checkpoint)):
+        return None
+    found = read_pretrained(config.checkpoint)
+    channels, height, width = config.shape
+    if found.shape != (channels, height, width):
+        raise UsageError(
+            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, the experiment's are of shape "
+            f"{(channels, height, width)}: take another experiment, or set shape="
+        )
+    config.network, config.denoiser = found.network, found.denoiser
+    return found
+
+
+def check_grid(solver: Solver, denoiser: Denoiser) -> None:
+    """Refuse a grid of the experiment's that goes on below what a checkpoint was trained on.
+
+    Raises:
+        UsageError: It does.
+    """
+    least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
+    if least < 0.999 * low:
+        raise UsageError(
+            f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
+            f"solver.grid.ratio_min={low:.6g}"
+        )
+
+
+def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
+    """Read a checkpoint before a run goes on from it, and return its content.
+
+    Raises:
+        UsageError: As :func:`read_checkpoint`, or it belongs to other networks, or holds NaN.
+    """
+    content = read_checkpoint(path)
+    assign_weights(content["state_dict"], method, f"the weights of {path}")
+    network = method.averaged()
+    average = dict(network.named_parameters()) if network is not None else {}
+    if content["diffaccel"].get("ema", {}).keys() != average.keys():
+        raise UsageError(f"resume: {path} holds averages of other networks: go on with the settings that it had")
+    for what, tensors in (("", content["state_dict"]), (" (average)", content["diffaccel"].get("ema", {}))):
+        check_finite(tensors, f"resume: {path}{what}", "go on from an older checkpoint")
+    return content
+
+
+def describe_checkpoint(config: Config, method: Diffusion) -> dict[str, Any] | None:
+    """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
+    if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
+        return None
+    path, given = Path(config.checkpoint), as_given(config.checkpoint)
+    shown = given if given != config.checkpoint else os.path.relpath(path)
+    if method.denoiser.source is not None:
+        found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
+        return {**found, "source": method.denoiser.source}
+    return {"path": shown, "sha256": file_sha256(path), "images_seen": read_header(path).get("images_seen")}

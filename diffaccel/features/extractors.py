@@ -1,0 +1,286 @@
+"""Feature extractors: what an image is to a Frechet or kernel distance.
+
+Images come as uint8 (N, C, H, W), features go as float64 (N, dim): in float32 the mean alone costs a tiny FD its fifth
+digit. An extractor is named by the hash of its weights, since a score means nothing without them, and it must not have
+been trained on the generator's behalf: a loss in its features would leak into the score.
+"""
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffaccel.errors import UsageError
+from diffaccel.parts.registry import Registry
+from diffaccel.weights import read_weights, save_weights
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class Extractor(nn.Module, ABC):
+    """Images -> features, frozen: always in eval mode, without gradients, outside autocast.
+
+    Attributes:
+        name: Name in tables and metric keys.
+        sha256: Hash of the weights file, or of nothing where there are no weights.
+        dim: Number of features.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+
+    @property
+    def metric_name(self) -> str:
+        """Key of the Frechet distance in these features; ``fid`` is Inception's alone."""
+        return f"fd_{self.name}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU without weights."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def train(self, mode: bool = True) -> "Extractor":
+        """Stay in eval mode, whatever the parent module does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Extract features, (N, C, H, W) uint8 -> (N, dim) float64.
+
+        Raises:
+            UsageError: The images are not what this extractor reads.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self.features(images).double()
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Extract features, (N, C, H, W) uint8 -> (N, dim) in the precision of the weights."""
+
+
+EXTRACTORS: Registry[Extractor] = Registry("extractor")
+
+
+@EXTRACTORS.register("identity")
+class Identity(Extractor):
+    """The values themselves, flattened: for toy points (float) and tiny images, no weights.
+
+    Args:
+        dim: C H W of the images.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.name, self.dim, self.sha256 = "identity", dim, hashlib.sha256().hexdigest()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Flatten (N, C, H, W) or (N, dim), uint8 or float."""
+        flat = images.flatten(1)
+        if flat.shape[1] != self.dim:
+            raise UsageError(f"extractor 'identity' has dim={self.dim}, an image has {flat.shape[1]} values: set dim")
+        return flat
+
+
+@EXTRACTORS.register("inception")
+class Inception(Extractor):
+    """Inception-v3 pool3 features as torch-fidelity computes them, TensorFlow-like resize included; gives ``fid``.
+
+    Args:
+        path: The weights file; by default it is looked for, and downloaded to, where torch-fidelity keeps it.
+
+    Raises:
+        UsageError: The file is missing and can't be downloaded, or its SHA-256 is not that of the published weights.
+
+    References:
+        High-fidelity performance metrics for generative models in PyTorch (Obukhov et al., 2020),
+        https://github.com/toshas/torch-fidelity
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        # imported late: it takes seconds, which runs with another extractor needn't wait
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        super().__init__()
+        self.name, self.dim, self.sha256 = "inception", 2048, INCEPTION_SHA256
+        # torch-fidelity unpickles what it is given: hand it the very bytes whose hash has been checked
+        weights = io.BytesIO(_inception_weights(path))
+        self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
+
+    @property
+    def metric_name(self) -> str:
+        """``fid``."""
+        return "fid"
+
+    def features(self, images: Tensor) -> Tensor:
+        """Extract pool3 features; grey images are repeated to three channels."""
+        _check_images(images, self.name, channels=(1, 3))
+        if images.shape[1] == 1:
+            images = repeat(images, "n 1 h w -> n three h w", three=3)
+        return self.network(images)[0]
+
+
+def _inception_weights(path: str | None) -> bytes:
+    """Read the weights file, checked."""
+    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    if path is None and not file.is_file():
+        _download_inception(file)
+    if not file.is_file():
+        raise UsageError(f"no Inception weights at {file}: put {INCEPTION_URL} there")
+    content = file.read_bytes()
+    if (digest := hashlib.sha256(content).hexdigest()) != INCEPTION_SHA256:
+        raise UsageError(
+            f"{file} has SHA-256 {digest[:12]}..., not {INCEPTION_SHA256[:12]}...: put {INCEPTION_URL} there"
+        )
+    return content
+
+
+def _download_inception(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=INCEPTION_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:  # no network or no room; a wrong hash
+        raise UsageError(
+            f"no Inception weights at {file}, and downloading them failed ({error}): put {INCEPTION_URL} there, "
+            f"or score with another extractor"
+        ) from None
+
+
+def _check_images(images: Tensor, name: str, channels: Sequence[int]) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels:
+        raise UsageError(
+            f"extractor {name!r} reads uint8 images (N, C, H, W) with C in {tuple(channels)}, not {images.dtype} "
+            f"{tuple(images.shape)}: choose another extractor"
+        )
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch norms and a shortcut; the first block of a later stage halves the image."""
+
+    def __init__(self, width_in: int, width: int, halve: bool) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2) if halve else nn.Identity()
+        self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm_1, self.norm_2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.skip = nn.Conv2d(width_in, width, 1, bias=False) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width_in, H, W) -> (N, width, H, W), or half as high and wide."""
+        x = self.pool(x)
+        hidden = F.silu(self.norm_1(self.conv_1(x)))
+        return F.silu(self.skip(x) + self.norm_2(self.conv_2(hidden)))
+
+
+class SmallClassifier(nn.Module):
+    """A residual classifier whose spatially pooled last activations serve as features.
+
+    The last activations are pooled, not projected, before the linear head: as in Inception's pool3 they keep what the
+    classes do not need, which a score of image quality does.
+
+    Args:
+        channels: Image channels, 1 or 3.
+        classes: Number of classes.
+        dim: Number of features.
+        widths: Channels of each stage; the image is halved between two. Sides are at least 2^(stages - 1).
+        blocks: Residual blocks a stage.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, dim: int = 64, widths: tuple[int, ...] = (32, 64), blocks: int = 1
+    ) -> None:
+        super().__init__()
+        config = {"channels": channels, "classes": classes, "dim": dim, "widths": list(widths), "blocks": blocks}
+        self.config: dict[str, Any] = config
+        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]))
+        inputs = [widths[0], *widths[:-1]]
+        self.stages = nn.Sequential(
+            *(
+                Block(width_in if block == 0 else width, width, halve=stage > 0 and block == 0)
+                for stage, (width_in, width) in enumerate(zip(inputs, widths, strict=True))
+                for block in range(blocks)
+            )
+        )
+        self.last = nn.Sequential(nn.Conv2d(widths[-1], dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.head = nn.Linear(dim, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pool the last activations, (N, C, H, W) in [-1, 1] -> (N, dim)."""
+        hidden = F.silu(self.last(self.stages(F.silu(self.stem(images)))))
+        return reduce(hidden, "n dim h w -> n dim", "mean")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify, (N, C, H, W) in [-1, 1] -> (N, classes) logits."""
+        return self.head(self.features(images))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bring uint8 images to [-1, 1], float32."""
+    return images.float() / 127.5 - 1
+
+
+@EXTRACTORS.register("small")
+class Small(Extractor):
+    """The features of a small shipped classifier.
+
+    Args:
+        path: Its safetensors file, written by ``save_classifier``; ``name`` is taken from there.
+
+    Raises:
+        UsageError: The file is missing or broken.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.network, self.metadata = load_classifier(path)
+        self.network.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
+        self.name, self.dim = str(self.metadata["name"]), self.network.config["dim"]
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Extract the penultimate features."""
+        _check_images(images, self.name, channels=(self.network.config["channels"],))
+        return self.network.features(to_unit(images))
+
+
+def save_classifier(model: SmallClassifier, path: str | Path, name: str, data: str, accuracy: float, seed: int) -> None:
+    """Write weights as float16 with JSON metadata.
+
+    Args:
+        model: The classifier.
+        path: Where to write; folders are made.
+        name: Name in metric keys, ``fd_<name>``.
+        data: What it was trained on, in words.
+        accuracy: On the test split, in [0, 1].
+        seed: Of its training.
+    """
+    description = {**model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
+    save_weights(Path(path), model.state_dict(), description, dtype=torch.float16)
+
+
+def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
+    """Read what ``save_classifier`` wrote, as float32 and in eval mode.
+
+    Raises:
+        UsageError: The file is missing, truncated, of another kind, or holds values that are not finite.
+    """
+    tensors, description = read_weights(Path(path))
+    try:
+        with torch.device("meta"):  # shapes first: a broken file must not make us allocate what it claims
+            model = SmallClassifier(
+                **{key: description[key] for key in ("channels", "classes", "dim", "widths", "blocks")}
+            )
+        model.load_state_dict(tensors, assign=True)
+        description = {**description, "name": str(description["name"])}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} holds no extractor ({error!r:.100}): get it again, or fit it anew") from None
+    return model.eval(), description

@@ -1,0 +1,262 @@
+"""Reference statistics of a data set in the features of one extractor, kept in an npz file with their provenance.
+
+The file holds the moments of a whole split in float64 (for the Frechet distance) and float16 features of some of its
+images (for the kernel distance). Libraries that cache such statistics by name alone hand out old numbers once the data
+or the weights behind the name change; here the extractor's hash is checked and the content has a hash of its own.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffaccel import __version__
+from diffaccel.collective import failing_together
+from diffaccel.data.npz import ArrayFile
+from diffaccel.errors import UsageError
+from diffaccel.features.extractors import Extractor
+from diffaccel.metrics import Moments, MomentSums, check_features
+
+REMEDY = "make it with `diffaccel reference EXPERIMENT`, and name the new file with reference= (or floor=)"
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+class Splits(Protocol):
+    """What is needed of a data module here: a name, a label for tables, a limit, and its images in fixed order."""
+
+    limit: int | None
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def batches(
+        self, split: str, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield global batch index, images (n, C, H, W) and labels; batch b goes to rank b % world."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What generated images are compared with.
+
+    Attributes:
+        moments: Of all images of the split.
+        features: Of some of them, evenly spread over the split, (m, dim) float16.
+        provenance: ``data, label, split, n, limit, extractor`` (name, sha256, dim)``, order, version``.
+    """
+
+    moments: Moments
+    features: Tensor
+    provenance: dict[str, Any]
+
+    def moments_of(self, n: int) -> Moments:
+        """Moments of about n images of the split, evenly spread: of those kept, or of all if n is as many or more.
+
+        Kept features are float16, which moves a distance by less than its standard error.
+        """
+        if n >= self.moments.n or n > len(self.features):
+            return self.moments
+        chosen = torch.linspace(0, len(self.features) - 1, n, dtype=torch.float64).round().long()
+        return Moments.from_features(self.features[chosen])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content, the same before saving and after loading."""
+        digest = hashlib.sha256()
+        for name, array in self._arrays().items():
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; folders are made."""
+        save_references({Path(path): self})
+
+    def _arrays(self) -> dict[str, Any]:
+        return {
+            "n": np.array(self.moments.n, dtype=np.int64),
+            "mean": self.moments.mean.numpy(),
+            "covariance": self.moments.covariance.numpy(),
+            "features": self.features.numpy(),
+            "provenance": np.array(json.dumps(self.provenance, sort_keys=True)),
+        }
+
+
+def save_references(references: Mapping[Path, Reference]) -> None:
+    """Write files, all of them whole or none at all; folders are made.
+
+    Raises:
+        UsageError: One can't be written; what was there before is there still.
+    """
+    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in references}
+    olds = {path: path.with_name(f"{path.name}.{os.getpid()}.old") for path in references if path.exists()}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **references[path]._arrays())
+        for path, old in olds.items():
+            path.replace(old)
+        for path, part in parts.items():
+            part.replace(path)
+    except BaseException as error:
+        for path, part in parts.items():
+            if path not in olds or olds[path].exists():
+                path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        for path, old in olds.items():
+            if old.exists():
+                old.replace(path)
+        if isinstance(error, OSError):
+            raise UsageError(f"{error.filename or path} can't be written ({error.strerror})") from None
+        raise
+    for old in olds.values():
+        old.unlink()
+
+
+@torch.no_grad()
+def compute_reference(
+    data: Splits, split: str, extractor: Extractor, batch_size: int = 250, keep: int = 10_000
+) -> Reference:
+    """Take the statistics of a split, shared among the processes if there are several.
+
+    Each process goes through whole batches of its own and all return the same reference: equal to the last bit for 1,
+    2, 4 or 8 processes with as many threads each, else to rounding.
+
+    Args:
+        data: The data module.
+        split: ``train`` or ``test``.
+        extractor: Gives the features.
+        batch_size: Images a batch.
+        keep: At most so many images' features are kept, evenly spread over the split (folders are sorted by class).
+
+    Raises:
+        UsageError: A feature is not finite, or too large to be kept as float16; fewer than two images.
+    """
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    sums = MomentSums(extractor.dim, blocks=8)
+    kept: dict[int, Tensor] = {}
+    with failing_together():
+        for index, images, _ in data.batches(split, batch_size, rank, world):
+            features = extractor(images.to(extractor.device)).cpu()
+            sums.update(features, index)
+            if features.abs().max() > FLOAT16_MAX:
+                raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
+            kept[index] = features.half()
+    if parallel:
+        shares = [kept] * world
+        dist.all_gather_object(shares, kept)
+        kept = {index: features for share in shares for index, features in share.items()}
+    moments = sums.compute()
+    features = torch.cat([kept[index] for index in sorted(kept)])
+    chosen = torch.linspace(0, moments.n - 1, min(keep, moments.n), dtype=torch.float64).round().long()
+    provenance = {
+        "data": data.name,
+        "label": data.label,
+        "split": split,
+        "n": moments.n,
+        "limit": data.limit,
+        "shape": list(data.shape),
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},
+        "order": "features evenly spread over the split",
+        "version": __version__,
+    }
+    return Reference(moments, features[chosen], provenance)
+
+
+def load_reference(path: str | Path, extractor: Extractor) -> Reference:
+    """Read a reference and check that it belongs to the extractor.
+
+    Raises:
+        UsageError: The file is missing, damaged, or was made with another extractor.
+    """
+    reference = read_reference(path)
+    made_with = {key: reference.provenance["extractor"][key] for key in ("name", "sha256", "dim")}
+    wanted = {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim}
+    if made_with != wanted:
+        raise UsageError(
+            f"{path} was made with the extractor {_named(made_with)}, the run scores with {_named(wanted)}: {REMEDY}"
+        )
+    return reference
+
+
+def check_same_data(path: str | Path, reference: Reference, label: str, shape: tuple[int, int, int]) -> None:
+    """Refuse to compare samples with statistics of other data.
+
+    Args:
+        path: The statistics' file, for the message.
+        reference: The statistics.
+        label: What the experiment's data are called; a qualifier in brackets, "CIFAR-10 (JPEG)", makes no difference.
+        shape: (C, H, W) of the experiment's images.
+
+    Raises:
+        UsageError: The statistics are of data by another label, or of images of another shape.
+    """
+    own, theirs = (name.partition(" (")[0] for name in (label, str(reference.provenance["label"])))
+    if own != theirs:
+        raise UsageError(
+            f"{path} holds statistics of {theirs!r}, and the experiment's data are {own!r}: make their own with "
+            "`diffaccel reference` and give reference= and floor=, or, if they are the same data, set "
+            f"data.label={theirs!r}"
+        )
+    if (made := reference.provenance.get("shape")) is not None and tuple(made) != shape:
+        raise UsageError(
+            f"{path} holds statistics of images of shape {tuple(made)}, the experiment's are of shape {shape}: make "
+            "their own with `diffaccel reference`, or set shape="
+        )
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Read a reference, whatever extractor it was made with.
+
+    Raises:
+        UsageError: The file is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"no reference statistics at {path}: {REMEDY}")
+    try:
+        file = ArrayFile(str(path))
+        if missing := {"n", "mean", "covariance", "features", "provenance"} - set(file.names):
+            raise LookupError(f"no array {min(missing)!r}")
+        n, mean, covariance, features = (file.read(key) for key in ("n", "mean", "covariance", "features"))
+        provenance = json.loads(str(file.read("provenance")))
+        made_with = {key: provenance["extractor"][key] for key in ("name", "sha256", "dim")}
+        reference = Reference(
+            Moments(int(n), torch.from_numpy(mean), torch.from_numpy(covariance)),
+            torch.from_numpy(features),
+            provenance,
+        )
+    except (UsageError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        reason = str(error) if isinstance(error, UsageError) else f"{error!r:.100}"
+        raise UsageError(f"{path} holds no whole reference ({reason}): {REMEDY}") from None
+    _check_shapes(reference, int(made_with["dim"]), str(path))
+    return reference
+
+
+def _named(extractor: dict[str, Any]) -> str:
+    return f"{extractor['name']} (dim {extractor['dim']}, sha256 {str(extractor['sha256'])[:12]})"
+
+
+def _check_shapes(reference: Reference, dim: int, path: str) -> None:
+    moments = reference.moments
+    if moments.mean.shape != (dim,) or moments.covariance.shape != (dim, dim) or moments.n < 2:
+        raise UsageError(f"{path}: the moments are not those of {dim} features of 2 images or more: {REMEDY}")
+    for what, values in (
+        ("mean", moments.mean[None]),
+        ("covariance", moments.covariance),
+        ("features", reference.features),
+    ):
+        check_features(values, dim, f"{path}: the reference's {what}")

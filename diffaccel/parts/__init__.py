@@ -1,0 +1,1 @@
+"""Parts by name: registries, the values that keys may have, and overrides."""

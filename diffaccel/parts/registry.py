@@ -1,0 +1,298 @@
+"""Parts by name: a registry per kind, open to users through ``@register`` and entry points.
+
+A part's constructor is its schema: the keys that a YAML file may set are its parameters, their types are its
+annotations, their defaults are its defaults. Nothing is imported because a file says so: names are looked up.
+"""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffaccel.errors import UsageError, suggest
+from diffaccel.parts.checks import check_annotated, conform, plain_type
+from diffaccel.parts.overrides import as_plain, refuse_references
+from diffaccel.text.escape import printable
+from diffaccel.text.terminal import PlainConsole
+
+T = TypeVar("T")
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry(Mapping[str, Callable[..., T]], Generic[T]):
+    """Name -> factory for one kind of part (``solver``, ``prior``, ``process``, ``network`` ...).
+
+    Args:
+        kind: What the parts are, for error messages.
+        group: Entry-point group that adds to them; ``diffaccel.<kind>s`` if not given.
+        nested: Parts of a part: key -> their registry, so that ``solver: {name: heun, grid: {name: karras}}`` is built.
+
+    Example:
+        >>> solvers = Registry("solver")
+        >>> @solvers.register("euler")
+        ... class Euler: ...
+    """
+
+    def __init__(
+        self, kind: str, group: str | None = None, nested: Mapping[str, "Registry[Any]"] | None = None
+    ) -> None:
+        self.kind, self.group, self.nested = kind, group or f"diffaccel.{kind}s", dict(nested or {})
+        self._factories: dict[str, Callable[..., T]] = {}
+        self._plugins_loaded = False
+        self._installed: list[EntryPoint] | None = None
+        self._origins: dict[str, str] = {}  # plugins by the names of their parts
+        self._broken: dict[str, str] = {}  # plugins that bring nothing, and why
+        self._said: set[str] = set()
+
+    def register(self, name: str) -> Callable[[Factory], Factory]:
+        """Decorate a class or function so that YAML files can name it.
+
+        Raises:
+            UsageError: Another part already has that name.
+        """
+
+        def decorate(factory: Factory) -> Factory:
+            if self._factories.get(name, factory) is not factory:
+                raise UsageError(f"two {self.kind}s are called {name!r}: rename one")
+            self._factories[name] = factory
+            return factory
+
+        return decorate
+
+    def _load_plugins(self) -> None:
+        """Add what installed packages bring, once; one that is broken is noted, and stops nothing else."""
+        if self._plugins_loaded:
+            return
+        self._plugins_loaded = True
+        own = set(self._factories)
+        for plugin in self._plugins():
+            others = [other for other in self._plugins() if other.name == plugin.name and other != plugin]
+            if plugin.name in own:
+                continue  # ``build`` says so when the name is used
+            if others:
+                self._broken[_origin(plugin)] = f"{_origin(others[0])} has the same name: uninstall one"
+                continue
+            try:
+                factory = plugin.load()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # an import runs anything, so anything may be raised
+                self._broken[_origin(plugin)] = f"it can't be imported ({printable(repr(error)):.200})"
+                continue
+            if callable(factory) or plugin.name in self._factories:  # a module registers its parts as it is imported
+                self._factories.setdefault(plugin.name, factory)
+                self._origins[plugin.name] = _origin(plugin)
+            else:
+                reason = f"it is no class or function, and registers no {self.kind} {plugin.name!r}"
+                self._broken[_origin(plugin)] = reason
+
+    def _plugins(self) -> list[EntryPoint]:
+        """Entry points of the group, read once; a package whose list of them can't be read is noted."""
+        if self._installed is None:
+            try:
+                found = list(entry_points(group=self.group))
+            except Exception:  # one package's metadata are broken: they are read one by one
+                found = [plugin for package in distributions() for plugin in self._entry_points(package)]
+            # A package that lies in two places of the path is one.
+            self._installed = list({(plugin.name, _origin(plugin)): plugin for plugin in found}.values())
+        return self._installed
+
+    def _entry_points(self, package: Distribution) -> list[EntryPoint]:
+        try:
+            return [plugin for plugin in package.entry_points if plugin.group == self.group]
+        except Exception as error:
+            reason = f"its entry points can't be read ({printable(repr(error)):.200})"
+            self._broken[f"package {package.metadata['Name']!r}"] = reason
+            return []
+
+    def __getitem__(self, name: str) -> Callable[..., T]:
+        if name not in self._factories:
+            self._load_plugins()
+        if name not in self._factories:
+            broken = "".join(f"; {origin}: {reason}" for origin, reason in self._broken.items())
+            raise UsageError(f"no {self.kind} is called {name!r}{suggest(str(name), self._factories)}{broken}")
+        return self._factories[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._factories or name in set(self)
+
+    def __iter__(self) -> Iterator[str]:
+        self._load_plugins()
+        return iter(dict(self._factories))
+
+    def __len__(self) -> int:
+        self._load_plugins()
+        return len(self._factories)
+
+    def keys_of(self, name: str) -> frozenset[str]:
+        """Return the keys that a part of this name has, those of its own parts among them.
+
+        Raises:
+            UsageError: An unknown name, or a part whose constructor can't be inspected.
+        """
+        return frozenset(self._parameters(name))
+
+    def known_keys(self) -> frozenset[str]:
+        """Return the keys of all parts; one whose constructor can't be inspected has none."""
+        return frozenset().union(*map(self._keys, self))
+
+    def _keys(self, name: str) -> frozenset[str]:
+        with suppress(UsageError):
+            return self.keys_of(name)
+        return frozenset()
+
+    def _parameters(self, name: str, eval_str: bool = False) -> Mapping[str, inspect.Parameter]:
+        """Parameters of a part's constructor.
+
+        Raises:
+            UsageError: It can't be inspected: a plugin may be anything that can be called.
+        """
+        factory = self[name]
+        try:
+            return inspect.signature(factory, eval_str=eval_str).parameters
+        except Exception as error:  # annotations are code
+            what = "annotations don't evaluate" if eval_str else "constructor can't be inspected"
+            raise UsageError(f"{self._where(name)}: its {what} ({printable(repr(error)):.200})") from None
+
+    def _where(self, name: str) -> str:
+        """Name a part for messages, with the package that brings it."""
+        origin = self._origins.get(name)
+        return f"{self.kind} {name!r}" + (f" of {origin}" if origin else "")
+
+    def _say_ignored(self, name: str) -> None:
+        """Say once of a plugin that has the name of a part of ours that it is not used."""
+        if name in self._origins or name in self._said:
+            return
+        self._said.add(name)
+        for plugin in self._plugins():
+            if plugin.name == name:
+                said = f"{_origin(plugin)} is ignored: {self.kind} {name!r} is another part's name; rename the plugin"
+                PlainConsole(stderr=True, soft_wrap=True).print(said)
+
+    def complete(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a part's node with the defaults of the keys that it leaves out, its own parts likewise.
+
+        Raises:
+            UsageError: An unknown name.
+        """
+        parameters = inspect.signature(self[node["name"]]).parameters.values()
+        whole = {one.name: one.default for one in parameters if one.default is not one.empty} | dict(node)
+        for key, registry in self.nested.items():
+            if key in whole and not isinstance(whole[key], Mapping):
+                whole[key] = registry.node_of(whole[key])
+            if isinstance(whole.get(key), Mapping) and "name" in whole[key]:
+                whole[key] = registry.complete(whole[key])
+        return whole
+
+    def node_of(self, part: Any) -> dict[str, Any] | None:
+        """Return the node that builds a part which is a dataclass of this registry; None if it is none."""
+        names = [name for name, factory in self._factories.items() if factory is type(part)]
+        if not names or not dataclasses.is_dataclass(part) or isinstance(part, type):
+            return None
+        return {"name": names[0], **dataclasses.asdict(part)}
+
+    def build(self, node: Mapping[str, Any] | str, **context: Any) -> T:
+        """Construct the part that ``node['name']`` names from the node's other keys.
+
+        Args:
+            node: ``{"name": ..., key: value, ...}``, plain values as a YAML file holds them; or a name alone.
+            context: Arguments that no file can give (the process of a denoiser, say); their names are no YAML keys.
+
+        Raises:
+            UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
+        """
+        node = {"name": node} if isinstance(node, str) else dict(node)
+        name = node.pop("name", None)
+        if name is None:
+            raise UsageError(f"{self.kind}: the key 'name' is missing{suggest('', self)}")
+        factory, accepted = self[name], self._parameters(name)
+        for key, registry in self.nested.items():
+            if key in accepted and node.get(key, "") is None:
+                del node[key]  # the default
+            if key in node and key in accepted:
+                context[key] = registry.build(registry.named(node.pop(key), accepted[key].default))
+        self._say_ignored(name)
+        where = self._where(name)
+        parameters = self._parameters(name, eval_str=True)
+        schema = _schema(factory, parameters, frozenset(context) | frozenset(self.nested), where)
+        for key in node:
+            if key not in schema.__dataclass_fields__:
+                raise UsageError(f"{where} has no key {key!r}{self._remedy(str(key), schema.__dataclass_fields__)}")
+        plain: dict[str, Any] = as_plain(node)
+        refuse_references(plain, where)
+        types = {key: field.type for key, field in schema.__dataclass_fields__.items()}
+        node = {key: conform(f"{where}: {key}", value, types[key]) for key, value in plain.items()}
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+            if missing := sorted(OmegaConf.missing_keys(merged)):
+                raise UsageError(f"{where} needs a value for {', '.join(missing)}")
+            values = cast(dict[str, Any], OmegaConf.to_container(merged))
+        except OmegaConfBaseException as error:
+            key = f"{error.full_key}: " if error.full_key else ""
+            raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None
+        check_annotated(where, values, {key: parameter.annotation for key, parameter in parameters.items()})
+        return factory(**values, **{key: value for key, value in context.items() if key in accepted})
+
+    def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
+        """Name a part that is given by its keys alone: that of the default, whose keys they are."""
+        if isinstance(node, str) or "name" in node:
+            return node
+        names = [name for name, factory in self._factories.items() if factory is type(default)]
+        return {"name": names[0], **node} if names else node
+
+    def _remedy(self, key: str, known: Iterable[str]) -> str:
+        """Say which parts have a key that another one lacks."""
+        others = [name for name in self if key in self._keys(name)]
+        return f"; it is a key of {', '.join(others)}" if others else suggest(key, known)
+
+
+def _origin(plugin: EntryPoint) -> str:
+    """Where a plugin comes from, for messages."""
+    package = getattr(getattr(plugin, "dist", None), "name", None)
+    said = f"plugin {plugin.name!r} ({getattr(plugin, 'value', '?')})"
+    return printable(f"{said} of package {package!r}" if package else said)
+
+
+def _schema(
+    factory: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], hidden: frozenset[str], where: str
+) -> Any:
+    """Make a dataclass of the parameters that a file may set.
+
+    Raises:
+        UsageError: A parameter that no key can be given to.
+    """
+    fields = []
+    for parameter in parameters.values():
+        if parameter.name in hidden or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UsageError(f"{where}: its parameter {parameter.name!r} is positional only, so no key can set it")
+        default: Any = dataclasses.field(default=parameter.default)
+        if parameter.default is parameter.empty:
+            default = dataclasses.field(default="???")
+        elif isinstance(parameter.default, list | dict | tuple):
+            default = dataclasses.field(default_factory=partial(copy.copy, parameter.default))
+        elif (make := _default_factory(factory, parameter.name)) is not None:
+            default = dataclasses.field(default_factory=make)
+        annotation = Any if parameter.annotation is parameter.empty else plain_type(parameter.annotation)
+        fields.append((parameter.name, annotation, default))
+    try:
+        return dataclasses.make_dataclass("Part", fields)
+    except ValueError as error:
+        raise UsageError(f"{where}: its defaults make no schema ({printable(str(error))})") from None
+
+
+def _default_factory(factory: Callable[..., Any], name: str) -> Callable[[], Any] | None:
+    """What makes a dataclass field's default, which its signature doesn't show."""
+    if not dataclasses.is_dataclass(factory):
+        return None
+    makers = {field.name: field.default_factory for field in dataclasses.fields(factory)}
+    make = makers.get(name, dataclasses.MISSING)
+    return None if make is dataclasses.MISSING else make

@@ -1,0 +1,29 @@
+"""Forward processes, and what a denoiser predicts on them."""
+
+from diffaccel.process.base import PROCESSES, Process, expand, require
+from diffaccel.process.decoupled import Decoupled
+from diffaccel.process.gaussian import (
+    CosineVariancePreserving,
+    DiscreteVariancePreserving,
+    EDMVarianceExploding,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
+from diffaccel.process.prediction import DecoupledPrediction, Prediction
+
+__all__ = [
+    "CosineVariancePreserving",
+    "Decoupled",
+    "DecoupledPrediction",
+    "DiscreteVariancePreserving",
+    "EDMVarianceExploding",
+    "PROCESSES",
+    "Prediction",
+    "Process",
+    "SubVariancePreserving",
+    "VarianceExploding",
+    "VariancePreserving",
+    "expand",
+    "require",
+]

@@ -1,0 +1,120 @@
+"""Forward processes x_t = alpha_t x_0 + sigma_t eps.
+
+The ratio rho = sigma_t / alpha_t is the one noise level that all of them share: x_t / alpha_t at equal rho has the same
+law on every process. Times and coefficients are (B,) tensors, float64 where they come from a grid.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.parts.registry import Registry
+from diffaccel.process.attenuation import ATTENUATIONS
+from diffaccel.process.prediction import Prediction
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Give a (B,) coefficient the dtype and device of ``x`` and the axes to broadcast over it."""
+    return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def require(holds: bool, what: str) -> None:
+    """Refuse a value out of range; a comparison with NaN doesn't hold either.
+
+    Raises:
+        UsageError: It does not hold.
+    """
+    if not holds:
+        raise UsageError(what)
+
+
+class Process(ABC):
+    """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``."""
+
+    t_max: float = 1.0
+
+    @property
+    def scales_data(self) -> bool:
+        """Whether the mean of q(x_t | x_0) is alpha_t x_0, which all need that work with x / alpha."""
+        return True
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the data at time ``t``, shaped like ``t``."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise at time ``t``, shaped like ``t``."""
+
+    @abstractmethod
+    def time(self, ratio: Tensor) -> Tensor:
+        """Invert ``sigma / alpha``."""
+
+    @abstractmethod
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) of dx = f(t) x dt + g(t) dw: the logarithmic derivative of alpha."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t) of dx = f(t) x dt + g(t) dw; g^2 = alpha^2 d(rho^2)/dt."""
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """Noise-to-data ratio sigma / alpha; infinite where alpha is 0."""
+        return self.sigma(t) / self.alpha(t)
+
+    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Diffuse ``x_0`` (B, C, H, W) to time ``t`` (B,) with noise ``eps``."""
+        return expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
+
+    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring ``y = x / alpha`` (B, C, H, W) at ``ratio`` (B,) to this process: (x_t, t)."""
+        t = self.time(ratio)
+        return expand(self.alpha(t), y) * y, t
+
+    def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:
+        """Standard deviation of q(x_s | x_t, x_0) for s < t.
+
+        For a Markov process of these marginals it is sigma_s sqrt(1 - rho_s^2 / rho_t^2) (DDPM, 2006.11239, Eq. 7).
+        """
+        return self.sigma(s) * (1 - (self.ratio(s) / self.ratio(t)).square()).clamp_min(0).sqrt()
+
+    def mean(self, prediction: Prediction, s: Tensor) -> Tensor:
+        """Mean of the state at time ``s`` (B,), without its noise: (B, C, H, W)."""
+        return expand(self.alpha(s), prediction.x_0) * prediction.x_0
+
+    def change(self, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+        """How the state's mean moves from ``t`` to ``s``, (B, C, H, W)."""
+        return expand(self.alpha(s) - self.alpha(t), prediction.x_0) * prediction.x_0
+
+    def reprojected(self, prediction: Prediction, x_0: Tensor) -> Prediction:
+        """Give a prediction another ``x_0`` (B, C, H, W), and make whatever the mean depends on fit it."""
+        return Prediction(x_0, prediction.eps)
+
+    def transition(self, prediction: Prediction, t: Tensor, s: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a step from t to s < t that knows the prediction at t.
+
+            mean = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps,    std = c = eta * posterior_std(t, s)
+
+        eta = 0 is DDIM's deterministic step, eta = 1 ancestral sampling: DDPM's on a variance preserving process, DDM's
+        bridge on the decoupled one. Nothing is divided by alpha_t, so a step may start at infinite ratio.
+
+        Args:
+            prediction: The denoiser's, at t.
+            t: Times of the states, (B,).
+            s: Times to reach, (B,).
+            eta: Stochasticity in [0, 1].
+
+        Returns:
+            The mean (B, C, H, W) and the standard deviation (B,).
+
+        References:
+            Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
+        """
+        std = eta * self.posterior_std(t, s) if eta else torch.zeros_like(s)
+        remaining = (self.sigma(s).square() - std.square()).clamp_min(0).sqrt()
+        return self.mean(prediction, s) + expand(remaining, prediction.eps) * prediction.eps, std
+
+
+PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS})

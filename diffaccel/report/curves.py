@@ -1,0 +1,320 @@
+"""Which points form one curve, and what each curve of a plot or table is called.
+
+Points of one curve differ in budget and seed alone; settings that are tuned for each budget are one curve. Labels name
+what tells the curves at hand apart, and no two curves share one.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from diffaccel.report.points import Point, normalised
+from diffaccel.text.escape import printable
+
+Leaves = dict[str, str]
+"""Dotted key -> its value as text."""
+
+FIRST = ("tuned", "older", "solver.name", "prior.name")
+"""Leaves that a label gives first, and by their value alone."""
+SETTINGS = ("prior.", "solver.")
+FILES = ("checkpoint", "init", "path")
+"""Last names of leaves that hold a path, which no label gives that does without."""
+DEPTH = 8
+"""Depth to which nested settings are compared key by key."""
+LONGEST = 32
+"""Characters of a value in a label."""
+
+
+class Place(NamedTuple):
+    """Where a point belongs.
+
+    Attributes:
+        label: Of its curve.
+        replaced: Whether the same measurement comes again: after it in its folder, or before it in another one.
+    """
+
+    label: str
+    replaced: bool
+
+
+@dataclass
+class Curve:
+    """Points that belong together.
+
+    Attributes:
+        members: Their numbers.
+        shared: Each one's settings, without budget and seed.
+        common: Settings that happen to be equal for all budgets of tuned points.
+    """
+
+    members: list[int]
+    shared: Leaves
+    common: Leaves = field(default_factory=dict)
+
+
+def places_of(points: Sequence[Point], folders: Sequence[str] | None = None) -> list[Place]:
+    """Sort points into curves and name those.
+
+    Args:
+        points: In the order of their measurement, all kinds of lines of points.jsonl.
+        folders: Where each was read; one and the same if not given.
+    """
+    points = [normalised(point) for point in points]
+    folders = folders or [""] * len(points)
+    sorter = _Sorter(points, folders)
+    curves = sorter.curves()
+    labels = _labels(curves, sorter.paths)
+    found: dict[int, Place] = {}
+    for curve, label in zip(curves, labels, strict=True):
+        found |= {member: Place(label, member in sorter.replaced) for member in curve.members}
+    return [found[number] for number in range(len(points))]
+
+
+class _Sorter:
+    """Sorts points into curves.
+
+    Attributes:
+        replaced: Numbers of the points that another one of the same measurement replaces.
+        paths: Hash of weights -> the file that a point names for them.
+    """
+
+    def __init__(self, points: Sequence[Point], folders: Sequence[str]) -> None:
+        self.points, self.folders = points, folders
+        self.replaced: set[int] = set()
+        self.paths: dict[str, str] = {}
+        self.settings = [_leaves(point["settings"]) for point in points]
+
+    def curves(self) -> list[Curve]:
+        """Return the curves in the order of their first points."""
+        groups: dict[Hashable, Curve] = {}
+        for number in range(len(self.points)):
+            shared = self._shared(number)
+            key = tuple(sorted(shared.items()))
+            groups.setdefault(key, Curve([], shared)).members.append(number)
+        found = []
+        for group in groups.values():
+            for curve in self._tuned(group):
+                found += self._measured_once(curve)
+        return sorted(found, key=lambda curve: curve.members[0])
+
+    def _shared(self, number: int) -> Leaves:
+        """What all points of a curve have in common."""
+        point, settings = self.points[number], dict(self.settings[number])
+        configuration = _leaves(point["configuration"])
+        shared = {"method": _said(point["method"])}
+        if point["tuned"]:
+            shared["tuned"], settings = "tuned for each NFE", {}
+        elif point["configuration"]:
+            settings.pop("prior.checkpoint", None)  # the weights' hash says it
+        shared |= settings
+        shared |= {key: _said(point[key]) for key in ("n", "precision") if point[key] is not None}
+        if not point["configuration"]:
+            shared["older"] = "older version"
+            shared |= {key: _said(point[key]) for key in ("experiment", "process", "data") if point[key] is not None}
+            if point["key"] is None:  # of weights in training, of which nothing is known
+                shared["folder"] = self.folders[number]
+        if point["checkpoint"]:
+            shared["checkpoint"] = _said(point["checkpoint"].get("sha256"))
+            self.paths.setdefault(shared["checkpoint"], _said(point["checkpoint"].get("path")))
+        shared |= configuration
+        for kind in ("extractor", "reference"):
+            if point[kind]["sha256"] is not None:
+                shared[kind] = point[kind]["sha256"]
+        return shared
+
+    def _tuned(self, group: Curve) -> list[Curve]:
+        """Split a group of tuned points that do not record by what they were tuned, so that no budget has two."""
+        if "tuned" not in group.shared:
+            return [group]
+        groups = [group.members]
+        if self._ambiguous(group.members):
+            by_folder = _split(group.members, lambda number: self.folders[number])
+            groups = self._united([part for members in by_folder for part in self._told_apart(members)])
+        return [Curve(members, group.shared, self._common(members)) for members in groups]
+
+    def _ambiguous(self, members: Iterable[int]) -> bool:
+        """Whether a budget has several settings."""
+        settings: dict[Any, Leaves] = {}
+        return any(
+            settings.setdefault(self.points[number]["nfe_budget"], self.settings[number]) != self.settings[number]
+            for number in members
+        )
+
+    def _told_apart(self, members: list[int]) -> list[list[int]]:
+        """Split by the first key of the settings, solver and prior first, that the points of a budget differ in."""
+        budgets = _split(members, lambda number: self.points[number]["nfe_budget"])
+        keys = dict.fromkeys(["solver.name", "prior.name", *(key for each in members for key in self.settings[each])])
+        for key in keys:
+            if any(len({self.settings[number].get(key) for number in budget}) > 1 for budget in budgets):
+                parts = _split(members, lambda number: self.settings[number].get(key))  # noqa: B023 (called at once)
+                return [part for each in parts for part in self._told_apart(each)]
+        return [members]
+
+    def _united(self, groups: list[list[int]]) -> list[list[int]]:
+        """Put groups together that share budgets and have the same settings at each of them: other seeds."""
+        kept: list[list[int]] = []
+        for group in groups:
+            budgets = {self.points[number]["nfe_budget"] for number in group}
+            for other in kept:
+                shares = any(self.points[number]["nfe_budget"] in budgets for number in other)
+                if shares and not self._ambiguous([*other, *group]):
+                    other += group
+                    break
+            else:
+                kept.append(group)
+        return kept
+
+    def _common(self, members: list[int]) -> Leaves:
+        first, *others = (self.settings[number] for number in members)
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+    def _measured_once(self, curve: Curve) -> list[Curve]:
+        """Find repeated measurements, and split a curve whose points differ in something that they don't record."""
+        at: dict[Hashable, list[int]] = defaultdict(list)
+        for number in curve.members:
+            at[self.points[number]["nfe_budget"], self.points[number]["seed"]].append(number)
+        repeated = [self._repeated(numbers) for numbers in at.values()]
+        if max(map(len, repeated)) > 1:
+            if len(parts := _split(curve.members, lambda number: self.folders[number])) > 1:
+                own = [Curve(part, {**curve.shared, "folder": self.folders[part[0]]}, curve.common) for part in parts]
+                return [part for each in own for part in self._measured_once(each)]
+            found = [same for measured in repeated for same in measured]
+        else:
+            found = [curve.members]
+        for same in (same for measured in repeated for same in measured):
+            first = [number for number in same if self.folders[number] == self.folders[same[0]]]
+            self.replaced |= set(same) - {first[-1]}
+        if len(found) == 1:
+            return [curve]
+        return [Curve(same, {**curve.shared, "measured": self._measurement(same[0])}, curve.common) for same in found]
+
+    def _repeated(self, numbers: list[int]) -> list[list[int]]:
+        """Put together the points of the same images, or of a folder and the same key."""
+        found: list[list[int]] = []
+        for number in numbers:
+            for same in found:
+                if any(self._same(number, other) for other in same):
+                    same.append(number)
+                    break
+            else:
+                found.append([number])
+        return found
+
+    def _same(self, number: int, other: int) -> bool:
+        own, its = self.points[number], self.points[other]
+        alike = self.folders[number] == self.folders[other] and own["key"] is not None and own["key"] == its["key"]
+        return alike or (own["images_sha256"] is not None and own["images_sha256"] == its["images_sha256"])
+
+    def _measurement(self, number: int) -> str:
+        point = self.points[number]
+        return point["key"] or point["images_sha256"] or f"in line {number + 1}"
+
+
+def _split(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:
+    parts: dict[Any, list[int]] = defaultdict(list)
+    for number in numbers:
+        parts[key(number)].append(number)
+    return list(parts.values())
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> Leaves:
+    """Flatten nested settings to dotted keys."""
+    found: Leaves = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and depth:
+            found |= _leaves(value, f"{prefix}{key}.", depth - 1)
+        else:
+            found[f"{prefix}{key}"] = _said(value)
+    return found
+
+
+def _said(value: Any) -> str:
+    """A value as text, numbers in their shortest form: equal text is an equal value."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _labels(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
+    """Name curves by what tells them apart."""
+    named: list[Leaves] = [{} for _ in curves]
+    leaves = dict.fromkeys(leaf for curve in curves for leaf in (*FIRST, *curve.shared))
+    settings = [leaf for leaf in leaves if leaf in FIRST or leaf in ("n", "precision") or leaf.startswith(SETTINGS)]
+    settings = [leaf for leaf in settings if leaf.rpartition(".")[2] not in FILES]
+    for leaf in settings:
+        # Keys of other parts differ anyway: only those of the same part are compared.
+        for group in _split(range(len(curves)), lambda number, leaf=leaf: _context(curves[number], leaf)):  # type: ignore[misc]
+            _name(leaf, group, [curve.shared for curve in curves], named)
+    everything = [{**curve.common, **curve.shared} for curve in curves]
+    rest = [leaf for leaf in dict.fromkeys(leaf for each in everything for leaf in each) if leaf not in settings]
+    for leaf in [*FIRST, *(leaf for leaf in rest if leaf not in FIRST)]:
+        for group in _split(range(len(curves)), lambda number: (curves[number].shared["method"], str(named[number]))):
+            _name(leaf, group, everything, named)
+    for curve, own in zip(curves, named, strict=True):
+        if "tuned" in curve.shared:
+            own["tuned"] = curve.shared["tuned"]
+        elif not own:
+            own |= {leaf: curve.shared[leaf] for leaf in FIRST if leaf in curve.shared and leaf != "older"}
+    keys = _keys(named)
+    return _unique([_label(curve, own, keys, paths) for curve, own in zip(curves, named, strict=True)])
+
+
+def _context(curve: Curve, leaf: str) -> tuple[str | None, ...]:
+    """Names of the parts that a leaf belongs to, from the outermost; a name belongs to what is around its part."""
+    parts = leaf.removesuffix(".name").split(".")[:-1]
+    return tuple(curve.shared.get(".".join([*parts[: depth + 1], "name"])) for depth in range(len(parts)))
+
+
+def _name(leaf: str, group: Sequence[int], leaves: Sequence[Leaves], named: Sequence[Leaves]) -> None:
+    """Give a leaf to the names of a group's curves, if it tells them apart."""
+    if len({leaves[number].get(leaf) for number in group}) > 1:
+        for number in group:
+            if leaf in leaves[number]:
+                named[number][leaf] = leaves[number][leaf]
+
+
+def _keys(named: Sequence[Leaves]) -> dict[str, str]:
+    """The name of each leaf in labels: of settings the last part alone, where that is unambiguous."""
+    leaves = dict.fromkeys(leaf for each in named for leaf in each)
+    short = {leaf: leaf.removesuffix(".name").rpartition(".")[2] for leaf in leaves if leaf.startswith(SETTINGS)}
+    names = list(short.values())
+    return {
+        leaf: short[leaf] if leaf in short and names.count(short[leaf]) == 1 else leaf.removesuffix(".name")
+        for leaf in leaves
+    }
+
+
+def _label(curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str]) -> str:
+    said = [_short(named[leaf], paths) for leaf in FIRST if leaf in named]
+    said += [f"{keys[leaf]}={_short(value, paths)}" for leaf, value in named.items() if leaf not in FIRST]
+    return printable(_cut(curve.shared["method"]) + (f" ({', '.join(said)})" if said else ""))
+
+
+def _short(value: str, paths: Mapping[str, str]) -> str:
+    """A value as labels show it: weights by their file, hashes and long values cut."""
+    if value in paths:
+        return f"{_cut(paths[value].rpartition('/')[2])} {value[:6]}"
+    if re.fullmatch("[0-9a-f]{16,}", value):
+        return value[:8]
+    return _cut(value)
+
+
+def _cut(value: str) -> str:
+    digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
+    return value if len(value) <= LONGEST else f"{value[: LONGEST - 12]}...{digest[:6]}"
+
+
+def _unique(labels: Sequence[str]) -> list[str]:
+    """Number labels that are equal, which two hashes cut alike would be."""
+    seen: dict[str, int] = defaultdict(int)
+    found = []
+    for label in labels:
+        seen[label] += 1
+        found.append(label if seen[label] == 1 else f"{label} #{seen[label]}")
+    return found

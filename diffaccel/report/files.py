@@ -1,0 +1,127 @@
+"""Points and curves on disk: JSON lines, one point each, and CSV."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffaccel.errors import UsageError
+from diffaccel.parts.overrides import as_given
+from diffaccel.report.curves import places_of
+from diffaccel.report.points import Point, normalised
+from diffaccel.storage import lock, unwritable, write_all
+from diffaccel.text.escape import csv_cell
+
+COLUMNS = (
+    *("method", "process", "prior", "solver", "nfe_budget", "nfe", "nfe_marginal", "nfe_burn_in", "nfe_sequential"),
+    *("nfe_equivalent", "gflops_per_image", "seconds_per_image", "n", "seed"),
+)
+
+
+def append_point(path: str | Path, point: Point) -> None:
+    """Append a point as one line of JSON and bring it to the disk before returning.
+
+    Numbers that JSON does not have (NaN, infinity) become null. What a killed run has left of a line is removed first;
+    the file is locked meanwhile, so that several processes may append to it.
+
+    Raises:
+        TypeError: The point holds something that is no JSON, a tensor say.
+        UsageError: The file can't be written; it is then as it was.
+    """
+    path = Path(path)
+    line = json.dumps(_finite(as_given(point)), allow_nan=False).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            lock(file)
+            file.seek(0)
+            content = file.read()
+            torn = _torn(content)
+            end = file.truncate(len(content) - len(torn))
+            lacks_newline = content and not torn and not content.endswith(b"\n")
+            try:
+                write_all(file, b"\n" + line if lacks_newline else line)
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def read_points(path: str | Path) -> list[dict[str, Any]]:
+    """Read the points of a file, all but a last line that a killed run has not finished.
+
+    Raises:
+        UsageError: No such file, or a finished line that is no JSON object.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"no points at {path}: measure some with `diffaccel bench`")
+    content = Path(path).read_bytes()
+    points = []
+    for number, line in enumerate(content.removesuffix(_torn(content)).splitlines(), start=1):
+        try:
+            point = json.loads(line)
+        except (ValueError, RecursionError):
+            point = None
+        if not isinstance(point, dict):
+            raise UsageError(f"{path}, line {number}, is no point: remove it")
+        points.append(point)
+    return points
+
+
+def _torn(content: bytes) -> bytes:
+    """Return the beginning of a line that the content ends with, if it does."""
+    last = content[content.rfind(b"\n") + 1 :]
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        return last
+    return b""  # whole: someone's editor has left out the newline
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_curve_csv(points: Sequence[Point], path: str | Path) -> None:
+    """Write a table with a row per point: its curve, how it was sampled, what that cost, and every metric."""
+    points, labels = [normalised(point) for point in points], [place.label for place in places_of(points)]
+    metrics = sorted({name for point in points for name in point["metrics"]})
+    rows: list[list[Any]] = [["curve", *COLUMNS, "extractor", *metrics]]
+    for label, point in zip(labels, points, strict=True):
+        own = (point["metrics"].get(name) for name in metrics)
+        rows.append([label, *(point[name] for name in COLUMNS), point["extractor"]["name"], *own])
+    write_csv(rows, path)
+
+
+def write_csv(rows: Iterable[Iterable[Any]], path: str | Path) -> None:
+    """Write rows as CSV; text that a spreadsheet would take for a formula is escaped."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [csv_cell(value) if isinstance(value, str) else value for value in row] for row in rows
+        )
+
+
+def frechet_key(points: Iterable[Point]) -> str:
+    """Return the metric that all these points can be compared by: ``fid``, or ``fd_<extractor>``.
+
+    Raises:
+        UsageError: No points that name an extractor, or points scored by several.
+    """
+    names = {name for point in points if (name := normalised(point)["extractor"]["name"]) is not None}
+    keys = sorted("fid" if name == "inception" else f"fd_{name}" for name in names)
+    if not keys:
+        raise UsageError("none of these points names the extractor that scored it: bench them again")
+    if len(keys) > 1:
+        raise UsageError(f"one plot needs points of one extractor, these have {keys}: select some")
+    return keys[0]

@@ -1,0 +1,87 @@
+"""Points to the run's loggers, on rank zero alone: every logger gets the same figures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from diffaccel.report import Point
+from diffaccel.text.terminal import side_output
+
+CALLS = ("log_hyperparams", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
+"""What Lightning and :func:`log_curve` call of a logger."""
+COLUMNS = ("method", "solver", "prior", "nfe_budget", "nfe", "nfe_burn_in", "n", "seed", "seconds_per_image")
+
+
+def unfailing(logger: Logger) -> Logger:
+    """Let the first of a logger's calls that fails be one line, and those after it do nothing."""
+    failed: list[bool] = []
+
+    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any, **words: Any) -> Any:
+            if failed:
+                return None
+            with side_output(type(logger).__name__):
+                return call(*arguments, **words)
+            failed.append(True)  # reached where an error was caught
+            return None
+
+        return guarded
+
+    for name in CALLS:
+        if hasattr(logger, name):
+            setattr(logger, name, guard(getattr(logger, name)))
+    return logger
+
+
+def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:
+    """Log the finished curve: a row per point against its NFE; to W&B also the table and the pictures.
+
+    W&B draws ``curve/*`` against ``curve/nfe``. Its rows are written once, at the end: repeated ones would share their
+    x values, which one line can't separate.
+    """
+    rows = [
+        {
+            "curve/nfe": point["nfe"],
+            "curve/nfe_marginal": point["nfe_marginal"],
+            "curve/seconds_per_image": point["seconds_per_image"],
+            **{f"curve/{key}": value for key, value in point["metrics"].items() if value is not None},
+        }
+        for point in points
+    ]
+    if not isinstance(logger, WandbLogger):
+        for i, row in enumerate(rows):
+            logger.log_metrics({key: value for key, value in row.items() if value == value}, step=i)
+        return
+    import wandb  # late: it takes a second that runs without it needn't wait
+
+    run = logger.experiment
+    run.define_metric("curve/nfe", hidden=True)
+    run.define_metric("curve/*", step_metric="curve/nfe", step_sync=False, summary="none")
+    for row in rows:
+        run.log(row)
+    metrics = sorted({name for point in points for name in point["metrics"]})
+    table = [[*(point[key] for key in COLUMNS), *(point["metrics"].get(name) for name in metrics)] for point in points]
+    run.log({"points": wandb.Table(columns=[*COLUMNS, *metrics], data=table)})
+    grids = [path for point in points if (path := out / f"samples_nfe{budget_name(point)}.png").is_file()]
+    if grids:
+        logger.log_image("samples", [str(path) for path in grids])
+    if (out / "curve.png").is_file():
+        logger.log_image("curve", [str(out / "curve.png")])
+    run.config.update({"provenance": provenance}, allow_val_change=True)
+
+
+def log_weights(logger: Logger, path: Path, name: str, description: dict[str, Any]) -> None:
+    """Keep a file of weights as an artifact of the run, if the logger keeps any (W&B does)."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        artifact = wandb.Artifact(name.replace("/", "-"), type="model", metadata=description)
+        artifact.add_file(str(path))
+        logger.experiment.log_artifact(artifact)
+
+
+def budget_name(point: Point) -> str:
+    """The budget, or what an adaptive solver spent without one, for file names."""
+    return f"{point['nfe_budget'] or round(point['nfe']):g}"

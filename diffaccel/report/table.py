@@ -1,0 +1,47 @@
+"""The table of points that a bench prints."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from diffaccel.report.points import Point, normalised
+from diffaccel.text.terminal import number, print_lines, wide_console
+
+NEIGHBOURHOODS = ("recall", "coverage")
+"""Metrics that stand beside the distances, if they were computed."""
+
+
+def print_points(points: Sequence[Point], name: str, out: Path) -> None:
+    """Print a row for each point, what real images score, and where the files are, last.
+
+    Args:
+        points: Of one extractor and reference.
+        name: Metric key of the Frechet distance.
+        out: Folder of the files.
+    """
+    if not points:
+        return
+    points = [normalised(point) for point in points]
+    n, last = points[-1]["n"], points[-1]["metrics"]
+    likelihood = ("bits_per_dim", "bits_per_dim_se")
+    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood) if key in last]
+    heads = {name: f"{name}@{number(n, 12)}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
+    table = Table(box=None, header_style="bold")
+    for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for point in points:
+        table.add_row(
+            *(number(point[key]) for key in ("nfe_budget", "nfe", "nfe_burn_in")),
+            *(number(point["metrics"].get(key)) for key in shown),
+            number(point["seconds_per_image"], 3),
+        )
+    wide_console().print(table)
+    if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
+        print_lines("a budget that can't be met exactly was rounded down")
+    if last.get(f"{name}_floor") is not None:
+        beside = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
+        held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
+        print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{beside}")
+    print_lines(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")

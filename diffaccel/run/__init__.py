@@ -1,0 +1,1 @@
+"""Processes, devices and folders of a run."""

@@ -1,0 +1,140 @@
+"""What training leaves behind: its state at intervals, and weights at its end."""
+
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from diffaccel import __version__
+from diffaccel.errors import UsageError
+from diffaccel.methods import Diffusion
+from diffaccel.report.logs import log_weights
+from diffaccel.storage import check_room, check_target, write_whole
+from diffaccel.text.terminal import side_output
+from diffaccel.weights import save_weights
+
+IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")
+"""Keys of the description in which a run that goes on must agree with the one before."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lets Lightning's checkpoints replace the last ones only when they are written whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UsageError: The file can't be written.
+        """
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)  # straight to a file, a full disk is an error that does not name the cause
+        write_whole(path, buffer.getbuffer())
+
+
+class Checkpointer(L.Callback):
+    """Saves ``last.ckpt`` every few minutes, when training is interrupted, and at its end; then the weights.
+
+    Args:
+        out: Folder to write to.
+        minutes: Minutes between checkpoints.
+        description: What the weights' header says besides counters, and what a run that goes on must agree with.
+    """
+
+    def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
+        self.out, self.minutes, self.description = out, minutes, description
+        self._saved = self._started = time.monotonic()
+        self._before = 0.0  # seconds trained in the runs that this one goes on from
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"seconds": self._seconds()}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint, too, what its weights are."""
+        checkpoint.setdefault("diffaccel", {})["description"] = self.description
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def check_outputs(self, method: Diffusion) -> None:
+        """Refuse, before training, a folder that its files can't be written to.
+
+        Raises:
+            UsageError: A name is taken by a folder, or there is no room for two states of training, old and new.
+        """
+        last = self.out / "last.ckpt"
+        for path in (last, *(self.out / f"{name}.safetensors" for name in method.exports())):
+            check_target(path)
+        trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
+        state = 4 * trained  # with two moments and the average
+        check_room(self.out, state * (1 if last.is_file() else 2), state, "checkpoints")
+
+    def check_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of other settings, under whose name its weights would be kept.
+
+        Raises:
+            UsageError: The settings differ; the message shows one.
+        """
+        before = content["diffaccel"].get("description", self.description)
+        for key in IDENTITY:
+            there, here = before.get(key), self.description.get(key)
+            if there != here:
+                raise UsageError(
+                    f"resume: {path} is of a run with {key}={there}, this one has {here}: "
+                    "go on with the settings that it had, or choose another out= (init=FILE begins with its weights)"
+                )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        self._saved = self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: D102
+        assert isinstance(pl_module, Diffusion)
+        if pl_module.steps % 10:
+            return
+        # Rank 0's clock decides for all: saving is collective.
+        if trainer.strategy.broadcast(time.monotonic() - self._saved > 60 * self.minutes):
+            self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save where a person interrupted; after an error, or within a step, the last good checkpoint stays."""
+        assert isinstance(pl_module, Diffusion)
+        whole = trainer.world_size == 1 and trainer.training and not pl_module.mid_step
+        if isinstance(exception, KeyboardInterrupt) and whole:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the state and, if the budget of images is used up, the weights in bf16, unless they say."""
+        assert isinstance(pl_module, Diffusion)
+        self.save(trainer)
+        if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
+            self._export(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt``; every process calls this."""
+        trainer.save_checkpoint(self.out / "last.ckpt")
+        self._saved = time.monotonic()
+
+    def _export(self, trainer: L.Trainer, method: Diffusion) -> None:
+        description = {
+            **self.description,
+            "module": type(method).__name__,
+            "images_seen": method.images_seen,
+            "hours": round(self._seconds() / 3600, 3),
+            "version": __version__,
+        }
+        written = []
+        for name, (state, said) in method.exports().items():
+            path = self.out / f"{name}.safetensors"
+            save_weights(path, state, {**description, **said}, getattr(torch, said.get("dtype", "bfloat16")))
+            written.append((path, {**description, **said}))
+        for logger in trainer.loggers:
+            for path, said in written:
+                with side_output(f"{type(logger).__name__}, of {path.name},"):
+                    log_weights(logger, path, f"{description['experiment']}-{path.stem}", said)

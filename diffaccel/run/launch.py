@@ -1,0 +1,263 @@
+"""What runs an experiment: the trainer with its processes, loggers and checkpoints, and the folder it writes to."""
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from diffaccel.config import Config, as_written, to_yaml
+from diffaccel.errors import UsageError
+from diffaccel.evaluation import Evaluator
+from diffaccel.parts.overrides import as_given
+from diffaccel.report.logs import unfailing
+from diffaccel.run.checkpoint import Checkpointer, WholeFiles
+from diffaccel.run.machine import announce, device_type
+from diffaccel.run.processes import Processes
+from diffaccel.storage import check_target, occupied, write_whole
+from diffaccel.text.terminal import say, side_output
+from diffaccel.weights import file_sha256
+
+
+def build_loggers(config: Config) -> list[Logger]:
+    """Build the logger that the configuration asks for.
+
+    Raises:
+        UsageError: W&B refuses to go online (without a key, say).
+    """
+    mode = wandb_mode(config) if config.logger == "wandb" else ""
+    if config.logger == "none":
+        return []
+    builders: dict[str, Callable[[Config], Logger]]
+    builders = {"csv": _csv, "tensorboard": _tensorboard, "wandb": partial(_wandb, mode=mode)}
+    if config.logger == "tensorboard" and find_spec("tensorboard") is None:
+        raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb")
+    if mode in ("online", "shared"):
+        return [unfailing(_online(config, mode))]
+    with side_output(f"logger={config.logger}"):
+        logger: Any = builders[config.logger](config)
+        if is_first(config):
+            logger.experiment  # noqa: B018 (starts it now: Lightning would let a failure end the run)
+        return [unfailing(logger)]
+    return []
+
+
+def _csv(config: Config) -> Logger:
+    return CSVLogger(config.folder, name="csv")
+
+
+def _tensorboard(config: Config) -> Logger:
+    return TensorBoardLogger(config.folder, name="tensorboard")
+
+
+def _online(config: Config, mode: str) -> Logger:
+    import wandb
+
+    logger = _wandb(config, mode)
+    try:
+        logger.experiment  # noqa: B018 (starts the run, on rank zero)
+    except wandb.errors.Error as error:
+        raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
+    return logger
+
+
+def _wandb(config: Config, mode: str) -> WandbLogger:
+    import wandb  # imported late: it takes a second that runs without it needn't wait
+
+    wandb.setup()  # reads WANDB_SILENT before there is anything to say
+    variables, out = os.environ, config.folder
+    return WandbLogger(
+        project=variables.get("WANDB_PROJECT", "diffaccel"),
+        name=variables.get("WANDB_NAME", f"{config.data_name}/{Path(config.experiment).stem}"),
+        save_dir=variables.get("WANDB_DIR", out),
+        mode=cast(Any, mode),
+        log_model=False,
+        id=variables.get("WANDB_RUN_ID") or _run_id(out, config.resume),
+        resume=variables.get("WANDB_RESUME", "allow"),
+        config=as_written(config),
+    )
+
+
+def wandb_mode(config: Config) -> str:
+    """Return W&B's mode: the configuration's, else WANDB_MODE, else offline; a conflict of the two is said.
+
+    Raises:
+        UsageError: WANDB_MODE is no mode.
+    """
+    modes = {mode: mode for mode in ("offline", "online", "shared", "disabled")}
+    modes |= {"dryrun": "offline", "run": "online"}  # W&B's older words
+    given = os.environ.get("WANDB_MODE", "offline")
+    if config.wandb_mode is None:
+        if given not in modes:
+            raise UsageError(f"WANDB_MODE={given} in the environment is none of {', '.join(sorted(modes))}")
+        return modes[given]
+    if "WANDB_MODE" in os.environ and modes.get(given) != config.wandb_mode:
+        say(f"wandb_mode={config.wandb_mode} overrides WANDB_MODE={given} of the environment")
+    return config.wandb_mode
+
+
+@rank_zero_only
+def _run_id(out: Path, resume: str | None) -> str:
+    """Return the id of the W&B run: of the one that is resumed, or a new one, kept in OUT for that."""
+    file = out / "wandb_run_id"
+    if resume is None or not file.is_file():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+class StepsBar(RichProgressBar):
+    """Lightning's bar over the steps of a run, which has no epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
+def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False, phases: int = 1) -> L.Trainer:
+    """Build the trainer: processes, precision, logger.
+
+    Args:
+        config: The run's.
+        callbacks: Evaluator, checkpoints.
+        training: Whether for a fit.
+        phases: Of a training step; each of several trains a part of the parameters, which processes must look for.
+
+    Raises:
+        UsageError: A GPU was asked for and there is none.
+    """
+    processes = config.devices * config.num_nodes
+    every = evaluation_steps(config) if training else None
+    trainer = L.Trainer(
+        accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        plugins=[WholeFiles()],
+        strategy=Processes(find_unused_parameters=phases > 1) if processes > 1 else "auto",
+        precision=cast(Any, config.precision),
+        max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
+        limit_train_batches=-(-config.training.images // config.training.batch_size),
+        logger=build_loggers(config),
+        callbacks=[*callbacks, StepsBar()] if training else callbacks,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        limit_val_batches=int(every is not None),
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        enable_model_summary=False,
+        enable_progress_bar=training,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.training.log_every,
+    )
+    announce(config)  # the last that may be refused is built
+    return trainer
+
+
+def evaluation_steps(config: Config) -> int | None:
+    """Steps between evaluations while training; None for none.
+
+    Raises:
+        UsageError: They would be less than a step apart, or nothing of them is to be followed.
+    """
+    training = config.training
+    if training.evaluate_every is None:
+        if training.keep_best is not None:
+            raise UsageError("training.keep_best follows evaluations while training: set training.evaluate_every")
+        return None
+    if training.evaluate_every < training.batch_size:
+        raise UsageError(f"training.evaluate_every={training.evaluate_every} is less than a batch of images: raise it")
+    return training.evaluate_every // training.batch_size
+
+
+def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
+    """Build the callback that keeps the state of the least distance as best.ckpt.
+
+    Raises:
+        UsageError: The budget that it follows is none of those evaluated.
+    """
+    budget = config.training.keep_best
+    if budget not in config.nfe:
+        raise UsageError(f"training.keep_best={budget:g} is none of the budgets nfe={config.nfe}: add it there")
+    monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
+    return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
+
+
+def build_checkpointer(config: Config) -> Checkpointer:
+    """Build the callback that saves training state and, at its end, weights."""
+    prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
+    if init := config.prior.get("init"):  # which weights, and not where they lay
+        prior["init_sha256"] = file_sha256(Path(init))
+    description = {
+        "method": config.method_name,
+        "experiment": config.experiment,
+        "data": config.data.get("label") or config.data["name"],
+        "seed": config.seed,
+        "shape": config.shape,
+        "network": config.network,
+        "denoiser": config.denoiser,
+        "process": config.process,
+        "prior": prior,
+        **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
+        **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
+        **({"init_sha256": file_sha256(Path(config.init))} if config.init else {}),
+    }
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def _without_path(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "checkpoint"}
+
+
+def folder_of(config: Config) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder that a run writes to; its first process does it for all.
+
+    Raises:
+        UsageError: The folder can't be written to, or is in use.
+    """
+    return occupied(config.folder) if is_first(config) else nullcontext()
+
+
+def is_first(config: Config) -> bool:
+    """Whether this is the process of rank zero, also before there is a trainer to say so.
+
+    It makes the run's folder and checks it for all: the others may be ahead of it, or have disks of their own.
+    """
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+    return config.devices * config.num_nodes == 1 or (rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
+
+
+def write_config(config: Config, *results: str) -> None:
+    """Leave the resolved configuration beside the results as config.yaml; earlier ones become config.1.yaml and so on.
+
+    Several configurations may share a folder, whose points say by themselves how they were measured.
+
+    Args:
+        config: The run's.
+        results: Files of the folder that the run will write.
+
+    Raises:
+        UsageError: One of the files can't be written.
+    """
+    if not is_first(config):
+        return
+    for name in results:
+        check_target(config.folder / name)
+    path, text = config.folder / "config.yaml", to_yaml(config, config.folder)
+    if path.is_file() and (settings := _settings(path.read_text(errors="replace"))) != _settings(text):
+        earlier = config.folder.glob("config.*.yaml")
+        if all(_settings(file.read_text(errors="replace")) != settings for file in earlier):
+            numbered = (config.folder / f"config.{number}.yaml" for number in count(1))
+            path.replace(next(file for file in numbered if not file.exists()))
+    write_whole(path, text)
+
+
+def _settings(text: str) -> list[str]:
+    """A configuration's lines without those of how a run began."""
+    return [line for line in text.splitlines() if not line.startswith(("resume:", "again:"))]

@@ -1,0 +1,1 @@
+"""Text for people: the terminal, escapes, and what a mistaken file is."""

@@ -1,0 +1,196 @@
+"""What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
+
+import itertools
+import math
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffaccel.config import Config
+from diffaccel.errors import UsageError
+from diffaccel.methods import Diffusion
+from diffaccel.nfe import EvaluationCounter
+from diffaccel.prior import Plan
+from diffaccel.run.machine import describe, device_type
+from diffaccel.text.terminal import human, print_lines, wide_console
+
+AFFORDABLE = 5.0
+"""Seconds that one measurement may take; what would take longer is extrapolated from fewer images."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows how many bytes of tensors made within are alive, on any device, the meta device too.
+
+    Attributes:
+        live: Now.
+        peak: At most. A kernel's own workspace is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and take up the storages that it made."""
+        known = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._seen | known:  # neither a view nor in place
+                    self._seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+class ForwardCost(NamedTuple):
+    """What one forward of the denoiser takes, an image.
+
+    Attributes:
+        timed: Images of the forward that was timed.
+        flops: Of an image.
+        seconds: Of an image.
+        activations: Bytes of an image.
+        compiling: Seconds that the first forward of the timed size takes longer, in which ``compile`` compiles.
+        counting: Seconds that the first forward of all takes longer, in which FLOPs are counted, as in a bench.
+    """
+
+    timed: int
+    flops: float
+    seconds: float
+    activations: float
+    compiling: float
+    counting: float
+
+
+@torch.no_grad()
+def forward_cost(method: Diffusion, batch_size: int) -> ForwardCost:
+    """Run the denoiser on a few images, watched, then on a batch if that is affordable: to warm up, and timed."""
+    pixels = method.shape[1] * method.shape[2]
+    watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
+    with EvaluationCounter(method.evaluated_networks()) as counter, LiveBytes() as memory:
+        least = _forward(method, watched)
+    timed = batch_size if least / watched * batch_size < AFFORDABLE else watched
+    first = _forward(method, timed)
+    seconds = min(_forward(method, timed) for _ in range(2)) / timed
+    compiling, counting = max(0.0, first - timed * seconds), max(0.0, least - watched * seconds)
+    return ForwardCost(
+        timed, sum(counter.flops.values()), seconds, memory.peak / watched, compiling=compiling, counting=counting
+    )
+
+
+def _forward(method: Diffusion, images: int) -> float:
+    """Seconds of one forward."""
+    x_t = torch.randn(images, *method.shape, device=method.device)
+    t = method.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=method.device))
+    started = _clock(method)
+    method.denoiser(x_t, t)
+    return _clock(method) - started
+
+
+def _clock(method: Diffusion) -> float:
+    if method.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def seconds_per_evaluation(config: Config, method: Diffusion, plan: Plan, forward: float) -> float:
+    """Seconds of an evaluation with all that sampling does around it: noise, solver, chain.
+
+    The first batch is made, burn-in included, as far as that is affordable; otherwise it is the forward alone, which
+    is most of it where evaluations take so long.
+
+    Args:
+        config: The run's.
+        method: Tuned to the budget.
+        plan: How the budget is spent.
+        forward: Seconds of one forward, an image.
+    """
+    group = method.prior.schedule(config.n, config.batch_size)[0]
+    nfe = method.planned_nfe(plan, config.n)
+    burn_in = getattr(method.prior, "burn_in_per_chain", 0)
+    if math.isnan(nfe) or (nfe + burn_in) * len(group[0]) * forward > AFFORDABLE:
+        return forward
+    evaluated = method.evaluated_networks()
+    with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
+        started = _clock(method)
+        try:
+            state = method.open(config.seed, group)
+            for _, images in itertools.islice(method.sample(config.seed, group[:1], plan, state), 1):
+                images.cpu()
+        except UsageError:  # random weights may diverge
+            return forward
+        taken = _clock(method) - started
+    return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
+
+
+def _precision(config: Config) -> Precision:
+    """What the trainer computes with."""
+    if config.precision == "64-true":
+        return DoublePrecision()
+    if config.precision == "32-true":
+        return Precision()
+    return MixedPrecision(cast(Any, config.precision), device_type(config))
+
+
+def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
+    """Print a plan per budget, and the cost that measurements on random weights predict."""
+    method = method.eval().to(device_type(config))
+    precision = _precision(config)
+    precision.convert_module(method)
+    parameters = sum(parameter.numel() for parameter in method.parameters())
+    table = Table(box=None, header_style="bold")
+    for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "sampling of n"):
+        table.add_column(column, justify="right")
+    with precision.forward_context():
+        cost = forward_cost(method, min(config.batch_size, config.n))
+        for budget, plan in plans.items():
+            method.tune(budget)
+            nfe = method.planned_nfe(plan, config.n)
+            spent = ("by its tolerance", "")
+            if not math.isnan(nfe):
+                rate = seconds_per_evaluation(config, method, plan, cost.seconds)
+                total = cost.counting + rate * nfe * config.n / config.devices / config.num_nodes
+                spent = (human(nfe * cost.flops, "FLOP"), f"{total:.3g} s")
+            burn_in = f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}"
+            table.add_row(f"{budget:g}", str(plan.skips), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
+    print_lines(
+        f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}"
+    )
+    print_lines(
+        f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none"
+    )
+    wide_console().print(table)
+    _print_forward(config, cost, 4.0 * parameters)
+
+
+def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
+    print_lines(f"{describe(config)}; start-up, scoring and metrics take their time besides")
+    if config.compile:
+        print_lines(f"compiling takes {cost.compiling:.3g} s besides, for each size of a batch")
+    print_lines(
+        f"one forward of {cost.timed} images was timed: {human(cost.flops, 'FLOP')}, {cost.seconds:.3g} s and "
+        f"{human(cost.activations, 'B')} of activations an image here"
+    )
+    print_lines(
+        f"memory of a process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
+        f"activations at batch_size={config.batch_size}, besides the extractor's and the libraries' own"
+    )

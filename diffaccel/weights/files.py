@@ -1,0 +1,153 @@
+"""Weights on disk: safetensors with a JSON description, read with every check before a tensor is used."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from diffaccel.errors import UsageError
+from diffaccel.storage import write_whole
+from diffaccel.text.mistaken import what_it_is
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_weights(
+    path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write floating-point tensors in ``dtype`` with a description beside them in the file's header.
+
+    The file appears whole or not at all.
+
+    Raises:
+        UsageError: It can't be written.
+    """
+    stored = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
+        for name, tensor in tensors.items()
+    }
+    write_whole(path, serialize(stored, {"diffaccel": json.dumps(dict(description))}))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: float32 tensors and the description.
+
+    Raises:
+        UsageError: The file is missing, truncated, no safetensors file, or holds values that are not finite.
+    """
+    if not path.is_file():
+        raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
+    try:
+        if found := what_it_is(path):
+            raise UsageError(f"weights {path} are not read: the file is {found}")
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            description = _description(file.metadata())
+    except OSError as error:
+        raise UsageError(f"weights {path} can't be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, RecursionError) as error:  # the last two: JSON that is none, or no mapping
+        raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
+    check_finite(tensors, f"weights {path}", "get or train the file anew")
+    return {n: tensor.float() if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}, description
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        UsageError: A tensor, which the message names, holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"{origin}: tensor {name!r} holds NaN or infinity: {remedy}")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read the header's description alone; empty if there is none or the file is unreadable as safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _description(file.metadata())
+    except (SafetensorError, OSError, ValueError, RecursionError):  # the last two: JSON that is none, or no mapping
+        return {}
+
+
+def _description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    content = json.loads((metadata or {}).get("diffaccel", "{}"))
+    if not isinstance(content, dict):
+        raise ValueError("its header is no mapping")
+    return content
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
+    """Load a safetensors file into a module and return the file's description.
+
+    Raises:
+        UsageError: As :func:`read_weights`, or names or shapes differ from the module's.
+    """
+    tensors, description = read_weights(path)
+    assign_weights(tensors, module, f"weights {path}")
+    return description
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ``fit``; none of the code that a foreign one may hold is ever run.
+
+    Raises:
+        UsageError: The file is broken, holds code, or is another program's.
+    """
+    from diffaccel.weights.torchfile import read_torch  # which needs this module
+
+    content = read_torch(path, load=True)
+    own, state = (content.get(key) if isinstance(content, dict) else None for key in ("diffaccel", "state_dict"))
+    if not isinstance(own, dict) or not isinstance(state, dict):
+        raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
+    average = own.get("ema", {})
+    for tensors in (state, average):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise UsageError(f"checkpoint {path} has something else among its tensors: take an older one")
+    return content
+
+
+def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:
+    """Copy named tensors into a module whose names and shapes must agree.
+
+    Raises:
+        UsageError: Names or shapes differ; the message names the first few.
+    """
+    own = module.state_dict()
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or surplus:
+        raise UsageError(
+            f"{origin} do not fit the network: missing {missing[:3]}, surplus {surplus[:3]}"
+            f" ({len(missing)} and {len(surplus)} in all): does the experiment's network match the file?"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UsageError(
+                f"{origin}: {name!r} has shape {tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}:"
+                " does the experiment's network match the file?"
+            )
+    # Not strict: what a module leaves out of its own state (a frozen network) keeps its values.
+    module.load_state_dict(dict(tensors), strict=False)

@@ -1,0 +1,261 @@
+"""Files of torch.save, zip archives and older streams alike, without torch.load: tensors stay in the file until asked.
+
+What a name may stand for is a handful: storages by dtype, the functions that put a tensor together, OrderedDict.
+"""
+
+import io
+import itertools
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from diffaccel.weights.pickles import Globals, damage, make_dict, open_file, refuse, run_pickle, short
+
+MAX_DIMENSIONS = 8
+MAX_NUMBERS = 1 << 40
+"""Of a tensor, and of each side of its shape."""
+ARCHIVE = b"PK\x03\x04"
+"""What a newer file starts with."""
+MAGIC = 0x1950A86A20F9469CFC6C
+"""What an older stream starts with."""
+
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """Stands for torch.FloatStorage and the like."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers somewhere in a file.
+
+    Attributes:
+        dtype: Their type.
+        count: How many.
+        read: Reads their bytes.
+    """
+
+    dtype: torch.dtype
+    count: int
+    read: Callable[[], bytes]
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """All of them, (count,), read once."""
+        data = bytearray(self.read())
+        if len(data) != self.count * self.dtype.itemsize:
+            raise ValueError(f"a storage of {self.count} numbers has {len(data)} bytes")
+        return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not loaded yet.
+
+    Attributes:
+        dtype: Its type there.
+        shape: Its shape.
+        load: Loads it, in its own type.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+
+def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
+    """Make stand-ins for the names that files of torch.save hold."""
+
+    def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
+        numbers = (offset, *size, *stride)
+        if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < MAX_NUMBERS for n in numbers):
+            raise refuse(origin, "a tensor's shape or storage is none")
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+            raise refuse(origin, f"a tensor has {len(size)} dimensions and {len(stride)} strides")
+        count = math.prod(size)
+        end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else 0
+        if max(count, end) > storage.count:
+            raise refuse(
+                origin,
+                f"a tensor of shape {tuple(size)}, stride {tuple(stride)} and offset {offset} does not lie in its "
+                f"storage of {storage.count} numbers",
+            )
+        shape, strides = tuple(size), tuple(stride)
+
+        def load() -> Tensor:
+            with damage(origin):
+                return torch.as_strided(storage.numbers, shape, strides, offset if count else 0)
+
+        return Stored(storage.dtype, shape, load)
+
+    def rebuild_parameter(tensor: Any, *_: Any) -> Any:
+        return tensor
+
+    return {
+        ("collections", "OrderedDict"): make_dict,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): rebuild_parameter,
+        **{("torch", name): StorageType(dtype) for name, dtype in DTYPES.items()},
+    }
+
+
+def read_torch(path: Path, load: bool = False) -> Any:
+    """Read a file of torch.save.
+
+    Args:
+        path: The file.
+        load: Whether to load its tensors, which become :class:`Stored` otherwise.
+
+    Raises:
+        UsageError: The file is missing, damaged, or names anything but tensors and containers.
+    """
+    content = read_stream(open_file(path), f"checkpoint {path}")
+    return _loaded(content, {}) if load else content
+
+
+def _loaded(value: Any, done: dict[int, Any]) -> Any:
+    """Load the tensors in nested containers; those that share a storage share memory."""
+    if id(value) not in done:
+        if isinstance(value, Stored):
+            done[id(value)] = value.load()
+        elif isinstance(value, dict):
+            done[id(value)] = {key: _loaded(entry, done) for key, entry in value.items()}
+        elif isinstance(value, list | tuple):
+            done[id(value)] = type(value)(_loaded(entry, done) for entry in value)
+        else:
+            return value
+    return done[id(value)]
+
+
+def read_stream(file: BinaryIO, origin: str, spent: Iterator[int] | None = None) -> Any:
+    """Read an open one; for ``spent`` see :func:`~diffaccel.weights.pickles.run_pickle`."""
+    spent = spent or itertools.count()
+    start = file.read(9)
+    file.seek(0)
+    with damage(origin):
+        if start.startswith(ARCHIVE):
+            return _read_zip(file, origin, spent)
+        if start[8:] == b"{":
+            raise refuse(origin, "it is a safetensors file under another name: rename it to .safetensors")
+        if start[:1] != b"\x80":
+            raise refuse(origin, "it is no file of torch.save")
+        return _read_older(file, origin, spent)
+
+
+def _identify(pid: tuple[Any, ...], origin: str) -> tuple[torch.dtype, str, int]:
+    """Dtype, key and count of a storage's persistent id."""
+    if len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], StorageType) or any(pid[5:]):
+        raise refuse(origin, f"it refers to {short(pid[0] if pid else None)}, which is no storage of numbers")
+    key, count = pid[2], pid[4]
+    if type(key) is not str or type(count) is not int or not 0 <= count < MAX_NUMBERS:
+        raise refuse(origin, "a storage has no key or no size")
+    return pid[1].dtype, key, count
+
+
+def _records(archive: zipfile.ZipFile, size: int, origin: str) -> dict[str, zipfile.ZipInfo]:
+    """Records by name, none of them compressed: nothing in the archive is larger than in the file."""
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) < len(archive.infolist()):
+        raise refuse(origin, "it holds two records of one name")
+    if any(info.compress_type or info.compress_size != info.file_size for info in records.values()):
+        raise refuse(origin, "it is a compressed archive, which torch.save does not write")
+    if sum(info.file_size for info in records.values()) > size:
+        raise refuse(origin, "its records are longer than it is: it is truncated or damaged")
+    return records
+
+
+def _read_zip(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
+    """An archive of a pickle and the storages that it refers to."""
+    archive = zipfile.ZipFile(file)
+    records = _records(archive, _end_of(file), origin)
+    (root, *others) = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")] or [""]
+    if others or not root:
+        raise refuse(origin, "it is an archive, but not one of torch.save")
+    if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
+        raise refuse(origin, "its numbers are not little-endian")
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: tuple[Any, ...]) -> Storage:
+        dtype, key, count = _identify(pid, origin)
+        record = records.get(f"{root}data/{key}")
+        if record is None or record.file_size != count * dtype.itemsize:
+            size = "no record" if record is None else f"{record.file_size} bytes"
+            raise refuse(origin, f"storage {key[:40]!r} of {count} {dtype} has {size}: it is truncated or oversized")
+        return _same(storages.setdefault(key, Storage(dtype, count, lambda: archive.read(record))), dtype, origin)
+
+    return run_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), origin, torch_globals(origin), storage, spent)
+
+
+def _same(storage: Storage, dtype: torch.dtype, origin: str, count: int | None = None) -> Storage:
+    """Check that a storage is of one type and size wherever a file refers to it."""
+    if storage.dtype != dtype or (count is not None and storage.count != count):
+        raise refuse(origin, "one of its storages has two types or sizes")
+    return storage
+
+
+def _read_older(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
+    """A stream of pickles: magic number, version, machine, the object, the storages' keys; then their bytes."""
+    known: Globals = torch_globals(origin)
+    positions: dict[str, int] = {}
+    storages: dict[str, Storage] = {}
+
+    def run(storage: Callable[[tuple[Any, ...]], Any] | None = None) -> Any:
+        return run_pickle(file, origin, known, storage, spent)
+
+    def storage(pid: tuple[Any, ...]) -> Storage:
+        dtype, key, count = _identify(pid, origin)
+
+        def read() -> bytes:
+            file.seek(positions[key])
+            return file.read(count * dtype.itemsize)
+
+        return _same(storages.setdefault(key, Storage(dtype, count, read)), dtype, origin, count)
+
+    if run() != MAGIC:
+        raise refuse(origin, "it is a pickle, but not one of torch.save")
+    version, machine = run(), run()
+    if version != 1001 or not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
+        raise refuse(origin, f"its version is {short(version)}, or its numbers are not little-endian")
+    content, keys = run(storage), run()
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise refuse(origin, "it lists other storages than its tensors have")
+    end = _end_of(file)
+    for key in keys:
+        made, header = storages[key], file.read(8)
+        positions[key] = file.tell()
+        after = positions[key] + made.count * made.dtype.itemsize
+        if header != struct.pack("<q", made.count) or after > end:
+            raise refuse(origin, f"storage {key[:40]!r} of {made.count} numbers is truncated or oversized")
+        file.seek(after)
+    return content
+
+
+def _end_of(file: BinaryIO) -> int:
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end
