@@ -18,15 +18,14 @@ from torch import Tensor
 
 from diffaccel.config import load
 from diffaccel.data import to_float
-from diffaccel.evaluation import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
 from diffaccel.features.extractors import Extractor
 from diffaccel.methods import Diffusion
 from diffaccel.metrics import Moments, frechet_distance
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import Plan
 from diffaccel.process import expand
 from diffaccel.run.machine import settle
+from diffaccel.sampling import to_uint8
 
 ROUNDS = (1, 2, 5, 10, 20, 50)
 BANDS = 4
@@ -63,10 +62,10 @@ def main(experiment: str, *words: str) -> None:
     real, other = (real[start : 2 * chains : 2] for start in (0, 1))
     table = Table("round", "level", *(f"power {k}" for k in range(BANDS)), "fd", "floor", box=None, header_style="bold")
     group = [range(chains)] * max(ROUNDS)
-    state = method.open(config.seed, group)
+    state = method.prior.open(method.denoiser, config.seed, group, method.shape)
     for number in range(1, max(ROUNDS) + 1):
         noise = NoiseStreams(config.seed, range(chains), f"round {number}")
-        x_t, t = method.prior(method.denoiser, noise, method.shape, Plan(1, skips), state)
+        x_t, t = method.prior(method.denoiser, noise, method.shape, skips, state)
         if number not in ROUNDS:
             continue
         ratio = method.denoiser.process.ratio(t)

@@ -19,12 +19,12 @@ from benchmarks.distances import moments, score
 from diffaccel.config import Config, load
 from diffaccel.data import DataModule, to_float
 from diffaccel.errors import UsageError
-from diffaccel.evaluation import to_uint8
 from diffaccel.experiment import build_data, build_extractor, build_method
 from diffaccel.methods import TruncatedDiffusion
 from diffaccel.metrics import Frechet
 from diffaccel.noise import NoiseStreams
 from diffaccel.run.machine import settle
+from diffaccel.sampling import to_uint8
 
 
 def matched_gaussian(states: Tensor, n: int, seed: int = 0) -> Tensor:
@@ -50,7 +50,7 @@ def made_states(method: TruncatedDiffusion, seed: int, n: int, batch_size: int) 
     method.eval()
     parts = []
     for (indices,) in method.prior.schedule(n, batch_size):
-        denoiser = method.denoiser.given(method.labels(indices))
+        denoiser = method.denoiser.given(torch.tensor(indices) % method.classes if method.classes else None)
         parts.append(method.implicit.generate(denoiser, NoiseStreams(seed, indices), method.shape))
     return torch.cat(parts) / (1 + method.implicit.ratio_made**2) ** 0.5
 

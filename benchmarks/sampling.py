@@ -9,13 +9,12 @@ import torch
 
 from benchmarks.timing import Stopwatch, compare, show, timed
 from diffaccel.denoiser import KarrasDenoiser
-from diffaccel.denoiser.levels import LEVELS
-from diffaccel.methods import Diffusion, Training
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn.unet import UNet
 from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
+from diffaccel.sampling import Sampler
 from diffaccel.solver import SOLVERS
 
 SHAPE, BATCH, BUDGET = (3, 32, 32), 64, 10
@@ -36,13 +35,12 @@ def build_network() -> UNet:
     return UNet(SHAPE, widths=[64, 96, 128], blocks=2, attention=[2], unshuffle=2, embedding=128).eval()
 
 
-def build_method(network: UNet, solver: dict[str, object], prior: str) -> Diffusion:
+def build_sampler(network: UNet, solver: dict[str, object], prior: str) -> Sampler:
     """Put a solver and a prior around the network; a chain asks an untrained classifier of the reference's size."""
     denoiser = KarrasDenoiser(network, PROCESSES.build({"name": "edm"}))
     posterior = POSTERIORS.build({"name": "classifier", "width": 16}, shape=SHAPE, denoiser=denoiser)
     start = PRIORS.build({"name": prior, **({"chains": BATCH} if prior == "chain" else {})}, posterior=posterior)
-    levels = LEVELS.build({"name": "lognormal"})
-    return Diffusion(denoiser, start, SOLVERS.build(solver), levels, Training(), SHAPE).eval()
+    return Sampler(denoiser, start, SOLVERS.build(solver), SHAPE).eval()
 
 
 @torch.no_grad()
@@ -55,13 +53,13 @@ def main(repeats: int = 9) -> None:
     stopwatch.watch(network, "forward")
     rows = {}
     for name, (solver, prior, limit) in CASES.items():
-        method = build_method(network, solver, prior)
+        sampler = build_sampler(network, solver, prior)
         group = [range(BATCH)]
-        state = method.open(0, group)  # burn-in is spent once a chain, and by the network alone as well
-        plan = method.prior.plan(method.solver, BUDGET, 10**9)
+        plan = sampler.plan(BUDGET, 10**9)
+        state = sampler.open(plan, 0, group)  # burn-in is spent once a chain, and by the network alone as well
 
         def sample() -> None:
-            for _ in method.sample(0, group, plan, state):  # noqa: B023 (called before the next case)
+            for _ in sampler.draw(plan, 0, group, state):  # noqa: B023 (called before the next case)
                 pass
 
         with EvaluationCounter({"network": network}) as counter:

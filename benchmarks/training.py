@@ -63,7 +63,7 @@ def fit(config: Config, stopwatch: Stopwatch) -> float:
     stopwatch.watch(method.denoiser.network, "forward")
     stopwatch.watch(method, "manual_backward")
     callbacks = [launch.build_checkpointer(config), timer]
-    launch.build_trainer(config, callbacks, training=True).fit(method, data)
+    launch.build_trainer(config, callbacks).fit(method, data)
     return timer.seconds
 
 

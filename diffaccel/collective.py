@@ -1,13 +1,16 @@
 """What the processes of a run tell each other. Every one of them reaches each of these calls, or all would wait."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from diffaccel.errors import SharedError, UsageError
+
+T = TypeVar("T")
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -44,3 +47,29 @@ def failing_together() -> Iterator[None]:
     for rank, text in enumerate(texts):
         if text is not None:
             raise SharedError(f"process {rank} failed: {text}") from error
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's share of some items: every ``size``-th."""
+        return items[self.rank :: self.size]
+
+    def broadcast(self, thing: T) -> T:
+        """Return the first process's thing in every process."""
+        return all_gather(thing)[0] if self.size > 1 else thing

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.density import GaussianDensity, MixtureDensity
-from diffaccel.prior import DensityPrior
+from diffaccel.prior import DensityPrior, Plan
 from diffaccel.process import Prediction, Process, VariancePreserving, expand
+from diffaccel.sampling import Sampler, Tweedie
 
 
 class DiagonalMixture(Denoiser):
@@ -115,3 +116,25 @@ class BatchedNoise:
 
     def uniform(self):
         return torch.rand(self.count, dtype=torch.float64)
+
+
+def assemble(method, denoiser, prior, solver, levels, training, shape, seed: int = 0, tweedie_ratio=None, **keys):
+    """Build a method of parts."""
+    tweedie = None if tweedie_ratio is None else Tweedie(tweedie_ratio)
+    return method(
+        sampler=Sampler(denoiser, prior, solver, shape, tweedie=tweedie),
+        levels=levels,
+        training=training,
+        seed=seed,
+        **keys,
+    )
+
+
+def plan_of(method, steps: int, chain_steps: int = 0) -> Plan:
+    """Plan a method's own prior and solver without a budget."""
+    return Plan(method.prior, method.sampler.solver, steps, chain_steps)
+
+
+def split(plan: Plan) -> tuple[int, int]:
+    """Steps of the solver and of the chain."""
+    return plan.steps, plan.chain_steps

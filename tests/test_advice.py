@@ -113,7 +113,7 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
             part.pop("init", None)  # a file that an earlier command leaves
         method = experiment.build_method(config, load=False)
         for budget in config.nfe if verb in ("bench", "sample") else ():
-            assert method.plan(budget, config.n).steps >= 0
+            assert method.sampler.plan(budget, config.n).steps >= 0
 
 
 def test_make_has_its_targets_and_options(commands: list[tuple[str, ...]]):
@@ -231,8 +231,8 @@ def test_commands_in_messages_are_the_programs():
 def test_advice_builds(line: str):
     name, *words = line.split()
     method = experiment.build_method(load(name, words), load=False)
-    for budget in method.by_nfe or (10,):
-        method.plan(budget, 5000)
+    for budget in method.sampler.by_nfe or (10,):
+        method.sampler.plan(budget, 5000)
     if "augment" in line:
         assert method.phases()
 
@@ -255,8 +255,11 @@ def test_an_error_names_the_part_that_has_a_key():
 )
 def test_weights_that_are_missing_are_had_from_a_fit_that_leaves_them(line: str, remedy: str):
     from diffaccel.errors import UsageError
+    from diffaccel.experiment.loading import check_trained
 
     name, *words = line.split()
     with pytest.raises(UsageError) as error:
-        experiment.check_trained(config := load(name, words), experiment.build_method(config, load=False))
+        config = load(name, words)
+        method = experiment.build_method(config, load=False)
+        check_trained(config, method.sampler, "denoiser" in method.trained_networks())
     assert remedy in str(error.value)

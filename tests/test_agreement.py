@@ -134,17 +134,17 @@ def test_shipped_headers_say_kind_and_shape():
 def test_other_data_than_the_reference_s_are_refused(experiment: str, words: list[str], message: str):
     config = load(experiment, words)
     with pytest.raises(UsageError, match=message):
-        build_evaluator(config, build_method(config, frozen=True))
+        build_evaluator(config, build_method(config, frozen=True).sampler)
 
 
 def test_the_user_may_say_that_data_elsewhere_are_the_same():
     config = load("cifar10_small/edm", ["data.path=train.npz", "data.label=CIFAR-10 (PNG)"])
-    build_evaluator(config, build_method(config, frozen=True))
+    build_evaluator(config, build_method(config, frozen=True).sampler)
 
 
 def test_a_shape_that_the_data_do_not_have_is_refused():
     with pytest.raises(UsageError, match=r"data=digits: images have shape \(1, 8, 8\).*\(1, 16, 16\)"):
-        build_evaluator(load("digits/edm", ["shape=[1,16,16]"]), build_method(load("digits/edm")))
+        build_evaluator(load("digits/edm", ["shape=[1,16,16]"]), build_method(load("digits/edm")).sampler)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_settings_searched_for_other_weights_are_left_out(tmp_path: Path, capsys
     tensors, said = read_weights(WEIGHTS / "edm.safetensors")
     moved = {name: tensor + 0.01 * tensor.abs().mean() for name, tensor in tensors.items()}
     save_weights(tmp_path / "mine.safetensors", moved, said)
-    known = build_method(load("digits/edm")).weights_sha256()
+    known = build_method(load("digits/edm")).sampler.weights_sha256()
     file = tmp_path / "best.yaml"
     file.write_text(
         f"base: {find('digits/edm').resolve()}\ntuned_for: {json.dumps(known)}\n"
@@ -217,7 +217,7 @@ def test_what_a_search_finds_belongs_to_its_weights(tmp_path: Path):
     words = ["nfe=5", "n=20", "search.trials=1", "search.images=[20]", "threads=1", f"out={tmp_path}"]
     assert main(["search", "digits/edm_best", *words]) == 0
     found = load(str(tmp_path / "best.yaml"))
-    assert found.tuned_for == build_method(load("digits/edm")).weights_sha256()
+    assert found.tuned_for == build_method(load("digits/edm")).sampler.weights_sha256()
     assert build_method(found, frozen=True).tuned
 
 
@@ -269,9 +269,11 @@ def test_a_source_s_own_type_says_whether_its_data_are_images(monkeypatch: pytes
     assert DataModule({"name": "bytes"}).source.has_images()
     config = load("toy/edm", ["data=plane"])
     with pytest.raises(UsageError, match="statistics of 'toy mixture'.*are 'plane'"):
-        build_evaluator(config, build_method(config, frozen=True))
+        build_evaluator(config, build_method(config, frozen=True).sampler)
     monkeypatch.setattr(Plane, "label", "toy mixture")
-    assert not build_evaluator(config, build_method(config, frozen=True)).kind.discrete
+    sampler = build_method(config, frozen=True).sampler
+    build_evaluator(config, sampler)
+    assert not sampler.kind.discrete
 
 
 def test_a_subclass_under_another_name_is_fitted_and_evaluated_as_its_base_is(tmp_path: Path, monkeypatch, capsys):
@@ -320,11 +322,11 @@ def test_a_network_never_trained_without_labels_is_neither_guided_nor_run_by_cha
     config.network = {key: value for key, value in config.network.items() if key not in ("widths", "embedding")}
     method = build_method(config, load=False)
     with pytest.raises(UsageError, match="trained without labels"):
-        next(method.sample(0, [range(2)], method.plan(10, 2)))
+        next(method.sampler.draw(method.sampler.plan(10, 2), 0, [range(2)]))
     config = load("digits/dlg", [*words, "checkpoint=null", "posterior.checkpoint=null"])
     config.network = {key: value for key, value in config.network.items() if key not in ("widths", "embedding")}
     with pytest.raises(UsageError, match="never trained without"):
-        build_method(config, load=False).plan(20, 400)
+        build_method(config, load=False).sampler.plan(20, 400)
 
 
 @pytest.mark.parametrize(

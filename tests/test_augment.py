@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import assemble
 from torch import Tensor
 
 from diffaccel.data import Batch, augment
@@ -150,7 +151,7 @@ def edm(labels: int, probability: float) -> Diffusion:
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = KarrasDenoiser(network, EDMVarianceExploding())
     solver, training = SOLVERS.build({"name": "heun"}), Training(augment=probability)
-    return Diffusion(denoiser, GaussianPrior(), solver, LogNormal(), training, (1, 8, 8))
+    return assemble(Diffusion, denoiser, GaussianPrior(), solver, LogNormal(), training, (1, 8, 8))
 
 
 def test_any_method_may_train_with_it() -> None:

@@ -12,7 +12,6 @@ from diffaccel.prior import (
     ExactPosterior,
     LangevinGibbsPrior,
     LevelPosterior,
-    Plan,
     geometric_levels,
     keep_lower,
     langevin_step,
@@ -240,7 +239,7 @@ def test_selects_the_least_noisy_state(carry, chosen):
     prior = LangevinGibbsPrior(posterior, chains=5, eta=0.1, carry=carry)
     state = fresh_state(5)
     carried = state.y
-    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), Plan(1, skips=3), state)
+    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), 3, state)
     for c, step in enumerate(chosen):
         assert torch.equal(y[c], carried[c] if step is None else posterior.seen[step][c])
         assert t[c] == (1.0 if step is None else TABLE[step, c].double())
@@ -254,7 +253,7 @@ def test_select_last_takes_the_last_state():
     posterior = Scripted(TABLE)
     prior = LangevinGibbsPrior(posterior, chains=5, eta=0.1, select="last")
     state = fresh_state(5)
-    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), Plan(1, skips=3), state)
+    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), 3, state)
     assert torch.equal(y, posterior.seen[2])
     assert torch.equal(t, TABLE[2].double())
     assert state.trace[0]["start_ratio"] == t.tolist()
@@ -272,7 +271,7 @@ class AtEnds(Scripted):
 def test_what_a_round_records(select, carried):
     """Shares of starts that were carried over, and of (1 + 1 + 5) of 15 levels at the ends."""
     prior, state = LangevinGibbsPrior(AtEnds(TABLE), chains=5, eta=0.1, select=select), fresh_state(5)
-    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), Plan(1, skips=3), state)
+    y, t = prior(DATA, NoiseStreams(0, range(5)), (3, 8, 8), 3, state)
     (record,) = state.trace
     assert (record["rounds_since_start"], record["carried"]) == (1, carried)
     assert record["at_end_levels"] == pytest.approx(7 / 15)
@@ -337,7 +336,7 @@ class Broken(Denoiser):
 def test_nan_in_a_chain_is_an_error():
     prior = LangevinGibbsPrior(Scripted(torch.ones(3, 4)), chains=4)
     with pytest.raises(UsageError, match=r"chain turned to NaN .*prior\.eta"):
-        prior(Broken(), NoiseStreams(0, range(4)), (3, 8, 8), Plan(1, skips=3), fresh_state(4))
+        prior(Broken(), NoiseStreams(0, range(4)), (3, 8, 8), 3, fresh_state(4))
 
 
 def test_chain_outside_the_trained_range_is_an_error():
@@ -345,7 +344,7 @@ def test_chain_outside_the_trained_range_is_an_error():
     denoiser.ratio_range = (0.002, 80.0)
     prior = LangevinGibbsPrior(Scripted(torch.full((3, 4), 90.0)), chains=4)
     with pytest.raises(UsageError, match="noise-to-data ratio"):
-        prior(denoiser, NoiseStreams(0, range(4)), (3, 8, 8), Plan(1, skips=3), fresh_state(4))
+        prior(denoiser, NoiseStreams(0, range(4)), (3, 8, 8), 3, fresh_state(4))
 
 
 @pytest.mark.parametrize(

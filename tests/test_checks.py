@@ -125,7 +125,7 @@ toy/dlg prior.chains=true
 toy/dlg posterior.count=1
 toy/dlg posterior.ratio_min=0
 toy/dlg posterior.ratio_max=0.01
-toy/dlg method.tweedie_ratio=0
+toy/dlg tweedie_ratio=0
 toy/edm prior=restart prior.ratio_star=-1
 toy/edm prior.ratio_star=0
 toy/tdpm method.critic_lr=0

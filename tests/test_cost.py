@@ -64,48 +64,48 @@ def test_the_forward_that_is_timed_is_a_warm_one_of_a_whole_batch(monkeypatch: p
 
     monkeypatch.setattr(cost, "_forward", forward)
     monkeypatch.setattr(cost, "AFFORDABLE", 7.0)
-    method = build_method(load("toy/edm"))
-    found = cost.forward_cost(method, 300)
+    sampler = build_method(load("toy/edm")).sampler
+    found = cost.forward_cost(sampler, 300)
     assert (found.timed, found.seconds) == (300, pytest.approx(1e-3))
     assert (found.compiling, calls) == (0.0, [300, 300, 300, 300])
     calls.clear()
-    method.shape = (3, 64, 64)
-    found = cost.forward_cost(method, 100)  # 4 were watched, at 0.751 s each
+    sampler.shape = (3, 64, 64)
+    found = cost.forward_cost(sampler, 100)  # 4 were watched, at 0.751 s each
     assert found.timed == 4 and found.seconds == pytest.approx(1e-3) and found.counting == pytest.approx(3.0)
 
 
 def test_sampling_is_timed_with_all_that_it_does(monkeypatch: pytest.MonkeyPatch):
     """A chain's first batch, burn-in and all: a minute over the evaluations that were counted."""
     config = load("toy/dlg", ["n=100", "chains=50", "batch_size=25", "nfe=40"])
-    method = build_method(config, frozen=True).eval()
-    plan = method.plan(40, 100)
+    sampler = build_method(config, frozen=True).eval().sampler
+    plan = sampler.plan(40, 100)
     ticks = iter([0.0, 60.0])
-    monkeypatch.setattr(cost, "_clock", lambda method: next(ticks))
-    opened, sampled = method.open, method.sample
+    monkeypatch.setattr(cost, "_clock", lambda sampler: next(ticks))
+    opened, drawn = sampler.open, sampler.draw
     made: list[int] = []
-    monkeypatch.setattr(method, "open", lambda seed, group: made.append(-1) or opened(seed, group))
+    monkeypatch.setattr(sampler, "open", lambda *given: made.append(-1) or opened(*given))
 
-    def sample(*arguments: Any) -> Any:
-        for indices, images in sampled(*arguments):
+    def draw(*arguments: Any) -> Any:
+        for indices, images in drawn(*arguments):
             made.append(len(indices))
             yield indices, images
 
-    monkeypatch.setattr(method, "sample", sample)
-    rate = cost.seconds_per_evaluation(config, method, plan, forward=1e-9)
+    monkeypatch.setattr(sampler, "draw", draw)
+    rate = cost.seconds_per_evaluation(config, sampler, plan, forward=1e-9)
     assert made == [-1, 25], "the burn-in and one batch"
-    evaluations = 25 * (method.prior.burn_in_per_chain + plan.skips + method.solver.evaluations(plan.steps))
+    evaluations = 25 * (sampler.prior.burn_in_per_chain + plan.chain_steps + sampler.solver.evaluations(plan.steps))
     assert rate == pytest.approx(60.0 / evaluations, rel=1e-9)
-    assert cost.seconds_per_evaluation(config, method, plan, forward=1.0) == 1.0, "what takes too long isn't run"
+    assert cost.seconds_per_evaluation(config, sampler, plan, forward=1.0) == 1.0, "what takes too long isn't run"
 
 
 def test_a_dry_run_computes_as_the_bench_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     seen = []
     forward = cost._forward
 
-    def watch(method: Any, images: int) -> float:
-        parameter = next(method.parameters())
+    def watch(sampler: Any, images: int) -> float:
+        parameter = next(sampler.denoiser.parameters())
         seen.append((torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), parameter.dtype))
-        return forward(method, images)
+        return forward(sampler, images)
 
     monkeypatch.setattr(cost, "_forward", watch)
     for precision, autocast, dtype in (

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from oracles import assemble
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
@@ -54,8 +55,15 @@ def method(heads: tuple[int, ...] = (1, 1), clock: str = "t", shape=(3, 4, 4), *
     attenuation: Attenuation = Linear() if heads[0] == 2 else Constant()
     denoiser = DecoupledDenoiser(network, Decoupled(clock, attenuation))  # type: ignore[arg-type]
     options = {"weighting": "reference", **keys}
-    return DecoupledDiffusion(
-        denoiser, GaussianPrior(), SOLVERS.build({"name": "bridge"}), Uniform(), Training(), shape, **options
+    return assemble(
+        DecoupledDiffusion,
+        denoiser,
+        GaussianPrior(),
+        SOLVERS.build({"name": "bridge"}),
+        Uniform(),
+        Training(),
+        shape,
+        **options,
     )
 
 
@@ -192,16 +200,16 @@ def test_what_does_not_go_together() -> None:
     exact = MixtureDenoiser(torch.zeros(1, 1, 2, 2), 0.1, process=Decoupled())
     parts = GaussianPrior(), SOLVERS.build({"name": "bridge"}), Uniform(), Training(), (1, 2, 2)
     with pytest.raises(UsageError, match="exact"):
-        DecoupledDiffusion(exact, *parts).phases()
+        assemble(DecoupledDiffusion, exact, *parts).phases()
     with pytest.raises(UsageError, match="process=decoupled"):
-        DecoupledDiffusion(MixtureDenoiser(torch.zeros(1, 1, 2, 2), 0.1), *parts)
-    heads = DecoupledDiffusion(KarrasDenoiser(Stub((1,)), Decoupled()), *parts)
+        assemble(DecoupledDiffusion, MixtureDenoiser(torch.zeros(1, 1, 2, 2), 0.1), *parts)
+    heads = assemble(DecoupledDiffusion, KarrasDenoiser(Stub((1,)), Decoupled()), *parts)
     with pytest.raises(UsageError, match="denoiser=decoupled"):
         heads.phases()
     linear = method((2, 1))
-    linear.solver = SOLVERS.build({"name": "heun"})
+    linear.sampler.solver = SOLVERS.build({"name": "heun"})
     with pytest.raises(UsageError, match="attenuation=constant"):
-        linear.plan(10, 100)  # before anything is fitted or sampled
+        linear.sampler.plan(10, 100)  # before anything is fitted or sampled
 
 
 # 7: the loss
@@ -426,9 +434,9 @@ def test_one_head_and_two_learn_a_ring() -> None:
         torch.manual_seed(0)
         denoiser = DecoupledDenoiser(Perceptron(heads), Decoupled("t^2"), sigma_data=0.71)
         solver = SOLVERS.build({"name": "bridge", "eta": 0.0})
-        model = DecoupledDiffusion(denoiser, GaussianPrior(), solver, Uniform(), Training(), (2, 1, 1))
+        model = assemble(DecoupledDiffusion, denoiser, GaussianPrior(), solver, Uniform(), Training(), (2, 1, 1))
         for state in ("before", "after"):
-            (_, samples), *_ = model.sample(0, [range(2000)], model.plan(50, 2000))
+            (_, samples), *_ = model.sampler.draw(model.sampler.plan(50, 2000), 0, [range(2000)])
             found[heads, state] = energy_distance(samples.flatten(1), true)
             if state == "before":
                 fit(model, ring, 2500, 512, lr=5e-3)
@@ -442,10 +450,11 @@ def test_a_network_that_knows_one_image_returns_it_in_one_step() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 8, 8) * 2 - 1
     network = UNet((1, 8, 8), [16, 16], blocks=1, embedding=32, heads=[1, 1])
-    model = DecoupledDiffusion(
-        DecoupledDenoiser(network, Decoupled()), GaussianPrior(), SOLVERS.build({"name": "bridge"}), Uniform(),
+    model = assemble(
+        DecoupledDiffusion, DecoupledDenoiser(network, Decoupled()), GaussianPrior(),
+        SOLVERS.build({"name": "bridge"}), Uniform(),
         Training(), (1, 8, 8),
     )  # fmt: skip
     fit(model, lambda count: image.expand(count, 1, 8, 8), 1500, 32)
-    (_, samples), *_ = model.sample(0, [range(16)], model.plan(1, 16))
+    (_, samples), *_ = model.sampler.draw(model.sampler.plan(1, 16), 0, [range(16)])
     assert (samples - image).abs().mean() < 0.1

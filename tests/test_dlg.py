@@ -6,6 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from oracles import assemble, plan_of
 from torch import nn
 
 from diffaccel.data import Batch, DataModule
@@ -23,10 +24,10 @@ from diffaccel.prior import (
     ExactPosterior,
     GaussianPrior,
     LangevinGibbsPrior,
-    Plan,
     geometric_levels,
 )
 from diffaccel.process import EDMVarianceExploding, Prediction, VariancePreserving
+from diffaccel.sampling import Sampler, Tweedie
 from diffaccel.solver import SOLVERS
 
 
@@ -37,15 +38,18 @@ def chain_method(update="argmax", solver=None, process=None, **options) -> Denoi
     options = {"chains": 64, "eta": 0.5, "init_steps": 4, "warmup": [[2, 1.0], [2, None]], **options}
     prior = LangevinGibbsPrior(ExactPosterior(denoiser, geometric_levels(500)), update=update, **options)
     solver = SOLVERS.build(solver or {"name": "edm_stochastic"})
-    return DenoisingLangevinGibbs(denoiser, prior, solver, LogNormal(), Training(), (3, 8, 8), tweedie_ratio=0.02)
+    return assemble(
+        DenoisingLangevinGibbs, denoiser, prior, solver, LogNormal(), Training(), (3, 8, 8), tweedie_ratio=0.02
+    )
 
 
-def produce(method, n: int, batch_size: int, plan: Plan, seed: int = 3):
+def produce(method, n: int, batch_size: int, seed: int = 3):
     """Images (n, ...) in order, and the start level of each."""
     images, starts = torch.full((n, *method.shape), float("nan")), torch.full((n,), float("nan"), dtype=torch.float64)
+    plan = plan_of(method, 5, 4)
     for group in method.prior.schedule(n, batch_size):
-        state = method.open(seed, group)
-        for round_, (indices, x_0) in enumerate(method.sample(seed, group, plan, state)):
+        state = method.sampler.open(plan, seed, group)
+        for round_, (indices, x_0) in enumerate(method.sampler.draw(plan, seed, group, state)):
             images[list(indices)] = x_0
             starts[list(indices)] = torch.tensor(state.trace[round_]["start_ratio"], dtype=torch.float64)
     return images, starts
@@ -62,41 +66,42 @@ def produce(method, n: int, batch_size: int, plan: Plan, seed: int = 3):
 )
 def test_batch_size_changes_no_image(update, solver):
     method = chain_method(update, solver)
-    images, starts = produce(method, 80, 64, Plan(steps=5, skips=4))
+    images, starts = produce(method, 80, 64)
     assert images.isfinite().all()
     assert starts.unique().numel() > 10  # each image starts from a level of its own
     for batch_size in (1, 7):
-        others, their_starts = produce(method, 80, batch_size, Plan(steps=5, skips=4))
+        others, their_starts = produce(method, 80, batch_size)
         assert torch.allclose(their_starts, starts, rtol=1e-5)
         assert torch.allclose(others, images, atol=2e-4)
 
 
 def test_chains_go_with_any_process():
     """y = x / alpha at equal ratio has one law, so a VP denoiser moves the chain as a VE one does."""
-    plan, levels = Plan(steps=5, skips=4), [[2, 1.0], [2, None]]
-    ve = produce(chain_method(warmup=levels), 16, 16, plan)
+    levels = [[2, 1.0], [2, None]]
+    ve = produce(chain_method(warmup=levels), 16, 16)
     start_at_152 = chain_method(warmup=levels, process=EDMVarianceExploding(152.2))
-    vp = produce(chain_method(warmup=levels, process=VariancePreserving()), 16, 16, plan)
-    at_152 = produce(start_at_152, 16, 16, plan)
+    vp = produce(chain_method(warmup=levels, process=VariancePreserving()), 16, 16)
+    at_152 = produce(start_at_152, 16, 16)
     assert torch.allclose(vp[0], at_152[0], atol=0.02)
     assert not torch.allclose(ve[0], at_152[0], atol=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"update": "sample", "restart_every": 2}])
 def test_resumed_chain_repeats_the_next_rounds_bit_for_bit(options):
-    method, plan = chain_method(**options), Plan(3, skips=3)
+    method = chain_method(**options)
+    plan = plan_of(method, 3, 3)
     (group,) = method.prior.schedule(4 * 64, 64)
-    uninterrupted = method.open(0, group)
-    whole = list(method.sample(0, group, plan, uninterrupted))
+    uninterrupted = method.sampler.open(plan, 0, group)
+    whole = list(method.sampler.draw(plan, 0, group, uninterrupted))
 
-    state = method.open(0, group)
-    list(method.sample(0, group[:1], plan, state))
+    state = method.sampler.open(plan, 0, group)
+    list(method.sampler.draw(plan, 0, group[:1], state))
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
     file.seek(0)
-    resumed = method.open(99, group)  # another seed: all of its state must come from the file
+    resumed = method.sampler.open(plan, 99, group)  # another seed: all of its state must come from the file
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for (indices, images), (_, again) in zip(whole[1:], method.sample(0, group[1:], plan, resumed), strict=True):
+    for (indices, images), (_, again) in zip(whole[1:], method.sampler.draw(plan, 0, group[1:], resumed), strict=True):
         assert torch.equal(images, again), indices
     assert resumed.trace == uninterrupted.trace
     assert len(resumed.trace) == 4
@@ -105,18 +110,20 @@ def test_resumed_chain_repeats_the_next_rounds_bit_for_bit(options):
 
 def test_state_dict_is_a_snapshot():
     method = chain_method()
+    plan = plan_of(method, 1, 1)
     (group,) = method.prior.schedule(128, 64)
-    state = method.open(0, group)
+    state = method.sampler.open(plan, 0, group)
     before = state.state_dict()
-    list(method.sample(0, group, Plan(1, skips=1), state))
+    list(method.sampler.draw(plan, 0, group, state))
     assert before["rounds"] == 0 and before["trace"] == []
 
 
 def test_restarts_begin_from_noise_again():
     method = chain_method(restart_every=2, chains=4)
+    plan = plan_of(method, 1, 2)
     (group,) = method.prior.schedule(14, 4)
-    state = method.open(0, group)
-    list(method.sample(0, group, Plan(1, skips=2), state))
+    state = method.sampler.open(plan, 0, group)
+    list(method.sampler.draw(plan, 0, group, state))
     assert state.restarts == 2
     assert [record["rounds_since_start"] for record in state.trace] == [1, 2, 1, 2]
     assert [len(record["start_ratio"]) for record in state.trace] == [4, 4, 4, 2]
@@ -159,7 +166,7 @@ def test_units(solver, update):
         state = ChainState(scale * y - (scale - 1), scale * ratio, NoiseStreams(0, range(6), "chain"))
         for _ in range(3):
             noise = NoiseStreams(0, range(6))
-            x_t, t = prior(denoiser, noise, (3, 8, 8), Plan(5, skips=5), state)
+            x_t, t = prior(denoiser, noise, (3, 8, 8), 5, state)
             results.append((x_t, t, integrate(denoiser, x_t, t, noise, 5)))
     for (x_t, t, x_0), (x_t_pm, t_pm, x_0_pm) in zip(results[:3], results[3:], strict=True):
         assert torch.allclose(t_pm, 2 * t, rtol=1e-8)
@@ -171,7 +178,7 @@ def test_no_gradient_reaches_the_chain():
     """A level that is a mean over a classifier's outputs, and no warm-up to forget the graph."""
     method = chain_method("mean", warmup=[])
     method.prior.posterior.levels.requires_grad_(True)
-    state = method.open(0, [range(4)])
+    state = method.sampler.open(plan_of(method, 1, 1), 0, [range(4)])
     assert not state.ratio.requires_grad
     assert not state.y.requires_grad
 
@@ -182,20 +189,18 @@ E_TWEEDIE = 0.3
 def test_tweedie_step_is_the_equation():
     """x + e^2 score(x, e), and the score of Gaussian data is -(x - m) / (a^2 + e^2)."""
     denoiser = GaussianDenoiser(torch.full((3, 8, 8), 0.2), 0.25)
-    method = DenoisingLangevinGibbs(
-        denoiser,
-        GaussianPrior(),
-        SOLVERS.build({"name": "heun"}),
-        LogNormal(),
-        Training(),
-        (3, 8, 8),
-        tweedie_ratio=E_TWEEDIE,
-    )
     x = torch.randn(4, 3, 8, 8)
-    assert torch.allclose(method.finish(x), x - E_TWEEDIE**2 * (x - 0.2) / (0.25 + E_TWEEDIE**2), atol=1e-6)
-    assert method.extra_evaluations == 1
-    method.tweedie_ratio = None
-    assert torch.equal(method.finish(x), x)
+    expected = x - E_TWEEDIE**2 * (x - 0.2) / (0.25 + E_TWEEDIE**2)
+    assert torch.allclose(Tweedie(E_TWEEDIE)(denoiser, x), expected, atol=1e-6)
+    plain, last = (
+        Sampler(denoiser, GaussianPrior(), SOLVERS.build({"name": "heun"}), (3, 8, 8), tweedie=tweedie)
+        for tweedie in (None, Tweedie(E_TWEEDIE))
+    )
+    assert (plain.extra_evaluations, last.extra_evaluations) == (0, 1)
+    (_, before), (_, after) = (
+        next(sampler.draw(sampler.plan(9 + sampler.extra_evaluations, 4), 0, [range(4)])) for sampler in (plain, last)
+    )
+    assert torch.equal(after, Tweedie(E_TWEEDIE)(denoiser, before))
 
 
 def trainable(levels: int = 50) -> DenoisingLangevinGibbs:
@@ -203,8 +208,15 @@ def trainable(levels: int = 50) -> DenoisingLangevinGibbs:
     table = geometric_levels(levels)
     posterior = ClassifierPosterior(NoiseLevelClassifier((1, 8, 8), levels, width=4), table)
     prior = LangevinGibbsPrior(posterior, chains=4)
-    return DenoisingLangevinGibbs(
-        denoiser, prior, SOLVERS.build({"name": "heun"}), LogNormal(), Training(), (1, 8, 8), seed=5
+    return assemble(
+        DenoisingLangevinGibbs,
+        denoiser,
+        prior,
+        SOLVERS.build({"name": "heun"}),
+        LogNormal(),
+        Training(),
+        (1, 8, 8),
+        seed=5,
     )
 
 
@@ -215,8 +227,8 @@ def test_trains_the_classifier_and_nothing_else():
     assert {id(p) for p in phase.parameters} == {id(p) for p in classifier}
     assert not any(p.requires_grad for p in method.denoiser.parameters())
     assert method.averaged() is None
-    assert list(method.auxiliary_networks()) == ["classifier"]
-    assert list(method.evaluated_networks()) == ["denoiser"]
+    assert list(method.sampler.auxiliary_networks()) == ["classifier"]
+    assert list(method.sampler.evaluated_networks()) == ["denoiser"]
 
 
 def test_loss_is_the_cross_entropy_of_the_level_that_was_drawn():

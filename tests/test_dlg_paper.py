@@ -18,12 +18,12 @@ from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.evaluation import to_uint8
 from diffaccel.methods import DenoisingLangevinGibbs
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ClassifierPosterior, LangevinGibbsPrior
 from diffaccel.process import EDMVarianceExploding
+from diffaccel.sampling import to_uint8
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.onestep import StochasticHeun
 from diffaccel.weights import save_weights
@@ -209,9 +209,9 @@ def test_settings_of_the_reference(data: str, chains: int, burn_in: int, warmup:
 def test_celebahq_at_the_setting_that_the_code_shows() -> None:
     """KAR2 of N = 20 after ten Langevin steps: 47 evaluations, and a Tweedie step that is not counted."""
     method = build("celebahq256/dlg")
-    plan = method.plan(47, 10_000)
-    assert (plan.skips, plan.steps) == (10, 19)
-    assert method.planned_nfe(plan, 10_000) == pytest.approx(47 + 107 * 20 / 10_000)
+    plan = method.sampler.plan(47, 10_000)
+    assert (plan.chain_steps, plan.steps) == (10, 19)
+    assert method.sampler.planned_nfe(plan, 10_000) == pytest.approx(47 + 107 * 20 / 10_000)
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -219,7 +219,7 @@ def test_ours_has_none_of_the_quirks(data: str) -> None:
     config, method = load(f"{data}/dlg_ours"), build(f"{data}/dlg_ours")
     prior: Any = method.prior
     assert prior.burn_in_counted and not prior.carry and prior.corrected and not config.truncate
-    assert method.tweedie_ratio is None and prior.posterior.network.normalise
+    assert method.sampler.tweedie is None and prior.posterior.network.normalise
 
 
 # Quirks
@@ -227,14 +227,14 @@ def test_ours_has_none_of_the_quirks(data: str) -> None:
 
 def counted(**options: Any) -> tuple[DenoisingLangevinGibbs, EvaluationCounter]:
     """Ten images by two rounds of five chains on exact scores."""
-    config = load("toy/dlg", [f"method.{key}={value}" for key, value in options.items() if key.startswith("tweedie")])
+    config = load("toy/dlg", [f"{key}={value}" for key, value in options.items() if key.startswith("tweedie")])
     config.prior = {**config.prior, "chains": 5, **{k: v for k, v in options.items() if not k.startswith("tweedie")}}
     method = experiment.build_method(config)
     assert isinstance(method, DenoisingLangevinGibbs)
-    plan = method.plan(9, 10)
-    with EvaluationCounter(method.evaluated_networks()) as counter:
+    plan = method.sampler.plan(9, 10)
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
         for group in method.prior.schedule(10, 10):
-            list(method.sample(0, group, plan, method.open(0, group)))
+            list(method.sampler.draw(plan, 0, group, method.sampler.open(plan, 0, group)))
     return method, counter
 
 
@@ -285,7 +285,7 @@ def test_bench_of_a_checkpoint_of_another_program(tmp_path: Path, undrawn: None)
     networks = random_network(1, **VE), random_network(2, **VE)
     torch.save(score_sde_content(*networks), tmp_path / "a.pth")
     words = [f"checkpoint={tmp_path / 'a.pth'}", "prior.init_steps=3", "prior.warmup=[[1,2.0]]"]
-    classifier = experiment.build_method(load("cifar10/dlg", words)).auxiliary_networks()["classifier"]
+    classifier = experiment.build_method(load("cifar10/dlg", words)).sampler.auxiliary_networks()["classifier"]
     save_weights(tmp_path / "classifier.safetensors", classifier.state_dict(), {})
     words.append(f"posterior.checkpoint={tmp_path / 'classifier.safetensors'}")
     settings = [f"out={tmp_path / 'out'}", "logger=none", "threads=1", "nfe=10", "n=8"]

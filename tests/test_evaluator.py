@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from wandb.proto import wandb_internal_pb2
 
@@ -26,12 +25,13 @@ from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator, Real
+from diffaccel.evaluation.callback import EvaluationCallback
 from diffaccel.features.extractors import Identity, Inception
-from diffaccel.methods import DenoisingLangevinGibbs, Diffusion
 from diffaccel.metrics.reference import load_reference
-from diffaccel.prior import ExactPosterior, Plan
+from diffaccel.prior import ExactPosterior, LangevinGibbsPrior, Plan
 from diffaccel.report import read_points
 from diffaccel.run import launch
+from diffaccel.sampling import Sampler
 
 CHAINS = ["chains=10", "nfe=20"]
 QUICK = ["n=60", "logger=none"]
@@ -46,18 +46,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def measure(out: Path, name: str, *words: str, plan: Plan | None = None, whole: bool = False) -> Evaluator:
+def measure(out: Path, name: str, *words: str, steps: int | None = None, whole: bool = False) -> Evaluator:
     """Bench an experiment as the command line does; unless ``whole``, draw nothing and take KID to few real points."""
     config = load(name, [*QUICK, f"out={out}", "again=true", *words])
-    method = experiment.build_method(config).eval()
-    evaluator = experiment.build_evaluator(config, method)
-    if plan is not None:
-        method.plan = lambda budget, n: plan  # type: ignore[method-assign]
+    sampler = experiment.build_method(config).eval().sampler
+    evaluator = experiment.build_evaluator(config, sampler)
+    if steps is not None:
+        sampler.plan = lambda nfe, n: Plan(sampler.prior, sampler.solver, steps)  # type: ignore[method-assign]
     if not whole:
-        evaluator._draw = evaluator._draw_curve = lambda: None  # type: ignore[method-assign]
+        evaluator._draw = evaluator._draw_curve = lambda *_: None  # type: ignore[method-assign]
         few = dataclasses.replace(evaluator.real.reference, features=evaluator.real.reference.features[:50])
         evaluator.real = Real(few, evaluator.real.floor)
-    launch.build_trainer(config, [evaluator]).test(method, DataLoader([0]), verbose=False)  # type: ignore[arg-type]
+    with launch.logging(config) as loggers:
+        launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, loggers))
     return evaluator
 
 
@@ -99,7 +100,7 @@ def test_only_inception_gives_fid(tmp_path: Path):
         ("toy/edm", ["nfe=[1,8]", "solver=heun"]),
         ("toy/ddpm", ["nfe=[6]", "n=61", "batch_size=7"]),
         ("toy/dlg", [*CHAINS, "n=63", "batch_size=4"]),
-        ("toy/dlg", [*CHAINS, "n=63", "nfe=45", "prior.restart_every=3", "solver=heun", "method.tweedie_ratio=0.05"]),
+        ("toy/dlg", [*CHAINS, "n=63", "nfe=45", "prior.restart_every=3", "solver=heun", "tweedie_ratio=0.05"]),
     ],
 )
 def test_what_was_spent_is_what_was_planned(tmp_path: Path, name: str, words: list[str]):
@@ -107,8 +108,8 @@ def test_what_was_spent_is_what_was_planned(tmp_path: Path, name: str, words: li
     config = load(name, [*QUICK, *words])
     method = experiment.build_method(config)
     for point in evaluator.points:
-        plan = method.plan(point["nfe_budget"], config.n)
-        assert point["nfe"] == pytest.approx(method.planned_nfe(plan, config.n), rel=1e-12)
+        plan = method.sampler.plan(point["nfe_budget"], config.n)
+        assert point["nfe"] == pytest.approx(method.sampler.planned_nfe(plan, config.n), rel=1e-12)
         assert point["nfe"] <= point["nfe_budget"]
         burn_in = method.prior.burn_in_evaluations(config.n) / config.n
         assert point["nfe_burn_in"] == pytest.approx(burn_in, rel=1e-12)
@@ -126,7 +127,7 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
         return logits(self, y)
 
     monkeypatch.setattr(ExactPosterior, "logits", asked)
-    monkeypatch.setattr(DenoisingLangevinGibbs, "auxiliary_networks", lambda self: {"classifier": classifier})
+    monkeypatch.setattr(LangevinGibbsPrior, "auxiliary_networks", lambda self: {"classifier": classifier})
     burn_in = ["prior.init_steps=10", "prior.warmup=[[50,null]]", "prior.skips=4", "solver=dpmpp2m"]
     started = time.perf_counter()
     (point,) = measure(tmp_path, "toy/dlg", *CHAINS, *burn_in).points
@@ -143,7 +144,7 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
 
 def test_overspending_is_an_error(tmp_path: Path):
     with pytest.raises(UsageError, match=r"nfe=10 was overspent: 11 evaluations"):
-        measure(tmp_path, "toy/edm", plan=Plan(steps=11))
+        measure(tmp_path, "toy/edm", steps=11)
     assert not (tmp_path / "points.jsonl").exists()
 
 
@@ -339,18 +340,18 @@ TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "t
 def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     measured: list[dict[str, torch.Tensor]] = []
 
-    def record(self: Evaluator, trainer: Any, method: Diffusion) -> None:
-        measured.append({name: value.clone() for name, value in method.denoiser.network.state_dict().items()})
+    def record(self: Evaluator, sampler: Sampler, *_: object) -> None:
+        measured.append({name: value.clone() for name, value in sampler.denoiser.network.state_dict().items()})
 
     monkeypatch.setattr(Evaluator, "run", record)
     config = load("digits/edm", [*TINY, "training.images=320", "training.warmup=1", f"out={tmp_path}", "logger=none"])
     method = experiment.build_method(config, load=False)
-    evaluator = experiment.build_evaluator(config, method)
+    evaluation = EvaluationCallback(experiment.build_evaluator(config, method.sampler))
     method.images_seen = 319
-    evaluator.on_train_end(None, method)  # type: ignore[arg-type]
+    evaluation.on_train_end(None, method)  # type: ignore[arg-type]
     assert not measured, "a run that broke off is not measured"
     method.images_seen = 0
-    trainer = launch.build_trainer(config, [evaluator], training=True)
+    trainer = launch.build_trainer(config, [evaluation])
     trainer.fit(method, experiment.build_data(config))
     (weights,) = measured
     raw = method.denoiser.network.state_dict()
@@ -367,6 +368,7 @@ SCRIPT = """\
 import sys
 from diffaccel.__main__ import main
 from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation.callback import EvaluationCallback
 
 Evaluator._draw = Evaluator._draw_curve = lambda self: None
 for name, words in {runs!r}:

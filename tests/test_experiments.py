@@ -57,8 +57,8 @@ def test_a_small_one_builds_and_can_spend_its_budget(name: str):
     for budget in (*config.nfe, 10.0):
         if budget < 20 and name == "toy/dlg":
             continue  # its chains take 60 evaluations each to burn in
-        plan = method.plan(budget, config.n)
-        assert budget - 1 < method.planned_nfe(plan, config.n) <= budget
+        plan = method.sampler.plan(budget, config.n)
+        assert budget - 1 < method.sampler.planned_nfe(plan, config.n) <= budget
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -67,7 +67,7 @@ def test_what_a_small_one_needs_is_shipped(name: str):
     if missing:
         pytest.fail(f"{name} names {[str(path) for path in missing]}, which do not exist")
     method = experiment.build_method(load(name))
-    experiment.build_evaluator(load(name), method)  # extractor and references fit each other
+    experiment.build_evaluator(load(name), method.sampler)  # extractor and references fit each other
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_large_one_builds_and_plans_its_budgets(name: str):
     method, _ = build_on_meta(name)
     config = load(name)
     for budget in config.nfe:
-        plan = method.plan(budget, config.n)
+        plan = method.sampler.plan(budget, config.n)
         apart = 0 if method.prior.burn_in_counted else method.prior.burn_in_evaluations(config.n) / config.n
-        assert not method.planned_nfe(plan, config.n) - apart > budget  # an adaptive solver's is not known
+        assert not method.sampler.planned_nfe(plan, config.n) - apart > budget  # an adaptive solver's is not known
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -133,7 +133,7 @@ def test_tdpm_has_the_papers_sizes_and_rates(name: str, denoiser: int, critic: i
     assert sum(parameter.numel() for parameter in method.denoiser.network.parameters()) == denoiser
     assert method.critic and sum(parameter.numel() for parameter in method.critic.parameters()) == critic
     assert [phase.lr * method.training_plan.lr for phase in method.phases()] == pytest.approx(rates)
-    assert method.implicit.token == 99 and method.plan(100, 10).steps == 99
+    assert method.implicit.token == 99 and method.sampler.plan(100, 10).steps == 99
 
 
 def test_the_small_critic_costs_no_more_than_the_network():
@@ -166,7 +166,7 @@ def test_ddm_is_as_large_as_edm(data: str, words: list[str]):
 def test_the_papers_glow_is_trained_from_the_gaussian_on():
     """Of 22 M parameters; a step on a few images, at a fraction of the width, comes off the Gaussian."""
     method, _ = build_on_meta("cifar10/small_t")
-    density = method.evaluated_networks()["density"]
+    density = method.sampler.evaluated_networks()["density"]
     assert 10e6 < sum(parameter.numel() for parameter in density.parameters()) < 40e6
     method = experiment.build_method(load("cifar10/small_t", ["prior.density.width=16", "network.widths=[16,16,16]"]))
     images = torch.rand(8, 3, 32, 32) * 2 - 1
@@ -190,7 +190,7 @@ def test_the_papers_noise_classifier():
     """1000 levels on 32x32 images: 389 k parameters in the convolutions, 1025 k in the linear layer."""
     with torch.device("meta"):
         method = experiment.build_method(load("cifar10/dlg"), load=False)
-    (classifier,) = method.auxiliary_networks().values()
+    (classifier,) = method.sampler.auxiliary_networks().values()
     sizes = [3, 32, 64, 128, 256]
     convolutions = sum(9 * a * b + b for a, b in zip(sizes, sizes[1:], strict=False))
     assert sum(parameter.numel() for parameter in classifier.parameters()) == convolutions + 1024 * 1000 + 1000

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
+from diffaccel.features import extractors as features
+from diffaccel.features import fitting
 from diffaccel.features.extractors import (
     EXTRACTORS,
     Identity,
@@ -27,7 +29,6 @@ from diffaccel.features.extractors import (
     save_classifier,
 )
 from diffaccel.features.fitting import augment, fit_extractor
-from diffaccel.nn import features, fitting
 
 
 class DigitSource:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import assemble, plan_of
 from torch import Tensor
 
 from diffaccel.data import Batch
@@ -59,42 +60,43 @@ def network(classes: int = CLASSES) -> UNet:
 
 def diffusion(solver: dict[str, object], classes: int = CLASSES, **training: float) -> Diffusion:
     model = KarrasDenoiser(network(classes), EDMVarianceExploding())
-    return Diffusion(model, GaussianPrior(), SOLVERS.build(solver), LogNormal(), Training(**training), SHAPE)
+    return assemble(Diffusion, model, GaussianPrior(), SOLVERS.build(solver), LogNormal(), Training(**training), SHAPE)
 
 
 def test_an_images_label_is_its_index_in_any_batch():
-    method, plan = diffusion({"name": "ddim"}), Plan(3)
-    assert method.labels(range(4, 9)).tolist() == [1, 2, 0, 1, 2]
-    whole = next(iter(method.sample(0, [range(6)], plan)))[1]
-    parts = torch.cat([images for _, images in method.sample(0, [range(2), range(2, 6)], plan)])
+    method = diffusion({"name": "ddim"})
+    plan = plan_of(method, 3)
+    assert method.sampler.labels(plan, range(4, 9)).tolist() == [1, 2, 0, 1, 2]
+    whole = next(iter(method.sampler.draw(plan, 0, [range(6)])))[1]
+    parts = torch.cat([images for _, images in method.sampler.draw(plan, 0, [range(2), range(2, 6)])])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
-    method.classes = 0
-    assert not torch.allclose(next(iter(method.sample(0, [range(6)], plan)))[1], whole, atol=1e-2)
+    method.prior.classes = lambda denoiser: 0  # type: ignore[method-assign]
+    assert not torch.allclose(next(iter(method.sampler.draw(plan, 0, [range(6)])))[1], whole, atol=1e-2)
 
 
 @pytest.mark.parametrize(("name", "budget", "steps"), [("ddim", 9, 4), ("heun", 12, 3), ("dpmpp2m", 2, 1)])
 def test_guidance_counts_double(name: str, budget: int, steps: int):
     method = diffusion({"name": name, "guidance": 1.0})
-    plan = method.plan(budget, 4)
+    plan = method.sampler.plan(budget, 4)
     assert plan.steps == steps
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        list(method.sample(0, [range(4)], plan))
-    assert counter.evaluations["denoiser"] == 4 * method.planned_nfe(plan, 4) <= 4 * budget
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
+        list(method.sampler.draw(plan, 0, [range(4)]))
+    assert counter.evaluations["denoiser"] == 4 * method.sampler.planned_nfe(plan, 4) <= 4 * budget
     with pytest.raises(UsageError, match="minimum of 2"):
-        method.plan(1, 4)
+        method.sampler.plan(1, 4)
 
 
 def test_guidance_without_labels_is_refused():
     method = diffusion({"name": "ddim", "guidance": 1.0}, classes=0)
     with pytest.raises(UsageError, match="network.classes"):
-        next(iter(method.sample(0, [range(2)], Plan(2))))
+        next(iter(method.sampler.draw(plan_of(method, 2), 0, [range(2)])))
 
 
 def test_chains_are_of_no_class():
     method = diffusion({"name": "ddim"})
     posterior = ExactPosterior(ByClass(), geometric_levels(50))  # type: ignore[arg-type]
-    method.prior = LangevinGibbsPrior(posterior, chains=4)
-    assert method.labels(range(4)) is None
+    prior = LangevinGibbsPrior(posterior, chains=4)
+    assert method.sampler.labels(Plan(prior, method.sampler.solver, 1, 1), range(4)) is None
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 0.25), (1.0, 1)])
@@ -111,7 +113,9 @@ def tdpm(generator: str, frozen: bool, **options: object) -> TruncatedDiffusion:
     model = KarrasDenoiser(network(), EDMVarianceExploding())
     prior = ImplicitPrior(model, 1.5, generator, token=2.0 if generator == "shared" else None)
     solver, critic = SOLVERS.build({"name": "ddim", **options}), {"name": "stylegan2", "channel_base": 64}
-    return TruncatedDiffusion(model, prior, solver, LogNormal(), Training(), SHAPE, critic=critic, frozen=frozen)
+    return assemble(
+        TruncatedDiffusion, model, prior, solver, LogNormal(), Training(), SHAPE, critic=critic, frozen=frozen
+    )
 
 
 @pytest.mark.parametrize(("generator", "frozen"), [("separate", True), ("shared", False), ("diffuse", True)])
@@ -131,11 +135,11 @@ def test_generator_and_critic_see_the_labels(generator: str, frozen: bool):
 def test_the_prior_is_never_guided(generator: str, frozen: bool):
     """2 (budget - 1) / 2 evaluations of the denoiser, one of the generator; the state is that without guidance."""
     method, plain = tdpm(generator, frozen, guidance=2.0), tdpm(generator, frozen)
-    plan = method.plan(10, 3)
-    assert plan.steps == 4 and method.planned_nfe(plan, 3) == 9
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        list(method.sample(0, [range(3)], plan))
+    plan = method.sampler.plan(10, 3)
+    assert plan.steps == 4 and method.sampler.planned_nfe(plan, 3) == 9
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
+        list(method.sampler.draw(plan, 0, [range(3)]))
     assert sum(counter.evaluations.values()) == 27
-    denoiser = method.denoiser.given(method.labels(range(3)))
+    denoiser = method.denoiser.given(method.sampler.labels(plan, range(3)))
     states = [m.prior(denoiser, NoiseStreams(0, range(3)), SHAPE, plan)[0] for m in (method, plain)]
     assert torch.allclose(*states)

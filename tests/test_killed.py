@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from diffaccel.__main__ import main
-from diffaccel.evaluation import Evaluator, Partial, callback, pictures
+from diffaccel.evaluation import Evaluator, Partial, evaluator, pictures
 from diffaccel.report import read_points
 from diffaccel.run import checkpoint
 from diffaccel.weights import read_weights
@@ -162,7 +162,7 @@ def broken_at(module: Any, name: str, after: bool) -> Callable[[], None]:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(np, "save"), (callback, "append_point"), (Partial, "clear"), (Evaluator, "_draw")],
+    [(np, "save"), (evaluator, "append_point"), (Partial, "clear"), (Evaluator, "_draw")],
     ids=["features", "point", "clear", "draw"],
 )
 def test_a_bench_that_is_killed_as_it_finishes(

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from oracles import assemble, plan_of
 from torch import nn
 
 from diffaccel.denoiser import MixtureDenoiser
@@ -136,15 +137,17 @@ def dlg(solver="heun", tweedie=0.02, **options) -> DenoisingLangevinGibbs:
     denoiser = exact()
     prior = LangevinGibbsPrior(ExactPosterior(denoiser, geometric_levels(200)), **{"eta": 0.5, **options})
     built = SOLVERS.build({"name": solver})
-    return DenoisingLangevinGibbs(denoiser, prior, built, LogNormal(), Training(), SHAPE, tweedie_ratio=tweedie)
+    return assemble(
+        DenoisingLangevinGibbs, denoiser, prior, built, LogNormal(), Training(), SHAPE, tweedie_ratio=tweedie
+    )
 
 
 def count(method, n: int, batch_size: int, plan: Plan) -> EvaluationCounter:
-    networks = {**method.evaluated_networks(), **method.auxiliary_networks()}
+    networks = {**method.sampler.evaluated_networks(), **method.sampler.auxiliary_networks()}
     with EvaluationCounter(networks) as counter:
         for group in method.prior.schedule(n, batch_size):
-            state = method.open(0, group)
-            for indices, images in method.sample(0, group, plan, state):
+            state = method.sampler.open(plan, 0, group)
+            for indices, images in method.sampler.draw(plan, 0, group, state):
                 assert len(indices) == len(images)
     return counter
 
@@ -152,10 +155,11 @@ def count(method, n: int, batch_size: int, plan: Plan) -> EvaluationCounter:
 @pytest.mark.parametrize("tweedie", [None, 0.02])
 @pytest.mark.parametrize("solver", FIXED)
 def test_every_integrator_costs_skips_plus_its_own_plus_tweedie(solver, tweedie):
-    method, plan = dlg(solver, tweedie, chains=5, init_steps=2, warmup=[[1, None]]), Plan(steps=4, skips=3)
+    method = dlg(solver, tweedie, chains=5, init_steps=2, warmup=[[1, None]])
+    plan = plan_of(method, 4, 3)
     counter = count(method, 10, 5, plan)
     marginal = counter.evaluations["denoiser"] - counter.burn_in["denoiser"]
-    assert marginal == 10 * (3 + method.solver.evaluations(4) + (tweedie is not None))
+    assert marginal == 10 * (3 + method.sampler.solver.evaluations(4) + (tweedie is not None))
     assert counter.burn_in["denoiser"] == 5 * (3 + 1)
 
 
@@ -175,15 +179,16 @@ def test_integrators_of_the_paper(solver, evaluations):
 
 def test_adaptive_integrator_is_counted_as_it_goes():
     """2 + 6 (accepted + rejected steps) for each sample: what it takes alone from the same starts."""
-    method, plan = dlg("rk45", chains=5, init_steps=2, warmup=[[1, None]]), Plan(steps=1, skips=3)
+    method = dlg("rk45", chains=5, init_steps=2, warmup=[[1, None]])
+    plan = plan_of(method, 1, 3)
     counter = count(method, 5, 5, plan)
     (group,) = method.prior.schedule(5, 5)
     noise = NoiseStreams(0, group[0])
-    x_t, t = method.prior(method.denoiser, noise, SHAPE, plan, method.open(0, group))
+    x_t, t = method.prior(method.denoiser, noise, SHAPE, plan.chain_steps, method.sampler.open(plan, 0, group))
     alone = []
     for b in range(5):
         with EvaluationCounter({"denoiser": method.denoiser}) as single:
-            method.solver(method.denoiser, x_t[b : b + 1], t[b : b + 1], noise)
+            method.sampler.solver(method.denoiser, x_t[b : b + 1], t[b : b + 1], noise)
         alone.append(single.evaluations["denoiser"])
     assert all(evaluations > 2 and (evaluations - 2) % 6 == 0 for evaluations in alone)
     marginal = counter.evaluations["denoiser"] - counter.burn_in["denoiser"]
@@ -197,8 +202,8 @@ def test_adaptive_integrator_is_counted_as_it_goes():
 )
 def test_published_burn_in_as_counted(options, total):
     method = dlg(chains=3, **options)
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        method.open(0, [range(3)])
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
+        method.sampler.open(plan_of(method, 1, 1), 0, [range(3)])
     assert counter.evaluations == counter.burn_in == {"denoiser": 3 * total}
 
 
@@ -208,38 +213,47 @@ def test_published_burn_in_as_counted(options, total):
 @pytest.mark.parametrize(("solver", "budget"), [("heun", 40.5), ("dpmpp2m", 31.0)])
 def test_what_is_planned_is_what_is_counted(n, batch_size, restart_every, solver, budget):
     method = dlg(solver, chains=4, restart_every=restart_every, init_steps=2, warmup=[[2, 1.0], [1, None]])
-    plan = method.plan(budget, n)
+    plan = method.sampler.plan(budget, n)
     counter = count(method, n, batch_size, plan)
-    assert counter.evaluations["denoiser"] / n == pytest.approx(method.planned_nfe(plan, n))
+    assert counter.evaluations["denoiser"] / n == pytest.approx(method.sampler.planned_nfe(plan, n))
     assert counter.burn_in["denoiser"] == method.prior.burn_in_evaluations(n)
     assert counter.evaluations["denoiser"] <= budget * n
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 10])
 def test_baseline_spends_its_plan(budget):
-    method = Diffusion(exact(), GaussianPrior(), SOLVERS.build({"name": "heun"}), LogNormal(), Training(), SHAPE)
-    plan = method.plan(budget, 7)
+    method = assemble(
+        Diffusion, exact(), GaussianPrior(), SOLVERS.build({"name": "heun"}), LogNormal(), Training(), SHAPE
+    )
+    plan = method.sampler.plan(budget, 7)
     counter = count(method, 7, 3, plan)
-    assert counter.evaluations["denoiser"] / 7 == method.planned_nfe(plan, 7) <= budget
+    assert counter.evaluations["denoiser"] / 7 == method.sampler.planned_nfe(plan, 7) <= budget
 
 
 def test_adaptive_integrator_refuses_a_budget():
     with pytest.raises(UsageError, match="adaptive"):
-        dlg("rk45").plan(50, 100)
+        dlg("rk45").sampler.plan(50, 100)
 
 
 def test_classifier_is_no_evaluation_but_its_flops_count():
     denoiser = exact()
     network = NoiseLevelClassifier(SHAPE, 20, width=4, normalise=False)
     prior = LangevinGibbsPrior(ClassifierPosterior(network, geometric_levels(20)), eta=0.01)
-    method = DenoisingLangevinGibbs(
-        denoiser, prior, SOLVERS.build({"name": "heun"}), LogNormal(), Training(), SHAPE, tweedie_ratio=0.02
+    method = assemble(
+        DenoisingLangevinGibbs,
+        denoiser,
+        prior,
+        SOLVERS.build({"name": "heun"}),
+        LogNormal(),
+        Training(),
+        SHAPE,
+        tweedie_ratio=0.02,
     )
-    assert list(method.evaluated_networks()) == ["denoiser"]
+    assert list(method.sampler.evaluated_networks()) == ["denoiser"]
     noise = NoiseStreams(0, range(2), "chain")
     state = ChainState(noise.normal(torch.empty(2, *SHAPE)), torch.full((2,), 1.0, dtype=torch.float64), noise)
-    with EvaluationCounter({**method.evaluated_networks(), **method.auxiliary_networks()}) as counter:
-        prior(denoiser, noise, SHAPE, Plan(3, skips=5), state)
+    with EvaluationCounter({**method.sampler.evaluated_networks(), **method.sampler.auxiliary_networks()}) as counter:
+        prior(denoiser, noise, SHAPE, 5, state)
     assert counter.evaluations == {"denoiser": 10, "classifier": 10}
     sizes, widths = (8, 4, 2, 2), (1, 4, 8, 16, 32)
     convolutions = sum(2 * 9 * a * b * s**2 for s, a, b in zip(sizes, widths, widths[1:], strict=False))

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from oracles import assemble
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
-from diffaccel.denoiser import Denoiser, EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser, Prediction
+from diffaccel.denoiser import Denoiser, EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import Training, TruncatedDiffusion
 from diffaccel.nn import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ImplicitPrior
-from diffaccel.process import EDMVarianceExploding, VariancePreserving, expand
+from diffaccel.process import EDMVarianceExploding, Prediction, VariancePreserving, expand
 from diffaccel.solver import SOLVERS
 from diffaccel.training.objectives import OBJECTIVES, DistributionMatching, OdePair
 
@@ -50,8 +51,8 @@ def test_pairs_follow_the_gaussians_flow(process: object):
 def exact(a: float, b: float, **objective: object) -> TruncatedDiffusion:
     denoiser = GaussianDenoiser(torch.full(SHAPE, 0.3), 0.25)
     prior = prior_of(denoiser, a, b)
-    return TruncatedDiffusion(
-        denoiser, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), SHAPE,
+    return assemble(
+        TruncatedDiffusion, denoiser, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), SHAPE,
         critic={"name": "mlp", "width": 8, "depth": 1}, objectives=[objective],
     )  # fmt: skip
 
@@ -210,8 +211,9 @@ def frozen(**objective: object) -> TruncatedDiffusion:
     torch.manual_seed(0)
     model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())
     prior = ImplicitPrior(model, 1.0)
-    return TruncatedDiffusion(
-        model, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), (1, 8, 8), frozen=True,
+    return assemble(
+        TruncatedDiffusion, model, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), (1, 8, 8),
+        frozen=True,
         critic={"name": "stylegan2", "channel_base": 64}, objectives=[objective],
     )  # fmt: skip
 
@@ -253,10 +255,14 @@ def test_a_teacher_is_frozen_or_exact():
     solver, critic = SOLVERS.build({"name": "ddim"}), {"name": "stylegan2", "channel_base": 64}
     parts = (solver, LogNormal(), Training(), (1, 8, 8))
     with pytest.raises(UsageError, match=r"set method\.frozen"):
-        TruncatedDiffusion(model, ImplicitPrior(model), *parts, critic=critic, objectives=[{"name": "ode_pair"}])
+        assemble(
+            TruncatedDiffusion, model, ImplicitPrior(model), *parts, critic=critic, objectives=[{"name": "ode_pair"}]
+        )
     with pytest.raises(UsageError, match="generator=separate"):
         prior = ImplicitPrior(model, generator="diffuse")
-        TruncatedDiffusion(model, prior, *parts, critic=critic, frozen=True, objectives=[{"name": "ode_pair"}])
+        assemble(
+            TruncatedDiffusion, model, prior, *parts, critic=critic, frozen=True, objectives=[{"name": "ode_pair"}]
+        )
     with pytest.raises(UsageError, match="this denoiser is exact"):
         exact(1.0, 0.0, name="distribution_matching")
     assert sorted(OBJECTIVES) == ["distribution_matching", "moments", "ode_pair"]

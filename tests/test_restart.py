@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from oracles import split
 
 from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import PRIORS, Plan, RestartPrior
+from diffaccel.prior import PRIORS, RestartPrior
 from diffaccel.process import EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.solver import SOLVERS
 
@@ -23,7 +24,7 @@ def rounds(prior: RestartPrior, count: int, skips: int, process: Process | None 
     group = [range(first, first + CHAINS) for first in range(0, count * CHAINS, CHAINS)]
     state, found = prior.open(denoiser, 0, group, SHAPE), []
     for indices in group:
-        x_t, t = prior(denoiser, NoiseStreams(0, indices), SHAPE, Plan(1, skips), state)
+        x_t, t = prior(denoiser, NoiseStreams(0, indices), SHAPE, skips, state)
         assert torch.allclose(denoiser.process.ratio(t), torch.tensor(prior.ratio_star, dtype=torch.float64), rtol=1e-6)
         found.append(x_t / denoiser.process.alpha(t)[:, None, None, None])
     return torch.stack(found)
@@ -47,12 +48,12 @@ def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
     prior = RestartPrior(chains=5, init_steps=7, skips=4, solver={"name": "heun"})
     n = 15
     plan = prior.plan(SOLVERS.build({"name": "ddim"}), 20, n)
-    assert prior.burn_in_per_chain == 14 and plan == Plan(steps=20 - 5 - 4, skips=4)
+    assert prior.burn_in_per_chain == 14 and split(plan) == (20 - 5 - 4, 4)
     with EvaluationCounter({"denoiser": denoiser.network}) as counter:
         for group in prior.schedule(n, 2):
             state = prior.open(denoiser, 0, group, SHAPE)
             for indices in group:
-                prior(denoiser, NoiseStreams(0, indices), SHAPE, plan, state)
+                prior(denoiser, NoiseStreams(0, indices), SHAPE, plan.chain_steps, state)
     assert counter.burn_in["denoiser"] == 5 * 14
     assert counter.evaluations["denoiser"] == 5 * 14 + n * 4
 

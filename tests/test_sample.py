@@ -18,10 +18,10 @@ from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.evaluation import Partial
-from diffaccel.methods import Diffusion
 from diffaccel.prior import Plan
 from diffaccel.report import image_files, read_points
-from diffaccel.verbs import sample as sampling
+from diffaccel.sampling import Sampler
+from diffaccel.solver import Solver
 from diffaccel.weights import save_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -113,14 +113,14 @@ def test_two_processes_write_the_images_of_one(tmp_path: Path):
 
 
 def test_more_than_the_budget_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed):
-    monkeypatch.setattr(Diffusion, "plan", lambda self, nfe, n: Plan(steps=int(nfe) + 1))
+    monkeypatch.setattr(Sampler, "plan", lambda self, nfe, n: Plan(self.prior, self.solver, steps=int(nfe) + 1))
     assert main(["sample", "toy/edm", "nfe=4", "n=20", f"out={tmp_path}"]) == 2
     assert "nfe=4 was overspent: 5 evaluations" in capsys.readouterr().err
     assert not (tmp_path / "images_nfe4").exists()
 
 
 def test_nan_is_no_dark_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed):
-    monkeypatch.setattr(Diffusion, "finish", lambda self, x_0: x_0 * torch.nan)
+    monkeypatch.setattr(Solver, "__call__", lambda self, denoiser, x_t, *_: x_t * torch.nan)
     for verb in ("sample", "bench"):
         assert main([verb, "digits/edm", "nfe=2", "n=20", "logger=none", f"out={tmp_path}"]) == 2
         assert "NaN" in capsys.readouterr().err
@@ -205,7 +205,7 @@ def test_a_folder_of_something_else_stays(tmp_path: Path, capsys: Printed):
 def test_the_same_images_are_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed):
     sample(tmp_path, "digits/edm", "nfe=2", "n=10")
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "sample_group", None)
+        patch.setattr(Sampler, "batches", None)
         sample(tmp_path, "digits/edm", "nfe=2", "n=10")
     assert "made before" in (printed := capsys.readouterr()).err
     assert printed.out.splitlines() == [str(tmp_path / "images_nfe2")] * 2
@@ -273,7 +273,7 @@ def test_killed_while_writing_the_old_folder_stays(tmp_path: Path, at: int, monk
             sample(tmp_path, *words, "n=10", "again=true")
     assert sha256(tmp_path / "images_nfe2") == before == described(tmp_path / "images_nfe2")["images_sha256"]
     with monkeypatch.context() as patch:
-        patch.setattr(Diffusion, "sample", None)  # every batch was kept
+        patch.setattr(Sampler, "draw", None)  # every batch was kept
         sample(tmp_path, *words, "n=10", "again=true")
     assert len(arrays(tmp_path / "images_nfe2")) == 10
 
@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line_and_loses_no_batch(tmp_path: Path, monkeypatch:
         assert main(["sample", "digits/edm", "nfe=2", "n=10", f"out={tmp_path}"]) == 2
     said = capsys.readouterr().err
     assert "No space left" in said and "images_nfe2" in said and said.count("\n") == 1
-    monkeypatch.setattr(Diffusion, "sample", None)
+    monkeypatch.setattr(Sampler, "draw", None)
     sample(tmp_path, "digits/edm", "nfe=2", "n=10")
 
 

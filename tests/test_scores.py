@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from diffaccel.evaluation.partial import Chunk
-from diffaccel.evaluation.scores import BLOCKS, Real, Scores, blocks_of, spread, to_uint8
+from diffaccel.evaluation.scores import BLOCKS, Real, Scores, blocks_of, spread
 from diffaccel.metrics import Moments
 from diffaccel.metrics.reference import Reference
+from diffaccel.sampling import to_uint8
 
 CPU = torch.device("cpu")
 

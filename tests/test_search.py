@@ -222,10 +222,10 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
     measure, calls = Evaluator.measure, itertools.count()
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **keys):
         if next(calls) == 10:
             raise KeyboardInterrupt
-        return measure(self, *args)
+        return measure(self, *args, **keys)
 
     monkeypatch.setattr(Evaluator, "measure", interrupted)
     assert main([*words, f"out={tmp_path / 'parts'}"]) == 130
@@ -270,10 +270,10 @@ def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path):
 def test_a_setting_that_fails_is_noted_and_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     measure = Evaluator.measure
 
-    def failing(self, trainer, method, budget, plan):
-        if type(method.solver).__name__ == "DDIM":
+    def failing(self, sampler, budget, plan, **keys):
+        if type(plan.solver).__name__ == "DDIM":
             raise UsageError("the chain turned to NaN")
-        return measure(self, trainer, method, budget, plan)
+        return measure(self, sampler, budget, plan, **keys)
 
     monkeypatch.setattr(Evaluator, "measure", failing)
     assert main(["search", "toy/edm", TOY, *QUICK, "search.trials=9", f"out={tmp_path}"]) == 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import BatchedNoise, DiagonalMixture, three_modes
+from oracles import BatchedNoise, DiagonalMixture, assemble, three_modes
 from torch import nn
 
 from diffaccel.data import Batch
@@ -17,7 +17,7 @@ from diffaccel.methods import SmallTimeDiffusion, Training
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import MLP, UNet
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import DensityPrior, GaussianPrior, Plan
+from diffaccel.prior import DensityPrior, GaussianPrior
 from diffaccel.process import EDMVarianceExploding, VariancePreserving
 from diffaccel.solver import SOLVERS
 
@@ -29,7 +29,7 @@ SHAPE = (1, 8, 8)
 def run(truth, prior, solver, n: int, steps: int) -> torch.Tensor:
     """Samples (n, D) float64."""
     noise = BatchedNoise(n)
-    x_t, t = prior(truth, noise, (truth.size, 1, 1), Plan(steps))
+    x_t, t = prior(truth, noise, (truth.size, 1, 1))
     x_t = x_t.double() if isinstance(truth, DiagonalMixture) else x_t.float()
     return SOLVERS.build(solver)(truth, x_t, t, noise, steps).flatten(1).double()
 
@@ -127,8 +127,15 @@ def small_t(model=None, density=None, T=0.6, levels=None, **options) -> SmallTim
     model = model or network()
     prior = DensityPrior(model, SHAPE, density or {"name": "gaussian"}, T=T)
     solver = SOLVERS.build({"name": "dpmpp2m"})
-    return SmallTimeDiffusion(
-        model, prior, solver, levels or Uniform(), Training(batch_size=64), SHAPE, **{"frozen": True, **options}
+    return assemble(
+        SmallTimeDiffusion,
+        model,
+        prior,
+        solver,
+        levels or Uniform(),
+        Training(batch_size=64),
+        SHAPE,
+        **{"frozen": True, **options},
     )
 
 
@@ -156,11 +163,11 @@ def test_times_stay_within_T_and_what_is_reported_is_what_the_networks_saw():
     method, T = fitted(small_t(density={"name": "mixture", "components": 2, "rank": 4})), 0.6
     seen = []
     method.denoiser.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    plan = method.plan(8, 6)
-    assert plan.steps == 7 and method.planned_nfe(plan, 6) == 8
-    with EvaluationCounter(method.evaluated_networks()) as counter:
+    plan = method.sampler.plan(8, 6)
+    assert plan.steps == 7 and method.sampler.planned_nfe(plan, 6) == 8
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
         for group in method.prior.schedule(6, 3):
-            for _ in method.sample(0, group, plan, method.open(0, group)):
+            for _ in method.sampler.draw(plan, 0, group, method.sampler.open(plan, 0, group)):
                 pass
     assert dict(counter.evaluations) == {"denoiser": 42, "density": 6}
     assert counter.flops["density"] > 2 * 64 * 64, "the basis alone is a matrix product"
@@ -170,19 +177,19 @@ def test_times_stay_within_T_and_what_is_reported_is_what_the_networks_saw():
 
 def test_white_noise_is_no_evaluation():
     method = small_t(density={"name": "normal"})
-    assert method.planned_nfe(method.plan(8, 6), 6) == 8 and method.plan(8, 6).steps == 8
-    assert list(method.evaluated_networks()) == ["denoiser"]
+    assert method.sampler.planned_nfe(method.sampler.plan(8, 6), 6) == 8 and method.sampler.plan(8, 6).steps == 8
+    assert list(method.sampler.evaluated_networks()) == ["denoiser"]
 
 
 def test_an_image_belongs_to_its_stream():
     method = fitted(small_t(density={"name": "mixture", "components": 2, "rank": 4}))
-    draw = lambda index: method.prior(method.denoiser, NoiseStreams(0, index), SHAPE, Plan(1))[0]  # noqa: E731
+    draw = lambda index: method.prior(method.denoiser, NoiseStreams(0, index), SHAPE)[0]  # noqa: E731
     assert torch.allclose(draw([3, 4, 5])[1], draw([4])[0], atol=1e-6)
 
 
 def test_a_draw_is_as_exact_under_autocast():
     method = fitted(small_t())
-    draw = lambda: method.prior(method.denoiser, NoiseStreams(0, range(4)), SHAPE, Plan(1))[0]  # noqa: E731
+    draw = lambda: method.prior(method.denoiser, NoiseStreams(0, range(4)), SHAPE)[0]  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16):
         mixed = draw()
         log_prob = method.prior.log_prob(method.denoiser, mixed)
@@ -192,7 +199,7 @@ def test_a_draw_is_as_exact_under_autocast():
 def test_an_unfitted_density_is_refused():
     method = small_t()
     with pytest.raises(UsageError, match="not fitted"):
-        method.prior(method.denoiser, NoiseStreams(0, range(2)), SHAPE, Plan(1))
+        method.prior(method.denoiser, NoiseStreams(0, range(2)), SHAPE)
 
 
 # Training
@@ -231,7 +238,7 @@ def test_the_likelihood_s_weight_makes_the_loss_the_bound_s_term(levels):
     truth.ratio_range = (0.05, 10.0)
     prior = DensityPrior(truth, (2, 1, 1), T=T)
     solver, options = SOLVERS.build({"name": "ddim"}), {"weighting": "likelihood", "stratified": False}
-    method = SmallTimeDiffusion(truth, prior, solver, levels, Training(), (2, 1, 1), **options)
+    method = assemble(SmallTimeDiffusion, truth, prior, solver, levels, Training(), (2, 1, 1), **options)
     n = 40_000
     data = Batch(truth.sample(n), None, torch.arange(n))
     loss = 2 * method.denoiser_loss(data, BatchedNoise(n))

@@ -68,7 +68,7 @@ def test_an_append_that_breaks_off_leaves_the_points_as_they_were(tmp_path: Path
         file.write(content[:10])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffaccel.report.write_all", full)
+    monkeypatch.setattr("diffaccel.report.files.write_all", full)
     with pytest.raises(UsageError, match=r"points.jsonl can't be written \(No space left on device\): make room"):
         append(path, "a", 1)
     assert path.read_bytes() == before
@@ -161,7 +161,7 @@ def test_a_later_process_leaves_the_folder_to_the_first(
     """Ahead of the first, or on a disk of its own, it finds no folder, makes none, and goes on."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    def build_trainer(*_: object, **__: object) -> None:
+    def reached(*_: object, **__: object) -> None:
         raise _Reached
 
     def mkdir(path: Path, *_: object, **__: object) -> None:
@@ -170,7 +170,8 @@ def test_a_later_process_leaves_the_folder_to_the_first(
     if words[0] == "bench":
         files = [f"{key}={tmp_path / key}.npz" for key in ("reference", "floor")]
         assert main(["reference", "toy/edm", "data.n=50", "accelerator=cpu", *files]) == 0
-    monkeypatch.setattr("diffaccel.run.launch.build_trainer", build_trainer)
+    for name in ("build_trainer", "everywhere"):
+        monkeypatch.setattr(f"diffaccel.run.launch.{name}", reached)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(Path, "mkdir", mkdir)
     out = tmp_path / "out"
@@ -319,7 +320,7 @@ def test_what_a_run_can_do_without_is_one_line(tmp_path: Path, monkeypatch: pyte
     for name in ("sample_grid", "write_curve_csv", "plot_curve"):
         monkeypatch.setattr(f"diffaccel.evaluation.pictures.{name}", broken)
     monkeypatch.setattr("numpy.save", broken)
-    monkeypatch.setattr("diffaccel.evaluation.callback.log_curve", broken)
+    monkeypatch.setattr("diffaccel.evaluation.evaluator.log_curve", broken)
     assert main(["bench", "digits/edm", "n=40", "nfe=3", "logger=csv", f"out={tmp_path}"]) == 0
     assert len(read_points(tmp_path / "points.jsonl")) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
@@ -345,7 +346,7 @@ def test_features_and_pictures_that_a_kill_prevented_take_no_sampling(
         patch.setattr(Evaluator, "_leave", kill)
         main([*BENCH, f"out={tmp_path}"])
     assert len(read_points(tmp_path / "points.jsonl")) == 1, "the point comes first"
-    monkeypatch.setattr("diffaccel.methods.Diffusion.sample", lambda *_: pytest.fail("it sampled"))
+    monkeypatch.setattr("diffaccel.sampling.Sampler.draw", lambda *_: pytest.fail("it sampled"))
     assert main([*BENCH, f"out={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("features/*.npy"))) == len(read_points(tmp_path / "points.jsonl")) == 1
 

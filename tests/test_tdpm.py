@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from oracles import assemble
 from torch import nn
 
 from diffaccel.data import Batch
@@ -38,8 +39,17 @@ def tdpm(generator="separate", frozen=True, **options) -> TruncatedDiffusion:
     prior = ImplicitPrior(model, 1.5, generator, token=token)
     critic = {"name": "stylegan2", "channel_base": 64, "channel_max": 8}
     solver = SOLVERS.build({"name": "ddim"})
-    return TruncatedDiffusion(
-        model, prior, solver, LogNormal(), Training(), SHAPE, critic=critic, frozen=frozen, **options
+    return assemble(
+        TruncatedDiffusion,
+        model,
+        prior,
+        solver,
+        LogNormal(),
+        Training(),
+        SHAPE,
+        critic=critic,
+        frozen=frozen,
+        **options,
     )
 
 
@@ -88,22 +98,22 @@ def test_a_shared_generator_is_the_denoisers_network_at_its_token():
     y = method.implicit.generate(method.denoiser, NoiseStreams(0, range(4)), SHAPE)
     z = NoiseStreams(0, range(4)).normal(y)
     assert torch.allclose(y, (1 + 1.5**2) ** 0.5 * method.denoiser.network(z, torch.full((4,), 5.0)))
-    assert list(method.evaluated_networks()) == ["denoiser"]
+    assert list(method.sampler.evaluated_networks()) == ["denoiser"]
 
 
 @pytest.mark.parametrize("generator", ["separate", "diffuse", "shared"])
 def test_one_evaluation_is_the_generators(generator):
     method = tdpm(generator, frozen=generator != "shared")
-    plan = method.plan(4, 6)
-    assert plan.steps == 3 and method.planned_nfe(plan, 6) == 4
-    with EvaluationCounter(method.evaluated_networks()) as counter:
+    plan = method.sampler.plan(4, 6)
+    assert plan.steps == 3 and method.sampler.planned_nfe(plan, 6) == 4
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
         for group in method.prior.schedule(6, 3):
-            for _ in method.sample(0, group, plan, method.open(0, group)):
+            for _ in method.sampler.draw(plan, 0, group, method.sampler.open(plan, 0, group)):
                 pass
     expected = {"denoiser": 24} if generator == "shared" else {"denoiser": 18, "generator": 6}
     assert dict(counter.evaluations) == expected
     with pytest.raises(UsageError, match="minimum of 2"):
-        method.plan(1, 6)
+        method.sampler.plan(1, 6)
 
 
 @pytest.mark.parametrize(("generator", "frozen"), [("separate", True), ("separate", False), ("shared", False)])
@@ -279,8 +289,8 @@ def test_the_generator_learns_a_mixture():
 
     model = MixtureDenoiser(means, 0.0025, weights, DiscreteVariancePreserving())
     prior = ImplicitPrior(model, K=50, network={"name": "mlp"}, shape=shape)
-    method = TruncatedDiffusion(
-        model, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), shape,
+    method = assemble(
+        TruncatedDiffusion, model, prior, SOLVERS.build({"name": "ddim"}), LogNormal(), Training(), shape,
         critic={"name": "mlp"}, generator_lr=2e-4, critic_lr=1e-3, gamma=0.1, r1_every=1,
     )  # fmt: skip
     optimizers, ema = method.configure_optimizers(), EMA(prior.generator, 300 * size)

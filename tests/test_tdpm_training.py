@@ -106,7 +106,7 @@ def test_settings_by_budget_leave_the_training_alone(tmp_path: Path):
     assert [point["evaluations"].get("generator") for point in points] == [20, 20, None]
 
     method = build_method(load(str(file), [*TINY, *words]), load=False)
-    assert method.by_nfe[2][0].generator is method.by_nfe[3][0].generator is method.implicit.generator
+    assert method.sampler.by_nfe[2][0].generator is method.sampler.by_nfe[3][0].generator is method.implicit.generator
 
 
 def test_a_fit_begins_anew_whatever_weights_its_experiment_names(tmp_path: Path):

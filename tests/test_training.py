@@ -6,6 +6,7 @@ import dataclasses
 import lightning as L
 import pytest
 import torch
+from oracles import assemble
 from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule
@@ -13,11 +14,11 @@ from diffaccel.denoiser import GaussianDenoiser, KarrasDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion, Phase, TrainedModule, Training
-from diffaccel.methods.base import nearest
 from diffaccel.nn.unet import UNet
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import GaussianPrior
 from diffaccel.process import EDMVarianceExploding
+from diffaccel.sampling import nearest
 from diffaccel.solver.onestep import Heun
 
 BATCH, STEPS, MIDDLE = 32, 24, 12
@@ -29,7 +30,7 @@ def diffusion(dropout: float = 0.1, **training) -> Diffusion:
     network = UNet((1, 8, 8), [8, 16], blocks=1, embedding=16, dropout=dropout)
     options = {"images": STEPS * BATCH, "warmup": 200, "ema_half_life": 300, **training}
     denoiser = KarrasDenoiser(network, EDMVarianceExploding())
-    return Diffusion(denoiser, GaussianPrior(), Heun(), LogNormal(), Training(**options), (1, 8, 8), seed=4)
+    return assemble(Diffusion, denoiser, GaussianPrior(), Heun(), LogNormal(), Training(**options), (1, 8, 8), seed=4)
 
 
 class SaveAt(L.Callback):

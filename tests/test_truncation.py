@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import assemble, plan_of, split
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
@@ -14,7 +15,7 @@ from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import DDPMUNet, UNet
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import GaussianPrior, ImplicitPrior, Plan
+from diffaccel.prior import GaussianPrior, ImplicitPrior
 from diffaccel.process import DiscreteVariancePreserving, EDMVarianceExploding, VariancePreserving
 from diffaccel.solver import GRIDS, SOLVERS, Indices
 
@@ -133,8 +134,16 @@ def tdpm(K: int, solver: dict[str, object], offset: int = 0, **options: object) 
     prior = ImplicitPrior(model, generator="shared", K=K, prior_level_offset=offset)
     critic = {"name": "stylegan2", "channel_base": 128, "channel_max": 8}
     training = Training(pixel_sum=True, antithetic=True)
-    return TruncatedDiffusion(
-        model, prior, SOLVERS.build(solver), Index(), training, (1, 16, 16), critic=critic, **options
+    return assemble(
+        TruncatedDiffusion,
+        model,
+        prior,
+        SOLVERS.build(solver),
+        Index(),
+        training,
+        (1, 16, 16),
+        critic=critic,
+        **options,
     )  # type: ignore[arg-type]
 
 
@@ -142,13 +151,13 @@ def tokens_of(method: TruncatedDiffusion, budget: float) -> list[int]:
     """What the network is told at each call for 3 images, which must be one thing for all of them."""
     seen: list[Tensor] = []
     hook = method.denoiser.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    plan = method.plan(budget, 3)
-    with EvaluationCounter(method.evaluated_networks()) as counter:
-        ((_, images),) = method.sample(0, [range(3)], plan)
+    plan = method.sampler.plan(budget, 3)
+    with EvaluationCounter(method.sampler.evaluated_networks()) as counter:
+        ((_, images),) = method.sampler.draw(plan, 0, [range(3)])
     hook.remove()
     assert images.shape == (3, 1, 16, 16) and images.isfinite().all()
     assert all((token == token[0]).all() and len(token) == 3 for token in seen)
-    assert counter.evaluations["denoiser"] == 3 * len(seen) == 3 * method.planned_nfe(plan, 3)
+    assert counter.evaluations["denoiser"] == 3 * len(seen) == 3 * method.sampler.planned_nfe(plan, 3)
     return [int(token[0]) for token in seen]
 
 
@@ -172,7 +181,7 @@ def test_any_solver_goes_on_from_there():
     method = tdpm(50, {"name": "heun"})
     assert tokens_of(method, 6)[:2] == [50, 49]
     with pytest.raises(UsageError, match="minimum of 2"):
-        method.plan(1, 3)
+        method.sampler.plan(1, 3)
 
 
 def test_a_whole_chain_has_a_token_beyond_its_indices():
@@ -211,7 +220,7 @@ def test_a_level_told_lower_keeps_more_of_what_states_have(process: object):
         prior = ImplicitPrior(denoiser, ratio, network={"name": "mlp"}, shape=(1, 8, 8), told=told)
         y = (less + ratio**2) ** 0.5 * torch.randn(400, 1, 8, 8)
         prior.generate = lambda *_, y=y: y
-        x_t, t = prior(denoiser, NoiseStreams(0, range(400)), (1, 8, 8), Plan(1))
+        x_t, t = prior(denoiser, NoiseStreams(0, range(400)), (1, 8, 8))
         torch.testing.assert_close(process.ratio(t), torch.full_like(t, told * ratio))
         slope = v / (v + (told * ratio) ** 2)
         torch.testing.assert_close(denoiser(x_t, t).x_0, slope * y)
@@ -308,7 +317,7 @@ def test_the_offset_moves_the_critics_states_and_not_the_start(offset: int):
     batch, noise = Batch(torch.zeros(64, 1, 16, 16), None, torch.arange(64)), NoiseStreams(0, range(64))
     ratio = PROCESS.ratio(f64(3.0 + offset)).item()
     assert method.diffused(batch.image, noise).std().item() == pytest.approx(ratio, rel=0.02)
-    x_t, t = method.prior(method.denoiser, NoiseStreams(0, range(2)), (1, 16, 16), Plan(4))
+    x_t, t = method.prior(method.denoiser, NoiseStreams(0, range(2)), (1, 16, 16))
     assert torch.allclose(t, f64(3, 3))
     z = NoiseStreams(0, range(2)).normal(x_t)
     assert torch.allclose(x_t, method.denoiser.network(z, torch.full((2,), 4.0)), atol=1e-5), "handed over as it is"
@@ -323,7 +332,9 @@ def diffusion(method: type[Diffusion], T: int) -> Diffusion:
     network = DDPMUNet((1, 8, 8), width=8, multipliers=[1, 2], blocks=1, attention=[], groups=4)
     model = EpsDenoiser(network, process, time_scale=1.0)
     solver = SOLVERS.build({"name": "ancestral", "variance": "large", "clip": True, "grid": {"name": "index"}})
-    return method(model, GaussianPrior(), solver, Index(), Training(antithetic=True, pixel_sum=True), (1, 8, 8), seed=3)
+    return assemble(
+        method, model, GaussianPrior(), solver, Index(), Training(antithetic=True, pixel_sum=True), (1, 8, 8), seed=3
+    )
 
 
 def step(method: Diffusion, batch: Batch) -> tuple[Tensor, list[str]]:
@@ -345,16 +356,16 @@ def test_a_whole_chain_from_a_gaussian_is_plain_diffusion_bit_for_bit(T: int):
     (loss, names), (expected, _) = step(ours, batch), step(plain, batch)
     assert names == ["denoiser"] and not any("critic" in name for name in ours.state_dict())
     assert torch.equal(loss, expected)
-    plan = ours.plan(20, 4)
-    assert plan == plain.plan(20, 4) == Plan(20)
-    made, expected = (next(iter(m.eval().sample(0, [range(4)], plan)))[1] for m in (ours, plain))
+    plan = ours.sampler.plan(20, 4)
+    assert split(plan) == split(plain.sampler.plan(20, 4)) == (20, 0)
+    made, expected = (next(m.eval().sampler.draw(plan_of(m, 20), 0, [range(4)]))[1] for m in (ours, plain))
     assert torch.equal(made, expected)
 
 
 def test_plain_diffusion_is_ddpms_algorithm():
     """The reference's loop, with the same noise."""
     method = diffusion(TruncatedDiffusion, 20).eval()
-    ((_, made),) = method.sample(0, [range(4)], Plan(20))
+    ((_, made),) = method.sampler.draw(plan_of(method, 20), 0, [range(4)])
     noise = NoiseStreams(0, range(4))
     alpha_bar = [1.0, *(1 - torch.linspace(1e-4, 0.02, 20).double()).cumprod(0).tolist()][::-1]
     with torch.no_grad():
@@ -376,9 +387,9 @@ def test_without_steps_it_is_a_gan():
     assert torch.equal(method.diffused(batch.image, NoiseStreams(0, range(8))), batch.image), "the critic sees x_0"
     losses, _ = step(method, batch)
     assert losses.isfinite().all()
-    plan = method.plan(1, 2)
-    assert plan == Plan(0) and method.planned_nfe(plan, 2) == 1
-    made = next(iter(method.sample(0, [range(2)], plan)))[1]
+    plan = method.sampler.plan(1, 2)
+    assert split(plan) == (0, 0) and method.sampler.planned_nfe(plan, 2) == 1
+    made = next(iter(method.sampler.draw(plan, 0, [range(2)])))[1]
     z = NoiseStreams(0, range(2)).normal(made)
     assert torch.equal(made, method.denoiser.network(z, torch.zeros(2)).detach())
 
@@ -386,7 +397,7 @@ def test_without_steps_it_is_a_gan():
 def test_a_gan_of_a_copy():
     model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())
     prior = ImplicitPrior(model, 0.0)
-    x_t, t = prior(model, NoiseStreams(0, range(2)), (1, 8, 8), Plan(0))
+    x_t, t = prior(model, NoiseStreams(0, range(2)), (1, 8, 8))
     assert t.tolist() == [0, 0]
     z = NoiseStreams(0, range(2)).normal(x_t)
     assert torch.allclose(x_t, model(20 * z, f64(20, 20)).x_0)
@@ -400,8 +411,14 @@ def test_scale_of_the_loss():
     model = eps_denoiser(4, shape=(3, 32, 32))
     for parameter in model.network.out.parameters():
         nn.init.zeros_(parameter)
-    method = TruncatedDiffusion(
-        model, GaussianPrior(), SOLVERS.build({"name": "ddim"}), Index(), Training(pixel_sum=True), (3, 32, 32)
+    method = assemble(
+        TruncatedDiffusion,
+        model,
+        GaussianPrior(),
+        SOLVERS.build({"name": "ddim"}),
+        Index(),
+        Training(pixel_sum=True),
+        (3, 32, 32),
     )
     batch = Batch(torch.zeros(128, 3, 32, 32), None, torch.arange(128))
     with torch.no_grad():
@@ -428,12 +445,21 @@ def test_an_unfrozen_denoiser_is_trained_up_to_the_start_alone():
     model = KarrasDenoiser(UNet((1, 8, 8), [8], blocks=1, embedding=8), EDMVarianceExploding())
     prior, solver = ImplicitPrior(model, 1.0), SOLVERS.build({"name": "ddim"})
     critic = {"name": "stylegan2", "channel_base": 64}
-    TruncatedDiffusion(model, prior, solver, LogNormal(), Training(), (1, 8, 8), critic=critic, frozen=True)
+    assemble(TruncatedDiffusion, model, prior, solver, LogNormal(), Training(), (1, 8, 8), critic=critic, frozen=True)
     assert model.ratio_range[1] == 80, "a frozen one is what it is"
-    TruncatedDiffusion(model, prior, solver, LogNormal(), Training(), (1, 8, 8), critic=critic)
+    assemble(TruncatedDiffusion, model, prior, solver, LogNormal(), Training(), (1, 8, 8), critic=critic)
     assert model.ratio_range[1] == 1
     with pytest.raises(UsageError, match="ratio_star 2 is none"):
-        TruncatedDiffusion(model, ImplicitPrior(model, 2.0), solver, LogNormal(), Training(), (1, 8, 8), critic=critic)
+        assemble(
+            TruncatedDiffusion,
+            model,
+            ImplicitPrior(model, 2.0),
+            solver,
+            LogNormal(),
+            Training(),
+            (1, 8, 8),
+            critic=critic,
+        )
 
 
 # Ancestral sampling

@@ -18,7 +18,6 @@ from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.config.schema import PATHS, PRECISIONS, TEXTS, TUNABLE, Config
 from diffaccel.errors import UsageError, suggest
-from diffaccel.methods.base import METHODS
 from diffaccel.parts import overrides
 from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
@@ -102,7 +101,11 @@ def _check_method(experiment: str, file: Path, own: Mapping[str, Any], tree: Map
         UsageError: ``method=`` names another one for the same class.
     """
     before, wanted = ((part.get("method") or {}).get("name") for part in (own, tree))
-    if wanted and isinstance(before, str) and wanted != before and METHODS[before] is METHODS[wanted]:
+    if not wanted or not isinstance(before, str) or wanted == before:
+        return
+    from diffaccel.methods import METHODS  # late: Lightning takes seconds to import
+
+    if METHODS[before] is METHODS[wanted]:
         raise UsageError(
             f"method={wanted} would call {experiment} so and change nothing else: name the experiment of that method, "
             f"{file.parent.name}/{wanted}, say"

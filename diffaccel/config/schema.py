@@ -7,11 +7,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffaccel.methods.base import nearest
-from diffaccel.methods.small_t import Tradeoff
 from diffaccel.parts import overrides
 from diffaccel.parts.trees import merge
-from diffaccel.training.module import Training
+from diffaccel.sampling import nearest
+from diffaccel.training.plan import Training
 
 PATHS = ("checkpoint", "init", "reference", "floor", "path", "test_path", "root")
 """Keys that hold a path wherever they stand, resolved against the file that sets them."""
@@ -36,6 +35,22 @@ class Search:
     space: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> its values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does
     not have are left out."""
+
+
+@dataclass
+class Tradeoff:
+    """Start times to compare for small T."""
+
+    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Times of the experiment's process."""
+    densities: dict[float, str] = field(default_factory=dict)
+    """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
+    images: int = 512
+    """Test images that the bound is taken of."""
+    draws: int = 16
+    """Evaluations on each."""
+    fd: bool = True
+    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
 
 
 @dataclass
@@ -114,6 +129,12 @@ class Config:
     """Folder to write to; runs/<data>/<method> by default."""
     resume: str | None = None
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    tweedie_ratio: float | None = None
+    """Noise-to-data ratio of one more denoising step after the solver; null for none. DLG's reference takes 0.02
+    (CIFAR-10) or 0.002 (CelebA-HQ), after solvers that end in such a step themselves."""
+    tweedie_counted: bool = True
+    """Whether that step is an evaluation of the budget; DLG's reference doesn't count it. If not, points list it under
+    ``tweedie``."""
     truncate: bool = False
     """Truncate images to uint8 as the DLG reference does, instead of rounding them."""
     jpeg: int | None = None

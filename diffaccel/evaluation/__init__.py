@@ -1,10 +1,10 @@
-"""The evaluation callback, what it leaves on the way, and what a point's images add up to."""
+"""The evaluator, what it leaves on the way, and what a point's images add up to."""
 
 from diffaccel.evaluation.bits import BitsPerDim, least_ratio
-from diffaccel.evaluation.callback import Evaluator, Identity
+from diffaccel.evaluation.evaluator import Evaluator, Identity
 from diffaccel.evaluation.partial import Chunk, Partial
 from diffaccel.evaluation.pictures import comparable
-from diffaccel.evaluation.scores import BLOCKS, Real, Scores, to_uint8
+from diffaccel.evaluation.scores import BLOCKS, Real, Scores
 
 __all__ = [
     "BLOCKS",
@@ -17,5 +17,4 @@ __all__ = [
     "Scores",
     "comparable",
     "least_ratio",
-    "to_uint8",
 ]

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffaccel.collective import all_gather
+from diffaccel.collective import World, all_gather
 from diffaccel.data import DataModule
+from diffaccel.denoiser import Denoiser
 from diffaccel.evaluation.likelihood import bits_per_dim, dequantised, probability_flow, rademacher
 from diffaccel.evaluation.partial import read_whole, write_whole
-from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Prior
+from diffaccel.sampling import Sampler
 from diffaccel.text.terminal import track
 from diffaccel.weights import tensors_sha256
 
@@ -27,9 +28,9 @@ LEAST = 1e-3
 """Least ratio of a denoiser that knows all: sigma at 1e-5 on the variance preserving process."""
 
 
-def least_ratio(method: Diffusion) -> float:
+def least_ratio(denoiser: Denoiser) -> float:
     """Where likelihoods begin: the least level that the denoiser is trained on."""
-    return max(method.denoiser.ratio_range[0], LEAST)
+    return max(denoiser.ratio_range[0], LEAST)
 
 
 class BitsPerDim:
@@ -52,11 +53,11 @@ class BitsPerDim:
         self.identity = json.dumps(identity, sort_keys=True, default=str)
         self._known: dict[int, dict[str, float]] = {}
 
-    def __call__(self, method: Diffusion, rank: int = 0, world: int = 1) -> dict[str, float]:
-        """Measure a method: the mean, its standard error, the number of images, and the denoiser's evaluations each."""
-        key = id(method.prior)
+    def __call__(self, sampler: Sampler, prior: Prior, world: World = World()) -> dict[str, float]:  # noqa: B008 (frozen)
+        """Measure a start: mean, standard error, number of images, and the denoiser's evaluations per image."""
+        key = id(prior)
         if key not in self._known:
-            bits, nfe = self.each(method, [method.prior], rank, world)
+            bits, nfe = self.each(sampler, [prior], world)
             self._known[key] = {
                 "bits_per_dim": bits.mean().item(),
                 "bits_per_dim_se": standard_error(bits[0]),
@@ -65,7 +66,12 @@ class BitsPerDim:
             }
         return self._known[key]
 
-    def each(self, method: Diffusion, starts: Sequence[Prior], rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    def each(
+        self,
+        sampler: Sampler,
+        starts: Sequence[Prior],
+        world: World = World(),  # noqa: B008 (frozen)
+    ) -> tuple[Tensor, Tensor]:
         """Bits per dimension of each image for several starts, whose levels one flow goes through.
 
         Returns:
@@ -73,10 +79,10 @@ class BitsPerDim:
         """
         found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
         # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
-            batches = self.data.batches("test", self.batch_size, rank, world)
-            own, key = math.ceil(self.n / self.batch_size / world), self._key(method, starts)
-            for index, images, _ in track(batches, "bits/dim", own, shown=rank == 0):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(sampler.device.type, enabled=False):
+            batches = self.data.batches("test", self.batch_size, world.rank, world.size)
+            own, key = math.ceil(self.n / self.batch_size / world.size), self._key(sampler.denoiser, starts)
+            for index, images, _ in track(batches, "bits/dim", own, shown=world.first):
                 first = index * self.batch_size
                 if first >= self.n:
                     break
@@ -84,7 +90,7 @@ class BitsPerDim:
                 path = self.folder and self.folder / f"bits_{key}_{first:08d}_{len(images)}.pt"
                 done = read_whole(path)
                 if done is None:
-                    done = self._batch(method, starts, images, first)
+                    done = self._batch(sampler.denoiser, starts, images, first)
                     write_whole(path, done)
                 found.append(done[0])
                 calls.append(done[1])
@@ -101,27 +107,27 @@ class BitsPerDim:
         with suppress(OSError):  # it may hold a point's batches
             self.folder.rmdir()
 
-    def _key(self, method: Diffusion, starts: Sequence[Prior]) -> str:
+    def _key(self, denoiser: Denoiser, starts: Sequence[Prior]) -> str:
         """Hash of what a batch's values follow from."""
-        laws = [(type(start).__name__, start.start_ratio(method.denoiser), _digest(start)) for start in starts]
+        laws = [(type(start).__name__, start.start_ratio(denoiser), _digest(start)) for start in starts]
         return hashlib.sha256(json.dumps([self.identity, laws]).encode()).hexdigest()[:16]
 
-    def _batch(self, method: Diffusion, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, denoiser: Denoiser, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Of some images, and how many evaluations all of them took up to each start."""
         noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
         width, size = cell_range(images), images[0].numel()
-        x = (images if width is None else dequantised(images, noise)).to(method.device)
-        ratios = [start.start_ratio(method.denoiser) for start in starts]
+        x = (images if width is None else dequantised(images, noise)).to(denoiser.device)
+        ratios = [start.start_ratio(denoiser) for start in starts]
         levels = sorted(set(ratios))
         flow = probability_flow(
-            method.denoiser, x, least_ratio(method), levels, rademacher(noise, x) if size > EXACT else None
+            denoiser, x, least_ratio(denoiser), levels, rademacher(noise, x) if size > EXACT else None
         )
         bits, calls = torch.zeros(len(starts), len(x), dtype=torch.float64), torch.zeros(len(starts))
-        with EvaluationCounter({"denoiser": method.denoiser.network}, {"denoiser": 0.0}) as counter:
+        with EvaluationCounter({"denoiser": denoiser.network}, {"denoiser": 0.0}) as counter:
             for level, (x_star, volume) in zip(levels, flow, strict=True):
                 for i, start in enumerate(starts):
                     if ratios[i] == level:
-                        bits[i] = bits_per_dim(start.log_prob(method.denoiser, x_star) + volume, size, width).cpu()
+                        bits[i] = bits_per_dim(start.log_prob(denoiser, x_star) + volume, size, width).cpu()
                         calls[i] = counter.evaluations["denoiser"]
         return bits, calls
 

@@ -32,12 +32,6 @@ COMPARED = 5_000
 """Most images of a kind whose neighbourhoods are compared: time goes as their square."""
 
 
-def to_uint8(images: Tensor, truncate: bool = False) -> Tensor:
-    """Round images from [-1, 1] to 0 .. 255, as a file would hold them, or truncate them (half a level darker)."""
-    scaled = (images.clamp(-1, 1) + 1) * 127.5
-    return (scaled if truncate else scaled.round()).to(torch.uint8)
-
-
 def digests(images: Tensor) -> Tensor:
     """SHA-256 of each image: (B, C, H, W) -> (B, 32) uint8."""
     found = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu()]

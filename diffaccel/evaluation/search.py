@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from yaml import YAMLError  # OmegaConf's parser
 
+from diffaccel.collective import World
 from diffaccel.config import TUNABLE, Search
 from diffaccel.errors import UsageError, suggest
 from diffaccel.evaluation import Evaluator
-from diffaccel.methods import Diffusion
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.overrides import as_given
 from diffaccel.parts.registry import Registry
 from diffaccel.parts.trees import merge
-from diffaccel.prior import PRIORS, ChainPrior, Plan, Prior
+from diffaccel.prior import PRIORS, ChainPrior, Prior
 from diffaccel.report import append_point, read_points
+from diffaccel.sampling import Sampler
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
 from diffaccel.storage import write_whole
@@ -130,7 +130,7 @@ def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-class Searcher(L.Callback):
+class Searcher:
     """Searches every budget, one after the other.
 
     Each measured setting is a line of ``trials.jsonl``, which a search that was interrupted takes up again; the winners
@@ -180,31 +180,30 @@ class Searcher(L.Callback):
         self.weights: list[str] = []
         self._trajectories: dict[str, FineTrajectory] = {}
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Search every budget."""
-        assert isinstance(pl_module, Diffusion)
-        pl_module.by_nfe = {}
-        self.weights = pl_module.weights_sha256()
+    def run(self, sampler: Sampler, world: World = World()) -> dict[int, Settings]:  # noqa: B008 (frozen)
+        """Search every budget; return the best settings of each."""
+        self.weights = sampler.weights_sha256()
         if self.before_for not in ([], self.weights):
             raise UsageError(f"{self.out / 'best.yaml'} holds settings for other weights: choose another out=")
-        if self.broken and trainer.is_global_zero:
+        if self.broken and world.first:
             self.console.print(f"trials.jsonl: {self.broken} lines lack what a trial has: those are measured again")
         for evaluator in self.evaluators.values():
-            evaluator.extractor.to(pl_module.device)
+            evaluator.extractor.to(sampler.device)
         for budget in self.budgets:
-            self.best[int(budget)] = self._search(trainer, pl_module, int(budget))
-            if trainer.is_global_zero:
+            self.best[int(budget)] = self._search(sampler, world, int(budget))
+            if world.first:
                 self._write()
+        return self.best
 
-    def _search(self, trainer: L.Trainer, method: Diffusion, budget: int) -> Settings:
+    def _search(self, sampler: Sampler, world: World, budget: int) -> Settings:
         """Halve the field round by round; return the settings that are left."""
-        field = self._field(method, budget)
+        field = self._field(sampler, budget)
         for number, images in enumerate(self.search.images, start=1):
             trials = []
             for settings in field:
-                trials.append(self._measure(trainer, method, budget, images, settings))
+                trials.append(self._measure(sampler, world, budget, images, settings))
                 done, best = len(trials), min(trial["score"] for trial in trials)
-                if trainer.is_global_zero:
+                if world.first:
                     self.console.print(
                         f"nfe {budget}, round {number}: {done} of {len(field)} at n={images}, best {self.metric}"
                         f" {best:.4g}, this {trials[-1]['score']:.4g}",
@@ -213,31 +212,31 @@ class Searcher(L.Callback):
             if not math.isfinite(ranked[0]["score"]):
                 reason = ranked[0].get("error", "no distance")
                 raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
-            if trainer.is_global_zero:
+            if world.first:
                 self._report(ranked, budget, images)
             field = [trial["drawn"] for trial in ranked[: max(1, math.ceil(self.search.keep * len(ranked)))]]
         return ranked[0]["settings"]
 
-    def _field(self, method: Diffusion, budget: int) -> list[Settings]:
+    def _field(self, sampler: Sampler, budget: int) -> list[Settings]:
         """Draw the settings of a budget: distinct, and such as can keep to it; the experiment's own come first."""
         rng = np.random.default_rng((self.seed, budget))
         field = [self.own]
         vain = 0
         while len(field) < self.search.trials and vain < DRAWS:
             drawn = draw(self.search.space, self.own, rng)
-            if drawn in field or not self._affordable(method, budget, drawn):
+            if drawn in field or not self._affordable(sampler, budget, drawn):
                 vain += 1
                 continue
             field.append(drawn)
             vain = 0
-        return [settings for settings in field if self._affordable(method, budget, settings)]
+        return [settings for settings in field if self._affordable(sampler, budget, settings)]
 
-    def _affordable(self, method: Diffusion, budget: int, drawn: Settings) -> bool:
+    def _affordable(self, sampler: Sampler, budget: int, drawn: Settings) -> bool:
         """Whether the settings keep to the budget in every round; a mistyped key is an error all the same."""
         prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(_without_gamma(drawn["solver"]))
         try:
             for images in self.search.images:
-                self._scaled(prior, images).plan(solver, budget, images, method.extra_evaluations)
+                self._scaled(prior, images).plan(solver, budget, images, sampler.extra_evaluations)
         except UsageError:
             return False
         return True
@@ -248,9 +247,7 @@ class Searcher(L.Callback):
             prior.chains = max(1, prior.chains * images // self.n)
         return prior
 
-    def _measure(
-        self, trainer: L.Trainer, method: Diffusion, budget: int, images: int, drawn: Settings
-    ) -> dict[str, Any]:
+    def _measure(self, sampler: Sampler, world: World, budget: int, images: int, drawn: Settings) -> dict[str, Any]:
         """Measure settings on so many images, or look up what was measured."""
         trial: dict[str, Any] = {"nfe_budget": budget, "n": images, "of": self.n, "seed": self.seed, "drawn": drawn}
         trial["extractor"] = self.evaluators[images].extractor.sha256
@@ -258,14 +255,14 @@ class Searcher(L.Callback):
         if (key := self._key(trial)) in self.measured:
             return self._scored(self.measured[key])
         try:
-            settings = self._filled(trainer, method, budget, drawn)
-            method.prior = self._scaled(self.build_prior(settings["prior"]), images).to(method.device)
-            method.solver = SOLVERS.build(settings["solver"])
-            point = self.evaluators[images].measure(trainer, method, budget, method.plan(budget, images))
+            settings = self._filled(sampler, budget, drawn)
+            prior = self._scaled(self.build_prior(settings["prior"]), images)
+            own = sampler.using(prior, SOLVERS.build(settings["solver"]))
+            point = self.evaluators[images].measure(own, budget, own.plan(budget, images), world=world)
             trial |= {"settings": settings, "nfe": point["nfe"], "metrics": point["metrics"]}
         except UsageError as error:  # a chain that leaves the denoiser's range, say
             trial["error"] = str(error)
-        if trainer.is_global_zero:
+        if world.first:
             append_point(self.out / "trials.jsonl", trial)
         self.measured[key] = trial
         return self._scored(trial)
@@ -279,22 +276,22 @@ class Searcher(L.Callback):
         names = ("nfe_budget", "n", "of", "seed", "drawn", "extractor", "checkpoint")
         return json.dumps([trial.get(name) for name in names], sort_keys=True)
 
-    def _filled(self, trainer: L.Trainer, method: Diffusion, budget: int, drawn: Settings) -> Settings:
+    def _filled(self, sampler: Sampler, budget: int, drawn: Settings) -> Settings:
         """Replace a ``listed`` grid without levels by the one that dynamic programming finds."""
         grid = drawn["solver"].get("grid", {})
         if "gamma" not in grid:
             return drawn
-        prior = self.build_prior(drawn["prior"]).to(method.device)
+        prior = self.build_prior(drawn["prior"]).to(sampler.device)
         solver = SOLVERS.build(_without_gamma(drawn["solver"]))
-        steps = prior.plan(solver, budget, self.n, method.extra_evaluations).steps
+        steps = prior.plan(solver, budget, self.n, sampler.extra_evaluations).steps
         key = json.dumps(drawn["prior"], sort_keys=True)
         if key not in self._trajectories:
-            with trainer.precision_plugin.forward_context():
+            with sampler.arithmetic():
                 (indices, *_), noise = prior.schedule(STARTS, STARTS)[0], NoiseStreams(self.seed, range(STARTS))
                 noise = noise.first(len(indices))
-                state = prior.open(method.denoiser, self.seed, [indices], method.shape)
-                x_t, t = prior(method.denoiser, noise, method.shape, Plan(1, 2), state)
-                self._trajectories[key] = FineTrajectory(method.denoiser, x_t, t)
+                state = prior.open(sampler.denoiser, self.seed, [indices], sampler.shape)
+                x_t, t = prior(sampler.denoiser, noise, sampler.shape, 2, state)
+                self._trajectories[key] = FineTrajectory(sampler.denoiser, x_t, t)
         found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
         node = {"name": "listed", "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}

@@ -10,22 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import matplotlib
 import torch
 from torch import Tensor
 
+from diffaccel.collective import World
+from diffaccel.config import Tradeoff
 from diffaccel.data import DataModule
+from diffaccel.denoiser import Denoiser
 from diffaccel.density import Density, GaussianDensity, NormalDensity
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator, least_ratio
 from diffaccel.evaluation.bits import cell_range, standard_error
 from diffaccel.evaluation.likelihood import Bound, LogDensity, bits_per_dim, bound, decoding, dequantised
-from diffaccel.methods import Diffusion, SmallTimeDiffusion
-from diffaccel.methods.small_t import Tradeoff
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import DensityPrior
 from diffaccel.report import write_csv
+from diffaccel.sampling import Sampler
 from diffaccel.storage import whole
 from diffaccel.text.terminal import side_output
 
@@ -37,7 +38,7 @@ NORMAL = "N(0, I)"
 Row = dict[str, Any]
 
 
-class TradeoffCurve(L.Callback):
+class TradeoffCurve:
     """Measures L(T), and the distance of samples, for N(0, I), the Gaussian of the data's moments, and the density.
 
     Args:
@@ -66,32 +67,32 @@ class TradeoffCurve(L.Callback):
         self.seed, self.batch_size, self.out = seed, batch_size, out
         self.rows: list[Row] = []
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure everything and write it."""
-        assert isinstance(pl_module, SmallTimeDiffusion)
-        self.rows = self.bounds(pl_module, self.starts)
+    def run(self, sampler: Sampler, world: World = World()) -> list[Row]:  # noqa: B008 (frozen)
+        """Measure everything and write it; return a row for each density and time."""
+        self.rows = self.bounds(sampler.denoiser, self.starts)
         try:
             if self.likelihood is not None:
-                self.likelihoods(trainer, pl_module, [self.starts[row["density"]][row["T"]] for row in self.rows])
+                self.likelihoods(sampler, world, [self.starts[row["density"]][row["T"]] for row in self.rows])
             if self.evaluator is not None:
-                self.evaluator.extractor.to(pl_module.device)
+                self.evaluator.extractor.to(sampler.device)
                 for row in self.rows:
-                    row |= self.distances(trainer, pl_module, self.starts[row["density"]][row["T"]])
+                    row |= self.distances(sampler, world, self.starts[row["density"]][row["T"]])
         finally:  # an interrupt loses no row
-            if trainer.is_global_zero:
+            if world.first:
                 write(self.rows, self.out)
-        if self.likelihood is not None and trainer.is_global_zero:
+        if self.likelihood is not None and world.first:
             self.likelihood.clear()
+        return self.rows
 
     @torch.no_grad()
-    def bounds(self, method: Diffusion, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
+    def bounds(self, denoiser: Denoiser, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
         """One row a density and time, in bits per dimension, with standard errors."""
         times = sorted({T for priors in starts.values() for T in priors})
-        process = method.denoiser.process
+        process = denoiser.process
         ratios = process.ratio(torch.tensor(times, dtype=torch.float64)).tolist()
-        method.denoiser.check_range(torch.tensor(ratios))
+        denoiser.check_range(torch.tensor(ratios))
         laws = {
-            name: [_law(method, priors[T]) if T in priors else _nowhere for T in times]
+            name: [_law(denoiser, priors[T]) if T in priors else _nowhere for T in times]
             for name, priors in starts.items()
         }
         parts: list[tuple[Bound, Tensor]] = []
@@ -102,10 +103,10 @@ class TradeoffCurve(L.Callback):
             images = images[: self.settings.images - first]
             noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
             width = cell_range(images)
-            x_0 = (images if width is None else dequantised(images, noise)).to(method.device)
-            low = least_ratio(method)
-            terms = bound(method.denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
-            parts.append((terms, decoding(method.denoiser, x_0, low, noise)))
+            x_0 = (images if width is None else dequantised(images, noise)).to(denoiser.device)
+            low = least_ratio(denoiser)
+            terms = bound(denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
+            parts.append((terms, decoding(denoiser, x_0, low, noise)))
         bounds, deltas = [terms for terms, _ in parts], torch.cat([delta for _, delta in parts])
         return [
             {"density": name, "T": T, "ratio": ratios[i], **self._terms(name, i, bounds, deltas, width)}
@@ -129,10 +130,10 @@ class TradeoffCurve(L.Callback):
             "n": len(bits),
         }
 
-    def likelihoods(self, trainer: L.Trainer, method: Diffusion, starts: list[DensityPrior]) -> None:
+    def likelihoods(self, sampler: Sampler, world: World, starts: list[DensityPrior]) -> None:
         """Add each row's bits per dimension by the probability flow, and what its start gains over N(0, I) at its T."""
         assert self.likelihood is not None
-        bits, nfe = self.likelihood.each(method, starts, trainer.global_rank, trainer.world_size)
+        bits, nfe = self.likelihood.each(sampler, starts, world)
         normal = {row["T"]: own for row, own in zip(self.rows, bits, strict=True) if row["density"] == NORMAL}
         for row, own, calls in zip(self.rows, bits, nfe.tolist(), strict=True):
             gain = normal[row["T"]] - own
@@ -140,33 +141,33 @@ class TradeoffCurve(L.Callback):
             row |= {"bits_per_dim_gain": gain.mean().item(), "bits_per_dim_gain_se": standard_error(gain)}
             row |= {"bits_per_dim_nfe": calls, "bits_per_dim_n": len(own)}
 
-    def distances(self, trainer: L.Trainer, method: Diffusion, prior: DensityPrior) -> Row:
+    def distances(self, sampler: Sampler, world: World, prior: DensityPrior) -> Row:
         """Distances of samples from one start, at each budget."""
         assert self.evaluator is not None
-        method.prior, method.by_nfe = prior.to(method.device), {}
-        found: Row = {}
+        own, found = sampler.using(prior), Row()
         for budget in self.evaluator.budgets:
-            plan = method.plan(budget, self.evaluator.n)
-            metrics = self.evaluator.measure(trainer, method, budget, plan)["metrics"]
+            plan = own.plan(budget, self.evaluator.n)
+            metrics = self.evaluator.measure(own, budget, plan, world=world)["metrics"]
             name = self.evaluator.extractor.metric_name
             found |= {f"{name}_nfe{budget:g}": metrics[name], f"{name}_nfe{budget:g}_se": metrics[f"{name}_se"]}
         return found
 
 
 def starts_of(
-    method: SmallTimeDiffusion, times: Sequence[float], fitted: Sequence[DensityPrior] = ()
+    sampler: Sampler, times: Sequence[float], fitted: Sequence[DensityPrior] = ()
 ) -> dict[str, dict[float, DensityPrior]]:
     """Density by name -> the prior at each time where it is known.
 
     Args:
-        method: Its own density is one.
+        sampler: Its own prior is a :class:`DensityPrior`, whose density is one of the starts.
         times: For those that are known at all of them.
         fitted: The experiment's density as fitted at further times.
 
     Raises:
         UsageError: The experiment's density has no log-density, or holds at every level and needs no further fits.
     """
-    own = method.density
+    assert isinstance(sampler.prior, DensityPrior)
+    own, denoiser = sampler.prior.density, sampler.denoiser
     if not own.normalised:
         raise UsageError("the trade-off needs a log-density, which a vae has not: set prior.density.name=gaussian")
     known: dict[str, Density] = {NORMAL: NormalDensity(own.shape, own.ratio)}
@@ -176,30 +177,30 @@ def starts_of(
         known["Gaussian"].fitted.fill_(True)
     if fitted and not own.bound:
         raise UsageError("this density holds at every level: remove tradeoff.densities")
-    process, fits = method.denoiser.process, {}
+    process, fits = denoiser.process, {}
     if own.bound:
         for density in (own, *(prior.density for prior in fitted)):
             T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
-            fits[float(f"{T:.9g}")] = prior_at(method, density, density.ratio)  # without what rounding left on T
+            fits[float(f"{T:.9g}")] = prior_at(denoiser, density, density.ratio)  # without what rounding left on T
     # At a fit's time all starts share its very level: the flow stops there once.
     ratios = dict(zip(times, process.ratio(torch.tensor(times, dtype=torch.float64)).tolist(), strict=True))
     ratios |= {T: prior.ratio_star for T, prior in fits.items()}
     found = {
-        name: {T: prior_at(method, density, ratio) for T, ratio in ratios.items()} for name, density in known.items()
+        name: {T: prior_at(denoiser, density, ratio) for T, ratio in ratios.items()} for name, density in known.items()
     }
     return found | ({type(own).__name__.removesuffix("Density").lower(): fits} if fits else {})
 
 
-def prior_at(method: Diffusion, density: Density, ratio: float) -> DensityPrior:
+def prior_at(denoiser: Denoiser, density: Density, ratio: float) -> DensityPrior:
     """A prior of a density at a noise-to-data ratio."""
-    prior = DensityPrior(method.denoiser, method.shape, {"name": "normal"}, ratio)
+    prior = DensityPrior(denoiser, density.shape, {"name": "normal"}, ratio)
     prior.density = density.at(ratio)
     prior.evaluations = density.evaluations
     return prior
 
 
-def _law(method: Diffusion, prior: DensityPrior) -> LogDensity:
-    return partial(prior.to(method.device).log_prob, method.denoiser)
+def _law(denoiser: Denoiser, prior: DensityPrior) -> LogDensity:
+    return partial(prior.to(denoiser.device).log_prob, denoiser)
 
 
 def _nowhere(x: Tensor) -> Tensor:

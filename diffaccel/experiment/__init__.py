@@ -1,16 +1,17 @@
 """From a configuration to the objects of a run."""
 
 from diffaccel.experiment.build import (
-    build_data,
     build_method,
     build_posterior,
     build_prior,
+    build_sampler,
     check_start,
     keeps_denoiser,
     set_budgets,
     shape_of,
 )
 from diffaccel.experiment.evaluation import (
+    build_data,
     build_evaluator,
     build_extractor,
     build_fitted,
@@ -28,6 +29,7 @@ __all__ = [
     "build_method",
     "build_posterior",
     "build_prior",
+    "build_sampler",
     "build_searcher",
     "by_content",
     "check_start",

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from diffaccel.config import Config
-from diffaccel.data import DataModule
+from diffaccel.data import SOURCES
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
@@ -23,16 +23,18 @@ from diffaccel.experiment.loading import (
     load_network,
     load_prior,
 )
-from diffaccel.methods import METHODS, Diffusion
 from diffaccel.nn import NETWORKS, UNet
-from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import Pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
+from diffaccel.sampling import ImageKind, Sampler, Setting, Tweedie
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.text.terminal import say
 from diffaccel.weights import assign_weights
+
+if TYPE_CHECKING:
+    from diffaccel.methods import Diffusion
 
 
 def shape_of(config: Config) -> tuple[int, int, int]:
@@ -41,7 +43,26 @@ def shape_of(config: Config) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def build_method(config: Config, load: bool = True, frozen: bool = False) -> Diffusion:
+def build_sampler(config: Config) -> Sampler:
+    """Build the sampler of an experiment with its weights, which will not change any more.
+
+    Raises:
+        UsageError: Unknown parts, keys or values; weights that are missing, broken, of another network, trained on
+            fewer noise levels than sampling uses, or not named.
+    """
+    sampler, header, posterior = _build_parts(config, load=True)
+    check_trained(config, sampler)
+    set_budgets(config, sampler, posterior, load=True)
+    if isinstance(sampler.denoiser, NetworkDenoiser) and config.checkpoint:
+        settings = (Setting(sampler.prior, sampler.solver), *sampler.by_nfe.values())
+        low, high = sampler.denoiser.ratio_range
+        highest = max(min(high, setting.prior.highest_ratio(sampler.denoiser)) for setting in settings)
+        check_ratios(Path(config.checkpoint), header, (low, highest))
+    _compile(config, sampler, training=False)
+    return sampler.eval()
+
+
+def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Diffusion":
     """Build a method with its weights.
 
     Args:
@@ -54,6 +75,35 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
         UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network, or, where
             they will not change any more, not named.
     """
+    from diffaccel.methods import METHODS  # late: Lightning takes seconds to import, and sampling needs none of it
+
+    sampler, header, posterior = _build_parts(config, load)
+    method = METHODS.build(
+        config.method,
+        sampler=sampler,
+        levels=LEVELS.build(config.levels),
+        training=config.training,
+        seed=config.seed,
+    )
+    denoiser = sampler.denoiser
+    if load and isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
+        # Now that the method has cut what it doesn't use.
+        check_ratios(Path(config.checkpoint), header, denoiser.ratio_range)
+    if load and frozen:
+        check_trained(config, sampler, "denoiser" in method.trained_networks())
+    set_budgets(config, sampler, posterior, load, verify=load or not frozen)  # a dry run reads no weights
+    if load and frozen:
+        check_start(config, method)
+    _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
+    return method
+
+
+def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], LevelPosterior | None]:
+    """Build an experiment's sampler without its settings by budget; return it, the header of its weights, a posterior.
+
+    Raises:
+        UsageError: See :func:`build_method`.
+    """
     shape = shape_of(config)
     torch.manual_seed(config.seed)
     solver = SOLVERS.build(config.solver)  # first: a mistyped name shouldn't wait for weights to be read
@@ -61,38 +111,36 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> Dif
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
     denoiser: Denoiser = DENOISERS.build(config.denoiser, process=process, network=network)
+    header: dict[str, Any] = {}
     if isinstance(denoiser, NetworkDenoiser):
         if network is None:
             raise UsageError(f"denoiser {config.denoiser['name']!r} needs a network: set network=unet, say")
-        said = _fill_denoiser(config, denoiser, pretrained, solver, load)
+        header = _fill_denoiser(config, denoiser, pretrained, solver, load)
     posterior = build_posterior(config, denoiser, load)
-    method = METHODS.build(
-        config.method,
-        denoiser=denoiser,
-        prior=build_prior(config, config.prior, posterior, denoiser, load),
-        solver=solver,
-        levels=LEVELS.build(config.levels),
-        training=config.training,
-        shape=shape,
-        seed=config.seed,
+    sampler = Sampler(
+        denoiser,
+        build_prior(config, config.prior, posterior, denoiser, load),
+        solver,
+        shape,
+        tweedie=Tweedie(config.tweedie_ratio, config.tweedie_counted) if config.tweedie_ratio is not None else None,
+        kind=ImageKind(SOURCES.build(config.data).has_images(), config.truncate),
+        precision=config.precision,
+        batch_size=config.batch_size,
     )
-    if load and isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
-        check_ratios(Path(config.checkpoint), said, denoiser)  # now that the method has cut what it doesn't use
-    if load and frozen:
-        check_trained(config, method)
-    set_budgets(config, method, posterior, load, verify=load or not frozen)  # a dry run reads no weights
-    if load and frozen:
-        check_start(config, method)
-    for name, network in method.evaluated_networks().items() if config.network else ():
+    return sampler, header, posterior
+
+
+def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:
+    """Compile the networks and set their memory format, if the configuration says so."""
+    for name, network in sampler.evaluated_networks().items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
             # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
-            constant = frozen or (method.frozen and name == "denoiser")  # holds where no gradient is taken
+            constant = not training or (frozen_denoiser and name == "denoiser")  # holds where no gradient is taken
             network.forward = torch.compile(network.forward, options={"freezing": constant})
-            if not frozen and isinstance(network, UNet):
+            if training and isinstance(network, UNet):
                 network.encode = torch.compile(network.encode)  # type: ignore[method-assign]  # a critic may use it alone
-    return method
 
 
 def _fill_denoiser(
@@ -110,26 +158,26 @@ def _fill_denoiser(
 
 
 def set_budgets(
-    config: Config, method: Diffusion, posterior: LevelPosterior | None, load: bool, verify: bool = True
+    config: Config, sampler: Sampler, posterior: LevelPosterior | None, load: bool, verify: bool = True
 ) -> None:
-    """Build the settings by budget; those that were searched for other weights are set aside, and that is said."""
+    """Build the settings by budget; those that were searched for other weights are left out, and a line says so."""
     if config.by_nfe and config.tuned_for and verify:
-        others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - set(method.weights_sha256())})
+        others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - set(sampler.weights_sha256())})
         if others:
             say(
                 f"the settings by budget were searched for another {' and '.join(others)}, so they are left out: "
                 "`diffaccel search` finds new ones, by_nfe= sets some"
             )
             config.by_nfe = {}
-        method.tuned = not others
+        sampler.tuned = not others
     for budget in config.by_nfe:
         parts = config.at(budget)
-        prior: Prior = method.prior
+        prior: Prior = sampler.prior
         if parts["prior"] != config.prior:
-            prior = build_prior(config, parts["prior"], posterior, method.denoiser, load)
+            prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
             if _same_weights(parts["prior"], config.prior):
-                prior.share_weights(method.prior)  # it may be in training
-        method.by_nfe[budget] = prior, SOLVERS.build(parts["solver"])
+                prior.share_weights(sampler.prior)  # it may be in training
+        sampler.by_nfe[budget] = Setting(prior, SOLVERS.build(parts["solver"]))
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -139,13 +187,13 @@ def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def check_start(config: Config, method: Diffusion) -> None:
+def check_start(config: Config, method: "Diffusion") -> None:
     """Refuse to call samples a method's that start from another prior than the one it is about.
 
     Raises:
         UsageError: None of the experiment's priors is of that kind.
     """
-    priors = [method.prior, *(prior for prior, _ in method.by_nfe.values())]
+    priors = [method.prior, *(setting.prior for setting in method.sampler.by_nfe.values())]
     if not any(isinstance(prior, method.starts_from) for prior in priors):
         known = [name for name in PRIORS if _is_subclass(PRIORS[name], method.starts_from)]
         raise UsageError(
@@ -160,6 +208,8 @@ def _is_subclass(factory: object, kind: type) -> bool:
 
 def keeps_denoiser(config: Config) -> bool:
     """Whether a fit leaves the denoiser's weights as they are."""
+    from diffaccel.methods import METHODS, Diffusion
+
     probe = getattr(METHODS[config.method_name], "keeps_denoiser", Diffusion.keeps_denoiser)
     return bool(probe(config.method))
 
@@ -208,28 +258,3 @@ def build_prior(
     elif load and denoiser.source is None:
         check_shared_prior(config, prior)
     return prior
-
-
-def build_data(config: Config) -> DataModule:
-    """Build the data module and check that its images have the experiment's shape.
-
-    Raises:
-        UsageError: Missing or broken data, or images of another shape.
-    """
-    training = config.training
-    data = DataModule(
-        config.data,
-        batch_size=training.batch_size,
-        seed=config.seed,
-        limit=config.limit,
-        flip=training.flip,
-        num_workers=training.workers,
-    )
-    if "label" in config.data:
-        data.source.label = as_given(config.data["label"]) or data.source.label
-    if data.shape != shape_of(config):
-        raise UsageError(
-            f"{data.label}: images have shape {data.shape}, the experiment's is {shape_of(config)}: "
-            "set shape= (and a network that fits), or another data set"
-        )
-    return data

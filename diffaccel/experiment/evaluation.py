@@ -3,21 +3,44 @@
 import dataclasses
 
 from diffaccel.config import Config, find
-from diffaccel.data import SOURCES
+from diffaccel.data import SOURCES, DataModule
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
-from diffaccel.experiment.build import build_data, build_prior, shape_of
+from diffaccel.experiment.build import build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
-from diffaccel.experiment.loading import (
-    describe_checkpoint,
-)
+from diffaccel.experiment.loading import describe_checkpoint
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
-from diffaccel.methods import Diffusion
 from diffaccel.metrics.reference import Reference, check_same_data, load_reference
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
+from diffaccel.sampling import Sampler
+
+
+def build_data(config: Config) -> DataModule:
+    """Build the data module and check that its images have the experiment's shape.
+
+    Raises:
+        UsageError: Missing or broken data, or images of another shape.
+    """
+    training = config.training
+    data = DataModule(
+        config.data,
+        batch_size=training.batch_size,
+        seed=config.seed,
+        limit=config.limit,
+        flip=training.flip,
+        num_workers=training.workers,
+    )
+    if "label" in config.data:
+        data.source.label = as_given(config.data["label"]) or data.source.label
+    if data.shape != shape_of(config):
+        raise UsageError(
+            f"{data.label}: images have shape {data.shape}, the experiment's is {shape_of(config)}: "
+            "set shape= (and a network that fits), or another data set"
+        )
+    return data
 
 
 def build_extractor(config: Config) -> Extractor:
@@ -25,12 +48,12 @@ def build_extractor(config: Config) -> Extractor:
     return EXTRACTORS.build(config.extractor)
 
 
-def build_evaluator(config: Config, method: Diffusion, measured: bool = True) -> Evaluator:
-    """Build the evaluation callback.
+def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> Evaluator:
+    """Build the evaluator.
 
     Args:
         config: The run's.
-        method: What is measured.
+        sampler: What is measured.
         measured: Whether with the weights that the configuration names, and not with some in training.
 
     Raises:
@@ -54,7 +77,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
             check_same_data(path, found, source.label, shape_of(config))
     if config.jpeg is not None:
         extractor = AsJPEG(extractor, config.jpeg)
-    likelihood = build_likelihood(config, method) if measured else None
+    likelihood = build_likelihood(config, sampler) if measured else None
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
@@ -69,7 +92,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
             "experiment": config.experiment,
             "process": config.process["name"],
             "data": as_given(config.data.get("label")) or source.label,
-            "checkpoint": describe_checkpoint(config, method),
+            "checkpoint": describe_checkpoint(config, sampler.denoiser),
             "configuration": describe_configuration(config, measured),
         },
         settings=config.at,
@@ -78,12 +101,10 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
-        truncate=config.truncate,
-        discrete=source.has_images(),
     )
 
 
-def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
+def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     """Build what measures bits per dimension, if that is asked for.
 
     Raises:
@@ -91,12 +112,12 @@ def build_likelihood(config: Config, method: Diffusion) -> BitsPerDim | None:
     """
     if not config.likelihood:
         return None
-    method.prior.start_ratio(method.denoiser)
+    sampler.prior.start_ratio(sampler.denoiser)
     identity = {**identify_parts(config), "data": config.data, "prior": by_content(config.prior)}
     return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
 
 
-def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
+def build_fitted(config: Config, sampler: Sampler) -> list[DensityPrior]:
     """Build the experiment's density prior at the further times that it was fitted at, ``tradeoff.densities``.
 
     Raises:
@@ -105,19 +126,19 @@ def build_fitted(config: Config, method: Diffusion) -> list[DensityPrior]:
     node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
     found = []
     for T, checkpoint in config.tradeoff.densities.items():
-        prior = build_prior(config, {**node, "T": T, "checkpoint": checkpoint}, None, method.denoiser)
+        prior = build_prior(config, {**node, "T": T, "checkpoint": checkpoint}, None, sampler.denoiser)
         assert isinstance(prior, DensityPrior)
         found.append(prior)
     return found
 
 
-def build_searcher(config: Config, method: Diffusion) -> Searcher:
+def build_searcher(config: Config, sampler: Sampler) -> Searcher:
     """Build the search of ``config.search``.
 
     Raises:
         UsageError: As :func:`build_evaluator`, or a search that is out of range.
     """
-    posterior = getattr(method.prior, "posterior", None)
+    posterior = getattr(sampler.prior, "posterior", None)
     return Searcher(
         config.search,
         {"prior": config.prior, "solver": config.solver},
@@ -125,6 +146,6 @@ def build_searcher(config: Config, method: Diffusion) -> Searcher:
         config.n,
         config.seed,
         find(config.experiment),
-        prior=lambda node: build_prior(config, node, posterior, method.denoiser),
-        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), method, measured=False),
+        prior=lambda node: build_prior(config, node, posterior, sampler.denoiser),
+        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), sampler, measured=False),
     )

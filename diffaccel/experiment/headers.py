@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffaccel.denoiser import DENOISERS, NetworkDenoiser
+from diffaccel.denoiser import DENOISERS
 from diffaccel.density import DENSITIES
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
@@ -84,15 +84,20 @@ def check_header(path: Path, said: Mapping[str, Any], kind: str, asked: Mapping[
         )
 
 
-def check_ratios(path: Path, said: Mapping[str, Any], denoiser: NetworkDenoiser) -> None:
-    """Refuse weights trained on fewer noise levels than the denoiser is to be used at.
+def check_ratios(path: Path, said: Mapping[str, Any], used: tuple[float, float]) -> None:
+    """Refuse weights trained on fewer noise levels than the denoiser is used at.
+
+    Args:
+        path: The file.
+        said: Its header.
+        used: Least and largest noise-to-data ratio in use.
 
     Raises:
-        UsageError: The denoiser's range goes on beyond the one in the header; 0.1 % is allowed for rounding.
+        UsageError: ``used`` extends beyond the range in the header; 0.1 % is allowed for rounding.
     """
     if (trained := said.get("trained_ratios")) is None:
         return
-    (low, high), (least, most) = denoiser.ratio_range, trained
+    (low, high), (least, most) = used, trained
     if low < 0.999 * least or high > 1.001 * most:
         raise UsageError(
             f"{path} was trained on noise-to-data ratios from {least:.4g} to {most:.4g}, and the experiment's denoiser "

@@ -45,6 +45,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
     return {
         **{key: getattr(config, key) for key in keys},
         **({"truncate": True} if config.truncate else {}),
+        **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),
         "posterior": by_content(config.posterior),
         "version": __version__,

@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,11 +12,11 @@ from diffaccel.config import Config
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.experiment.headers import check_header
-from diffaccel.methods import Diffusion
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
 from diffaccel.pretrained import read as read_pretrained
 from diffaccel.prior import Prior
+from diffaccel.sampling import Sampler
 from diffaccel.solver import Solver
 from diffaccel.training.ema import of_network
 from diffaccel.weights import (
@@ -27,6 +27,9 @@ from diffaccel.weights import (
     read_checkpoint,
     read_description,
 )
+
+if TYPE_CHECKING:
+    from diffaccel.methods import Diffusion
 
 
 def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,25 +106,30 @@ def read_header(path: Path) -> dict[str, Any]:
     return {"kind": "denoiser", **content.get("description", {}), "images_seen": content["images_seen"]}
 
 
-def check_trained(config: Config, method: Diffusion) -> None:
+def check_trained(config: Config, sampler: Sampler, fitted: bool = True) -> None:
     """Refuse networks without weights: what they sample says nothing.
+
+    Args:
+        config: The run's.
+        sampler: Holds the networks.
+        fitted: Whether a fit of the experiment trains its denoiser.
 
     Raises:
         UsageError: The denoiser, a prior that is fitted, or the classifier of a chain has no checkpoint.
     """
-    for part, key, wanted, given, fitted in (
-        ("denoiser", "checkpoint", bool(config.network), config.checkpoint, "denoiser" in method.trained_networks()),
-        ("prior", "prior.checkpoint", bool(method.prior.networks()), config.prior.get("checkpoint"), True),
+    for part, key, wanted, given, trains in (
+        ("denoiser", "checkpoint", bool(config.network), config.checkpoint, fitted),
+        ("prior", "prior.checkpoint", bool(sampler.prior.networks()), config.prior.get("checkpoint"), True),
         (
             "noise classifier",
             "posterior.checkpoint",
-            bool(method.auxiliary_networks()),
+            bool(sampler.auxiliary_networks()),
             config.posterior.get("checkpoint"),
             True,
         ),
     ):
         if wanted and not given:
-            left = f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if fitted else "its fit trains none"
+            left = f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if trains else "its fit trains none"
             raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {left}")
 
 
@@ -161,7 +169,7 @@ def check_grid(solver: Solver, denoiser: Denoiser) -> None:
         )
 
 
-def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
+def check_resumable(path: Path, method: "Diffusion") -> dict[str, Any]:
     """Read a checkpoint before a run goes on from it, and return its content.
 
     Raises:
@@ -178,13 +186,13 @@ def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
     return content
 
 
-def describe_checkpoint(config: Config, method: Diffusion) -> dict[str, Any] | None:
+def describe_checkpoint(config: Config, denoiser: Denoiser) -> dict[str, Any] | None:
     """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
     if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
         return None
     path, given = Path(config.checkpoint), as_given(config.checkpoint)
     shown = given if given != config.checkpoint else os.path.relpath(path)
-    if method.denoiser.source is not None:
+    if denoiser.source is not None:
         found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
-        return {**found, "source": method.denoiser.source}
+        return {**found, "source": denoiser.source}
     return {"path": shown, "sha256": file_sha256(path), "images_seen": read_header(path).get("images_seen")}

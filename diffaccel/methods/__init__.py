@@ -5,7 +5,8 @@ from diffaccel.methods.ddm import DecoupledDiffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
 from diffaccel.methods.small_t import SmallTimeDiffusion
 from diffaccel.methods.tdpm import TruncatedDiffusion
-from diffaccel.training.module import Phase, TrainedModule, Training
+from diffaccel.training.module import Phase, TrainedModule
+from diffaccel.training.plan import Training
 
 __all__ = [
     "METHODS",

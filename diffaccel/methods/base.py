@@ -1,8 +1,6 @@
 """The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +8,19 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
-from diffaccel.denoiser import Denoiser, NetworkDenoiser
+from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
-from diffaccel.prior import ChainPrior, Group, Plan, Prior
-from diffaccel.solver import Solver
+from diffaccel.prior import Prior
+from diffaccel.sampling import Sampler
 from diffaccel.training.ema import of_network
-from diffaccel.training.module import Phase, TrainedModule, Training
+from diffaccel.training.module import Phase, TrainedModule
+from diffaccel.training.plan import Training
 from diffaccel.weights import tensors_sha256
 
 METHODS: Registry["Diffusion"] = Registry("method")
-
-
-def nearest(budgets: Collection[int], nfe: float) -> int:
-    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
-    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
 
 
 @METHODS.register("edm")
@@ -36,40 +30,24 @@ class Diffusion(TrainedModule):
     """Baselines: whatever process, denoiser, prior and solver the experiment names.
 
     Attributes:
-        tuned: Whether the settings by budget were searched for the very weights that it has.
-        by_nfe: Budget -> prior and solver that take over from that budget on; the lowest also below it. Empty if one
-            setting serves all.
+        sampler: Denoiser, prior and solver, with their settings by budget: all that a sample follows from.
 
     Args:
-        denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
-        prior: Law of the starting states.
-        solver: Reverse integrator.
+        sampler: What is trained, and samples.
         levels: Noise levels to train at.
         training: How to train.
-        shape: Image shape (C, H, W).
         seed: The run's seed.
     """
 
     starts_from: type = Prior
     """Kind of prior without which a sample is none of the method's."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        levels: Levels,
-        training: Training,
-        shape: tuple[int, int, int],
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, sampler: Sampler, levels: Levels, training: Training, seed: int = 0) -> None:
         super().__init__(training, seed)
-        self.denoiser, self.prior, self.solver, self.levels = denoiser, prior, solver, levels
-        self.by_nfe: dict[int, tuple[Prior, Solver]] = {}
-        self.tuned = self.truncated = False
-        self.shape = shape
-        self.frozen = False
-        self.classes: int = getattr(denoiser.network, "classes", 0)
+        self.sampler, self.levels = sampler, levels
+        self.denoiser, self.prior = sampler.denoiser, sampler.prior  # registered here, for checkpoints and devices
+        self.shape, self.classes = sampler.shape, sampler.classes
+        self.truncated = self.frozen = False
 
     @classmethod
     def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
@@ -213,106 +191,3 @@ class Diffusion(TrainedModule):
         if not self.training_plan.augment:
             return batch.image, None
         return augment(batch.image, self.training_plan.augment, NoiseStreams(self.seed, batch.index, "augmentation"))
-
-    # Sampling
-
-    extra_evaluations = 0
-    """Evaluations per image after the solver."""
-
-    def evaluated_networks(self) -> dict[str, nn.Module]:
-        """Networks whose forwards are evaluations, by name."""
-        return {"denoiser": self.denoiser.network, **self.prior.networks()}
-
-    def auxiliary_networks(self) -> dict[str, nn.Module]:
-        """Networks whose FLOPs count and whose forwards don't."""
-        return {}
-
-    def weights_sha256(self) -> list[str]:
-        """``NETWORK=HASH`` of the weights of each network that samples: searched settings belong to these weights."""
-        networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
-        return [f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.items()]
-
-    def plan(self, nfe: float, n: int) -> Plan:
-        """Spend at most ``nfe`` evaluations per image on n images, burn-in included, by the settings of that budget.
-
-        Raises:
-            UsageError: The budget is below the method's minimum.
-        """
-        self.tune(nfe)
-        if isinstance(self.prior, ChainPrior):
-            self._require_null_class()
-        return self.prior.plan(self.solver, nfe, n, self.extra_evaluations)
-
-    def tune(self, nfe: float) -> None:
-        """Take the prior and the solver that ``by_nfe`` has for a budget; they stay until the next call."""
-        if self.by_nfe:
-            prior, self.solver = self.by_nfe[nearest(self.by_nfe, nfe)]
-            self.prior = prior.to(self.device)
-
-    @contextmanager
-    def tuning(self) -> Iterator[None]:
-        """Give back the experiment's own prior and solver, which training takes, after a ``with`` block that tunes."""
-        own = self.prior, self.solver
-        try:
-            yield
-        finally:
-            self.prior, self.solver = own
-
-    def planned_nfe(self, plan: Plan, n: int) -> float:
-        """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter says what was spent."""
-        if self.solver.adaptive:
-            return math.nan
-        solver = self.solver.evaluations(plan.steps) if plan.steps else 0
-        marginal = plan.skips + solver + self.extra_evaluations + self.prior.evaluations
-        return marginal + self.prior.burn_in_evaluations(n) / n
-
-    def open(self, seed: int, group: Group) -> Any:
-        """Make what a group's batches share (a chain's state, after burn-in)."""
-        return self.prior.open(self.denoiser, seed, group, self.shape)
-
-    def restore(self, seed: int, group: Group, saved: Any) -> Any:
-        """Make it anew from what its ``state_dict`` gave after some of the group's batches."""
-        return self.prior.restore(self.denoiser, seed, group, self.shape, saved)
-
-    @torch.no_grad()
-    def sample(self, seed: int, group: Group, plan: Plan, state: Any = None) -> Iterator[tuple[range, Tensor]]:
-        """Make a group's images, batch by batch.
-
-        Args:
-            seed: Image i draws from stream (seed, i), chain c from (seed, c).
-            group: Image indices, one range a batch.
-            plan: How the budget is spent.
-            state: What :meth:`open` returned for the group.
-
-        Yields:
-            The indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
-        """
-        for indices in group:
-            noise = NoiseStreams(seed, indices)
-            denoiser = self.denoiser.given(self.labels(indices))
-            x_t, t = self.prior(denoiser, noise, self.shape, plan, state)
-            yield indices, self.finish(self.solver(denoiser, x_t, t, noise, plan.steps) if plan.steps else x_t)
-
-    def labels(self, indices: range) -> Tensor | None:
-        """Class labels of images, index mod classes, (B,): balanced, and the same in any batch.
-
-        None, which a network takes for its null class, if it has no classes, and for chains, which change them.
-        """
-        if not self.classes or isinstance(self.prior, ChainPrior):
-            return None
-        return torch.tensor(indices, device=self.device) % self.classes
-
-    def _require_null_class(self) -> None:
-        """Refuse chains, which change classes, on a network that was never trained without labels."""
-        if self.classes and not getattr(self.denoiser.network, "null_class", True):
-            raise UsageError(
-                "a chain samples without labels, and this conditional network was never trained without: take another "
-                "prior, or a network fitted with training.label_drop"
-            )
-
-    def finish(self, x_0: Tensor) -> Tensor:
-        """What the method does after the solver."""
-        return x_0
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: all of a bench is the evaluator's."""

@@ -1,22 +1,18 @@
 """Decoupled diffusion (Huang et al., 2023), arXiv 2306.13720: image to zero and zero to noise, a head for each."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from diffaccel.denoiser import Denoiser
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
-from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
 from diffaccel.features.perceptual import build_lpips
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least
-from diffaccel.prior import Plan, Prior
 from diffaccel.process import Decoupled
-from diffaccel.solver import Solver
-from diffaccel.training.module import Phase, Training
+from diffaccel.training.module import Phase
 
 Weighting = Literal["unit", "reference", "later", "none"]
 Reconstruction = Literal["none", "pixel", "latent", "later"]
@@ -32,13 +28,6 @@ class DecoupledDiffusion(Diffusion):
     ``bridge``, and its 10 steps are 11 evaluations.
 
     Args:
-        denoiser: See :class:`Diffusion`; a :class:`~diffaccel.denoiser.decoupled.DecoupledDenoiser`, or an exact one.
-        prior: See :class:`Diffusion`.
-        solver: See :class:`Diffusion`.
-        levels: See :class:`Diffusion`.
-        training: See :class:`Diffusion`.
-        shape: See :class:`Diffusion`.
-        seed: See :class:`Diffusion`.
         weighting: ``unit``: all outputs of the network weigh alike, in units of their targets; ``reference``: 1 / t and
             1 / (1 - t + t_min); ``later``, that of the authors' later code; ``none``: 1 and 1.
         l1: Whether absolute errors join the squared ones, half and half.
@@ -46,6 +35,8 @@ class DecoupledDiffusion(Diffusion):
             w_r, (1 - t)^2 and 1 - t; ``later`` with -ln(t) / 2, which weighs LPIPS of the image of C alone or, without
             LPIPS, as ``latent`` does; ``none`` for none.
         perceptual_weight: Weight of LPIPS within it; 0 for none. The reference reads it as yes or no.
+        parts: Those of :class:`Diffusion`; the denoiser is a :class:`~diffaccel.denoiser.decoupled.DecoupledDenoiser`,
+            or an exact one.
 
     Raises:
         UsageError: An unknown choice, or options that don't go together.
@@ -56,22 +47,16 @@ class DecoupledDiffusion(Diffusion):
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        levels: Levels,
-        training: Training,
-        shape: tuple[int, int, int],
-        seed: int = 0,
         weighting: Weighting = "unit",
         l1: bool = False,
         reconstruction: Reconstruction = "none",
         perceptual_weight: float = 0.0,
+        **parts: Any,
     ) -> None:
-        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        super().__init__(**parts)
         at_least(0, "method 'ddm'", perceptual_weight=perceptual_weight)
-        if not isinstance(denoiser.process, Decoupled):
-            raise UsageError(f"method 'ddm' wants process=decoupled, not {denoiser.process}")
+        if not isinstance(self.denoiser.process, Decoupled):
+            raise UsageError(f"method 'ddm' needs process=decoupled, not {self.denoiser.process}")
         for key, choice, known in (
             ("weighting", weighting, Weighting),
             ("reconstruction", reconstruction, Reconstruction),
@@ -82,25 +67,15 @@ class DecoupledDiffusion(Diffusion):
             raise UsageError(
                 "method.weighting=unit is a squared error alone: set method.weighting=later, reference or none"
             )
-        if perceptual_weight and (reconstruction == "none" or shape[0] != 3):
+        if perceptual_weight and (reconstruction == "none" or self.shape[0] != 3):
             raise UsageError(
                 "method 'ddm': perceptual_weight needs a reconstruction term and images of three channels: set "
                 "method.reconstruction=pixel, or method.perceptual_weight=0"
             )
-        self.process: Decoupled = denoiser.process
+        self.process: Decoupled = self.denoiser.process
         self.weighting, self.l1, self.reconstruction = weighting, l1, reconstruction
         self.perceptual_weight = perceptual_weight
         self._lpips: list[nn.Module] = []
-
-    def plan(self, nfe: float, n: int) -> Plan:
-        """See :class:`Diffusion`.
-
-        Raises:
-            UsageError: The budget is below the minimum, or the solver can't run on the attenuation.
-        """
-        plan = super().plan(nfe, n)
-        self.solver.check(self.process)
-        return plan
 
     def phases(self) -> list[Phase]:
         """See :class:`Diffusion`.

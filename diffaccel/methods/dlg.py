@@ -2,23 +2,17 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule, to_float
-from diffaccel.denoiser import Denoiser
-from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
 from diffaccel.methods.base import METHODS, Diffusion
-from diffaccel.nfe import counted_apart
 from diffaccel.noise import NoiseStreams
-from diffaccel.parts.checks import positive
-from diffaccel.prior import ChainPrior, ClassifierPosterior, LangevinGibbsPrior, Prior
-from diffaccel.solver import Solver
-from diffaccel.training.module import Phase, Training
+from diffaccel.prior import ChainPrior, ClassifierPosterior, LangevinGibbsPrior
+from diffaccel.training.module import Phase
 
 
 @METHODS.register("dlg")
@@ -26,18 +20,8 @@ class DenoisingLangevinGibbs(Diffusion):
     """A frozen denoiser, a chain prior, and the noise-level classifier that the chain asks; only that is trained.
 
     Args:
-        denoiser: Pretrained; frozen here.
-        prior: A :class:`~diffaccel.prior.LangevinGibbsPrior`.
-        solver: Reverse integrator from the chain's states.
-        levels: See :class:`Diffusion`; unused.
-        training: How the classifier is trained.
-        shape: Image shape (C, H, W).
-        seed: The run's seed.
-        tweedie_ratio: Noise level of one more denoising step after the solver, which counts; None for no such step.
-            The reference takes 0.02 (CIFAR-10) or 0.002 (CelebA-HQ) in units of [-1, 1], after solvers that end in
-            such a step themselves.
-        tweedie_counted: Whether that step is an evaluation of the budget; the reference doesn't count it. A point
-            lists it under ``tweedie`` if not.
+        parts: Those of :class:`Diffusion`; the denoiser is pretrained, and frozen here, the prior a
+            :class:`~diffaccel.prior.LangevinGibbsPrior`; the levels are unused.
     """
 
     starts_from = ChainPrior
@@ -47,23 +31,9 @@ class DenoisingLangevinGibbs(Diffusion):
         """Always."""
         return True
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        levels: Levels,
-        training: Training,
-        shape: tuple[int, int, int],
-        seed: int = 0,
-        tweedie_ratio: float | None = None,
-        tweedie_counted: bool = True,
-    ) -> None:
-        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
         self.freeze_denoiser()
-        positive("method 'dlg'", tweedie_ratio=tweedie_ratio)
-        self.tweedie_ratio, self.tweedie_counted = tweedie_ratio, tweedie_counted
-        self.extra_evaluations = 1 if tweedie_ratio is not None and tweedie_counted else 0
 
     @property
     def classifier(self) -> ClassifierPosterior:
@@ -99,19 +69,6 @@ class DenoisingLangevinGibbs(Diffusion):
         """Cross-entropy at one level a sample, uniform over the table, (B,) in nats."""
         index = (noise.uniform() * len(self.classifier.levels)).long().to(self.device)
         return self.classifier.loss(batch.image, index, noise.normal(batch.image))
-
-    def auxiliary_networks(self) -> dict[str, nn.Module]:  # noqa: D102
-        posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
-        return {"classifier": posterior.network} if isinstance(posterior, ClassifierPosterior) else {}
-
-    def finish(self, x_0: Tensor) -> Tensor:
-        """Take the Tweedie step, x + e^2 score(x, e), if there is one."""
-        if self.tweedie_ratio is None:
-            return x_0
-        ratio = torch.full((len(x_0),), self.tweedie_ratio, dtype=torch.float64, device=x_0.device)
-        x_t, t = self.denoiser.process.from_ratio(x_0, ratio)
-        with nullcontext() if self.tweedie_counted else counted_apart("tweedie"):
-            return self.denoiser(x_t, t).x_0
 
 
 class Acceptance(NamedTuple):

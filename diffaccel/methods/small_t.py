@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,17 +9,14 @@ from torch import Tensor, nn
 
 from diffaccel.collective import failing_together
 from diffaccel.data import Batch, DataModule, to_float
-from diffaccel.denoiser import Denoiser
-from diffaccel.denoiser.levels import Levels
 from diffaccel.density import Density, NormalDensity, TrainingImages
 from diffaccel.errors import UsageError
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import positive
-from diffaccel.prior import DensityPrior, Prior
+from diffaccel.prior import DensityPrior
 from diffaccel.prior.density import full_precision
-from diffaccel.solver import Solver
-from diffaccel.training.module import Phase, Training
+from diffaccel.training.module import Phase
 
 Weighting = Literal["sigma", "likelihood"]
 
@@ -34,19 +30,14 @@ class SmallTimeDiffusion(Diffusion):
     that costs no training, and is at worst as good as one trained on [epsilon, T].
 
     Args:
-        denoiser: See :class:`Diffusion`; if it is trained, up to the prior's level.
-        prior: A :class:`~diffaccel.prior.DensityPrior` to be fitted; any other only samples.
-        solver: See :class:`Diffusion`.
-        levels: See :class:`Diffusion`; ``uniform`` in time is the paper's, ``log_uniform`` the importance sampling that
-            goes with ``likelihood``.
-        training: See :class:`Diffusion`.
-        shape: See :class:`Diffusion`.
-        seed: See :class:`Diffusion`.
         frozen: Whether the denoiser keeps its weights and only the density is fitted.
         weighting: Of the score's loss at t: ``sigma``, |sigma_t s + z|^2, or ``likelihood``, g^2 |s + z / sigma_t|^2
             over twice the levels' density, whose mean is the bound's term I for any levels.
         stratified: Whether a step's times are one of each of as many equal shares of the levels.
         density_lr: The density's learning rate over the run's.
+        parts: Those of :class:`Diffusion`; the prior is a :class:`~diffaccel.prior.DensityPrior` to be fitted, any
+            other only samples. A denoiser that is trained is trained up to the prior's level. Levels ``uniform`` in
+            time are the paper's, ``log_uniform`` the importance sampling that goes with ``likelihood``.
 
     References:
         How Much Is Enough? A Study on Diffusion Times in Score-Based Generative Models (Franzese et al., 2023),
@@ -57,28 +48,23 @@ class SmallTimeDiffusion(Diffusion):
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        levels: Levels,
-        training: Training,
-        shape: tuple[int, int, int],
-        seed: int = 0,
         frozen: bool = False,
         weighting: Weighting = "sigma",
         stratified: bool = True,
         density_lr: float = 1.0,
+        **parts: Any,
     ) -> None:
-        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        super().__init__(**parts)
         positive("method 'small_t'", density_lr=density_lr)
         self.weighting, self.stratified, self.density_lr = weighting, stratified, density_lr
-        if stratified and training.antithetic and training.batch_size % 2:
+        if stratified and self.training_plan.antithetic and self.training_plan.batch_size % 2:
             raise UsageError(
                 f"method 'small_t': mirrored pairs of levels share out an even batch, training.batch_size is "
-                f"{training.batch_size}: make it even, or set training.antithetic=false"
+                f"{self.training_plan.batch_size}: make it even, or set training.antithetic=false"
             )
+        prior = self.prior
         if isinstance(prior, DensityPrior):
-            low, high = denoiser.ratio_range
+            low, high = self.denoiser.ratio_range
             if not low < prior.ratio_star <= high * 1.001:
                 raise UsageError(
                     f"method 'small_t': the start's ratio {prior.ratio_star:.4g} is none that the denoiser knows, "
@@ -210,22 +196,6 @@ class SmallTimeDiffusion(Diffusion):
         labels = () if augment is None else (augment,)  # an exact denoiser takes none
         found = self.denoiser(self.denoiser.process.marginal(x_0, t, eps), t, condition, *labels).eps
         return (found - eps).square().flatten(1).mean(1)
-
-
-@dataclass
-class Tradeoff:
-    """Start times to compare for small T."""
-
-    T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-    """Times of the experiment's process."""
-    densities: dict[float, str] = field(default_factory=dict)
-    """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
-    images: int = 512
-    """Test images that the bound is taken of."""
-    draws: int = 16
-    """Evaluations on each."""
-    fd: bool = True
-    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
 
 
 class Fit(NamedTuple):

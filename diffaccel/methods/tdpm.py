@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
-from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.metrics.states import compare_states
@@ -19,9 +18,8 @@ from diffaccel.nn.critic import CRITICS, Critic, r1_penalty
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least, positive
 from diffaccel.prior import GaussianPrior, ImplicitPrior, Prior
-from diffaccel.solver import Solver
 from diffaccel.training.feature_critic import FeatureCritic  # noqa: F401 (registers it)
-from diffaccel.training.module import Phase, Training
+from diffaccel.training.module import Phase
 from diffaccel.training.moment_matching import MomentMatching  # noqa: F401 (registers it)
 from diffaccel.training.objectives import OBJECTIVES, in_units
 
@@ -37,13 +35,6 @@ class TruncatedDiffusion(Diffusion):
     Gaussian prior there is no game to play, and all of it is plain diffusion.
 
     Args:
-        denoiser: See :class:`Diffusion`.
-        prior: An :class:`~diffaccel.prior.ImplicitPrior`, to be trained; or any other that needs no training.
-        solver: See :class:`Diffusion`.
-        levels: See :class:`Diffusion`.
-        training: See :class:`Diffusion`.
-        shape: See :class:`Diffusion`.
-        seed: See :class:`Diffusion`.
         critic: The discriminator, by name and keys.
         frozen: Whether the denoiser keeps its weights and only generator and critic are trained.
         generator_lr: The generator's rate over the run's.
@@ -54,19 +45,14 @@ class TruncatedDiffusion(Diffusion):
         r1_every: Steps between penalties; the reference does not scale them up for that.
         objectives: What the generator learns from the frozen denoiser besides, each with its own optimiser: names
             (``ode_pair``, ``distribution_matching``) and keys.
+        parts: Those of :class:`Diffusion`; the prior is an :class:`~diffaccel.prior.ImplicitPrior`, to be trained, or
+            any other that needs no training.
     """
 
     starts_from = ImplicitPrior
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        levels: Levels,
-        training: Training,
-        shape: tuple[int, int, int],
-        seed: int = 0,
         critic: dict[str, Any] = {"name": "stylegan2"},  # noqa: B006 (read only; a mapping, for YAML)
         frozen: bool = False,
         generator_lr: float = 0.1,
@@ -76,8 +62,9 @@ class TruncatedDiffusion(Diffusion):
         gamma: float = 0.01,
         r1_every: int = 16,
         objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
+        **parts: Any,
     ) -> None:
-        super().__init__(denoiser, prior, solver, levels, training, shape, seed)
+        super().__init__(**parts)
         positive("method 'tdpm'", generator_lr=generator_lr, critic_lr=critic_lr)
         at_least(0, "method 'tdpm'", generator_since=generator_since, critic_since=critic_since, gamma=gamma)
         at_least(1, "method 'tdpm'", r1_every=r1_every)
@@ -85,10 +72,10 @@ class TruncatedDiffusion(Diffusion):
         self.generator_since, self.critic_since = generator_since, critic_since
         self.penalty: Tensor | None = None  # the latest: it is not due at every step that is logged
         self.critic: Critic | None = None
+        denoiser, prior = self.denoiser, self.prior
         if isinstance(prior, ImplicitPrior):
-            self.classes = getattr(prior.generator or denoiser.network, "classes", 0)
             context = {"denoiser": denoiser, "ratio": prior.ratio_made}
-            self.critic = CRITICS.build(critic, shape=shape, classes=self.classes, **context)
+            self.critic = CRITICS.build(critic, shape=self.shape, classes=self.classes, **context)
         if critic.get("name") == "features" and not frozen:
             raise UsageError(
                 "method 'tdpm': critic 'features' takes a denoiser that is trained already: set method.frozen=true"
@@ -106,7 +93,7 @@ class TruncatedDiffusion(Diffusion):
                 "method 'tdpm': objectives take a denoiser that is trained already: set method.frozen=true"
             )
         for objective in self._objectives:
-            objective.attach(denoiser, self.implicit, shape)
+            objective.attach(denoiser, self.implicit, self.shape)
         self.learning = nn.ModuleList(self._objectives)  # what they learn of their own
 
     def _truncate(self, denoiser: Denoiser, prior: Prior) -> None:

@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "devices": Range(1, 1024),
     "num_nodes": COUNT,
     "jpeg": Range(1, 100),
+    "tweedie_ratio": POSITIVE,
     "likelihood_n": LENGTH,
     "search.trials": COUNT,
     "search.images": Range(2, 10**8),

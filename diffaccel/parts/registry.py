@@ -238,7 +238,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None
         check_annotated(where, values, {key: parameter.annotation for key, parameter in parameters.items()})
-        return factory(**values, **{key: value for key, value in context.items() if key in accepted})
+        whole = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        return factory(**values, **{key: value for key, value in context.items() if whole or key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
         """Name a part that is given by its keys alone: that of the default, whose keys they are."""

@@ -26,12 +26,16 @@ class Plan:
     """How a budget is spent on one image.
 
     Attributes:
-        steps: Solver steps.
-        skips: Langevin-Gibbs steps before them (0 without a chain).
+        prior: Makes the starting state.
+        solver: Integrates from there.
+        steps: Number of steps of the solver.
+        chain_steps: Evaluations of the chain before them (0 without a chain).
     """
 
+    prior: "Prior"
+    solver: Solver
     steps: int
-    skips: int = 0
+    chain_steps: int = 0
 
 
 class Prior(nn.Module, ABC):
@@ -54,9 +58,17 @@ class Prior(nn.Module, ABC):
     def share_weights(self, other: "Prior") -> None:
         """Take over what is fitted in another of its kind, as where a budget changes only the start's level."""
 
+    def auxiliary_networks(self) -> dict[str, nn.Module]:
+        """Its own networks whose FLOPs count and whose forwards are no evaluations, by name."""
+        return {}
+
+    def classes(self, denoiser: Denoiser) -> int:
+        """Number of classes of the images that it starts; 0 if no label is used."""
+        return getattr(denoiser.network, "classes", 0)
+
     @abstractmethod
     def forward(
-        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Draw one state per stream.
 
@@ -64,7 +76,7 @@ class Prior(nn.Module, ABC):
             denoiser: The model, with its condition bound.
             noise: The images' streams, B of them.
             shape: Shape of an image, (C, H, W).
-            plan: How the budget is spent.
+            chain_steps: Evaluations that a chain takes before it gives the states; others ignore it.
             state: What :meth:`open` returned; a chain advances it.
 
         Returns:
@@ -78,6 +90,13 @@ class Prior(nn.Module, ABC):
             UsageError: They have levels of their own.
         """
         raise UsageError(f"{type(self).__name__} starts each image at a level of its own: there is no likelihood")
+
+    def highest_ratio(self, denoiser: Denoiser) -> float:
+        """Return the highest noise-to-data ratio that sampling from the prior uses the denoiser at."""
+        try:
+            return self.start_ratio(denoiser)
+        except UsageError:
+            return denoiser.ratio_range[1]
 
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         """Normalised log-density of its states x_t (B, C, H, W) on the denoiser's process, in nats: (B,) float64.
@@ -116,12 +135,12 @@ class Prior(nn.Module, ABC):
             UsageError: The budget is below the minimum, which the message names.
         """
         if math.isinf(budget):
-            return Plan(_only_adaptive(solver))
+            return Plan(self, solver, _only_adaptive(solver))
         extra += self.evaluations
         least = solver.least_evaluations + extra
         if budget < least:
             raise UsageError(f"nfe={budget:g} is below the minimum of {least} for this solver: raise nfe")
-        return Plan(solver.steps_within(int(budget) - extra))
+        return Plan(self, solver, solver.steps_within(int(budget) - extra))
 
 
 def _only_adaptive(solver: Solver) -> int:
@@ -153,7 +172,7 @@ class GaussianPrior(Prior):
         self.ratio_star = ratio_star
 
     def forward(  # noqa: D102
-        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         t = self._start(denoiser, len(noise))
         z = noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))

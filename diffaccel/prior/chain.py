@@ -104,8 +104,8 @@ class ChainPrior(Prior):
         """Bring chains to their first state, in place."""
 
     @abstractmethod
-    def advance_round(self, denoiser: Denoiser, state: ChainState, skips: int) -> tuple[Tensor, Tensor]:
-        """Take a round of ``skips`` evaluations and record it.
+    def advance_round(self, denoiser: Denoiser, state: ChainState, chain_steps: int) -> tuple[Tensor, Tensor]:
+        """Take a round of ``chain_steps`` evaluations and record it.
 
         Returns:
             The states x / alpha to start from, (B, C, H, W), and their ratios (B,).
@@ -130,7 +130,7 @@ class ChainPrior(Prior):
         if math.isinf(budget):
             if self.skips is None:
                 raise UsageError("without a budget the chain's length must be given: set prior.skips")
-            return Plan(super().plan(solver, budget, n, extra).steps, self.skips)
+            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.skips)
         overhead = self.burn_in_evaluations(n) / n if self.burn_in_counted else 0.0
         available = int(budget - overhead - extra + 1e-9)
         least = (self.skips or 1) + solver.least_evaluations
@@ -144,7 +144,7 @@ class ChainPrior(Prior):
         wanted = self.skips or max(1, round(self.share * available))
         steps = solver.steps_within(max(solver.least_evaluations, available - wanted))
         # What the solver can't use (an even budget for Heun's odd one) goes to the chain, unless its length is set.
-        return Plan(steps, self.skips or available - solver.evaluations(steps))
+        return Plan(self, solver, steps, self.skips or available - solver.evaluations(steps))
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
         """Start a group's chains: integrate pure noise, add some noise back, warm up."""
@@ -172,7 +172,7 @@ class ChainPrior(Prior):
 
     @torch.no_grad()
     def forward(  # noqa: D102
-        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: Any = None
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         chains: ChainState = state
         if len(noise) < len(chains.y):  # the last round of n images needs fewer chains than there are
@@ -182,7 +182,7 @@ class ChainPrior(Prior):
             self._begin(denoiser, chains)
             chains.restarts += 1
         chains.rounds += 1
-        y, ratio = self.advance_round(denoiser, chains, plan.skips)
+        y, ratio = self.advance_round(denoiser, chains, chain_steps)
         return denoiser.process.from_ratio(y, ratio)
 
 

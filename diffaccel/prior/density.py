@@ -10,7 +10,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.density import DENSITIES, Density
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior.base import PRIORS, Plan, Prior
+from diffaccel.prior.base import PRIORS, Prior
 from diffaccel.process import expand
 
 
@@ -69,7 +69,7 @@ class DensityPrior(Prior):
         return self.ratio_star
 
     def forward(  # noqa: D102
-        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: object = None
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         if not self.density.fitted:
             raise UsageError("prior 'density' is not fitted: run `diffaccel fit`, and set prior.checkpoint to its file")

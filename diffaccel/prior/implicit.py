@@ -117,8 +117,15 @@ class ImplicitPrior(Prior):
         """The network of its own; None if it is the denoiser's."""
         return self.made if self.own is None else self.own.network
 
+    def classes(self, denoiser: Denoiser) -> int:
+        """The generator's, which is the denoiser's network unless it has one of its own."""
+        return getattr(self.generator or denoiser.network, "classes", 0)
+
     def networks(self) -> dict[str, nn.Module]:  # noqa: D102
         return {} if self.generator is None else {"generator": self.generator}
+
+    def highest_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+        return self.ratio_star
 
     def share_weights(self, other: Prior) -> None:
         """See :class:`Prior`.
@@ -143,12 +150,12 @@ class ImplicitPrior(Prior):
         if self.ratio_star == 0:
             if budget < self.evaluations + extra:
                 raise UsageError(f"nfe={budget:g} is below the minimum of {self.evaluations + extra}: raise nfe")
-            return Plan(0)
+            return Plan(self, solver, 0)
         plan = super().plan(solver, budget, n, extra)
-        return Plan(min(plan.steps, self.K)) if self.K and isinstance(solver.grid, Indices) else plan
+        return Plan(self, solver, min(plan.steps, self.K)) if self.K and isinstance(solver.grid, Indices) else plan
 
     def forward(  # noqa: D102
-        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], plan: Plan, state: object = None
+        self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             y = self.handed * self.generate(denoiser, noise, shape)

@@ -8,13 +8,13 @@ so levels are kept low and the integration is short.
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.prior.base import PRIORS, GaussianPrior, Plan
+from diffaccel.prior.base import PRIORS, GaussianPrior
 from diffaccel.prior.chain import ChainPrior, ChainState, record, require
-from diffaccel.prior.posterior import LevelPosterior, Update
+from diffaccel.prior.posterior import ClassifierPosterior, LevelPosterior, Update
 from diffaccel.process import expand
 from diffaccel.solver import SOLVERS, Karras
 from diffaccel.solver.onestep import StochasticHeun
@@ -112,6 +112,10 @@ class LangevinGibbsPrior(ChainPrior):
         self.carry, self.select, self.renoise = carry, select, renoise
         self.warmup = [_warmup_pair(pair, eta) for pair in warmup]
 
+    def auxiliary_networks(self) -> dict[str, nn.Module]:
+        """The noise-level classifier, if the posterior is one."""
+        return {"classifier": self.posterior.network} if isinstance(self.posterior, ClassifierPosterior) else {}
+
     @property
     def burn_in_per_chain(self) -> int:  # noqa: D102
         return super().burn_in_per_chain + sum(steps for steps, _ in self.warmup)
@@ -119,7 +123,7 @@ class LangevinGibbsPrior(ChainPrior):
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
         """Integrate pure noise, add some noise back, warm up."""
         shape = tuple(state.y.shape[1:])
-        x_t, t = GaussianPrior()(denoiser, state.noise, shape, Plan(self.init_steps))
+        x_t, t = GaussianPrior()(denoiser, state.noise, shape)
         y = self.init_solver(denoiser, x_t, t, state.noise, self.init_steps)
         state.y = y + self.renoise * state.noise.normal(y)
         state.ratio, _ = self.posterior(state.y, self.update, state.noise)
@@ -144,18 +148,18 @@ class LangevinGibbsPrior(ChainPrior):
         state.ratio, at_end = self.posterior(state.y, self.update, state.noise)
         return at_end
 
-    def advance_round(self, denoiser: Denoiser, state: ChainState, skips: int) -> tuple[Tensor, Tensor]:
-        """Take ``skips`` sweeps and select one of their states."""
+    def advance_round(self, denoiser: Denoiser, state: ChainState, chain_steps: int) -> tuple[Tensor, Tensor]:
+        """Take ``chain_steps`` sweeps and select one of their states."""
         best = (state.y, state.ratio if self.carry else torch.full_like(state.ratio, float("inf")))
         moved = torch.zeros_like(state.ratio, dtype=torch.bool)
         ends = torch.zeros_like(state.ratio)
-        for _ in range(skips):
+        for _ in range(chain_steps):
             ends += self.advance(denoiser, state, self.eta)
             best, lower = keep_lower(best, state.y, state.ratio)
             moved |= lower
         y, ratio = best if self.select == "minimum" else (state.y, state.ratio)
         carried = float((~moved).double().mean()) if self.select == "minimum" else 0.0
-        record(state, y, ratio, carried, float(ends.mean()) / max(1, skips))
+        record(state, y, ratio, carried, float(ends.mean()) / max(1, chain_steps))
         return y, ratio
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.denoiser import Denoiser
-from diffaccel.prior.base import PRIORS, GaussianPrior, Plan
+from diffaccel.prior.base import PRIORS, GaussianPrior
 from diffaccel.prior.chain import ChainPrior, ChainState, record, require
 from diffaccel.process import expand
 from diffaccel.solver import SOLVERS, Solver
@@ -61,16 +61,16 @@ class RestartPrior(ChainPrior):
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
         """Integrate pure noise down to ``ratio_star``."""
-        x_t, t = GaussianPrior()(denoiser, state.noise, tuple(state.y.shape[1:]), Plan(self.init_steps))
+        x_t, t = GaussianPrior()(denoiser, state.noise, tuple(state.y.shape[1:]))
         state.ratio = torch.full_like(state.ratio, self.ratio_star)
         state.y = self._down(denoiser, state, x_t, t, self.init_steps)
 
-    def advance_round(self, denoiser: Denoiser, state: ChainState, skips: int) -> tuple[Tensor, Tensor]:
-        """Go up, and down again in as many steps as ``skips`` evaluations allow."""
+    def advance_round(self, denoiser: Denoiser, state: ChainState, chain_steps: int) -> tuple[Tensor, Tensor]:
+        """Go up, and down again in as many steps as ``chain_steps`` evaluations allow."""
         up = torch.full_like(state.ratio, self.ratio_up)
         added = (self.ratio_up**2 - self.ratio_star**2) ** 0.5
         x_t, t = denoiser.process.from_ratio(state.y + added * state.noise.normal(state.y), up)
-        state.y = self._down(denoiser, state, x_t, t, self.init_solver.steps_within(skips))
+        state.y = self._down(denoiser, state, x_t, t, self.init_solver.steps_within(chain_steps))
         record(state, state.y, state.ratio)
         return state.y, state.ratio
 

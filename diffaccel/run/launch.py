@@ -2,19 +2,22 @@
 
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
+import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from diffaccel.collective import World
 from diffaccel.config import Config, as_written, to_yaml
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
@@ -22,10 +25,12 @@ from diffaccel.parts.overrides import as_given
 from diffaccel.report.logs import unfailing
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
 from diffaccel.run.machine import announce, device_type
-from diffaccel.run.processes import Processes
+from diffaccel.run.processes import Processes, Workers, check_agreed
 from diffaccel.storage import check_target, occupied, write_whole
 from diffaccel.text.terminal import say, side_output
 from diffaccel.weights import file_sha256
+
+T = TypeVar("T")
 
 
 def build_loggers(config: Config) -> list[Logger]:
@@ -121,20 +126,19 @@ class StepsBar(RichProgressBar):
         return "training"
 
 
-def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = False, phases: int = 1) -> L.Trainer:
-    """Build the trainer: processes, precision, logger.
+def build_trainer(config: Config, callbacks: list[L.Callback], phases: int = 1) -> L.Trainer:
+    """Build the trainer of a fit: processes, precision, logger.
 
     Args:
         config: The run's.
-        callbacks: Evaluator, checkpoints.
-        training: Whether for a fit.
+        callbacks: Evaluation, checkpoints.
         phases: Of a training step; each of several trains a part of the parameters, which processes must look for.
 
     Raises:
         UsageError: A GPU was asked for and there is none.
     """
     processes = config.devices * config.num_nodes
-    every = evaluation_steps(config) if training else None
+    every = evaluation_steps(config)
     trainer = L.Trainer(
         accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
         devices=config.devices,
@@ -145,19 +149,72 @@ def build_trainer(config: Config, callbacks: list[L.Callback], training: bool = 
         max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
         limit_train_batches=-(-config.training.images // config.training.batch_size),
         logger=build_loggers(config),
-        callbacks=[*callbacks, StepsBar()] if training else callbacks,
+        callbacks=[*callbacks, StepsBar()],
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         limit_val_batches=int(every is not None),
         val_check_interval=every,
         check_val_every_n_epoch=None,
         enable_model_summary=False,
-        enable_progress_bar=training,
+        enable_progress_bar=True,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         log_every_n_steps=config.training.log_every,
     )
     announce(config)  # the last that may be refused is built
     return trainer
+
+
+def everywhere(config: Config, work: Callable[[World, torch.device], T]) -> T:
+    """Call a function in every process of a run that doesn't train, on the process's device.
+
+    Args:
+        config: The run's.
+        work: (processes, device) -> result.
+
+    Returns:
+        The result of this process.
+
+    Raises:
+        UsageError: A GPU was asked for and there is none, or the port is taken.
+        SharedError: Another process has ended.
+    """
+    processes = config.devices * config.num_nodes
+    fabric = Fabric(
+        accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=Workers() if processes > 1 else "auto",
+    )
+    announce(config)  # the last that may be refused is built
+
+    def run(fabric: Fabric) -> T:
+        check_agreed(config.precision)
+        with torch.inference_mode():
+            return work(World(fabric.global_rank, fabric.world_size), fabric.device)
+
+    return cast(T, fabric.launch(run))
+
+
+@contextmanager
+def logging(config: Config) -> Iterator[list[Logger]]:
+    """Build the loggers for the length of a ``with`` block, and close them after it."""
+    loggers, status = build_loggers(config), "failed"
+    try:
+        yield loggers
+        status = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(status)
+        close_wandb(config)
+
+
+def close_wandb(config: Config) -> None:
+    """Close W&B's run: the next one in this process would go on writing into it."""
+    if config.logger == "wandb":
+        with side_output("W&B, as it closed,"):
+            import wandb
+
+            wandb.finish()
 
 
 def evaluation_steps(config: Config) -> int | None:

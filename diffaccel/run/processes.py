@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch.distributed as dist
+from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -118,34 +119,62 @@ def _wait_for(said: Callable[[], str | None]) -> str | None:
     return found
 
 
-class Processes(DDPStrategy):
-    """DDP whose processes end together; also for a fit without gradients, which has nothing to wrap."""
+class Together:
+    """What a DDP strategy, the Trainer's or Fabric's, needs so that its processes end together."""
+
+    cluster_environment: Any
+    num_processes: int
+    _num_nodes: int
 
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher: Any = Launcher(self.cluster_environment, self.num_processes, self._num_nodes)
 
     def setup_environment(self) -> None:
-        """Connect to the others, and check that ``precision: auto`` means the same on every node.
+        """Connect to the other processes.
 
         Raises:
             UsageError: The port is taken.
-            SharedError: It doesn't.
         """
         try:
-            super().setup_environment()
+            super().setup_environment()  # type: ignore[misc]  # the strategy's
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
             raise UsageError(
                 f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: unset it, and a free port is found, or set another"
             ) from None
-        chosen = set(all_gather(self.precision_plugin.precision))
-        if len(chosen) > 1:
-            raise SharedError(f"processes compute in {' and in '.join(sorted(chosen))}: set precision=32-true")
+
+
+class Processes(Together, DDPStrategy):
+    """DDP of a fit; also for a fit without gradients, which has nothing to wrap."""
+
+    def setup_environment(self) -> None:
+        """Connect to the other processes, and check that ``precision: auto`` means the same on every node.
+
+        Raises:
+            UsageError: The port is taken.
+            SharedError: It doesn't.
+        """
+        super().setup_environment()
+        check_agreed(self.precision_plugin.precision)
 
     def configure_ddp(self) -> None:
         """Wrap the module if there are gradients to sum."""
         assert self.lightning_module is not None
         if any(parameter.requires_grad for parameter in self.lightning_module.parameters()):
             super().configure_ddp()
+
+
+class Workers(Together, FabricDDPStrategy):
+    """Processes that share work without training: sampling, scoring, statistics."""
+
+
+def check_agreed(precision: str) -> None:
+    """Refuse processes whose ``precision: auto`` was settled differently, on nodes of different kinds.
+
+    Raises:
+        SharedError: They differ.
+    """
+    chosen = set(all_gather(precision))
+    if len(chosen) > 1:
+        raise SharedError(f"processes compute in {' and in '.join(sorted(chosen))}: set precision=32-true")

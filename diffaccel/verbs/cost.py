@@ -5,21 +5,20 @@ import math
 import time
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
-from diffaccel.methods import Diffusion
 from diffaccel.nfe import EvaluationCounter
-from diffaccel.prior import Plan
+from diffaccel.prior import ChainPrior, Plan
 from diffaccel.run.machine import describe, device_type
+from diffaccel.sampling import Sampler
 from diffaccel.text.terminal import human, print_lines, wide_console
 
 AFFORDABLE = 5.0
@@ -81,38 +80,38 @@ class ForwardCost(NamedTuple):
 
 
 @torch.no_grad()
-def forward_cost(method: Diffusion, batch_size: int) -> ForwardCost:
+def forward_cost(sampler: Sampler, batch_size: int) -> ForwardCost:
     """Run the denoiser on a few images, watched, then on a batch if that is affordable: to warm up, and timed."""
-    pixels = method.shape[1] * method.shape[2]
+    pixels = sampler.shape[1] * sampler.shape[2]
     watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
-    with EvaluationCounter(method.evaluated_networks()) as counter, LiveBytes() as memory:
-        least = _forward(method, watched)
+    with EvaluationCounter(sampler.evaluated_networks()) as counter, LiveBytes() as memory:
+        least = _forward(sampler, watched)
     timed = batch_size if least / watched * batch_size < AFFORDABLE else watched
-    first = _forward(method, timed)
-    seconds = min(_forward(method, timed) for _ in range(2)) / timed
+    first = _forward(sampler, timed)
+    seconds = min(_forward(sampler, timed) for _ in range(2)) / timed
     compiling, counting = max(0.0, first - timed * seconds), max(0.0, least - watched * seconds)
     return ForwardCost(
         timed, sum(counter.flops.values()), seconds, memory.peak / watched, compiling=compiling, counting=counting
     )
 
 
-def _forward(method: Diffusion, images: int) -> float:
+def _forward(sampler: Sampler, images: int) -> float:
     """Seconds of one forward."""
-    x_t = torch.randn(images, *method.shape, device=method.device)
-    t = method.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=method.device))
-    started = _clock(method)
-    method.denoiser(x_t, t)
-    return _clock(method) - started
+    x_t = torch.randn(images, *sampler.shape, device=sampler.device)
+    t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
+    started = _clock(sampler)
+    sampler.denoiser(x_t, t)
+    return _clock(sampler) - started
 
 
-def _clock(method: Diffusion) -> float:
-    if method.device.type == "cuda":
+def _clock(sampler: Sampler) -> float:
+    if sampler.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 @torch.no_grad()
-def seconds_per_evaluation(config: Config, method: Diffusion, plan: Plan, forward: float) -> float:
+def seconds_per_evaluation(config: Config, sampler: Sampler, plan: Plan, forward: float) -> float:
     """Seconds of an evaluation with all that sampling does around it: noise, solver, chain.
 
     The first batch is made, burn-in included, as far as that is affordable; otherwise it is the forward alone, which
@@ -120,60 +119,49 @@ def seconds_per_evaluation(config: Config, method: Diffusion, plan: Plan, forwar
 
     Args:
         config: The run's.
-        method: Tuned to the budget.
+        sampler: Makes the images.
         plan: How the budget is spent.
         forward: Seconds of one forward, an image.
     """
-    group = method.prior.schedule(config.n, config.batch_size)[0]
-    nfe = method.planned_nfe(plan, config.n)
-    burn_in = getattr(method.prior, "burn_in_per_chain", 0)
+    group = plan.prior.schedule(config.n, config.batch_size)[0]
+    nfe = sampler.planned_nfe(plan, config.n)
+    burn_in = plan.prior.burn_in_per_chain if isinstance(plan.prior, ChainPrior) else 0
     if math.isnan(nfe) or (nfe + burn_in) * len(group[0]) * forward > AFFORDABLE:
         return forward
-    evaluated = method.evaluated_networks()
+    evaluated = sampler.evaluated_networks(plan.prior)
     with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
-        started = _clock(method)
+        started = _clock(sampler)
         try:
-            state = method.open(config.seed, group)
-            for _, images in itertools.islice(method.sample(config.seed, group[:1], plan, state), 1):
+            state = sampler.open(plan, config.seed, group)
+            for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state), 1):
                 images.cpu()
         except UsageError:  # random weights may diverge
             return forward
-        taken = _clock(method) - started
+        taken = _clock(sampler) - started
     return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
 
 
-def _precision(config: Config) -> Precision:
-    """What the trainer computes with."""
-    if config.precision == "64-true":
-        return DoublePrecision()
-    if config.precision == "32-true":
-        return Precision()
-    return MixedPrecision(cast(Any, config.precision), device_type(config))
-
-
-def print_cost(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> None:
+def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) -> None:
     """Print a plan per budget, and the cost that measurements on random weights predict."""
-    method = method.eval().to(device_type(config))
-    precision = _precision(config)
-    precision.convert_module(method)
-    parameters = sum(parameter.numel() for parameter in method.parameters())
+    sampler.to(device_type(config))
+    modules = nn.ModuleList([sampler.denoiser, sampler.prior])  # a weight that both share counts once
+    parameters = sum(parameter.numel() for parameter in modules.parameters())
     table = Table(box=None, header_style="bold")
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "sampling of n"):
         table.add_column(column, justify="right")
-    with precision.forward_context():
-        cost = forward_cost(method, min(config.batch_size, config.n))
+    with sampler.arithmetic():
+        cost = forward_cost(sampler, min(config.batch_size, config.n))
         for budget, plan in plans.items():
-            method.tune(budget)
-            nfe = method.planned_nfe(plan, config.n)
+            nfe = sampler.planned_nfe(plan, config.n)
             spent = ("by its tolerance", "")
             if not math.isnan(nfe):
-                rate = seconds_per_evaluation(config, method, plan, cost.seconds)
+                rate = seconds_per_evaluation(config, sampler, plan, cost.seconds)
                 total = cost.counting + rate * nfe * config.n / config.devices / config.num_nodes
                 spent = (human(nfe * cost.flops, "FLOP"), f"{total:.3g} s")
-            burn_in = f"{method.prior.burn_in_evaluations(config.n) / config.n:.3g}"
-            table.add_row(f"{budget:g}", str(plan.skips), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
+            burn_in = f"{plan.prior.burn_in_evaluations(config.n) / config.n:.3g}"
+            table.add_row(f"{budget:g}", str(plan.chain_steps), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
     print_lines(
-        f"{config.experiment}: {config.method_name}, images {tuple(method.shape)}, n={config.n}, seed={config.seed}"
+        f"{config.experiment}: {config.method_name}, images {tuple(sampler.shape)}, n={config.n}, seed={config.seed}"
     )
     print_lines(
         f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none"

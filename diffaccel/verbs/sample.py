@@ -14,58 +14,59 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from diffaccel import experiment
-from diffaccel.collective import all_gather, failing_together
+from diffaccel.collective import World, all_gather, failing_together
 from diffaccel.config import Config
-from diffaccel.data import SOURCES
 from diffaccel.errors import UsageError
-from diffaccel.evaluation.partial import Chunk, Partial
+from diffaccel.evaluation.partial import Partial
+from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
-from diffaccel.evaluation.sampling import ImageKind, evaluations_per_image, progress, sample_group
-from diffaccel.evaluation.scores import digests
 from diffaccel.experiment import loading
-from diffaccel.methods import Diffusion
 from diffaccel.prior import Plan
 from diffaccel.report.image_files import write_npz, write_png
 from diffaccel.run import launch
-from diffaccel.text.terminal import PlainConsole
+from diffaccel.sampling import Sampler
+from diffaccel.text.terminal import PlainConsole, print_lines
+from diffaccel.verbs.bench import planned
 
 DESCRIPTION = "sample.json"
 
 
-def sample(config: Config, method: Diffusion, plans: Mapping[float, Plan]) -> list[Path]:
-    """Write the images of every budget.
-
-    Args:
-        config: The run's.
-        method: Makes the images; its weights are loaded.
-        plans: How each budget is spent.
+def sample(config: Config) -> list[Path]:
+    """Write the images of every budget; print their folders.
 
     Returns:
-        The folders, one a budget.
+        The folders, one a budget; none of a dry run.
 
     Raises:
         UsageError: A folder holds other images, OUT can't be written to, or the images can't be of this format.
     """
-    writer = ImageWriter(config, loading.describe_checkpoint(config, method), plans)
-    config.logger = "none"
-    trainer = launch.build_trainer(config, [writer])
-    trainer.test(method.eval(), DataLoader([0]), verbose=False)  # type: ignore[arg-type]
-    return list(writer.folders.values()) if trainer.is_global_zero else []
+    sampler = planned(config)
+    if sampler is None:
+        return []
+    writer = ImageWriter(config, sampler, loading.describe_checkpoint(config, sampler.denoiser))
+
+    def run(world: World, device: torch.device) -> bool:
+        sampler.to(device)
+        writer.run(world)
+        return world.first
+
+    folders = list(writer.folders.values())
+    if launch.everywhere(config, run):
+        print_lines(*map(str, folders))
+    return folders
 
 
-class ImageWriter(L.Callback):
+class ImageWriter:
     """Makes and writes the images of each budget.
 
     Args:
         config: The run's.
+        sampler: Makes the images; its weights are loaded.
         checkpoint: Description of the denoiser's weights.
-        plans: How each budget is spent.
 
     Attributes:
         folders: Folder by budget.
@@ -74,15 +75,15 @@ class ImageWriter(L.Callback):
         UsageError: A folder holds other images, or the images can't be of this format.
     """
 
-    def __init__(self, config: Config, checkpoint: Mapping[str, Any] | None, plans: Mapping[float, Plan]) -> None:
-        self.config, self.checkpoint, self.plans = config, checkpoint, plans
-        self.kind = ImageKind(SOURCES.build(config.data).has_images(), config.truncate)
-        self.format = config.format if self.kind.discrete else "npz"
+    def __init__(self, config: Config, sampler: Sampler, checkpoint: Mapping[str, Any] | None) -> None:
+        self.config, self.sampler, self.checkpoint = config, sampler, checkpoint
+        self.plans = {budget: sampler.plan(budget, config.n) for budget in config.nfe}
+        self.format = config.format if sampler.kind.discrete else "npz"
         if self.format == "png" and config.shape[0] not in (1, 3):
             raise UsageError(f"format=png: images of {config.shape[0]} channels have no PNG: set format=npz")
         self.images = experiment.identify_images(config)
-        self.folders = {budget: config.folder / folder_name(budget) for budget in plans}
-        self.made_before = {budget for budget in plans if self._made_before(budget)}
+        self.folders = {budget: config.folder / folder_name(budget) for budget in self.plans}
+        self.made_before = {budget for budget in self.plans if self._made_before(budget)}
         self.console = PlainConsole(stderr=True, soft_wrap=True)
 
     def _key(self, budget: float) -> str:
@@ -110,66 +111,45 @@ class ImageWriter(L.Callback):
             raise UsageError(f"{folder} lacks {lacking} of its images: again=true makes them anew")
         return not self.config.again
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def run(self, world: World) -> None:
         """Make and write the images of every budget."""
-        assert isinstance(pl_module, Diffusion)
-        if trainer.is_global_zero and self.config.format != self.format:
+        if world.first and self.config.format != self.format:
             self.console.print(f"{self.config.data['name']} has points and no images: they are written as npz")
         for budget, plan in self.plans.items():
             if budget not in self.made_before:
-                self._run(trainer, pl_module, budget, plan)
-            elif trainer.is_global_zero:
-                said = f"nfe {budget:g}: made before (again=true makes them anew)"
-                self.console.print(said)
+                self._run(world, budget, plan)
+            elif world.first:
+                self.console.print(f"nfe {budget:g}: made before (again=true makes them anew)")
 
     @torch.no_grad()
-    def _run(self, trainer: L.Trainer, method: Diffusion, budget: float, plan: Plan) -> None:
+    def _run(self, world: World, budget: float, plan: Plan) -> None:
         """Make a budget's images in all processes, then write them in one."""
-        method.tune(budget)
-        partial = Partial(self.config.folder / "partial" / f"sample-{self._key(budget)}")
-        groups = method.prior.schedule(self.config.n, self.config.batch_size)
+        config = self.config
+        partial = Partial(config.folder / "partial" / f"sample-{self._key(budget)}")
+        groups = plan.prior.schedule(config.n, config.batch_size)
         evaluations, burn_in = Counter[str](), Counter[str]()
-        with failing_together(), progress(self.console, trainer.is_global_zero, budget) as bars:
-            mine = groups[trainer.global_rank :: trainer.world_size]
+        with failing_together(), progress(self.console, world.first, budget) as bars:
+            mine = world.share(groups)
             bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for group in mine:
-                for chunk in self._chunks(trainer, method, plan, group, partial):
+                for chunk in produce(self.sampler, plan, group, config.seed, partial, world.rank):
                     evaluations.update(chunk.evaluations)
                     burn_in.update(chunk.burn_in)
                     bars.advance(bar, len(chunk.indices))
         shares = all_gather((evaluations, burn_in))
         evaluations, burn_in = (sum(parts, Counter[str]()) for parts in zip(*shares, strict=True))
-        nfe, burned = evaluations_per_image(method, budget, evaluations, burn_in, self.config.n)
+        nfe, burned = self.sampler.evaluations_per_image(plan, budget, evaluations, burn_in, config.n)
         with failing_together():
-            if trainer.is_global_zero:
+            if world.first:
                 said = {"nfe": nfe, "nfe_burn_in": burned, "evaluations": evaluations}
                 batches = sorted((batch for group in groups for batch in group), key=min)
-                self._write(method, budget, partial, batches, {**self._describe(trainer, method, budget), **said})
+                self._write(plan, partial, batches, budget, {**self._describe(world, budget), **said})
                 partial.clear()
                 with suppress(OSError):  # it may hold a point's batches
-                    (self.config.folder / "partial").rmdir()
-
-    def _chunks(
-        self, trainer: L.Trainer, method: Diffusion, plan: Plan, group: list[range], partial: Partial
-    ) -> Iterator[Chunk]:
-        """Yield a group's batches: those done before, then those made now."""
-        done, saved = partial.done(group, hasattr(method.prior, "chains"))
-        for indices in group[:done]:
-            yield partial.read(indices)
-        autocast = trainer.precision_plugin.forward_context
-        batches = sample_group(method, plan, group, self.config.seed, self.kind, autocast, done, saved)
-        for number, made in enumerate(batches, start=done):
-            final = made.images.cpu()
-            none = torch.zeros(len(final), 0)  # features are for scoring
-            chunk = Chunk(
-                made.indices, none, digests(final), final[:0], final, "", trainer.global_rank,
-                made.evaluations, made.burn_in, made.flops, made.seconds, 0.0, made.trace,
-            )  # fmt: skip
-            partial.save(group, number, chunk, made.state)
-            yield chunk
+                    (config.folder / "partial").rmdir()
 
     def _write(
-        self, method: Diffusion, budget: float, partial: Partial, batches: Sequence[range], said: dict[str, Any]
+        self, plan: Plan, partial: Partial, batches: Sequence[range], budget: float, said: dict[str, Any]
     ) -> None:
         """Write the folder whole, in place of the one that was there.
 
@@ -191,7 +171,7 @@ class ImageWriter(L.Callback):
             if self.format == "png":
                 write_png(part, images(), self.config.n)
             else:
-                write_npz(part / "images.npz", images, self.config.n, method.labels(range(self.config.n)))
+                write_npz(part / "images.npz", images, self.config.n, self.sampler.labels(plan, range(self.config.n)))
             said = {"key": self._key(budget), "images_sha256": _sha256(partial, batches), **said}
             (part / DESCRIPTION).write_text(json.dumps(said, indent=1, default=str) + "\n")
             if folder.exists():
@@ -202,7 +182,7 @@ class ImageWriter(L.Callback):
             raise UsageError(f"{folder} can't be written ({error.strerror or error}): choose another out=") from None
         shutil.rmtree(old, ignore_errors=True)
 
-    def _describe(self, trainer: L.Trainer, method: Diffusion, budget: float) -> dict[str, Any]:
+    def _describe(self, world: World, budget: float) -> dict[str, Any]:
         """Say what the images are, in the words of a point."""
         config = self.config
         return {
@@ -214,12 +194,12 @@ class ImageWriter(L.Callback):
             "n": config.n,
             "seed": config.seed,
             "batch_size": config.batch_size,
-            "classes": method.classes or None,
+            "classes": self.sampler.classes or None,
             "format": self.format,
             "truncate": config.truncate,
-            "precision": str(trainer.precision),
-            "world_size": trainer.world_size,
-            "device": device_name(method.device),
+            "precision": config.precision,
+            "world_size": world.size,
+            "device": device_name(self.sampler.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "git": git_commit(),

@@ -1,0 +1,91 @@
+"""Description of a measured point, key by key as points.jsonl holds it."""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+
+from diffaccel.collective import World
+from diffaccel.evaluation.provenance import device_name, git_commit, versions
+from diffaccel.evaluation.scores import Real, Scores
+from diffaccel.features.extractors import Extractor
+from diffaccel.prior import ChainPrior, Plan
+from diffaccel.prior.diagnostics import summarise
+from diffaccel.sampling import Sampler
+
+
+def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: Scores, world: World) -> dict[str, Any]:
+    """Describe what sampling took and made.
+
+    Args:
+        sampler: Made the images.
+        plan: How the budget was spent.
+        budget: Most evaluations per image.
+        n: Number of images.
+        scores: What they add up to, over all processes.
+        world: The processes.
+
+    Raises:
+        UsageError: More was spent than the budget allows.
+    """
+    prior = plan.prior
+    nfe, burn_in = sampler.evaluations_per_image(plan, budget, scores.evaluations, scores.burn_in, n)
+    flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
+    one = scores.flops.get("denoiser", 0.0)
+    chains, start = (prior.chains, prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
+    rounds = -(-n // (chains or n))
+    # One image's own evaluations, and those of the chain before it.
+    own = sampler.planned_nfe(plan, n) - prior.burn_in_evaluations(n) / n
+    sequential = start + (rounds - 1) * plan.chain_steps + own
+    ranks = max(world.size, 1 + max(scores.images_by_rank))  # a run of more processes may have begun it
+    return {
+        "by_budget": bool(sampler.by_nfe),
+        "tuned": sampler.tuned,
+        "nfe_budget": budget if math.isfinite(budget) else None,
+        "nfe": nfe,
+        "nfe_marginal": nfe - burn_in,
+        "nfe_burn_in": burn_in,
+        "nfe_sequential": sequential if math.isfinite(sequential) else None,
+        "nfe_equivalent": flops / one if one else None,
+        "evaluations": dict(scores.evaluations),
+        "plan": {"steps": plan.steps, "skips": plan.chain_steps},
+        "chains": chains,
+        "chain": summarise([scores.traces[first] for first in sorted(scores.traces)]),
+        "gflops_per_image": flops / 1e9,
+        "seconds_per_image": scores.seconds[0].item() / n,
+        "seconds_scoring": scores.seconds[1].item() / n,
+        "n": n,
+        "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
+        "images_by_rank": [scores.images_by_rank[rank] for rank in range(ranks)],
+        "world_size": world.size,
+        "device": device_name(sampler.device),
+        "precision": sampler.precision,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "git": git_commit(),
+    }
+
+
+def describe_judges(extractor: Extractor, real: Real, n: int) -> dict[str, Any]:
+    """Describe the features and the statistics that n images were scored by."""
+    reference, floor = real.reference, real.floor
+    return {
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},
+        "reference": {
+            "name": reference.provenance["label"],
+            "split": reference.provenance["split"],
+            "n": reference.moments.n,
+            "sha256": reference.sha256,
+        },
+        "floor": floor and {"n": floor.moments_of(n).n, "sha256": floor.sha256},
+    }
+
+
+def describe_memorisation(scores: Scores) -> dict[str, Any] | None:
+    """Describe the images closest to training images; None with too few held-out images to compare with."""
+    found = scores.memorisation()
+    if found is None:
+        return None
+    pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
+    return {"share": found.share, "threshold": found.threshold, "closest": [list(pair) for pair in pairs]}

@@ -1,0 +1,388 @@
+"""The sampler: a denoiser, a prior and a solver, whose settings may depend on the budget, planned, drawn and counted.
+
+It needs no trainer. Every command, the evaluation during training and a notebook draw their images from one.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.nfe import EvaluationCounter, counted_apart
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
+from diffaccel.sampling.images import ImageKind
+from diffaccel.sampling.precision import arithmetic
+from diffaccel.solver import Solver
+from diffaccel.weights import tensors_sha256
+
+
+def nearest(budgets: Collection[int], nfe: float) -> int:
+    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
+    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
+
+
+class Setting(NamedTuple):
+    """What samples at a budget."""
+
+    prior: Prior
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Tweedie:
+    """One more denoising step after the solver, x + e^2 score(x, e).
+
+    Attributes:
+        ratio: Noise-to-data ratio e of the step.
+        counted: Whether the step is an evaluation of the budget; otherwise it is counted apart, as ``tweedie``.
+
+    References:
+        Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which takes 0.02 (CIFAR-10)
+        or 0.002 (CelebA-HQ) in units of [-1, 1] and doesn't count the step
+    """
+
+    ratio: float
+    counted: bool = True
+
+    def __call__(self, denoiser: Denoiser, x_0: Tensor) -> Tensor:
+        """Denoise images (B, C, H, W)."""
+        ratio = torch.full((len(x_0),), self.ratio, dtype=torch.float64, device=x_0.device)
+        x_t, t = denoiser.process.from_ratio(x_0, ratio)
+        with nullcontext() if self.counted else counted_apart("tweedie"):
+            return denoiser(x_t, t).x_0
+
+
+@dataclass
+class Sampled:
+    """A batch of generated images, and what it took.
+
+    Attributes:
+        indices: Of the images, (b,) int64.
+        images: As they are scored, (b, C, H, W): uint8, or float32 where the data are no images.
+        evaluations: Samples by network, burn-in included.
+        burn_in: The part of them spent in burn-in.
+        flops: Of one sample by network.
+        seconds: Time for making the images.
+        trace: What a chain recorded in this round.
+        state: The state of the chains after the batch; None for independent images.
+    """
+
+    indices: Tensor
+    images: Tensor
+    evaluations: dict[str, int]
+    burn_in: dict[str, int]
+    flops: dict[str, float]
+    seconds: float
+    trace: list[dict[str, Any]]
+    state: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cost of the images of one call.
+
+    Attributes:
+        n: Number of images.
+        nfe: Network evaluations per image, burn-in included.
+        nfe_burn_in: The part of them spent in burn-in.
+        evaluations: Evaluations by network, of all images.
+        gflops_per_image: FLOPs of all networks, auxiliary ones included, in 10^9.
+        seconds_per_image: Wall-clock time of prior and solver.
+    """
+
+    n: int
+    nfe: float
+    nfe_burn_in: float
+    evaluations: dict[str, int]
+    gflops_per_image: float
+    seconds_per_image: float
+
+
+class Sampler:
+    """Makes images from a denoiser, a prior and a solver.
+
+    Args:
+        denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
+        prior: Distribution of the states that sampling starts from.
+        solver: Reverse integrator.
+        shape: Image shape (C, H, W).
+        by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty if one setting
+            serves all budgets.
+        tweedie: A last denoising step; None for no such step.
+        kind: Conversion of the output to images.
+        precision: Arithmetic of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`.
+        batch_size: Images a batch; no image depends on it beyond rounding.
+
+    Attributes:
+        tuned: Whether ``by_nfe`` was searched for these very weights.
+        spent: Cost of the latest call, a :class:`Spent`; None before the first.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: Prior,
+        solver: Solver,
+        shape: tuple[int, int, int],
+        by_nfe: Mapping[int, Setting] | None = None,
+        tweedie: Tweedie | None = None,
+        kind: ImageKind = ImageKind(),  # noqa: B008 (frozen)
+        precision: str = "32-true",
+        batch_size: int = 100,
+    ) -> None:
+        self.denoiser, self.prior, self.solver, self.shape = denoiser, prior, solver, shape
+        self.by_nfe = dict(by_nfe or {})
+        self.tweedie, self.kind, self.precision, self.batch_size = tweedie, kind, precision, batch_size
+        self.tuned = False
+        self.spent: Spent | None = None
+
+    def __call__(
+        self, n: int, nfe: float = 10, seed: int = 0, labels: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Make images.
+
+        Args:
+            n: Number of images.
+            nfe: Budget, the most network evaluations per image, burn-in included; ``math.inf`` for an adaptive solver.
+            seed: Image i draws from noise stream (seed, i), chain c from (seed, c).
+            labels: Class of each image, n integers; None takes the index modulo the number of classes.
+            batch_size: Images a batch; None takes the sampler's own.
+
+        Returns:
+            (n, C, H, W) on the CPU: uint8, or float32 where the data are no images. ``spent`` holds their cost.
+
+        Raises:
+            UsageError: The budget is below the minimum, labels don't fit the network, or a value is NaN.
+        """
+        plan = self.plan(nfe, n)
+        given = self._checked(plan, labels, n)
+        images = torch.zeros(n, *self.shape, dtype=self.kind.dtype)
+        evaluations, burn_in = Counter[str](), Counter[str]()
+        flops: dict[str, float] = {}
+        seconds = 0.0
+        for group in plan.prior.schedule(n, batch_size or self.batch_size):
+            for made in self.batches(plan, group, seed, labels=given):
+                images[made.indices] = made.images.cpu()
+                evaluations.update(made.evaluations)
+                burn_in.update(made.burn_in)
+                flops |= made.flops
+                seconds += made.seconds
+        total, burned = self.evaluations_per_image(plan, nfe, evaluations, burn_in, n)
+        gflops = sum(count * flops.get(name, 0.0) for name, count in evaluations.items()) / n / 1e9
+        self.spent = Spent(n, total, burned, dict(evaluations), gflops, seconds / n)
+        return images
+
+    # Settings and networks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    def to(self, device: torch.device | str) -> "Sampler":
+        """Move the networks, and convert their weights if the precision is ``64-true``."""
+        dtype = torch.float64 if self.precision == "64-true" else None
+        for module in (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values())):
+            module.to(device, dtype)
+        return self
+
+    def eval(self) -> "Sampler":
+        """Leave dropout out."""
+        for module in (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values())):
+            module.eval()
+        return self
+
+    def using(self, prior: Prior, solver: Solver | None = None) -> "Sampler":
+        """Return a sampler of the same denoiser with another prior and solver, at every budget."""
+        return Sampler(
+            self.denoiser, prior.to(self.device), solver or self.solver, self.shape, None, self.tweedie, self.kind,
+            self.precision, self.batch_size,
+        )  # fmt: skip
+
+    def setting(self, nfe: float) -> Setting:
+        """Return the prior and the solver of a budget."""
+        return self.by_nfe[nearest(self.by_nfe, nfe)] if self.by_nfe else Setting(self.prior, self.solver)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the images; 0 if no label is used."""
+        return self.prior.classes(self.denoiser)
+
+    @property
+    def extra_evaluations(self) -> int:
+        """Evaluations per image after the solver."""
+        return int(self.tweedie is not None and self.tweedie.counted)
+
+    def evaluated_networks(self, prior: Prior | None = None) -> dict[str, nn.Module]:
+        """Networks whose forwards are evaluations, by name."""
+        return {"denoiser": self.denoiser.network, **(prior or self.prior).networks()}
+
+    def auxiliary_networks(self, prior: Prior | None = None) -> dict[str, nn.Module]:
+        """Networks whose FLOPs count and whose forwards are no evaluations, by name."""
+        return (prior or self.prior).auxiliary_networks()
+
+    def weights_sha256(self) -> list[str]:
+        """``NETWORK=HASH`` of the weights of each network that samples: searched settings belong to these weights."""
+        networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
+        return [f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.items()]
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Context of the networks' precision."""
+        return arithmetic(self.precision, self.device)
+
+    # Budgets
+
+    def plan(self, nfe: float, n: int) -> Plan:
+        """Spend at most ``nfe`` evaluations per image on n images, burn-in included, by the settings of that budget.
+
+        Raises:
+            UsageError: The budget is below the minimum, or prior, solver, process and network don't go together.
+        """
+        prior, solver = self.setting(nfe)
+        if isinstance(prior, ChainPrior):
+            self._require_null_class()
+        plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
+        solver.check(self.denoiser.process)
+        return plan
+
+    def planned_nfe(self, plan: Plan, n: int) -> float:
+        """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter gives those spent."""
+        if plan.solver.adaptive:
+            return math.nan
+        solver = plan.solver.evaluations(plan.steps) if plan.steps else 0
+        marginal = plan.chain_steps + solver + self.extra_evaluations + plan.prior.evaluations
+        return marginal + plan.prior.burn_in_evaluations(n) / n
+
+    def evaluations_per_image(
+        self, plan: Plan, budget: float, evaluations: Mapping[str, int], burn_in: Mapping[str, int], n: int
+    ) -> tuple[float, float]:
+        """Evaluations per image that n images took: all of them, and those of the burn-in.
+
+        Raises:
+            UsageError: They are more than the budget allows.
+        """
+        evaluated = self.evaluated_networks(plan.prior)
+        nfe, burned = (sum(counts.get(name, 0) for name in evaluated) / n for counts in (evaluations, burn_in))
+        bounded = nfe if plan.prior.burn_in_counted else nfe - burned
+        if bounded > budget * (1 + 1e-9):
+            raise UsageError(f"nfe={budget:g} was overspent: {bounded:.6g} evaluations per image were counted")
+        return nfe, burned
+
+    # Drawing
+
+    def open(self, plan: Plan, seed: int, group: Group) -> Any:
+        """Create the state shared by a group's batches (a chain's, after burn-in); None for independent images."""
+        return plan.prior.open(self.denoiser, seed, group, self.shape)
+
+    def restore(self, plan: Plan, seed: int, group: Group, saved: Any) -> Any:
+        """Create that state from what its ``state_dict`` gave after some of the group's batches."""
+        return plan.prior.restore(self.denoiser, seed, group, self.shape, saved)
+
+    @torch.no_grad()
+    def draw(
+        self, plan: Plan, seed: int, group: Group, state: Any = None, labels: Tensor | None = None
+    ) -> Iterator[tuple[range, Tensor]]:
+        """Draw a group's images, batch by batch.
+
+        Args:
+            plan: How the budget is spent.
+            seed: Image i draws from stream (seed, i), chain c from (seed, c).
+            group: Image indices, one range a batch.
+            state: What :meth:`open` returned for the group.
+            labels: Class of each image by its index, (n,); None takes :meth:`labels`.
+
+        Yields:
+            The indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
+        """
+        for indices in group:
+            noise = NoiseStreams(seed, indices)
+            bound = self.labels(plan, indices) if labels is None else labels[indices.start : indices.stop]
+            denoiser = self.denoiser.given(bound)
+            x_t, t = plan.prior(denoiser, noise, self.shape, plan.chain_steps, state)
+            x_0 = plan.solver(denoiser, x_t, t, noise, plan.steps) if plan.steps else x_t
+            yield indices, x_0 if self.tweedie is None else self.tweedie(self.denoiser, x_0)
+
+    def batches(
+        self,
+        plan: Plan,
+        group: Group,
+        seed: int,
+        done: int = 0,
+        saved: dict[str, Any] | None = None,
+        labels: Tensor | None = None,
+    ) -> Iterator[Sampled]:
+        """Make the batches of a group that are not done yet, each counted on the networks.
+
+        Args:
+            plan: How the budget is spent.
+            group: Image indices, one range a batch.
+            seed: Image i draws from stream (seed, i).
+            done: Number of leading batches that an earlier run has made.
+            saved: The state of the chains after the last of them.
+            labels: See :meth:`draw`.
+        """
+        if done == len(group):
+            return
+        networks = {**self.evaluated_networks(plan.prior), **self.auxiliary_networks(plan.prior)}
+        rounds = len(saved["trace"]) if saved else 0
+        clock = time.perf_counter()
+        counter = EvaluationCounter(networks)
+        with self.arithmetic(), counter:
+            state = self.restore(plan, seed, group, saved) if done else self.open(plan, seed, group)
+        batches = self.draw(plan, seed, group[done:], state, labels)
+        for _ in group[done:]:
+            # Left between batches, so that the caller computes in full precision; the generator runs inside ``next``.
+            with self.arithmetic(), counter:
+                indices, x_0 = next(batches)
+            seconds = time.perf_counter() - clock
+            chained = isinstance(state, ChainState)
+            trace = state.trace[rounds:] if chained else []
+            yield Sampled(
+                torch.tensor(indices), self.kind(x_0), dict(counter.evaluations), dict(counter.burn_in),
+                dict(counter.flops), seconds, trace, state.state_dict() if chained else None,
+            )  # fmt: skip
+            rounds += len(trace)
+            counter = EvaluationCounter(networks, counter.flops)
+            clock = time.perf_counter()
+
+    def labels(self, plan: Plan, indices: range) -> Tensor | None:
+        """Class labels of images, index mod classes, (B,): balanced, and the same in any batch.
+
+        None, which a network takes for its null class, if it has no classes, and for chains, which change them.
+        """
+        if not self.classes or isinstance(plan.prior, ChainPrior):
+            return None
+        return torch.tensor(indices, device=self.device) % self.classes
+
+    def _checked(self, plan: Plan, labels: Sequence[int] | None, n: int) -> Tensor | None:
+        """Bring labels that a caller gives to the device.
+
+        Raises:
+            UsageError: The network has no classes, a chain changes them, or a label is none of them.
+        """
+        if labels is None:
+            return None
+        if not self.classes or isinstance(plan.prior, ChainPrior):
+            reason = "the network has no classes" if not self.classes else "a chain samples without labels"
+            raise UsageError(f"labels: {reason}: leave them out")
+        given = torch.as_tensor(labels, device=self.device)
+        if given.shape != (n,) or given.is_floating_point() or not ((given >= 0) & (given < self.classes)).all():
+            raise UsageError(f"labels: give {n} whole numbers from 0 to {self.classes - 1}, one for each image")
+        return given
+
+    def _require_null_class(self) -> None:
+        """Refuse chains, which change classes, on a network that was never trained without labels."""
+        if self.classes and not getattr(self.denoiser.network, "null_class", True):
+            raise UsageError(
+                "a chain samples without labels, and this conditional network was never trained without: take another "
+                "prior, or a network fitted with training.label_drop"
+            )

@@ -1,0 +1,31 @@
+"""``convert``: checkpoints of other programs as safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+from diffaccel import pretrained
+from diffaccel.errors import UsageError
+from diffaccel.parts.overrides import paths_and_options, scalar
+from diffaccel.run.targets import check_new
+from diffaccel.text.terminal import print_lines
+
+
+def convert(words: list[str]) -> None:
+    """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
+    paths, options = paths_and_options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
+    inspects, again = (scalar(options.pop(flag, "no")) is True for flag in ("inspect", "again"))
+    if len(paths) != (1 if inspects else 2):
+        raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")
+    if not inspects:
+        check_new([Path(paths[1])], again)
+    typed: dict[str, Any] = {}
+    for key, value in options.items():
+        try:
+            typed[key] = pretrained.OPTIONS[key](value)
+        except ValueError:
+            raise UsageError(f"{key}={value} is no number") from None
+    source = Path(paths[0])
+    found = pretrained.read(source, **typed) if inspects else pretrained.convert(source, Path(paths[1]), **typed)
+    print_lines(*pretrained.describe(found).splitlines())
+    if not inspects:
+        print_lines(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")

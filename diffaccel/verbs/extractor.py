@@ -1,0 +1,49 @@
+"""``fit`` of the feature network that scores."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from diffaccel import experiment
+from diffaccel.config import Config
+from diffaccel.errors import UsageError
+from diffaccel.features.extractors import save_classifier
+from diffaccel.features.fitting import fit_extractor
+from diffaccel.parts.registry import Registry
+from diffaccel.run import launch
+from diffaccel.run.machine import announce, device_type
+from diffaccel.run.targets import resume_from
+from diffaccel.text.terminal import PlainConsole
+
+RECIPES: Registry[Any] = Registry("method")
+"""Keys of ``method: extractor``."""
+RECIPES.register("extractor")(fit_extractor)
+
+
+def fit_features(config: Config) -> Path:
+    """Train a classifier whose features score images.
+
+    Returns:
+        Folder of extractor.safetensors and the state of training.
+
+    Raises:
+        UsageError: Bad input.
+    """
+    console = PlainConsole(stderr=True, soft_wrap=True)
+    data = experiment.build_data(config)
+    resume = resume_from(config, ["extractor"], console)
+    launch.write_config(config, "last.ckpt", "extractor.safetensors")
+    if config.precision not in ("32-true", "bf16-mixed"):
+        raise UsageError(f"precision={config.precision}: an extractor is trained in 32-true or bf16-mixed")
+    announce(config)
+    started = time.monotonic()
+    recipe = dict(config.method)
+    metric = recipe.pop("metric", config.data["name"])
+    context: dict[str, Any] = {"state_path": config.folder / "last.ckpt", "resume": resume, "console": console}
+    context |= {"device": device_type(config), "bf16": config.precision == "bf16-mixed"}
+    model, accuracy = RECIPES.build(recipe, data=data, seed=config.seed, **context)
+    path = config.folder / "extractor.safetensors"
+    save_classifier(model, path, metric, data.label, accuracy, config.seed)
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"{path}: test accuracy {accuracy:.2%}, {minutes:.1f} minutes")
+    return config.folder

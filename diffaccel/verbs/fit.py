@@ -1,0 +1,80 @@
+"""``fit``: training of a method, or of the feature network that scores."""
+
+from pathlib import Path
+from typing import Any
+
+from diffaccel import experiment
+from diffaccel.config import Config
+from diffaccel.data.module import check_labels
+from diffaccel.errors import UsageError
+from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation.callback import EvaluationCallback
+from diffaccel.experiment import loading
+from diffaccel.methods import Diffusion
+from diffaccel.report.table import print_points
+from diffaccel.run import launch
+from diffaccel.run.targets import resume_from
+from diffaccel.text.terminal import PlainConsole
+from diffaccel.verbs.extractor import fit_features
+
+console = PlainConsole(stderr=True, soft_wrap=True)
+
+
+def fit(config: Config) -> Path:
+    """Train a method, or the feature network that scores; print the points of the end.
+
+    Returns:
+        Folder of the weights, the state of training, and the points.
+
+    Raises:
+        UsageError: Bad input, or a loss that turned to NaN.
+    """
+    if config.method_name == "extractor":
+        if config.init:
+            raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
+        return fit_features(config)
+    frozen = experiment.keeps_denoiser(config)
+    if config.init and (frozen or not config.network):
+        raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
+    for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
+        part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
+    method = experiment.build_method(config, load=frozen)
+    data = experiment.build_data(config)
+    check_labels(data, method.trained_classes)
+    resume = resume_from(config, [*method.exports()], console)
+    checkpointer = launch.build_checkpointer(config)
+    if launch.is_first(config):
+        checkpointer.check_outputs(method)
+    if resume is not None:
+        checkpointer.check_same_run(resume, loading.check_resumable(resume, method))
+    evaluator = _evaluator(config, method)
+    callbacks: list[Any] = [checkpointer]
+    if evaluator is not None:
+        callbacks.append(EvaluationCallback(evaluator))
+        if config.training.keep_best is not None:
+            callbacks.append(launch.build_best(config, evaluator))
+    launch.write_config(config)
+    trainer = launch.build_trainer(config, callbacks, phases=len(method.phases()))
+    try:
+        trainer.fit(method, data, ckpt_path=resume, weights_only=True)
+    finally:
+        launch.close_wandb(config)
+    if trainer.is_global_zero:
+        for line in method.describe_fit(data):
+            console.print(line)
+        if evaluator is not None:
+            print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
+        console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}")
+    return config.folder
+
+
+def _evaluator(config: Config, method: Diffusion) -> Evaluator | None:
+    """Build the evaluator of a fit and plan its budgets; None without a reference."""
+    if not config.reference or not Path(config.reference).is_file():
+        console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
+        return None
+    for budget in config.nfe:
+        method.sampler.plan(budget, config.n)
+        if config.training.evaluate_every is not None:
+            method.sampler.plan(budget, config.training.evaluate_n)
+    return experiment.build_evaluator(config, method.sampler, measured=False)

@@ -1,0 +1,43 @@
+"""``tradeoff``: small T's bound and distance as functions of the start time."""
+
+from typing import Any
+
+from diffaccel import experiment
+from diffaccel.config import Config
+from diffaccel.errors import UsageError
+from diffaccel.evaluation.tradeoff import Row, TradeoffCurve, best, starts_of
+from diffaccel.prior import DensityPrior
+from diffaccel.run import launch
+from diffaccel.run.targets import check_new
+from diffaccel.text.terminal import print_lines
+
+
+def tradeoff(config: Config) -> list[Row]:
+    """Measure the bound and the distance of samples for each start time.
+
+    Returns:
+        A row for each density and time; also in tradeoff.csv.
+
+    Raises:
+        UsageError: Bad input, or an experiment without a density.
+    """
+    sampler = experiment.build_method(config, frozen=True).eval().sampler.eval()
+    if not isinstance(sampler.prior, DensityPrior):
+        raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
+    if launch.is_first(config):
+        check_new([config.folder / "tradeoff.csv"], config.again)
+    starts = starts_of(sampler, config.tradeoff.T, experiment.build_fitted(config, sampler))
+    settings, data = config.tradeoff, experiment.build_data(config)
+    evaluator = experiment.build_evaluator(config, sampler, measured=False) if settings.fd else None
+    likelihood = experiment.build_likelihood(config, sampler)
+    curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
+    launch.write_config(config, "tradeoff.csv")
+
+    def run(world: Any, device: Any) -> bool:
+        curve.run(sampler.to(device), world)
+        return world.first
+
+    if launch.everywhere(config, run):
+        found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
+        print_lines(f"least bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
+    return curve.rows
