@@ -218,7 +218,7 @@ def test_what_a_search_finds_belongs_to_its_weights(tmp_path: Path):
     assert main(["search", "digits/edm_best", *words]) == 0
     found = load(str(tmp_path / "best.yaml"))
     assert found.tuned_for == build_method(load("digits/edm")).sampler.weights_sha256()
-    assert build_method(found, frozen=True).tuned
+    assert build_method(found, frozen=True).sampler.tuned
 
 
 DENSITY = "{name: density, T: 0.3, density: {name: mixture, components: 3}, checkpoint: sub/density.safetensors}"
