@@ -4,11 +4,18 @@ import re
 from pathlib import Path
 
 
+def requirements(pyproject: str) -> dict[str, list[str]]:
+    """Return the requirements of each extra; those of every installation have the empty name."""
+    project, _, rest = pyproject.partition("\n[project.optional-dependencies]")
+    lists = re.compile(r"^([\w-]+) = \[(.*?)\]$", re.DOTALL | re.MULTILINE)  # Python 3.10 has no reader of TOML
+    found = {"": dict(lists.findall(project))["dependencies"], **dict(lists.findall(rest.partition("\n[")[0]))}
+    return {extra: re.findall(r'"(.+?)"', listed) for extra, listed in found.items()}
+
+
 def lowest(pyproject: str) -> dict[str, str]:
-    """Return dependency -> lowest version, of those that a user installs."""
-    listed = re.search(r"^dependencies = \[\n(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)
-    assert listed is not None
-    return dict(re.findall(r'^ *"([\w.-]+)>=([\w.]+)",', listed[1], re.MULTILINE))
+    """Return dependency -> lowest version, of those that a user installs, extras included."""
+    listed = [one for extra, needed in requirements(pyproject).items() if extra != "dev" for one in needed]
+    return dict(re.findall(r"^([\w.-]+)>=([\w.]+)$", "\n".join(listed), re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
 from diffaccel.parts.trees import PARTS, merge
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+_INSTALLED = Path(__file__).parents[1] / "experiments"  # in a wheel only: a clone has them at the top level
+EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
 
 
 def holds_path(key: str) -> bool:

@@ -12,6 +12,7 @@ from diffaccel.data.decode import listed
 from diffaccel.data.labels import MAX_CLASSES
 from diffaccel.data.source import SOURCES, ArrayImages, Source, Split, path_of
 from diffaccel.errors import UsageError
+from diffaccel.parts.optional import extra
 
 
 def channels_first(images: np.ndarray[Any, Any]) -> Tensor:
@@ -35,8 +36,13 @@ class Digits(Source):
         self.label = label or "digits 8x8"
 
     def split(self, name: Split) -> ArrayImages:
-        """Open a split."""
-        from sklearn.datasets import load_digits  # imported late: it takes a second that other sources needn't wait
+        """Open a split.
+
+        Raises:
+            UsageError: scikit-learn, which contains the images, is not installed.
+        """
+        with extra("sklearn", needed_by="source 'digits'"):  # imported late: it takes a second
+            from sklearn.datasets import load_digits
 
         digits = load_digits()
         chosen = (np.arange(len(digits.images)) % 5 == 0) == (name == "test")
@@ -176,9 +182,10 @@ class Cifar10(Source):
         """Open a split.
 
         Raises:
-            UsageError: The data set isn't there or not whole, or can't be downloaded.
+            UsageError: The data set isn't there or not whole, or can't be downloaded, or torchvision is not installed.
         """
-        from torchvision.datasets import CIFAR10  # imported late: it takes a second that other sources needn't wait
+        with extra("vision", needed_by="source 'cifar10'"):  # imported late: it takes a second
+            from torchvision.datasets import CIFAR10
 
         # torchvision unpickles the files, but only once their MD5 sums are the published ones.
         try:

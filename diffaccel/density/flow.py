@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-import zuko
 from torch import Tensor, nn
 
 from diffaccel.density.base import DENSITIES, gaussian_log_prob
 from diffaccel.density.basis import BasisName
 from diffaccel.density.gaussian import LeadingDensity
+from diffaccel.parts.optional import extra
 
 Kind = Literal["nsf", "maf"]
 
@@ -30,6 +30,9 @@ class FlowDensity(LeadingDensity):
         width: Hidden units a layer of their networks.
         depth: Hidden layers.
         passes: Passes of each network for one draw; 2 couples two halves, None is fully autoregressive.
+
+    Raises:
+        UsageError: zuko is not installed.
     """
 
     def __init__(
@@ -44,6 +47,9 @@ class FlowDensity(LeadingDensity):
         depth: int = 2,
         passes: int | None = 2,
     ) -> None:
+        with extra("flow", needed_by="density 'flow'"):
+            import zuko
+
         super().__init__(shape, ratio, basis, rank)
         flow = {"nsf": zuko.flows.NSF, "maf": zuko.flows.MAF}[kind]
         self.flow = flow(self.rank, transforms=transforms, hidden_features=[width] * depth, passes=passes)

@@ -12,6 +12,7 @@ from diffaccel.density.base import DENSITIES, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName
 from diffaccel.density.gaussian import LeadingDensity
 from diffaccel.errors import UsageError
+from diffaccel.parts.optional import extra
 
 
 @DENSITIES.register("mixture")
@@ -100,8 +101,9 @@ class MixtureDensity(LeadingDensity):
         return torch.cat(found)[: self.limit].numpy()
 
     def _fit_leading(self, clean: np.ndarray, seed: int) -> None:
-        from sklearn.exceptions import ConvergenceWarning  # imported late: it takes a second
-        from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
+        with extra("sklearn", needed_by="fitting density 'mixture'"):  # imported late: it takes a second
+            from sklearn.exceptions import ConvergenceWarning
+            from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
         if len(clean) <= self.components:
             raise UsageError(f"{len(clean)} images can't fill {self.components} components: set density.components")

@@ -3,9 +3,9 @@
 from urllib.error import URLError
 
 from torch import nn
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from diffaccel.errors import UsageError
+from diffaccel.parts.optional import extra
 
 
 def build_lpips() -> nn.Module:
@@ -14,11 +14,15 @@ def build_lpips() -> nn.Module:
     It stays in evaluation mode whatever ``train()`` says: there is dropout in it.
 
     Raises:
-        UsageError: VGG's weights are neither in torchvision's cache nor to be had.
+        UsageError: VGG's weights are neither in torchvision's cache nor to be had, or torchvision is not installed.
 
     References:
         The Unreasonable Effectiveness of Deep Features (Zhang et al., 2018), https://arxiv.org/abs/1801.03924
     """
+    with extra("vision", needed_by="method.perceptual_weight"):
+        import torchvision  # noqa: F401 (torchmetrics imports it)
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
     try:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none")
     except (URLError, OSError) as error:
