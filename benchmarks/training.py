@@ -26,7 +26,7 @@ from diffaccel.training.ema import EMA
 
 BATCH, STEPS, LIMIT = 64, 10, 1.05
 EXPERIMENT = """\
-method: edm
+method: diffusion
 data: {name: npz, path: images.npz}
 shape: [3, 32, 32]
 network: {name: unet, widths: [64, 96, 128], blocks: 2, attention: [2], unshuffle: 2, embedding: 128}

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Bad input: a mistyped key, a missing file, a budget that can't be met.
 
     The message is one sentence that names the thing and the remedy. The command line prints it without a traceback and

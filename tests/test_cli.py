@@ -76,7 +76,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path: Path, ca
     for budget in (20, 40):
         plan = method.sampler.plan(budget, 2000)
         (row,) = [line.split() for line in printed.splitlines() if line.split()[:1] == [str(budget)]]
-        assert row[1:3] == [str(plan.skips), str(plan.steps)]
+        assert row[1:3] == [str(plan.chain_steps), str(plan.steps)]
         assert float(row[4]) == pytest.approx(method.sampler.planned_nfe(plan, 2000), rel=1e-3)
     assert f"{sum(p.numel() for p in method.parameters()):,} parameters" in printed
 

@@ -26,7 +26,7 @@ def experiment(tmp_path: Path) -> Path:
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "sub").mkdir()
     file = tmp_path / "sub" / "edm.yaml"
-    file.write_text("base: ../base.yaml\nmethod: edm\ntraining: {lr: 0.25}\nfloor: floor.npz\n")
+    file.write_text("base: ../base.yaml\nmethod: diffusion\ntraining: {lr: 0.25}\nfloor: floor.npz\n")
     return file
 
 
@@ -89,7 +89,7 @@ def test_paths_are_those_of_the_file_that_sets_them(experiment: Path, tmp_path: 
 def test_nested_and_absolute_and_home_paths(tmp_path: Path):
     file = tmp_path / "x.yaml"
     file.write_text(
-        "method: edm\nshape: [2, 1, 1]\ndata: {name: npz, path: a/b.npz, test_path: /abs/t.npz}\n"
+        "method: diffusion\nshape: [2, 1, 1]\ndata: {name: npz, path: a/b.npz, test_path: /abs/t.npz}\n"
         "posterior: {name: classifier, checkpoint: ../c.safetensors}\nextractor: {name: small, path: ~/e.safetensors}\n"
     )
     config = load(str(file))
@@ -243,13 +243,13 @@ def test_a_mistake_is_one_sentence_that_names_it(words: list[str], named: list[s
         ("method: [edm\n", "no valid YAML"),
         ("- a\n- b\n", "holds no mapping"),
         ("just words\n", "no"),
-        ("base: nowhere.yaml\nmethod: edm\n", "nowhere.yaml"),
-        ("method: edm\nshape: [2, 1, 1]\n", "'data' is missing"),
-        ("method: edm\nshape: [2, 1, 1]\ndata: {}\n", "'data' is missing"),
+        ("base: nowhere.yaml\nmethod: diffusion\n", "nowhere.yaml"),
+        ("method: diffusion\nshape: [2, 1, 1]\n", "'data' is missing"),
+        ("method: diffusion\nshape: [2, 1, 1]\ndata: {}\n", "'data' is missing"),
         ("data: toy\nshape: [2, 1, 1]\n", "'method' is missing"),
-        ("method: edm\ndata: toy\n", "'shape' is missing"),
-        ("method: edm\ndata: toy\nshape: [2, 1, 1]\nmetod: x\n", "'metod'"),
-        ("method: edm\ndata: toy\nshape: [2, 1, 1]\nout: ${nothing}\n", "nothing"),
+        ("method: diffusion\ndata: toy\n", "'shape' is missing"),
+        ("method: diffusion\ndata: toy\nshape: [2, 1, 1]\nmetod: x\n", "'metod'"),
+        ("method: diffusion\ndata: toy\nshape: [2, 1, 1]\nout: ${nothing}\n", "nothing"),
         ("method:\ndata: toy\nshape: [2, 1, 1]\n", "method=None"),
         ("method: {name: [edm]}\ndata: toy\nshape: [2, 1, 1]\n", "method.name"),
         ("base: own.yaml\n", "own.yaml"),
@@ -267,7 +267,7 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, content: str, named: str)
 
 def test_bytes_that_are_no_text(tmp_path: Path):
     file = tmp_path / "own.yaml"
-    file.write_bytes(b"\xff\xfe\x00\x01method: edm")
+    file.write_bytes(b"\xff\xfe\x00\x01method: diffusion")
     with pytest.raises(UsageError, match="no valid YAML"):
         load(str(file))
 

@@ -71,7 +71,7 @@ def test_auto_on_gpus_is_what_the_oldest_has_units_for(capability: Any, precisio
 
 def test_an_experiment_without_the_key_computes_alike_everywhere(tmp_path: Path):
     """In float32; so do the data sets whose images tests compare to the bit."""
-    (tmp_path / "own.yaml").write_text("method: edm\ndata: toy\nshape: [2, 1, 1]\n")
+    (tmp_path / "own.yaml").write_text("method: diffusion\ndata: toy\nshape: [2, 1, 1]\n")
     for name in (str(tmp_path / "own.yaml"), "digits/edm", "toy/edm", "cifar10/dlg"):
         assert load(name).precision == "32-true", name
 

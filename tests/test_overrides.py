@@ -41,7 +41,7 @@ def test_settings_are_told_from_other_words(line: str, others: list[str], settin
 
 def test_a_file_whose_name_begins_like_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lr=0.1").mkdir()
-    (tmp_path / "lr=0.1" / "edm.yaml").write_text("method: edm\ndata: toy\nshape: [2, 1, 1]\n")
+    (tmp_path / "lr=0.1" / "edm.yaml").write_text("method: diffusion\ndata: toy\nshape: [2, 1, 1]\n")
     monkeypatch.chdir(tmp_path)
     assert sort_words(["lr=0.1/edm.yaml", "n=3"]) == (["lr=0.1/edm.yaml"], ["n=3"])
     assert load("lr=0.1/edm.yaml").method_name == "edm"
@@ -163,7 +163,7 @@ def test_numbers_of_parts_too():
 
 
 def test_precision_in_a_file_may_be_a_number(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("method: edm\ndata: toy\nshape: [2, 1, 1]\nprecision: 32\nlimit: None\n")
+    (tmp_path / "a.yaml").write_text("method: diffusion\ndata: toy\nshape: [2, 1, 1]\nprecision: 32\nlimit: None\n")
     config = load(str(tmp_path / "a.yaml"))
     assert config.precision == "32-true" and config.limit is None
 
@@ -188,7 +188,7 @@ FILES = [
 @pytest.mark.parametrize("based", [False, True])
 def test_a_file_refers_to_nothing(line: str, based: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SECRET", "hidden")
-    rest = "method: edm\nshape: [2, 1, 1]\n" + ("" if line.startswith("data") else "data: toy\n")
+    rest = "method: diffusion\nshape: [2, 1, 1]\n" + ("" if line.startswith("data") else "data: toy\n")
     (tmp_path / "own.yaml").write_text(f"{rest}{line}\n")
     (tmp_path / "over.yaml").write_text("base: own.yaml\n")
     with pytest.raises(UsageError) as error:
@@ -198,7 +198,9 @@ def test_a_file_refers_to_nothing(line: str, based: bool, tmp_path: Path, monkey
 
 
 def test_a_part_of_another_name_replaces_a_files_references(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("method: edm\nshape: [2, 1, 1]\ndata: {name: npz, path: '${oc.env:NOWHERE}/x'}\n")
+    (tmp_path / "a.yaml").write_text(
+        "method: diffusion\nshape: [2, 1, 1]\ndata: {name: npz, path: '${oc.env:NOWHERE}/x'}\n"
+    )
     assert load(str(tmp_path / "a.yaml"), ["data=toy"]).data == {"name": "toy"}
     with pytest.raises(UsageError, match="data.path"):
         load(str(tmp_path / "a.yaml"), ["data=npz"])

@@ -51,14 +51,12 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    own = read(file, given=given)
-    tree = merge(merge(own, instead or {}), given)
+    tree = merge(merge(read(file, given=given), instead or {}), given)
     check_finite(tree, experiment)
     _check_keys(tree)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
     _check_parts(tree)
-    _check_method(experiment, file, own, tree)
     if "shape" not in tree:
         raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
     config = _typed(tree, experiment)
@@ -93,24 +91,6 @@ def _typed(tree: dict[str, Any], experiment: str) -> Config:
     assert isinstance(config, Config)
     keep_references(config, tree)
     return config
-
-
-def _check_method(experiment: str, file: Path, own: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
-    """Refuse to give an experiment the name of another one: its parts stay, so that its points would be mislabelled.
-
-    Raises:
-        UsageError: ``method=`` names another one for the same class.
-    """
-    before, wanted = ((part.get("method") or {}).get("name") for part in (own, tree))
-    if not wanted or not isinstance(before, str) or wanted == before:
-        return
-    from diffaccel.methods import METHODS  # late: Lightning takes seconds to import
-
-    if METHODS[before] is METHODS[wanted]:
-        raise UsageError(
-            f"method={wanted} would call {experiment} so and change nothing else: name the experiment of that method, "
-            f"{file.parent.name}/{wanted}, say"
-        )
 
 
 def _chosen(given: dict[str, Any]) -> str:

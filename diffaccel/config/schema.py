@@ -58,7 +58,8 @@ class Config:
     """Everything a run may set. Parts are checked when they are built, the rest here."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``edm``, ``edm_best``, ``ddpm`` and the four methods, or ``extractor`` for the feature network that scores."""
+    """``diffusion``, the four methods ``tdpm``, ``ddm``, ``small_t`` and ``dlg``, or ``extractor`` for the feature
+    network that scores; ``label`` is the name in points and tables, if it is not to be the method's own."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING
@@ -164,8 +165,8 @@ class Config:
 
     @property
     def method_name(self) -> str:
-        """The method's name."""
-        return str(self.method["name"])
+        """Name of the method in points, tables and headers: the label, or the method's own."""
+        return str(self.method.get("label") or self.method["name"])
 
     @property
     def data_name(self) -> str:

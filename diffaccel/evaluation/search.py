@@ -29,7 +29,7 @@ from diffaccel.parts.trees import merge
 from diffaccel.prior import PRIORS, ChainPrior, Prior
 from diffaccel.report import append_point, read_points
 from diffaccel.sampling import Sampler
-from diffaccel.solver import SOLVERS
+from diffaccel.solver import GRIDS, SOLVERS, Listed
 from diffaccel.solver.searched import FineTrajectory
 from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole
@@ -96,9 +96,11 @@ def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> S
     drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
     if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
         drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # no argument of the prior's: it is read afterwards
-    if (grid := drawn["solver"].get("grid", {})).get("name") == "listed":
+    grid = drawn["solver"].get("grid", {})
+    if "name" in grid and GRIDS[grid["name"]] is Listed:  # its levels are searched, too
+        name = grid["name"]
         grid.clear()
-        grid.update(name="listed", gamma=gamma or 1.0)
+        grid.update(name=name, gamma=gamma or 1.0)
     return drawn
 
 
@@ -293,7 +295,7 @@ class Searcher:
                 x_t, t = prior(sampler.denoiser, noise, sampler.shape, 2, state)
                 self._trajectories[key] = FineTrajectory(sampler.denoiser, x_t, t)
         found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
-        node = {"name": "listed", "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
+        node = {"name": grid["name"], "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}
 
     def _report(self, ranked: list[dict[str, Any]], budget: int, images: int) -> None:

@@ -79,7 +79,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
 
     sampler, header, posterior = _build_parts(config, load)
     method = METHODS.build(
-        config.method,
+        {key: value for key, value in config.method.items() if key != "label"},
         sampler=sampler,
         levels=LEVELS.build(config.levels),
         training=config.training,
@@ -195,14 +195,15 @@ def check_start(config: Config, method: "Diffusion") -> None:
     """
     priors = [method.prior, *(setting.prior for setting in method.sampler.by_nfe.values())]
     if not any(isinstance(prior, method.starts_from) for prior in priors):
-        known = [name for name in PRIORS if _is_subclass(PRIORS[name], method.starts_from)]
+        known = [name for name in PRIORS if is_subclass(PRIORS[name], method.starts_from)]
         raise UsageError(
             f"method {config.method_name!r} starts from prior={' or '.join(known)}, and {config.experiment} has "
             f"{config.prior['name']!r}: name the method's own experiment, or set prior="
         )
 
 
-def _is_subclass(factory: object, kind: type) -> bool:
+def is_subclass(factory: object, kind: type) -> bool:
+    """Whether what a registry has under a name is a class of this kind."""
     return isinstance(factory, type) and issubclass(factory, kind)
 
 
@@ -210,7 +211,7 @@ def keeps_denoiser(config: Config) -> bool:
     """Whether a fit leaves the denoiser's weights as they are."""
     from diffaccel.methods import METHODS, Diffusion
 
-    probe = getattr(METHODS[config.method_name], "keeps_denoiser", Diffusion.keeps_denoiser)
+    probe = getattr(METHODS[config.method["name"]], "keeps_denoiser", Diffusion.keeps_denoiser)
     return bool(probe(config.method))
 
 
@@ -244,8 +245,10 @@ def build_prior(
         UsageError: An unknown name or key, a value out of range, a chain without anything that reads noise levels, or
             weights that are missing or of another network.
     """
-    if node.get("name") == "chain" and posterior is None:
-        raise UsageError("prior 'chain' needs something that reads noise levels: set posterior=classifier or exact")
+    if posterior is None and "posterior" in PRIORS.required(node.get("name", "")):
+        raise UsageError(
+            f"prior {node['name']!r} needs something that reads noise levels: set posterior=classifier or exact"
+        )
     node = dict(node)
     checkpoint, init = node.pop("checkpoint", None), node.pop("init", None)
     context: dict[str, Any] = {} if posterior is None else {"posterior": posterior}

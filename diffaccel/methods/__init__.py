@@ -1,5 +1,6 @@
 """LightningModules: one file per published method."""
 
+from diffaccel.methods import extractor
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.methods.ddm import DecoupledDiffusion
 from diffaccel.methods.dlg import DenoisingLangevinGibbs
@@ -18,4 +19,5 @@ __all__ = [
     "TrainedModule",
     "Training",
     "TruncatedDiffusion",
+    "extractor",
 ]

@@ -23,9 +23,7 @@ from diffaccel.weights import tensors_sha256
 METHODS: Registry["Diffusion"] = Registry("method")
 
 
-@METHODS.register("edm")
-@METHODS.register("edm_best")
-@METHODS.register("ddpm")
+@METHODS.register("diffusion")
 class Diffusion(TrainedModule):
     """Baselines: whatever process, denoiser, prior and solver the experiment names.
 

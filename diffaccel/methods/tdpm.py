@@ -76,9 +76,10 @@ class TruncatedDiffusion(Diffusion):
         if isinstance(prior, ImplicitPrior):
             context = {"denoiser": denoiser, "ratio": prior.ratio_made}
             self.critic = CRITICS.build(critic, shape=self.shape, classes=self.classes, **context)
-        if critic.get("name") == "features" and not frozen:
+        if self.critic is not None and self.critic.needs_trained_denoiser and not frozen:
             raise UsageError(
-                "method 'tdpm': critic 'features' takes a denoiser that is trained already: set method.frozen=true"
+                f"method 'tdpm': critic {critic['name']!r} takes a denoiser that is trained already: set "
+                "method.frozen=true"
             )
         if frozen:
             if isinstance(prior, ImplicitPrior) and prior.generator is None:

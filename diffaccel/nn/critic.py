@@ -186,6 +186,9 @@ class Critic(nn.Module, ABC):
         classes: Number of class labels; 0 for an unconditional critic, which ignores labels.
     """
 
+    needs_trained_denoiser = False
+    """Whether its features are a denoiser's, which has to be trained already."""
+
     def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
         self.shape = tuple(shape)

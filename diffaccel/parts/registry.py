@@ -139,6 +139,11 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """
         return frozenset(self._parameters(name))
 
+    def required(self, name: str) -> frozenset[str]:
+        """Return the parameters without a default of a part of this name; none for an unknown name."""
+        parameters = self._parameters(name).values() if name in self else ()
+        return frozenset(one.name for one in parameters if one.default is one.empty)
+
     def known_keys(self) -> frozenset[str]:
         """Return the keys of all parts; one whose constructor can't be inspected has none."""
         return frozenset().union(*map(self._keys, self))

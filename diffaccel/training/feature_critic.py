@@ -41,6 +41,8 @@ class FeatureCritic(Critic):
         https://arxiv.org/abs/2403.12015
     """
 
+    needs_trained_denoiser = True
+
     def __init__(
         self, shape: tuple[int, int, int], denoiser: Denoiser, ratio: float, width: int = 64, classes: int = 0
     ) -> None:

@@ -8,16 +8,11 @@ from diffaccel import experiment
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
 from diffaccel.features.extractors import save_classifier
-from diffaccel.features.fitting import fit_extractor
-from diffaccel.parts.registry import Registry
+from diffaccel.methods import METHODS
 from diffaccel.run import launch
 from diffaccel.run.machine import announce, device_type
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
-
-RECIPES: Registry[Any] = Registry("method")
-"""Keys of ``method: extractor``."""
-RECIPES.register("extractor")(fit_extractor)
 
 
 def fit_features(config: Config) -> Path:
@@ -41,7 +36,8 @@ def fit_features(config: Config) -> Path:
     metric = recipe.pop("metric", config.data["name"])
     context: dict[str, Any] = {"state_path": config.folder / "last.ckpt", "resume": resume, "console": console}
     context |= {"device": device_type(config), "bf16": config.precision == "bf16-mixed"}
-    model, accuracy = RECIPES.build(recipe, data=data, seed=config.seed, **context)
+    trained: Any = METHODS.build(recipe, data=data, seed=config.seed, **context)
+    model, accuracy = trained
     path = config.folder / "extractor.safetensors"
     save_classifier(model, path, metric, data.label, accuracy, config.seed)
     minutes = (time.monotonic() - started) / 60

@@ -10,7 +10,8 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.evaluation.callback import EvaluationCallback
 from diffaccel.experiment import loading
-from diffaccel.methods import Diffusion
+from diffaccel.experiment.build import is_subclass
+from diffaccel.methods import METHODS, Diffusion
 from diffaccel.report.table import print_points
 from diffaccel.run import launch
 from diffaccel.run.targets import resume_from
@@ -29,7 +30,7 @@ def fit(config: Config) -> Path:
     Raises:
         UsageError: Bad input, or a loss that turned to NaN.
     """
-    if config.method_name == "extractor":
+    if not is_subclass(METHODS[config.method["name"]], Diffusion):
         if config.init:
             raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
         return fit_features(config)
