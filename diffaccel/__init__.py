@@ -1,3 +1,66 @@
-"""Few-step sampling of diffusion models under one protocol."""
+"""Few-step sampling of diffusion models under one protocol.
+
+>>> import diffaccel as da
+>>> model = da.load("digits/edm")  # a name, an experiment's file, or any checkpoint that convert reads
+>>> sampler = da.Sampler(model, prior="gaussian", solver="dpmpp2m")
+>>> images = sampler(500, nfe=10, seed=0)  # the bench's own images
+>>> images.shape, images.dtype, sampler.spent.nfe
+(torch.Size([500, 1, 8, 8]), torch.uint8, 10.0)
+>>> scores = da.measure(images, reference="digits")
+>>> 0.1 < scores["fd_digits"] < 3
+True
+
+Names are imported when they are first used: ``import diffaccel`` alone takes a few milliseconds.
+"""
+
+from typing import TYPE_CHECKING
+
+from diffaccel.parts.lazy import lazy
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffaccel.api import bench, compare, convert, fit, load, measure, reference, sample, search, tradeoff
+    from diffaccel.denoiser import Denoiser
+    from diffaccel.errors import UsageError
+    from diffaccel.prior import Prior
+    from diffaccel.process import Process
+    from diffaccel.sampling import Model, Sampler
+    from diffaccel.solver import Solver
+
+__all__ = [
+    "Denoiser",
+    "Model",
+    "Prior",
+    "Process",
+    "Sampler",
+    "Solver",
+    "UsageError",
+    "__version__",
+    "bench",
+    "compare",
+    "convert",
+    "fit",
+    "load",
+    "measure",
+    "reference",
+    "sample",
+    "search",
+    "tradeoff",
+]
+
+_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "measure", "reference", "sample", "search", "tradeoff")
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Denoiser": "diffaccel.denoiser",
+        "Model": "diffaccel.sampling",
+        "Prior": "diffaccel.prior",
+        "Process": "diffaccel.process",
+        "Sampler": "diffaccel.sampling",
+        "Solver": "diffaccel.solver",
+        "UsageError": "diffaccel.errors",
+        **dict.fromkeys(_FUNCTIONS, "diffaccel.api"),
+    },
+)

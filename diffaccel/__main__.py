@@ -1,20 +1,18 @@
 """The command line: ``diffaccel VERB [EXPERIMENT] key=value ...``."""
 
-import logging
 import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 from diffaccel.errors import SharedError, UsageError, suggest
 from diffaccel.storage import FULL, check_target
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole, print_lines
+from diffaccel.verbs.run import VERBS
+from diffaccel.verbs.run import run as run_verb
 
 HELP = """\
 diffaccel: which way of sampling in few steps is best, on your data, at your budget?
@@ -74,21 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(
                 f"no command is called {verb!r}{suggest(verb, [*VERBS, *PATH_VERBS])} (see `diffaccel help`)"
             )
-        _quiet()
-        from diffaccel.config import FLAGS, KEYS, load
+        from diffaccel.config import FLAGS, KEYS
         from diffaccel.parts.overrides import one_experiment
-        from diffaccel.run import launch
-        from diffaccel.run.machine import settle
 
-        experiment, settings = one_experiment(words, KEYS, FLAGS)
-        # Statistics are written to OUT, and not over those that the experiment reads.
-        instead = {"reference": "", "floor": ""} if verb == "reference" else None
-        config = load(experiment, settings, instead)
-        writes = not (config.dry_run and verb in ("bench", "sample"))
-        with launch.folder_of(config) if writes else nullcontext():
-            settle(config)
-            run_verb = getattr(import_module(f"diffaccel.verbs.{verb}"), verb)
-            run_verb(config)
+        run_verb(verb, *one_experiment(words, KEYS, FLAGS))
 
     return _guarded(run)
 
@@ -149,22 +136,6 @@ def convert(words: list[str]) -> None:
 
 PATH_VERBS: dict[str, Callable[[list[str]], None]] = {"compare": compare, "convert": convert}
 """Commands on files and folders instead of an experiment."""
-
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference")
-"""Commands on an experiment, each a function of that name in a module of that name in ``diffaccel.verbs``."""
-
-
-def _quiet() -> None:
-    """Leave the terminal to our own lines."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    import lightning.pytorch  # first: its import sets the levels that are set here
-
-    for name in ("lightning.pytorch", "lightning.fabric", lightning.pytorch.utilities.rank_zero.__name__):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
 
 if __name__ == "__main__":
     sys.exit(main())

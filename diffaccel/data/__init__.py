@@ -1,9 +1,14 @@
 """Images (and toy points) by name, in a training order that neither resuming nor the number of processes changes."""
 
+from typing import TYPE_CHECKING
+
 from diffaccel.data import arrays, files
-from diffaccel.data.module import DataModule
 from diffaccel.data.source import SOURCES, ArrayImages, Images, MissingSplit, Source
 from diffaccel.data.stream import Batch, Stream, to_float
+from diffaccel.parts.lazy import lazy
+
+if TYPE_CHECKING:
+    from diffaccel.data.module import DataModule
 
 __all__ = [
     "SOURCES",
@@ -18,3 +23,5 @@ __all__ = [
     "files",
     "to_float",
 ]
+
+__getattr__, __dir__ = lazy(__name__, {"DataModule": "diffaccel.data.module"})  # which needs Lightning

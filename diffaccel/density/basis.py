@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from diffaccel.collective import all_reduce
 from diffaccel.density.base import TrainingImages
 from diffaccel.errors import UsageError
-from diffaccel.metrics.moments import MomentSums
 
 BasisName = Literal["pca", "dct"]
 
@@ -77,6 +76,8 @@ class PrincipalBasis(Basis):
         return c @ self.vectors.to(c).T
 
     def fit(self, images: TrainingImages) -> None:  # noqa: D102
+        from diffaccel.metrics.moments import MomentSums  # late: torchmetrics takes seconds to import
+
         sums = MomentSums(self.size, blocks=1).to(self.mean.device)
         for index, batch in images.own():
             sums.update(batch.flatten(1), index)

@@ -1,24 +1,33 @@
 """From a configuration to the objects of a run."""
 
-from diffaccel.experiment.build import (
-    build_method,
-    build_posterior,
-    build_prior,
-    build_sampler,
-    check_start,
-    keeps_denoiser,
-    set_budgets,
-    shape_of,
-)
-from diffaccel.experiment.evaluation import (
-    build_data,
-    build_evaluator,
-    build_extractor,
-    build_fitted,
-    build_likelihood,
-    build_searcher,
-)
-from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_images, identify_parts
+from typing import TYPE_CHECKING
+
+from diffaccel.parts.lazy import lazy
+
+if TYPE_CHECKING:
+    from diffaccel.experiment.build import (
+        build_method,
+        build_model,
+        build_posterior,
+        build_prior,
+        build_sampler,
+        check_start,
+        keeps_denoiser,
+        set_budgets,
+        shape_of,
+    )
+    from diffaccel.experiment.evaluation import (
+        build_data,
+        build_evaluator,
+        build_extractor,
+        build_fitted,
+        build_likelihood,
+        build_searcher,
+    )
+    from diffaccel.experiment.identity import identify, identify_images
+
+_BUILD = ("method", "model", "posterior", "prior", "sampler")
+_MEASURE = ("data", "evaluator", "extractor", "fitted", "likelihood", "searcher")
 
 __all__ = [
     "build_data",
@@ -27,17 +36,25 @@ __all__ = [
     "build_fitted",
     "build_likelihood",
     "build_method",
+    "build_model",
     "build_posterior",
     "build_prior",
     "build_sampler",
     "build_searcher",
-    "by_content",
     "check_start",
-    "describe_configuration",
     "identify",
     "identify_images",
-    "identify_parts",
     "keeps_denoiser",
     "set_budgets",
     "shape_of",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys((f"build_{part}" for part in _BUILD), "diffaccel.experiment.build"),
+        **dict.fromkeys(("check_start", "keeps_denoiser", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
+        **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
+        **dict.fromkeys(("identify", "identify_images"), "diffaccel.experiment.identity"),
+    },
+)

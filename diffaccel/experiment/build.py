@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +28,7 @@ from diffaccel.pretrained import Pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
-from diffaccel.sampling import ImageKind, Sampler, Setting, Tweedie
+from diffaccel.sampling import ImageKind, Model, Part, Sampler, Setting, Tweedie
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.text.terminal import say
 from diffaccel.weights import assign_weights
@@ -60,6 +60,32 @@ def build_sampler(config: Config) -> Sampler:
         check_ratios(Path(config.checkpoint), header, (low, highest))
     _compile(config, sampler, training=False)
     return sampler.eval()
+
+
+def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) -> Model:
+    """Build an experiment's model, whose samplers share one denoiser.
+
+    Args:
+        config: The experiment's.
+        again: Settings -> the experiment's configuration with these laid over it.
+
+    Raises:
+        UsageError: See :func:`build_sampler`.
+    """
+    own = build_sampler(config)
+    denoiser = own.denoiser
+    posterior = build_posterior(config, denoiser)
+
+    def derive(prior: Part, solver: Part) -> Sampler:
+        given = {part: node for part, node in (("prior", prior), ("solver", solver)) if node is not None}
+        if not given:
+            return own.using(own.prior, by_nfe=own.by_nfe)
+        other = again(given)
+        made = own.using(build_prior(other, other.prior, posterior, denoiser), SOLVERS.build(other.solver))
+        set_budgets(other, made, posterior, load=True)
+        return made.eval()
+
+    return Model(config.experiment, denoiser, own.shape, derive)
 
 
 def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Diffusion":

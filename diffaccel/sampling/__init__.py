@@ -1,7 +1,20 @@
 """Sampling: images from a denoiser, a prior and a solver, within a budget of network evaluations."""
 
 from diffaccel.sampling.images import ImageKind, to_uint8
+from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic
 from diffaccel.sampling.sampler import Sampled, Sampler, Setting, Spent, Tweedie, nearest
 
-__all__ = ["ImageKind", "Sampled", "Sampler", "Setting", "Spent", "Tweedie", "arithmetic", "nearest", "to_uint8"]
+__all__ = [
+    "ImageKind",
+    "Model",
+    "Part",
+    "Sampled",
+    "Sampler",
+    "Setting",
+    "Spent",
+    "Tweedie",
+    "arithmetic",
+    "nearest",
+    "to_uint8",
+]

@@ -18,10 +18,11 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter, counted_apart
 from diffaccel.noise import NoiseStreams
-from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
+from diffaccel.prior import PRIORS, ChainPrior, ChainState, Group, Plan, Prior
 from diffaccel.sampling.images import ImageKind
+from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic
-from diffaccel.solver import Solver
+from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
 
 
@@ -111,16 +112,20 @@ class Sampler:
     """Makes images from a denoiser, a prior and a solver.
 
     Args:
-        denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
-        prior: Distribution of the states that sampling starts from.
-        solver: Reverse integrator.
-        shape: Image shape (C, H, W).
+        model: A denoiser; or a :class:`Model`, whose experiment gives all that is not given here.
+        prior: Distribution of the states that sampling starts from: a :class:`~diffaccel.prior.Prior`, a name, or a
+            name and keys. N(0, sigma^2 I) at the denoiser's highest noise level if not given.
+        solver: Reverse integrator, likewise; DPM-Solver++(2M) if not given.
+        shape: Image shape (C, H, W); a :class:`Model` has its own.
         by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty if one setting
             serves all budgets.
         tweedie: A last denoising step; None for no such step.
         kind: Conversion of the output to images.
         precision: Arithmetic of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`.
         batch_size: Images a batch; no image depends on it beyond rounding.
+
+    Raises:
+        UsageError: An unknown name or key, or a denoiser without a shape.
 
     Attributes:
         tuned: Whether ``by_nfe`` was searched for these very weights.
@@ -129,17 +134,26 @@ class Sampler:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        prior: Prior,
-        solver: Solver,
-        shape: tuple[int, int, int],
+        model: Denoiser | Model,
+        prior: Prior | Part = None,
+        solver: Solver | Part = None,
+        shape: tuple[int, int, int] | None = None,
         by_nfe: Mapping[int, Setting] | None = None,
         tweedie: Tweedie | None = None,
         kind: ImageKind = ImageKind(),  # noqa: B008 (frozen)
         precision: str = "32-true",
         batch_size: int = 100,
     ) -> None:
-        self.denoiser, self.prior, self.solver, self.shape = denoiser, prior, solver, shape
+        if isinstance(model, Model):
+            vars(self).update(vars(_derived(model, prior, solver)))
+            return
+        if shape is None:
+            raise UsageError("Sampler: a denoiser alone doesn't tell the images' shape: give shape=(C, H, W)")
+        self.denoiser, self.shape = model, shape
+        self.prior = (
+            prior if isinstance(prior, Prior) else PRIORS.build(prior or "gaussian", denoiser=model, shape=shape)
+        )
+        self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
         self.by_nfe = dict(by_nfe or {})
         self.tweedie, self.kind, self.precision, self.batch_size = tweedie, kind, precision, batch_size
         self.tuned = False
@@ -201,10 +215,12 @@ class Sampler:
             module.eval()
         return self
 
-    def using(self, prior: Prior, solver: Solver | None = None) -> "Sampler":
-        """Return a sampler of the same denoiser with another prior and solver, at every budget."""
+    def using(
+        self, prior: Prior, solver: Solver | None = None, by_nfe: Mapping[int, Setting] | None = None
+    ) -> "Sampler":
+        """Return a sampler of the same denoiser with another prior, solver, and settings by budget."""
         return Sampler(
-            self.denoiser, prior.to(self.device), solver or self.solver, self.shape, None, self.tweedie, self.kind,
+            self.denoiser, prior.to(self.device), solver or self.solver, self.shape, by_nfe, self.tweedie, self.kind,
             self.precision, self.batch_size,
         )  # fmt: skip
 
@@ -386,3 +402,12 @@ class Sampler:
                 "a chain samples without labels, and this conditional network was never trained without: take another "
                 "prior, or a network fitted with training.label_drop"
             )
+
+
+def _derived(model: Model, prior: Prior | Part, solver: Solver | Part) -> Sampler:
+    """Return a model's sampler with some parts of it, by name or as objects, in place of its own."""
+    made = model.derive(*(None if isinstance(part, Prior | Solver) else part for part in (prior, solver)))
+    if isinstance(prior, Prior) or isinstance(solver, Solver):
+        own = solver if isinstance(solver, Solver) else made.solver
+        made = made.using(prior if isinstance(prior, Prior) else made.prior, own)
+    return made

@@ -1,6 +1,7 @@
 """What the terminal shows. Whatever prints does it from here, so that text from files is shown and never acted on."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,9 +45,12 @@ def print_lines(*lines: str) -> None:
 
 def say(text: str) -> None:
     """Print a line on stderr, once a run: stdout holds results alone."""
-    from lightning.pytorch.utilities import rank_zero_only  # late: it takes seconds to import, and help needs none
+    show = PlainConsole(stderr=True, soft_wrap=True).print
+    if "lightning" in sys.modules:  # without it there is one process, and its import takes seconds
+        from lightning.pytorch.utilities import rank_zero_only
 
-    rank_zero_only(PlainConsole(stderr=True, soft_wrap=True).print)(printable(text))
+        show = rank_zero_only(show)
+    show(printable(text))
 
 
 @contextmanager
