@@ -297,14 +297,27 @@ def test_what_a_file_is_instead(tmp_path: Path, suffix: str, data: bytes, match:
         read(path)
 
 
-def test_another_format_s_file_is_named(tmp_path: Path) -> None:
+def test_the_content_tells_the_format_whatever_the_name(tmp_path: Path, edm_modules: None) -> None:
+    content = score_sde_content(NETWORK, NETWORK)
+    made = {"zip": newer(content), "older": older(content), "edm": pickle.dumps(edm_content(NETWORK, TINY), 4)}
+    (tmp_path / "zip.pth").write_bytes(made["zip"])
+    convert(tmp_path / "zip.pth", tmp_path / "own.safetensors")
+    made["own"] = (tmp_path / "own.safetensors").read_bytes()
+    for name, data in made.items():
+        for suffix in (".safetensors", ".pkl", ".pth", ".ckpt", ""):
+            path = tmp_path / f"{name}_again{suffix}"
+            path.write_bytes(data)
+            assert read(path).source["format"] == ("edm" if name == "edm" else "score_sde_pytorch")
+
+
+def test_content_of_no_format_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.pth")
     (tmp_path / "b.pkl").write_bytes(newer({"a": torch.zeros(1)}))
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
         archive.writestr("weights.txt", "1")
     (tmp_path / "d.pth").write_bytes(pickle.dumps({"a": 1}, 2))
-    found = {"a.pth": "safetensors file under another name", "b.pkl": "as torch.save writes it"}
-    found |= {"c.pth": "an archive, but not one of torch.save", "d.pth": "a pickle, but not one of torch.save"}
+    found = {"a.pth": "its header does not say network", "b.pkl": "of none of the formats safetensors, fit, "}
+    found |= {"c.pth": "an archive, but not one of torch.save", "d.pth": "a pickle, but holds no network under 'ema'"}
     for name, match in found.items():
         with pytest.raises(UsageError, match=match):
             read(tmp_path / name)
