@@ -2,11 +2,11 @@
 
 A name may stand for one of a handful: storages by dtype, the functions that put a tensor together, OrderedDict.
 
-torch.load with ``weights_only``, with or without ``mmap``, runs no code either. But (torch 2.14) it compares no checksum,
-so that a flipped bit is loaded as another weight, and a file of a few hundred bytes can stop it for years (a key of
-nested tuples), fill any memory (a ``bytearray`` of some length) or make tensors larger than the file. Here the checksums
-of an archive are compared, and time and memory are bounded by the file's size. The formats of other programs need this
-reader anyway.
+torch.load with ``weights_only``, with or without ``mmap``, runs no code either. But (torch 2.14) it compares no
+checksum, so that a flipped bit is loaded as another weight, and a file of a few hundred bytes can stop it for years (a
+key of nested tuples), fill any memory (a ``bytearray`` of some length) or make tensors larger than the file. Here the
+checksums of an archive are compared, and time and memory are bounded by the file's size. The formats of other programs
+need this reader anyway.
 """
 
 import io
