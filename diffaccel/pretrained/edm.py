@@ -28,7 +28,7 @@ from diffaccel.weights.pickles import (
     run_pickle,
     short,
 )
-from diffaccel.weights.torchfile import Storage, Stored, is_torch, read_stream, torch_globals
+from diffaccel.weights.torchfile import Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
 """Of the tree of modules; a pickle may share one child among many parents."""
@@ -108,7 +108,7 @@ class EDM(Format):
 
     def recognises(self, file: File) -> bool:
         """A pickle that is no file of torch.save."""
-        return file.head.startswith(b"\x80") and not is_torch(file.head)
+        return file.container == "pickle"
 
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
         """Read modules as data, and take network and preconditioning from their arguments.

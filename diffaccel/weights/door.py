@@ -79,6 +79,10 @@ class Weights:
 class File:
     """A file or folder whose format is not known yet.
 
+    Attributes:
+        path: Where it is.
+        head: Its first bytes; none of a folder.
+
     Args:
         path: Where it is.
 
@@ -87,14 +91,22 @@ class File:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.head = path, b""
         if not path.exists():
             raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
-        self.head = b""
-        """First bytes; none of a folder."""
         if not path.is_dir():
             with open_file(path) as opened:
                 self.head = opened.read(64)
+
+    @property
+    def container(self) -> str | None:
+        """``safetensors``, ``torch`` (of torch.save) or ``pickle``, by the first bytes; None for anything else."""
+        # First: the length that begins a safetensors file may have any low bytes, those of a pickle among them.
+        if self.head[4:9] == b"\x00\x00\x00\x00{":
+            return "safetensors"
+        if is_torch(self.head):
+            return "torch"
+        return "pickle" if self.head.startswith(b"\x80") else None
 
     @cached_property
     def archive(self) -> Any:
@@ -103,7 +115,7 @@ class File:
         Raises:
             UsageError: The file is damaged or hostile.
         """
-        return read_torch(self.path) if is_torch(self.head) else None
+        return read_torch(self.path) if self.container == "torch" else None
 
 
 class Format(ABC):

@@ -30,8 +30,8 @@ class Safetensors(Format):
     """Weights that ``fit`` or ``convert`` wrote, or safetensors of others without a header of ours."""
 
     def recognises(self, file: File) -> bool:
-        """Eight bytes of the header's length, then JSON."""
-        return file.head[8:9] == b"{"
+        """By the first bytes."""
+        return file.container == "safetensors"
 
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
         """See :class:`Format`; a file without a header of ours is of unknown kind."""
