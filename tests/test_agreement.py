@@ -115,7 +115,7 @@ def test_shipped_headers_say_kind_and_shape():
     for path in EXPERIMENTS.glob("*/weights/*.safetensors"):
         said = read_description(path)
         assert kind_of(said), path
-        assert kind_of(said) == "extractor" or "shape" in said or path.stem.endswith("_raw"), path
+        assert kind_of(said) == "extractor" or "shape" in said, path
 
 
 # Statistics and data

@@ -172,6 +172,28 @@ def test_what_a_fit_leaves_says_what_it_is_and_stands_on(files: dict[str, Path])
     assert read(trained.parent / "own.safetensors").source == {"format": "diffaccel"}
 
 
+def test_a_generator_s_file_and_state_stand_on_the_denoiser_of_its_fit(files: dict[str, Path], tmp_path: Path):
+    assert main(["fit", "digits/edm", *IMPLICIT, f"out={tmp_path}", *QUICK]) == 0
+    tensors, said = read_weights(files["denoiser"])
+    save_weights(tmp_path / "other.safetensors", {name: 1.1 * one for name, one in tensors.items()}, said)
+    for name in ("generator.safetensors", "last.ckpt"):
+        found = open_weights(tmp_path / name).of("generator")
+        assert found.header["stands_on"] == tensors_sha256(tensors)
+        words = [*IMPLICIT, f"prior.checkpoint={tmp_path / name}"]
+        build_method(load("digits/edm", words), frozen=True)
+        with pytest.raises(UsageError, match="was trained over the denoiser"):
+            build_method(load("digits/edm", [*words, f"checkpoint={tmp_path / 'other.safetensors'}"]), frozen=True)
+
+
+def test_weights_that_a_fit_does_not_need_may_be_missing_or_broken(tmp_path: Path):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    for name in ("missing.safetensors", "missing.ckpt", "pointer.safetensors"):
+        config = load("digits/edm", [f"checkpoint={tmp_path / name}"])
+        build_method(config, load=False)
+        with pytest.raises(UsageError, match=name):
+            build_method(config, frozen=True)
+
+
 def test_an_extractor_s_header_says_its_kind(tmp_path: Path):
     from diffaccel.features.extractors import SmallClassifier, save_classifier
 

@@ -17,7 +17,7 @@ from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import Pretrained, files_sha256
 from diffaccel.prior import Prior
 from diffaccel.solver import Solver
-from diffaccel.weights import Weights, assign_weights, check_finite, open_weights, read_checkpoint
+from diffaccel.weights import Weights, assign_weights, check_finite, open_weights, read_checkpoint, read_description
 
 
 def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
@@ -121,9 +121,12 @@ def adopt(config: Config) -> Pretrained | None:
     Raises:
         UsageError: The checkpoint is refused, or makes images of another shape.
     """
-    if not config.checkpoint:
+    path = Path(config.checkpoint or "")
+    if not config.checkpoint or not path.exists():
         return None
-    weights = open_weights(config.checkpoint)
+    if path.suffix == ".safetensors" and "source" not in read_description(path):
+        return None  # where its weights are not needed, as in a fit, the file may be broken
+    weights = open_weights(path)
     if not weights.brings_network:
         return None
     found = Pretrained.of(weights)
@@ -157,10 +160,9 @@ def check_resumable(path: Path, method: Diffusion) -> dict[str, Any]:
     Raises:
         UsageError: The file is broken, holds code, is of another kind or of other networks, or holds NaN.
     """
-    weights = open_weights(path).of("training state")
-    if "extractor" in weights.header:
-        raise UsageError(f"resume: {path} is the training state of an extractor, and this run trains a method")
     content = read_checkpoint(path)
+    if "extractor" in content["diffaccel"]:
+        raise UsageError(f"resume: {path} is the training state of an extractor, and this run trains a method")
     assign_weights(content["state_dict"], method, f"the weights of {path}")
     network = method.averaged()
     average = dict(network.named_parameters()) if network is not None else {}
