@@ -182,6 +182,55 @@ def test_an_archive_whose_directory_lies(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / f"{name}.ckpt")
 
 
+def archive_of(body: bytes) -> bytes:
+    """An archive of torch.save around a program."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as made:
+        made.writestr("a/data.pkl", b"\x80\x02" + body + b".")
+        made.writestr("a/byteorder", "little")
+    return target.getvalue()
+
+
+TUPLES = b")" + b"".join(b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86" for index in range(60))
+LONG = b"\x8a\x05" + (1 << 36).to_bytes(5, "little") + b"\x85R"
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (b"}" + TUPLES + b"K\x01s", "not a string or a small integer"),
+        (b"c__builtin__\nbytearray\n" + LONG, "names .*bytearray"),
+        (b"ctorch\nTensor\n" + LONG, "names torch.Tensor"),
+        (b"]q\x00h\x00a", "damaged .something is written on"),
+    ],
+    ids=["a key whose hash takes years", "64 GB", "a tensor of 256 GB", "a list in itself"],
+)
+def test_archives_that_torch_load_with_weights_only_takes_are_refused(tmp_path: Path, body: bytes, match: str) -> None:
+    """The reason for a reader of our own: torch.load hangs, allocates, or returns something endless."""
+    (tmp_path / "last.ckpt").write_bytes(archive_of(body))
+    with pytest.raises(UsageError, match=match):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path: Path) -> None:
+    path, weight = tmp_path / "last.ckpt", torch.arange(1000.0)
+    data = bytearray(newer({"diffaccel": {}, "state_dict": {"a": weight}}))
+    data[data.index(struct.pack("<2f", 500.0, 501.0)) + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="Bad CRC-32"):
+        read_checkpoint(path)
+
+
+def test_tensors_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    class Endless:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, (torch.zeros(3).storage(), 0, (1 << 36,), (0,), False, {})
+
+    torch.save({"diffaccel": {}, "state_dict": {"a": Endless()}}, tmp_path / "last.ckpt")
+    with pytest.raises(UsageError, match="does not lie in its storage of 3 numbers"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_tensors_in_any_order_of_strides(tmp_path: Path) -> None:
     base = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     views = {
@@ -297,14 +346,27 @@ def test_what_a_file_is_instead(tmp_path: Path, suffix: str, data: bytes, match:
         read(path)
 
 
-def test_another_format_s_file_is_named(tmp_path: Path) -> None:
+def test_the_content_tells_the_format_whatever_the_name(tmp_path: Path, edm_modules: None) -> None:
+    content = score_sde_content(NETWORK, NETWORK)
+    made = {"zip": newer(content), "older": older(content), "edm": pickle.dumps(edm_content(NETWORK, TINY), 4)}
+    (tmp_path / "zip.pth").write_bytes(made["zip"])
+    convert(tmp_path / "zip.pth", tmp_path / "own.safetensors")
+    made["own"] = (tmp_path / "own.safetensors").read_bytes()
+    for name, data in made.items():
+        for suffix in (".safetensors", ".pkl", ".pth", ".ckpt", ""):
+            path = tmp_path / f"{name}_again{suffix}"
+            path.write_bytes(data)
+            assert read(path).source["format"] == ("edm" if name == "edm" else "score_sde_pytorch")
+
+
+def test_content_of_no_format_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.pth")
     (tmp_path / "b.pkl").write_bytes(newer({"a": torch.zeros(1)}))
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
         archive.writestr("weights.txt", "1")
     (tmp_path / "d.pth").write_bytes(pickle.dumps({"a": 1}, 2))
-    found = {"a.pth": "safetensors file under another name", "b.pkl": "as torch.save writes it"}
-    found |= {"c.pth": "an archive, but not one of torch.save", "d.pth": "a pickle, but not one of torch.save"}
+    found = {"a.pth": "its header does not say network", "b.pkl": "of none of the formats safetensors, fit, "}
+    found |= {"c.pth": "an archive, but not one of torch.save", "d.pth": "a pickle, but holds no network under 'ema'"}
     for name, match in found.items():
         with pytest.raises(UsageError, match=match):
             read(tmp_path / name)

@@ -374,7 +374,7 @@ def test_ours_that_are_not(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["absent.pth", "b.safetensors"], "does not exist"),
-        (["a.txt", "b.safetensors"], "ends in none of"),
+        (["a.txt", "b.safetensors"], "none of the formats safetensors, fit, "),
         (["a.pth"], "takes a checkpoint and the name"),
         (["a.pth", "b.pth"], "ends in .safetensors"),
         (["a.pth", "b.safetensors", "weights=both"], "weights=both"),

@@ -112,4 +112,4 @@ def test_what_a_checkpoint_says_of_itself_is_shown_in_one_line_each(capsys: pyte
         *describe(Pretrained((1, 8, 8), part, part, part, {}, {"format": "\x1b]0;t\x07\nforged  line"})).splitlines()
     )
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 6 and "\x1b" not in printed and "\\x1b]0;t\\x07\\nforged  line" in printed
+    assert printed.count("\n") == 7 and "\x1b" not in printed and "\\x1b]0;t\\x07\\nforged  line" in printed

@@ -283,7 +283,7 @@ def build_prior(
         if given and not prior.networks():
             raise UsageError(f"prior {node['name']!r} has no network: remove prior.{key}")
     if weights := (checkpoint if load else None) or init:
-        load_prior(config, Path(weights), prior, node)
+        load_prior(config, Path(weights), prior, node, denoiser if load and checkpoint else None)
     elif load and denoiser.source is None:
         check_shared_prior(config, prior)
     return prior

@@ -1,7 +1,6 @@
-"""The header of a file of weights, compared with what an experiment asks of the file.
+"""The header of a file of weights (:mod:`~diffaccel.weights.header`), compared with the experiment that uses the file.
 
-A header is the JSON description that ``fit`` and ``convert`` leave in a file: ``kind`` (denoiser, generator, density,
-classifier), ``shape``, and the parts that the weights were trained in. Keys that it lacks are not compared.
+Keys that a header lacks are not compared.
 """
 
 import json
@@ -9,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffaccel.denoiser import DENOISERS
+from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import DENSITIES
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
@@ -17,6 +16,7 @@ from diffaccel.parts.registry import Registry
 from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
+from diffaccel.weights import Weights, tensors_sha256
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "network": NETWORKS,
@@ -33,42 +33,21 @@ FREE = {
 """Keys of a part that may differ from the file's: its weights do not depend on them."""
 NAMED = 4
 """Differences that an error shows."""
+OVER_A_DENOISER = ("generator",)
+"""Kinds of weights that belong to the denoiser that they were trained over."""
 
 
-def kind_of(said: Mapping[str, Any]) -> str | None:
-    """Return what a file holds by its header; None if that doesn't tell.
-
-    Files of version 0.1 have no ``kind``: it follows from what else they say.
-    """
-    if "kind" in said:
-        return str(said["kind"])
-    if {"channels", "widths", "dim"} <= said.keys():
-        return "extractor"
-    if "density" in said:
-        return "density"
-    prior = said.get("prior")
-    if isinstance(prior, dict) and prior.get("name") == "implicit" and prior.get("generator", "separate") != "shared":
-        return "generator"
-    if "module" in said and "averaged" not in said:
-        return "classifier"
-    return "denoiser" if said.get("network") and ("averaged" in said or "source" in said) else None
-
-
-def check_header(path: Path, said: Mapping[str, Any], kind: str, asked: Mapping[str, Any]) -> None:
+def check_header(path: Path, said: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Compare a header with what is asked of the file.
 
     Args:
         path: The file.
         said: Its header.
-        kind: What it is wanted as.
         asked: Key of the header -> the value that the experiment has there.
 
     Raises:
-        UsageError: The file is of another kind, or of another value where it has one; the message shows both.
+        UsageError: The file has another value of a key; the message shows both.
     """
-    found = kind_of(said)
-    if found is not None and found != kind:
-        raise UsageError(f"{path} holds a {found}, and the experiment takes it for a {kind}: name another file")
     differences = [
         f"{key} is {_short(theirs)} in the file and {_short(ours)} in the experiment"
         for part, value in asked.items()
@@ -103,6 +82,27 @@ def check_ratios(path: Path, said: Mapping[str, Any], used: tuple[float, float])
             f"{path} was trained on noise-to-data ratios from {least:.4g} to {most:.4g}, and the experiment's denoiser "
             f"covers {low:.4g} to {high:.4g}: set denoiser.ratio_min={least:.6g} and denoiser.ratio_max={most:.6g}, or "
             "take a file trained on all of them"
+        )
+
+
+def check_denoiser(weights: Weights, denoiser: Denoiser) -> None:
+    """Refuse a generator that was trained over another denoiser than the experiment's.
+
+    Weights of other kinds serve any denoiser, whatever ``stands_on`` records: a density and a noise-level classifier
+    are fitted to noisy data and never evaluate the denoiser. A generator learns from it (as its start, in the features
+    of a critic, in objectives such as pairs of the ODE), so that its states suit the denoiser that it was trained over.
+
+    Raises:
+        UsageError: The hashes differ; the message shows both.
+    """
+    trained = weights.header.get("stands_on")
+    if weights.kind not in OVER_A_DENOISER or trained is None or not isinstance(denoiser, NetworkDenoiser):
+        return
+    if (own := tensors_sha256(denoiser.network.state_dict())) != trained:
+        raise UsageError(
+            f"{weights.path} holds a {weights.kind} that was trained over the denoiser {trained[:16]}, and the "
+            f"experiment's denoiser is {own[:16]} (hashes of their tensors): set checkpoint= to the denoiser "
+            "that it was trained over, or fit it anew"
         )
 
 

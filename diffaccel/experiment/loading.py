@@ -11,58 +11,41 @@ from torch import nn
 from diffaccel.config import Config
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.experiment.headers import check_header
+from diffaccel.experiment.headers import check_denoiser, check_header
 from diffaccel.parts.overrides import as_given
-from diffaccel.pretrained import Pretrained, files_sha256, is_pretrained
-from diffaccel.pretrained import read as read_pretrained
+from diffaccel.pretrained import Pretrained, files_sha256
 from diffaccel.prior import Prior
 from diffaccel.sampling import Sampler
 from diffaccel.solver import Solver
-from diffaccel.training.ema import of_network
-from diffaccel.weights import (
-    assign_weights,
-    check_finite,
-    file_sha256,
-    load_weights,
-    read_checkpoint,
-    read_description,
-)
+from diffaccel.weights import Weights, assign_weights, check_finite, open_weights, read_checkpoint, read_description
 
 if TYPE_CHECKING:
     from diffaccel.methods import Diffusion
 
 
-def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a network's weights from safetensors or from a checkpoint of ``fit`` (its averaged weights).
+def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
+    """Read a network's weights from a file of any format; those of a training state are its averaged ones.
 
     Args:
-        path: The file.
-        network: What they are for.
+        path: The file, or a folder of diffusers.
+        network: The network that takes the weights.
         kind: ``denoiser``, ``generator``, ``density`` or ``classifier``.
-        asked: Key of the file's header -> what it should be there.
+        asked: Key of the file's header -> its value in the experiment.
 
     Returns:
-        The file's header.
+        The open file.
 
     Raises:
-        UsageError: The file is missing, broken, holds code, or is another network's; or its header says otherwise.
+        UsageError: The file is missing, broken, holds code, or is of another kind or network; or its header differs.
     """
-    if path.suffix == ".safetensors" or not path.is_file():
-        check_header(path, read_description(path) if path.is_file() else {}, kind, asked)
-        return load_weights(path, network)
-    content = read_checkpoint(path)["diffaccel"]
-    own = of_network(content.get("ema", {}), kind)
-    if not own:
-        raise UsageError(f"checkpoint {path} holds no averaged {kind}: give one of a run that trained it")
-    check_finite(own, f"checkpoint {path}", "get or train the file anew")
-    said = {**content.get("description", {}), "kind": kind, "trained_ratios": content.get("trained_ratios")}
-    check_header(path, said, kind, asked)
-    assign_weights(own, network, f"the weights of {path}")
-    return {**said, "images_seen": content["images_seen"]}
+    weights = open_weights(path).of(kind)
+    check_header(path, weights.header, asked)
+    assign_weights(weights.read(), network, f"weights {path}")
+    return weights
 
 
 def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict[str, Any]:
-    """Read a denoiser's weights; returns the file's header.
+    """Read a denoiser's weights and return the file's header.
 
     Raises:
         UsageError: See :func:`load_network`.
@@ -70,21 +53,33 @@ def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict
     asked: dict[str, Any] = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
     if not denoiser.any_process:
         asked["process"] = config.process
-    said = load_network(path, denoiser.network, "denoiser", asked)
+    said = dict(load_network(path, denoiser.network, "denoiser", asked).header)
     if said.get("label_drop") == 0:
         denoiser.network.null_class = False  # type: ignore[assignment]  # a network's own attribute
     return said
 
 
-def load_prior(config: Config, path: Path, prior: Prior, node: Mapping[str, Any]) -> None:
+def load_prior(
+    config: Config, path: Path, prior: Prior, node: Mapping[str, Any], denoiser: Denoiser | None = None
+) -> None:
     """Read the weights of the one network that a prior has.
 
+    Args:
+        config: The run's.
+        path: The file.
+        prior: The prior.
+        node: The prior's keys in the experiment.
+        denoiser: The denoiser that the prior samples with; None if it may differ from that of the prior's fit, as
+            where a fit only begins with the weights.
+
     Raises:
-        UsageError: See :func:`load_network`.
+        UsageError: See :func:`load_network`; or a generator was trained over another denoiser.
     """
     ((name, network),) = prior.networks().items()
     asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node)}
-    load_network(path, network, name, asked)
+    weights = load_network(path, network, name, asked)
+    if denoiser is not None and config.checkpoint:
+        check_denoiser(weights, denoiser)
 
 
 def check_shared_prior(config: Config, prior: Prior) -> None:
@@ -95,15 +90,7 @@ def check_shared_prior(config: Config, prior: Prior) -> None:
     """
     if prior.uses_denoiser_weights and config.checkpoint:
         path = Path(config.checkpoint)
-        check_header(path, read_header(path), "denoiser", {"prior": config.prior})
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Header of a file of ours, be it safetensors or a checkpoint of ``fit``; empty if it has none."""
-    if path.suffix == ".safetensors":
-        return read_description(path)
-    content = read_checkpoint(path)["diffaccel"]
-    return {"kind": "denoiser", **content.get("description", {}), "images_seen": content["images_seen"]}
+        check_header(path, open_weights(path).of("denoiser").header, {"prior": config.prior})
 
 
 def check_trained(config: Config, sampler: Sampler, fitted: bool = True) -> None:
@@ -142,9 +129,15 @@ def adopt(config: Config) -> Pretrained | None:
     Raises:
         UsageError: The checkpoint is refused, or makes images of another shape.
     """
-    if not config.checkpoint or not is_pretrained(Path(config.checkpoint)):
+    path = Path(config.checkpoint or "")
+    if not config.checkpoint or not path.exists():
         return None
-    found = read_pretrained(config.checkpoint)
+    if path.suffix == ".safetensors" and "source" not in read_description(path):
+        return None  # where its weights are not needed, as in a fit, the file may be broken
+    weights = open_weights(path)
+    if not weights.brings_network:
+        return None
+    found = Pretrained.of(weights)
     channels, height, width = config.shape
     if found.shape != (channels, height, width):
         raise UsageError(
@@ -170,12 +163,14 @@ def check_grid(solver: Solver, denoiser: Denoiser) -> None:
 
 
 def check_resumable(path: Path, method: "Diffusion") -> dict[str, Any]:
-    """Read a checkpoint before a run goes on from it, and return its content.
+    """Read a training state before a run goes on from it, and return its content.
 
     Raises:
-        UsageError: As :func:`read_checkpoint`, or it belongs to other networks, or holds NaN.
+        UsageError: The file is broken, holds code, is of another kind or of other networks, or holds NaN.
     """
     content = read_checkpoint(path)
+    if "extractor" in content["diffaccel"]:
+        raise UsageError(f"resume: {path} is the training state of an extractor, and this run trains a method")
     assign_weights(content["state_dict"], method, f"the weights of {path}")
     network = method.averaged()
     average = dict(network.named_parameters()) if network is not None else {}
@@ -195,4 +190,5 @@ def describe_checkpoint(config: Config, denoiser: Denoiser) -> dict[str, Any] | 
     if denoiser.source is not None:
         found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
         return {**found, "source": denoiser.source}
-    return {"path": shown, "sha256": file_sha256(path), "images_seen": read_header(path).get("images_seen")}
+    weights = open_weights(path)
+    return {"path": shown, "sha256": weights.sha256, "images_seen": weights.header.get("images_seen")}

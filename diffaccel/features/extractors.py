@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
-from diffaccel.weights import read_weights, save_weights
+from diffaccel.weights import file_sha256, open_weights, save_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -244,7 +244,7 @@ class Small(Extractor):
         self.network, self.metadata = load_classifier(path)
         self.network.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
         self.name, self.dim = str(self.metadata["name"]), self.network.config["dim"]
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.sha256 = file_sha256(Path(path))
 
     def features(self, images: Tensor) -> Tensor:
         """Extract the penultimate features."""
@@ -263,7 +263,7 @@ def save_classifier(model: SmallClassifier, path: str | Path, name: str, data: s
         accuracy: On the test split, in [0, 1].
         seed: Of its training.
     """
-    description = {**model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
+    description = {"kind": "extractor", **model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
     save_weights(Path(path), model.state_dict(), description, dtype=torch.float16)
 
 
@@ -273,7 +273,8 @@ def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     Raises:
         UsageError: The file is missing, truncated, of another kind, or holds values that are not finite.
     """
-    tensors, description = read_weights(Path(path))
+    weights = open_weights(path).of("extractor")
+    tensors, description = weights.read(), dict(weights.header)
     try:
         with torch.device("meta"):  # shapes first: a broken file must not make us allocate what it claims
             model = SmallClassifier(

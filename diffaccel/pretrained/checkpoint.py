@@ -1,7 +1,8 @@
 """What a checkpoint comes to, whatever its format: tensors under our names, and the parts that they belong to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,14 @@ from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
 from diffaccel.process import PROCESSES
-from diffaccel.weights import assign_weights
+from diffaccel.weights import Weights, assign_weights, hash_files
 from diffaccel.weights.pickles import refuse
 from diffaccel.weights.torchfile import Stored
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint that was read, in units of [-1, 1].
+    """A denoiser's checkpoint that was read, in units of [-1, 1].
 
     Attributes:
         shape: Image shape (C, H, W).
@@ -38,14 +39,38 @@ class Pretrained:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All but the tensors."""
+        """All but the tensors: the header of a file that holds them."""
         return {
+            "kind": "denoiser",
             "shape": list(self.shape),
+            "classes": self.network.get("classes") or 0,
             "network": self.network,
             "denoiser": self.denoiser,
             "process": self.process,
             "source": self.source,
         }
+
+    @classmethod
+    def of(cls, weights: Weights) -> "Pretrained":
+        """Read a denoiser's weights, whose header determines the network.
+
+        Raises:
+            UsageError: The weights are of another kind, damaged, or their header lacks a part or doesn't fit them.
+        """
+        weights = weights.of("denoiser")
+        origin, header = str(weights.path), weights.header
+        if missing := [key for key in ("network", "denoiser", "process", "shape") if not header.get(key)]:
+            raise refuse(origin, f"its header does not say {', '.join(missing)}")
+        network, denoiser, process = (dict(header[part]) for part in ("network", "denoiser", "process"))
+        if "augmentations" in network:  # the key's name in files that earlier versions wrote
+            network["augment"] = network.pop("augmentations")
+        channels, height, width = header["shape"]
+        shape: tuple[int, int, int] = (channels, height, width)
+        tensors = unwrap(origin, weights.read())
+        on_meta = build_on_meta(origin, network, shape, len(tensors))
+        expected = {name: tuple(tensor.shape) for name, tensor in on_meta.state_dict().items()}
+        check_names(origin, expected, {n: Stored(t.dtype, tuple(t.shape), t.clone) for n, t in tensors.items()})
+        return cls(shape, network, denoiser, process, tensors, dict(header.get("source", {"format": "diffaccel"})))
 
     def build(self) -> Denoiser:
         """Build the denoiser with its weights, ready to sample."""
@@ -71,6 +96,29 @@ class Entry(NamedTuple):
     own: str
     rows: slice | None = None
     transposed: bool = False
+
+
+def foreign(
+    path: Path,
+    shape: tuple[int, int, int],
+    parts: Mapping[str, Any],
+    source: Mapping[str, Any],
+    read: Callable[[], dict[str, Tensor]],
+    files: tuple[Path, ...] = (),
+) -> Weights:
+    """Describe a denoiser of another program by a header of ours.
+
+    Args:
+        path: The file or folder.
+        shape: Image shape (C, H, W).
+        parts: Its ``network``, ``denoiser`` and ``process``.
+        source: Provenance: at least its ``format``.
+        read: Reads the tensors under our names.
+        files: The files of a folder.
+    """
+    provenance = {**source, "sha256": hash_files(path, files)}
+    header = {"kind": "denoiser", "shape": list(shape), "classes": parts["network"].get("classes") or 0, **parts}
+    return Weights(path, str(source["format"]), "denoiser", {**header, "source": provenance}, read, files)
 
 
 def assemble(origin: str, entries: list[Entry], found: Mapping[str, Stored], network: nn.Module) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffaccel.nn import NCSNpp
-from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names, unwrap
+from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign, unwrap
 from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
+from diffaccel.weights import FORMATS, File, Format, Weights
 from diffaccel.weights.pickles import open_file, refuse
 from diffaccel.weights.torchfile import Stored, read_torch
 
@@ -125,41 +126,56 @@ def _shards(file: Path) -> list[Path]:
     return [file.parent / name for name in sorted(files)]
 
 
-def read_diffusers(path: Path, options: Mapping[str, Any]) -> Pretrained:
-    """Read a folder of diffusers.
+@FORMATS.register("diffusers")
+class Diffusers(Format):
+    """Folders of diffusers."""
 
-    Args:
-        path: The folder.
-        options: ``weights`` (``ema`` or ``raw``) where a folder has both; ``size`` of the images in pixels;
-            ``sigma_max`` of a network of the VE SDE, in units of its data.
+    def recognises(self, file: File) -> bool:
+        """Any folder, or a file of weights in one of diffusers."""
+        of_one = file.path.name.startswith(WEIGHTS) and (file.path.parent / "config.json").is_file()
+        return file.path.is_dir() or of_one
 
-    Raises:
-        UsageError: A file is missing, damaged or hostile, or the layout is none of the two.
-    """
-    origin = str(path)
-    parts = find_parts(path, options.get("weights"))
-    scheduler = {} if parts.scheduler is None else _read_json(parts.scheduler)
-    network, shape = read_config(parts.config, options.get("size"), origin)
-    found = aliases(unwrap(origin, read_weights(parts.files)))
-    on_meta = build_on_meta(origin, network, shape, len(found))
-    fourier, units = isinstance(on_meta, NCSNpp), "[-1, 1], as in the file"
-    entries = names_of_ncsnpp(on_meta) if fourier else names_of_ddpm(on_meta)
-    check_names(origin, {entry.name: shape_in(found, entry) for entry in entries}, found)
-    tensors = assemble(origin, entries, found, on_meta)
-    if fourier:
-        centred = bool(parts.config.get("center_input_sample", False))
-        denoiser, process = read_ve(scheduler, 2.0 if centred else 1.0, options.get("sigma_max"), origin)
-        units = "[0, 1] in the file: noise levels doubled, once" if centred else units
-    else:
-        denoiser, process = read_levels(scheduler, origin), {"name": "edm", "sigma_max": 1e3}
-    source = {"format": "diffusers", "weights": parts.weights, "units": units}
-    return Pretrained(shape, network, denoiser, process, tensors, source)
+    def open(self, file: File, options: Mapping[str, Any]) -> Weights:
+        """Read the configurations, and the names and shapes of the weights.
+
+        Args:
+            file: The folder.
+            options: ``weights`` (``ema`` or ``raw``) where a folder has both; ``size`` of the images in pixels;
+                ``sigma_max`` of a network of the VE SDE, in units of its data.
+
+        Raises:
+            UsageError: A file is missing, damaged or hostile, or the layout is none of the two.
+        """
+        path, origin = file.path, str(file.path)
+        if not path.is_dir():
+            raise refuse(origin, f"it is part of a folder of diffusers: give the folder, {path.parent}")
+        parts = find_parts(path, options.get("weights"))
+        scheduler = {} if parts.scheduler is None else _read_json(parts.scheduler)
+        network, shape = read_config(parts.config, options.get("size"), origin)
+        found = aliases(unwrap(origin, read_weights(parts.files)))
+        on_meta = build_on_meta(origin, network, shape, len(found))
+        fourier, units = isinstance(on_meta, NCSNpp), "[-1, 1], as in the file"
+        entries = names_of_ncsnpp(on_meta) if fourier else names_of_ddpm(on_meta)
+        check_names(origin, {entry.name: shape_in(found, entry) for entry in entries}, found)
+        if fourier:
+            centred = bool(parts.config.get("center_input_sample", False))
+            denoiser, process = read_ve(scheduler, 2.0 if centred else 1.0, options.get("sigma_max"), origin)
+            units = "[0, 1] in the file: noise levels doubled, once" if centred else units
+        else:
+            denoiser, process = read_levels(scheduler, origin), {"name": "edm", "sigma_max": 1e3}
+        source = {"format": "diffusers", "weights": parts.weights, "units": units}
+        nodes = {"network": network, "denoiser": denoiser, "process": process}
+        files = _identity(parts)
+        return foreign(path, shape, nodes, source, lambda: assemble(origin, entries, found, on_meta), files)
 
 
-def identity_files(path: Path, weights: str | None = None) -> list[Path]:
+def identity_files(path: Path, weights: str | None = None) -> tuple[Path, ...]:
     """Files that a folder's checkpoint is made of; for ``weights`` see :func:`find_parts`."""
-    parts = find_parts(path, weights)
-    return [*parts.files, parts.network / "config.json", *([parts.scheduler] if parts.scheduler else [])]
+    return _identity(find_parts(path, weights))
+
+
+def _identity(parts: Parts) -> tuple[Path, ...]:
+    return *parts.files, parts.network / "config.json", *([parts.scheduler] if parts.scheduler else [])
 
 
 def read_weights(files: list[Path]) -> dict[str, Stored]:

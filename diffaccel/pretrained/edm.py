@@ -10,15 +10,15 @@ import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from diffaccel.nn.ncsnpp import resampling_kernel
-from diffaccel.pretrained.checkpoint import Pretrained, assemble, build_on_meta, check_names
+from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign
 from diffaccel.pretrained.edm_networks import NETWORKS
+from diffaccel.weights import FORMATS, File, Format, Weights
 from diffaccel.weights.pickles import (
     Attributed,
     make_dict,
@@ -28,7 +28,7 @@ from diffaccel.weights.pickles import (
     run_pickle,
     short,
 )
-from diffaccel.weights.torchfile import ARCHIVE, Storage, Stored, read_stream, torch_globals
+from diffaccel.weights.torchfile import Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
 """Of the tree of modules; a pickle may share one child among many parents."""
@@ -102,29 +102,47 @@ def edm_globals(origin: str, spent: Iterator[int]) -> dict[tuple[str, str], Any]
     }
 
 
-def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
-    """Read a pickle of EDM.
+@FORMATS.register("edm")
+class EDM(Format):
+    """Pickles of EDM, of whatever file name."""
 
-    Args:
-        path: The file.
-        options: ``weights``, of which there are only averaged ones.
+    def recognises(self, file: File) -> bool:
+        """A pickle that is no file of torch.save."""
+        return file.container == "pickle"
 
-    Raises:
-        UsageError: The file is damaged or hostile, or its network is none that is built here.
-    """
-    origin = str(path)
-    if options.get("weights", "ema") != "ema":
-        raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
-    spent = itertools.count()
-    file = open_file(path)
-    if file.read(4) == ARCHIVE:
-        raise refuse(origin, "it is an archive, as torch.save writes it: EDM's are plain pickles")
-    file.seek(0)
-    content = run_pickle(file, origin, edm_globals(origin, spent), spent=spent)
-    root = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(root, Recipe):
-        raise refuse(origin, "it holds no network under 'ema', as EDM's do")
-    denoiser, process = _preconditioning(root, origin)
+    def open(self, file: File, options: Mapping[str, Any]) -> Weights:
+        """Read modules as data, and take network and preconditioning from their arguments.
+
+        Args:
+            file: The file.
+            options: ``weights``, of which there are only averaged ones.
+
+        Raises:
+            UsageError: The file is damaged or hostile, or its network is none that is built here.
+        """
+        origin = f"checkpoint {file.path}"
+        if options.get("weights", "ema") != "ema":
+            raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
+        spent = itertools.count()
+        content = run_pickle(open_file(file.path), origin, edm_globals(origin, spent), spent=spent)
+        root = content.get("ema") if isinstance(content, dict) else None
+        if not isinstance(root, Recipe):
+            raise refuse(origin, "it is a pickle, but holds no network under 'ema', as EDM's do")
+        denoiser, process = _preconditioning(root, origin)
+        network, shape, found, listing = _network(root, origin)
+        if network.get("heads", [1]) != ([2] if denoiser["name"] == "iddpm" else [1]):
+            raise refuse(origin, f"its network has not as many outputs as {root.class_name} reads")
+        _check_filters(found, network.get("resample"), origin)
+        on_meta = build_on_meta(origin, network, shape, len(found))
+        entries = listing(on_meta)
+        check_names(origin, {entry.name: entry.shape for entry in entries}, found)
+        source = {"format": "edm", "weights": "ema", "units": "[-1, 1], as in the file", "wrapper": root.class_name}
+        parts = {"network": network, "denoiser": denoiser, "process": process}
+        return foreign(file.path, shape, parts, source, lambda: assemble(origin, entries, found, on_meta))
+
+
+def _network(root: Recipe, origin: str) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, Stored], Any]:
+    """Network, image shape, tensors by name, and the function that lists a network's tensors under EDM's names."""
     child = _dict(root.state, "_modules", origin).get("model")
     if not isinstance(child, Recipe) or child.class_name not in NETWORKS:
         name = child.class_name[:40] if isinstance(child, Recipe) else "none"
@@ -134,14 +152,7 @@ def read_edm(path: Path, options: Mapping[str, Any]) -> Pretrained:
         raise refuse(origin, "its network was made with positional arguments")
     arguments, listing = NETWORKS[child.class_name]
     network, shape = arguments(_dict(child.state, "_init_kwargs", origin), origin)
-    if network.get("heads", [1]) != ([2] if denoiser["name"] == "iddpm" else [1]):
-        raise refuse(origin, f"its network has not as many outputs as {root.class_name} reads")
-    _check_filters(found, network.get("resample"), origin)
-    on_meta = build_on_meta(origin, network, shape, len(found))
-    entries = listing(on_meta)
-    check_names(origin, {entry.name: entry.shape for entry in entries}, found)
-    source = {"format": "edm", "weights": "ema", "units": "[-1, 1], as in the file", "wrapper": root.class_name}
-    return Pretrained(shape, network, denoiser, process, assemble(origin, entries, found, on_meta), source)
+    return network, shape, found, listing
 
 
 def _dict(state: Any, key: str, origin: str) -> Mapping[str, Any]:

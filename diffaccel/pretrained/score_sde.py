@@ -9,7 +9,6 @@ References:
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,15 +16,16 @@ from torch import nn
 from diffaccel.nn.ncsnpp import Block, BlurredConv, Fourier, NCSNpp
 from diffaccel.pretrained.checkpoint import (
     Entry,
-    Pretrained,
     assemble,
     attention_size,
     build_on_meta,
     check_names,
+    foreign,
     unwrap,
 )
+from diffaccel.weights import FORMATS, File, Format, Weights
 from diffaccel.weights.pickles import refuse
-from diffaccel.weights.torchfile import Stored, read_torch
+from diffaccel.weights.torchfile import Stored
 
 Options = Mapping[str, Any]
 
@@ -88,32 +88,44 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def read_score_sde(path: Path, options: Options) -> Pretrained:
-    """Read a checkpoint of score_sde_pytorch.
+@FORMATS.register("score_sde_pytorch")
+class ScoreSDE(Format):
+    """Checkpoints of score_sde_pytorch, of whatever file name."""
 
-    Args:
-        path: The file.
-        options: ``weights`` (``ema`` or ``raw``), ``size`` of the images in pixels, ``sigma_max`` of a VE network in
-            its own units; each may be missing.
+    def recognises(self, file: File) -> bool:
+        """A mapping with ``model`` or ``ema``."""
+        content = file.archive
+        return isinstance(content, dict) and "diffaccel" not in content and not content.keys().isdisjoint(_KEYS)
 
-    Raises:
-        UsageError: The file is damaged or hostile, or its layout is none of the continuous NCSN++ and DDPM++.
-    """
-    origin = str(path)
-    model, shadow = _parts(read_torch(path), origin)
-    sigmas = model.pop("sigmas", None)
-    network, shape = infer_layout(model, origin, options.get("size"))
-    on_meta = build_on_meta(origin, network, shape, len(model))
-    assert isinstance(on_meta, NCSNpp)
-    entries = listing(on_meta)
-    check_names(origin, {entry.name: entry.shape for entry in entries}, model)
-    weights = options.get("weights", "ema")
-    chosen = model if weights == "raw" else {**model, **_averaged(model, shadow, origin)}
-    tensors = assemble(origin, entries, chosen, on_meta)
-    positional = network["embedding"] == "positional"
-    process, denoiser, units = _vp() if positional else _ve(sigmas, options.get("sigma_max"), origin)
-    source = {"format": "score_sde_pytorch", "weights": weights, "units": units}
-    return Pretrained(shape, network, denoiser, process, tensors, source)
+    def open(self, file: File, options: Options) -> Weights:
+        """Infer network and preconditioning from names and shapes.
+
+        Args:
+            file: The file.
+            options: ``weights`` (``ema`` or ``raw``), ``size`` of the images in pixels, ``sigma_max`` of a VE network
+                in its own units; each may be missing.
+
+        Raises:
+            UsageError: The file is damaged or hostile, or its layout is none of the continuous NCSN++ and DDPM++.
+        """
+        origin = str(file.path)
+        model, shadow = _parts(file.archive, origin)
+        sigmas = model.pop("sigmas", None)
+        network, shape = infer_layout(model, origin, options.get("size"))
+        on_meta = build_on_meta(origin, network, shape, len(model))
+        assert isinstance(on_meta, NCSNpp)
+        entries = listing(on_meta)
+        check_names(origin, {entry.name: entry.shape for entry in entries}, model)
+        weights = options.get("weights", "ema")
+        chosen = model if weights == "raw" else {**model, **_averaged(model, shadow, origin)}
+        positional = network["embedding"] == "positional"
+        process, denoiser, units = _vp() if positional else _ve(sigmas, options.get("sigma_max"), origin)
+        source = {"format": "score_sde_pytorch", "weights": weights, "units": units}
+        parts = {"network": network, "denoiser": denoiser, "process": process}
+        return foreign(file.path, shape, parts, source, lambda: assemble(origin, entries, chosen, on_meta))
+
+
+_KEYS = ("model", "ema")
 
 
 def _parts(content: Any, origin: str) -> tuple[dict[str, Stored], list[Any]]:

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diffaccel import __version__
+from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion
 from diffaccel.report.logs import log_weights
 from diffaccel.storage import check_room, check_target, write_whole
 from diffaccel.text.terminal import side_output
-from diffaccel.weights import save_weights
+from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")
 """Keys of the description in which a run that goes on must agree with the one before."""
@@ -54,8 +55,9 @@ class Checkpointer(L.Callback):
         return {"seconds": self._seconds()}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint, too, what its weights are."""
-        checkpoint.setdefault("diffaccel", {})["description"] = self.description
+        """Describe the weights in the checkpoint, too."""
+        assert isinstance(pl_module, Diffusion)
+        checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **stands_on(pl_module)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._before = state_dict["seconds"]
@@ -128,13 +130,24 @@ class Checkpointer(L.Callback):
             "images_seen": method.images_seen,
             "hours": round(self._seconds() / 3600, 3),
             "version": __version__,
+            **stands_on(method),
         }
         written = []
         for name, (state, said) in method.exports().items():
             path = self.out / f"{name}.safetensors"
-            save_weights(path, state, {**description, **said}, getattr(torch, said.get("dtype", "bfloat16")))
-            written.append((path, {**description, **said}))
+            # Densities and noise-level classifiers read no labels.
+            classes = method.classes if said.get("kind") in ("denoiser", "generator") else 0
+            header = {**description, "classes": classes, **said}
+            save_weights(path, state, header, getattr(torch, said.get("dtype", "bfloat16")))
+            written.append((path, header))
         for logger in trainer.loggers:
             for path, said in written:
                 with side_output(f"{type(logger).__name__}, of {path.name},"):
                     log_weights(logger, path, f"{description['experiment']}-{path.stem}", said)
+
+
+def stands_on(method: Diffusion) -> dict[str, str]:
+    """Header's hash of a frozen denoiser's network, over which the rest is trained; empty if there is none."""
+    if not method.frozen or not isinstance(method.denoiser, NetworkDenoiser):
+        return {}
+    return {"stands_on": tensors_sha256(method.denoiser.network.state_dict())}

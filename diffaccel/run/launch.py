@@ -22,13 +22,13 @@ from diffaccel.config import Config, as_written, to_yaml
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.parts.overrides import as_given
+from diffaccel.pretrained import files_sha256
 from diffaccel.report.logs import unfailing
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
 from diffaccel.run.machine import announce, device_type
 from diffaccel.run.processes import Processes, Workers, check_agreed
 from diffaccel.storage import check_target, occupied, write_whole
 from diffaccel.text.terminal import say, side_output
-from diffaccel.weights import file_sha256
 
 T = TypeVar("T")
 
@@ -250,7 +250,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
     """Build the callback that saves training state and, at its end, weights."""
     prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
     if init := config.prior.get("init"):  # which weights, and not where they lay
-        prior["init_sha256"] = file_sha256(Path(init))
+        prior["init_sha256"] = files_sha256(Path(init))
     description = {
         "method": config.method_name,
         "experiment": config.experiment,
@@ -263,7 +263,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "prior": prior,
         **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
         **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
-        **({"init_sha256": file_sha256(Path(config.init))} if config.init else {}),
+        **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 

@@ -25,7 +25,9 @@ def convert(words: list[str]) -> None:
         except ValueError:
             raise UsageError(f"{key}={value} is no number") from None
     source = Path(paths[0])
-    found = pretrained.read(source, **typed) if inspects else pretrained.convert(source, Path(paths[1]), **typed)
+    if inspects:
+        print_lines(*pretrained.inspect(source, **typed).splitlines())
+        return
+    found = pretrained.convert(source, Path(paths[1]), **typed)
     print_lines(*pretrained.describe(found).splitlines())
-    if not inspects:
-        print_lines(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")
+    print_lines(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")

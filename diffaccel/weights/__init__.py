@@ -1,22 +1,38 @@
-"""Files of weights: ours, checkpoints, and PyTorch archives of other programs, read without running code."""
+"""Files of weights, ours and other programs', behind one door; none of the code in a file is ever run.
 
+>>> weights = open_weights("last.ckpt").of("denoiser")  # doctest: +SKIP
+>>> weights.header["network"], weights.read()  # doctest: +SKIP
+"""
+
+from diffaccel.weights.door import FORMATS, File, Format, Weights, hash_files, open_weights
 from diffaccel.weights.files import (
     assign_weights,
     check_finite,
     file_sha256,
     load_weights,
-    read_checkpoint,
     read_description,
     read_weights,
     save_weights,
     tensors_sha256,
 )
+from diffaccel.weights.formats import no_options, read_checkpoint
+from diffaccel.weights.header import KINDS, kind_of, name_of
 
 __all__ = [
+    "FORMATS",
+    "KINDS",
+    "File",
+    "Format",
+    "Weights",
     "assign_weights",
     "check_finite",
     "file_sha256",
+    "hash_files",
+    "kind_of",
     "load_weights",
+    "name_of",
+    "no_options",
+    "open_weights",
     "read_checkpoint",
     "read_description",
     "read_weights",

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,37 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: The file is missing, truncated, no safetensors file, or holds values that are not finite.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        description = _description(file.metadata())
+    check_finite(tensors, f"weights {path}", "get or train the file anew")
+    return {n: tensor.float() if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}, description
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the description alone; empty if the file has none of ours.
+
+    Raises:
+        UsageError: The file is missing, truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return _description(file.metadata())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, and turn what its readers raise into one error."""
     if not path.is_file():
         raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
     try:
         if found := what_it_is(path):
             raise UsageError(f"weights {path} are not read: the file is {found}")
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            description = _description(file.metadata())
+            yield file
     except OSError as error:
         raise UsageError(f"weights {path} can't be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:  # the last two: JSON that is none, or no mapping
         raise UsageError(f"weights {path} are truncated or no safetensors file ({error}): get the file anew") from None
-    check_finite(tensors, f"weights {path}", "get or train the file anew")
-    return {n: tensor.float() if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}, description
 
 
 def check_finite(tensors: Mapping[str, Tensor], origin: str, remedy: str) -> None:
@@ -109,25 +127,6 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
     tensors, description = read_weights(path)
     assign_weights(tensors, module, f"weights {path}")
     return description
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``fit``; none of the code that a foreign one may hold is ever run.
-
-    Raises:
-        UsageError: The file is broken, holds code, or is another program's.
-    """
-    from diffaccel.weights.torchfile import read_torch  # which needs this module
-
-    content = read_torch(path, load=True)
-    own, state = (content.get(key) if isinstance(content, dict) else None for key in ("diffaccel", "state_dict"))
-    if not isinstance(own, dict) or not isinstance(state, dict):
-        raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run, or safetensors")
-    average = own.get("ema", {})
-    for tensors in (state, average):
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise UsageError(f"checkpoint {path} has something else among its tensors: take an older one")
-    return content
 
 
 def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:

@@ -1,6 +1,12 @@
-"""Files of torch.save, zip archives and older streams alike, without torch.load: tensors stay in the file until asked.
+"""Files of torch.save, zip archives and older streams alike, without torch.load: tensors stay in the file until loaded.
 
-What a name may stand for is a handful: storages by dtype, the functions that put a tensor together, OrderedDict.
+A name may stand for one of a handful: storages by dtype, the functions that put a tensor together, OrderedDict.
+
+torch.load with ``weights_only``, with or without ``mmap``, runs no code either. But (torch 2.14) it compares no
+checksum, so that a flipped bit is loaded as another weight, and a file of a few hundred bytes can stop it for years (a
+key of nested tuples), fill any memory (a ``bytearray`` of some length) or make tensors larger than the file. Here the
+checksums of an archive are compared, and time and memory are bounded by the file's size. The formats of other programs
+need this reader anyway.
 """
 
 import io
@@ -123,22 +129,30 @@ def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
     }
 
 
-def read_torch(path: Path, load: bool = False) -> Any:
-    """Read a file of torch.save.
+def is_torch(head: bytes) -> bool:
+    """Whether a file that begins so is one of torch.save."""
+    return head.startswith(ARCHIVE) or MAGIC.to_bytes(10, "little") in head[:32]
+
+
+def read_torch(path: Path) -> Any:
+    """Read a file of torch.save; its tensors become :class:`Stored`.
 
     Args:
         path: The file.
-        load: Whether to load its tensors, which become :class:`Stored` otherwise.
 
     Raises:
         UsageError: The file is missing, damaged, or names anything but tensors and containers.
     """
-    content = read_stream(open_file(path), f"checkpoint {path}")
-    return _loaded(content, {}) if load else content
+    return read_stream(open_file(path), f"checkpoint {path}")
+
+
+def load_all(content: Any) -> Any:
+    """Load the tensors of what :func:`read_torch` returned; those that share a storage share memory."""
+    return _loaded(content, {})
 
 
 def _loaded(value: Any, done: dict[int, Any]) -> Any:
-    """Load the tensors in nested containers; those that share a storage share memory."""
+    """Load the tensors in nested containers."""
     if id(value) not in done:
         if isinstance(value, Stored):
             done[id(value)] = value.load()

@@ -1,0 +1,90 @@
+"""Our own two formats: safetensors with a header, and the checkpoints of ``fit``."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.weights.door import FORMATS, File, Format, Weights, open_weights
+from diffaccel.weights.files import check_finite, read_header, read_weights
+from diffaccel.weights.header import kind_of
+from diffaccel.weights.pickles import refuse
+from diffaccel.weights.torchfile import Stored, load_all
+
+
+def no_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Refuse options for a file that describes itself.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if options:
+        raise refuse(str(path), f"its header says what it holds: leave {sorted(options)[0]}= out")
+
+
+@FORMATS.register("safetensors")
+class Safetensors(Format):
+    """Weights that ``fit`` or ``convert`` wrote, or safetensors of others without a header of ours."""
+
+    def recognises(self, file: File) -> bool:
+        """By the first bytes."""
+        return file.container == "safetensors"
+
+    def open(self, file: File, options: Mapping[str, Any]) -> Weights:
+        """See :class:`Format`; a file without a header of ours is of unknown kind."""
+        no_options(file.path, options)
+        header = read_header(file.path)
+        return Weights(file.path, "safetensors", kind_of(header), header, lambda: read_weights(file.path)[0])
+
+
+@FORMATS.register("fit")
+class FitCheckpoint(Format):
+    """A training state of ``fit``, of a method or of an extractor; its averaged networks are weights, too."""
+
+    def recognises(self, file: File) -> bool:
+        """A mapping with our key."""
+        return isinstance(file.archive, dict) and "diffaccel" in file.archive
+
+    def open(self, file: File, options: Mapping[str, Any]) -> Weights:
+        """See :class:`Format`."""
+        path, content = file.path, file.archive
+        no_options(path, options)
+        own, state = content["diffaccel"], content.get("state_dict")
+        if not isinstance(own, dict) or not isinstance(state, dict):
+            raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run")
+        average, described = own.get("ema", {}), own.get("description", {})
+        for tensors in (state, average):
+            if not isinstance(tensors, dict) or not all(isinstance(tensor, Stored) for tensor in tensors.values()):
+                raise UsageError(f"checkpoint {path} has something else among its tensors: take an older one")
+        if not isinstance(described, dict):
+            raise UsageError(f"checkpoint {path} has a description that is no mapping: take an older one")
+        kept = {key: own[key] for key in ("images_seen", "trained_ratios", "extractor") if key in own}
+        header = {**described, **kept, "kind": "training state"}
+        parts: dict[str, Weights] = {}
+        named = {str(name): tensor for name, tensor in average.items()}
+        for kind in dict.fromkeys(name.partition(".")[0] for name in named):
+            mine = {n.removeprefix(f"{kind}."): tensor for n, tensor in named.items() if n.startswith(f"{kind}.")}
+            said = {**header, "kind": kind, "averaged": True}
+            parts[kind] = Weights(path, "fit", kind, said, partial(_read, path, mine))
+        whole = partial(_read, path, state)
+        return Weights(path, "fit", "training state", header, whole, (), parts, lambda: load_all(content))
+
+
+def _read(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    tensors = {name: one.load() for name, one in stored.items()}
+    check_finite(tensors, f"checkpoint {path}", "get or train the file anew")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the whole training state of a ``fit``; none of the code that a foreign file may hold is ever run.
+
+    Raises:
+        UsageError: The file is broken, holds code, or holds something else.
+    """
+    found = open_weights(path).of("training state")
+    assert found.content is not None  # a training state's
+    return found.content()

@@ -1,0 +1,93 @@
+"""The header of a file of weights: what its tensors are, as a JSON object that every format is translated to.
+
+| key | meaning |
+|---|---|
+| ``kind`` | one of :data:`KINDS` |
+| ``network``, ``denoiser``, ``process`` | the parts that the weights were trained in, as an experiment names them |
+| ``prior``, ``posterior``, ``density`` | the same of a generator, a density or a classifier |
+| ``shape`` | image shape, [channels, height, width] |
+| ``classes`` | number of class labels that the network reads, 0 for none |
+| ``trained_ratios`` | least and largest noise-to-data ratio of a denoiser's training |
+| ``data``, ``images_seen`` | label of the training data, and number of images seen |
+| ``stands_on`` | :func:`~diffaccel.weights.tensors_sha256` of the frozen denoiser's network during the fit |
+| ``source`` | provenance of weights imported from another codebase |
+
+A key that a file lacks is not compared with an experiment.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffaccel.weights.pickles import refuse
+
+KINDS = {
+    "denoiser": "a denoiser",
+    "generator": "a generator",
+    "density": "a density",
+    "classifier": "a classifier",
+    "extractor": "an extractor",
+    "training state": "a training state",
+}
+"""Kind of weights -> its name in a sentence."""
+
+
+def name_of(kind: str | None) -> str:
+    """Name a kind in a sentence."""
+    return "weights of unknown kind" if kind is None else KINDS.get(kind, f"the unknown kind {kind[:40]!r}")
+
+
+def kind_of(header: Mapping[str, Any]) -> str | None:
+    """Return the kind of weights by their header; None if the header doesn't tell.
+
+    Files of version 0.1 have no ``kind``: it follows from their other keys.
+    """
+    if "kind" in header:
+        return str(header["kind"])
+    if {"channels", "widths", "dim"} <= header.keys():
+        return "extractor"
+    if "density" in header:
+        return "density"
+    prior = header.get("prior")
+    if isinstance(prior, dict) and prior.get("name") == "implicit" and prior.get("generator", "separate") != "shared":
+        return "generator"
+    if "module" in header and "averaged" not in header:
+        return "classifier"
+    return "denoiser" if header.get("network") and ("averaged" in header or "source" in header) else None
+
+
+def check_types(origin: str, header: Mapping[str, Any]) -> None:
+    """Refuse a header whose values are of other types than the table above has.
+
+    Raises:
+        UsageError: A value is; the message names its key.
+    """
+    for key, (holds, expected) in _TYPES.items():
+        if key in header and not holds(header[key]):
+            raise refuse(origin, f"its header's {key} is not {expected}")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and (not value or isinstance(value.get("name"), str))
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and size > 0 for size in value)
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(end) in (int, float) for end in value):
+        return False
+    return not any(math.isnan(end) for end in value)
+
+
+_PART = (_is_part, "a part's name and keys")
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior"), _PART),
+    "shape": (_is_shape, "[channels, height, width]"),
+    "trained_ratios": (_is_range, "[least, largest]"),
+    "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),
+    "images_seen": (lambda value: value is None or type(value) is int, "a number of images"),
+    "stands_on": (lambda value: isinstance(value, str), "a hash"),
+    "source": (lambda value: isinstance(value, dict), "a mapping"),
+}
