@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.data import npz
 from diffaccel.data.decode import listed
@@ -34,6 +35,7 @@ class Digits(Source):
     def __init__(self, label: str | None = None) -> None:
         self.label = label or "digits 8x8"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split."""
         from sklearn.datasets import load_digits  # imported late: it takes a second that other sources needn't wait
@@ -64,6 +66,7 @@ class Npz(Source):
         self.path, self.test_path = path, test_path
         self.label = label or os.path.basename(path)
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split.
 
@@ -172,6 +175,7 @@ class Cifar10(Source):
         self.root, self.download = root, download
         self.label = label or "CIFAR-10"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split.
 
@@ -215,6 +219,7 @@ class Toy(Source):
         self.n, self.seed = n, seed
         self.label = label or "toy mixture"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Draw a split.
 

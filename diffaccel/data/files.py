@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed
 from diffaccel.data.labels import Labels, read_labels
@@ -73,6 +74,7 @@ class FileImages(Images):
         return len(self.names)
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W); the first use checks all images."""
         if self._shape is None:
@@ -80,6 +82,7 @@ class FileImages(Images):
         assert self._shape is not None
         return self._shape
 
+    @override
     def check(self) -> None:
         """Decode every image once; ``notes`` then say what is changed in them.
 
@@ -102,6 +105,7 @@ class FileImages(Images):
             changes["grey among colour images, read as RGB"] = grey
         self.notes = [*self._said, *(f"{count} of {len(whole)} images {text}" for text, count in changes.items())]
 
+    @override
     def first(self, n: int) -> "FileImages":
         """Return the first ``n`` images by name; colour and the number of classes stay those of the whole split."""
         labels = None if self.labels is None else self.labels[:n]
@@ -109,6 +113,7 @@ class FileImages(Images):
         some._said = self._said
         return some
 
+    @override
     def read(self, indices: Tensor) -> Tensor:
         """Decode the images at ``indices`` (n,).
 
@@ -225,6 +230,7 @@ class FileSource(Source):
             UsageError: No such place, a broken one, or no images in it.
         """
 
+    @override
     def split(self, name: Split) -> FileImages:
         """List a split.
 
@@ -245,7 +251,8 @@ class Folder(FileSource):
     Reads what EDM's ``dataset_tool.py`` writes into a folder, and the class folders of torchvision's ``ImageFolder``.
     """
 
-    def files(self, path: str) -> Files:  # noqa: D102
+    @override
+    def files(self, path: str) -> Files:
         return FolderFiles(path)
 
 
@@ -258,5 +265,6 @@ class Zip(FileSource):
         https://github.com/NVlabs/edm#preparing-datasets
     """
 
-    def files(self, path: str) -> Files:  # noqa: D102
+    @override
+    def files(self, path: str) -> Files:
         return ZipFiles(path)

@@ -7,6 +7,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
@@ -94,6 +95,7 @@ class DataModule(LightningDataModule):
         self._splits: dict[str, Images] = {}
 
     @property
+    @override
     def name(self) -> str:  # type: ignore[override]
         """The source's registered name."""
         return self.source_name
@@ -150,10 +152,12 @@ class DataModule(LightningDataModule):
         """Return the number of images of a split, after ``limit``."""
         return len(self.images(split))
 
+    @override
     def setup(self, stage: str) -> None:
         """Open and check the training images, so that a broken one stops the run before it starts."""
         self.images("train")
 
+    @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this process's endless loader of ``Batch``, from ``start_step`` on.
 
@@ -169,6 +173,7 @@ class DataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    @override
     def val_dataloader(self) -> DataLoader[int]:
         """Return one empty batch: what is evaluated is made, not read (see the evaluator)."""
         return DataLoader([0])  # type: ignore[arg-type]

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from typing_extensions import override
+
 from diffaccel.data.decode import MAX_BYTES, SUFFIXES, UNREADABLE, has_image_suffix, is_image, listed
 from diffaccel.errors import UsageError
 from diffaccel.text.escape import printable
@@ -109,6 +111,7 @@ class FolderFiles(Files):
             raise UsageError(f"no folder {printable(path)}: {remedy}")
         super().__init__(path)
 
+    @override
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
         stream = open(os.path.join(self.path, name), "rb")  # noqa: SIM115 (the caller closes it)
@@ -117,6 +120,7 @@ class FolderFiles(Files):
             raise ValueError(f"{size} bytes, the limit is {MAX_BYTES}")
         return stream
 
+    @override
     def _walk(self) -> Iterator[str]:
         """Go through real folders first, so that a folder's images have their own name and not that of a link."""
         real = Path(self.path).resolve()
@@ -160,6 +164,7 @@ class ZipFiles(Files):
         self._members: dict[str, zipfile.ZipInfo] = {}
         super().__init__(path)
 
+    @override
     def open(self, name: str) -> IO[bytes]:
         """Unpack a member into memory: formats that seek would unpack it again and again."""
         member = self._members[name]
@@ -177,6 +182,7 @@ class ZipFiles(Files):
         """Travel to a spawned loader worker without the handle."""
         return {**{key: value for key, value in self.__dict__.items() if key != "_handle"}, "_owner": -1}
 
+    @override
     def _walk(self) -> Iterator[str]:
         try:
             members = self._archive().infolist()

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -77,15 +78,18 @@ class ArrayImages(Images):
         return len(self.images)
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @override
     def read(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices`` (n,) as (n, C, H, W)."""
         return torch.index_select(self.images, 0, indices)
 
+    @override
     def first(self, n: int) -> "ArrayImages":
         """Return the first ``n`` images; the number of classes stays that of the whole split."""
         return ArrayImages(self.images[:n], None if self.labels is None else self.labels[:n], self.classes, self.notes)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -109,17 +110,21 @@ class ConditionedDenoiser(Denoiser):
         self.denoiser, self.condition = denoiser, condition
 
     @property
-    def network(self) -> nn.Module:  # noqa: D102
+    @override
+    def network(self) -> nn.Module:
         return self.denoiser.network
 
-    def select(self, index: Tensor) -> Denoiser:  # noqa: D102
+    @override
+    def select(self, index: Tensor) -> Denoiser:
         return ConditionedDenoiser(self.denoiser.select(index), self.condition[index])
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         return self.denoiser(x_t, t, self.condition if condition is None else condition, *augment_args(augment))
 
+    @override
     def guided(self, weight: float) -> Denoiser:
         """See :class:`Denoiser`.
 
@@ -150,10 +155,12 @@ class GuidedDenoiser(ConditionedDenoiser):
         super().__init__(denoiser, condition)
         self.weight = weight
 
-    def select(self, index: Tensor) -> Denoiser:  # noqa: D102
+    @override
+    def select(self, index: Tensor) -> Denoiser:
         return GuidedDenoiser(self.denoiser.select(index), self.condition[index], self.weight)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         given, free = super().forward(x_t, t, condition, augment), self.denoiser(x_t, t, None, *augment_args(augment))

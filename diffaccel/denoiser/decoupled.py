@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS
 from diffaccel.denoiser.network import NetworkDenoiser
@@ -99,11 +100,13 @@ class DecoupledDenoiser(NetworkDenoiser):
             )
         self.single = heads == (1,)
 
+    @override
     def noise_conditioning(self, t: Tensor) -> Tensor:
         """Return ln t, scaled, (B,)."""
         return self.noise_scale * t.log()
 
-    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         return expand(self.coefficients(t).scale_in, x_t) * x_t
 
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -151,12 +154,14 @@ class DecoupledDenoiser(NetworkDenoiser):
         """x_0 = x_t - H(t; phi) - sigma_t eps, which divides by nothing, (B, C, H, W)."""
         return x_t - self.process.attenuated(heads.phi, t) - expand(self.process.sigma(t), x_t) * heads.eps
 
+    @override
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """See :class:`NetworkDenoiser`; with the phi that the bridge takes."""
         heads = self.heads(output, x_t, t)
         heads = heads._replace(phi=self.process.attenuation.confine(heads.phi))
         return DecoupledPrediction(self.image(heads, x_t, t), heads.eps, heads.phi)
 
+    @override
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor, phi: Tensor | None = None) -> Tensor:
         """What each head's output should be, (B, sum(heads) C, H, W).
 
@@ -184,6 +189,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         both = expand(rest * self.sigma_data / norm, eps) * eps - expand(v.sqrt() / (norm * self.sigma_data), x_0) * x_0
         return both, both
 
+    @override
     def loss(
         self,
         x_0: Tensor,

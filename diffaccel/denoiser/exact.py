@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
@@ -39,7 +40,8 @@ class MixtureDenoiser(Denoiser):
         a = alpha.to(x)[:, None]
         return x.square().sum(1, keepdim=True) - 2 * a * (x @ means.T) + a.square() * means.square().sum(1)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)

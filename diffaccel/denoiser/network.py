@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS, Denoiser, augment_args
 from diffaccel.errors import UsageError
@@ -52,7 +53,8 @@ class NetworkDenoiser(Denoiser):
         self.ratio_range = (ratio_min, min(ratio_max, top))
 
     @property
-    def network(self) -> nn.Module:  # noqa: D102
+    @override
+    def network(self) -> nn.Module:
         return self._network
 
     def copy(self) -> "NetworkDenoiser":
@@ -83,7 +85,8 @@ class NetworkDenoiser(Denoiser):
         noise = self.noise_conditioning(t).to(x_t)
         return self._network(self.scale_input(x_t, t), noise, condition, *augment_args(augment)).to(x_t)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         return self.prediction(self.output(x_t, t, condition, augment), x_t, t)
@@ -132,10 +135,12 @@ class EpsDenoiser(NetworkDenoiser):
                 "set denoiser.ratio_max, or take denoiser=v, x0 or karras"
             )
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
         return Prediction((x_t - sigma * output) / alpha, output)
 
@@ -144,10 +149,12 @@ class EpsDenoiser(NetworkDenoiser):
 class DataDenoiser(NetworkDenoiser):
     """The network predicts the data; the ratio must be positive."""
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return x_0
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
         return Prediction(output, (x_t - alpha * output) / sigma)
 
@@ -160,10 +167,12 @@ class VelocityDenoiser(NetworkDenoiser):
         Progressive Distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512
     """
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return expand(self.process.alpha(t), x_0) * eps - expand(self.process.sigma(t), x_0) * x_0
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         norm = alpha.square() + sigma.square()  # 1 on a variance preserving process
         a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
@@ -210,20 +219,24 @@ class KarrasDenoiser(NetworkDenoiser):
         """Standard deviation of x_t."""
         return (self.process.sigma(t).square() + (self.process.alpha(t) * self.sigma_data).square()).sqrt()
 
+    @override
     def noise_conditioning(self, t: Tensor) -> Tensor:
         """c_noise = ln(rho) / 4, (B,)."""
         return self.process.ratio(t).log() / 4
 
+    @override
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """c_in y = x_t over its standard deviation."""
         return x_t / expand(self._norm(t), x_t)
 
+    @override
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(x_0 - c_skip y) / c_out, whose variance is 1 at every level."""
         alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
         return expand(sigma / (norm * self.sigma_data), x_0) * x_0 - expand(alpha * self.sigma_data / norm, x_0) * eps
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
         scaled = x_t / expand(norm, x_t)
         skip, out = alpha * self.sigma_data / norm, sigma / norm

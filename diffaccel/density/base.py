@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -158,10 +159,12 @@ class NormalDensity(Density):
         """Of each scalar."""
         return self.std**2 + self.ratio**2
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         return self.variance**0.5 * z.reshape(-1, *self.shape)
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         return gaussian_log_prob(y.flatten(1), torch.full_like(y[0].flatten(), self.variance, dtype=torch.float64))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.collective import all_reduce
 from diffaccel.density.base import TrainingImages
@@ -70,13 +71,16 @@ class PrincipalBasis(Basis):
         super().__init__(shape)
         self.register_buffer("vectors", torch.eye(self.size))
 
-    def rotate(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate(self, x: Tensor) -> Tensor:
         return x @ self.vectors.to(x)
 
-    def rotate_back(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate_back(self, c: Tensor) -> Tensor:
         return c @ self.vectors.to(c).T
 
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         sums = MomentSums(self.size, blocks=1).to(self.mean.device)
         for index, batch in images.own():
             sums.update(batch.flatten(1), index)
@@ -106,10 +110,12 @@ class CosineBasis(Basis):
         self.register_buffer("rows", cosines(height), persistent=False)
         self.register_buffer("columns", cosines(width), persistent=False)
 
-    def rotate(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate(self, x: Tensor) -> Tensor:
         return self._spectrum(x.reshape(-1, *self.shape), self.colours).flatten(1)[:, self.order]
 
-    def rotate_back(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate_back(self, c: Tensor) -> Tensor:
         spectrum = torch.empty_like(c)
         spectrum[:, self.order] = c
         return self._spectrum(spectrum.reshape(-1, *self.shape), self.colours, back=True).flatten(1)
@@ -122,7 +128,8 @@ class CosineBasis(Basis):
         x = einsum(x, colours, "b c h w, c k -> b k h w")
         return einsum(einsum(x, rows, "b c h w, i h -> b c i w"), columns, "b c h w, j w -> b c h j")
 
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         channels, height, width = self.shape
         device, plain = self.mean.device, torch.eye(channels)
         count = torch.zeros(1, dtype=torch.float64, device=device)

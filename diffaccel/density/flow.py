@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 import zuko
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, gaussian_log_prob
 from diffaccel.density.basis import BasisName
@@ -57,9 +58,11 @@ class FlowDensity(LeadingDensity):
         """Deviations of the leading coordinates, (rank,) float64."""
         return self.variances[: self.rank].sqrt()
 
-    def draw(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:
         return self.flow().transform.inv(z) * self._scale.to(z)
 
-    def leading_log_prob(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def leading_log_prob(self, c: Tensor) -> Tensor:
         z, log_det = self.flow().transform.call_and_ladj(c / self._scale.to(c))
         return gaussian_log_prob(z, torch.ones_like(self._scale)) + log_det.double() - self._scale.log().sum()

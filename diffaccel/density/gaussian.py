@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, Density, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName, make_basis
@@ -33,14 +34,17 @@ class GaussianDensity(Density):
         return self.basis.variances.double() + self.ratio**2
 
     @torch.no_grad()
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         self.basis.fit(images)
         self.fitted.fill_(True)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         return self.basis.images(z * self.variances.sqrt().to(z))
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         return gaussian_log_prob(self.basis.coordinates(y), self.variances)
 
 
@@ -70,11 +74,13 @@ class LeadingDensity(GaussianDensity):
     def leading_log_prob(self, c: Tensor) -> Tensor:
         """Log-density of leading coordinates (B, rank): (B,) float64."""
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         rest = z[:, self.rank :] * self.variances[self.rank :].sqrt().to(z)
         return self.basis.images(torch.cat([self.draw(z[:, : self.rank], u).to(z), rest], dim=1))
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         c = self.basis.coordinates(y)
         rest = gaussian_log_prob(c[:, self.rank :], self.variances[self.rank :])
         return self.leading_log_prob(c[:, : self.rank]) + rest

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName
@@ -85,7 +86,8 @@ class MixtureDensity(LeadingDensity):
         self.vectors.copy_(vectors)
 
     @torch.no_grad()
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         super().fit(images)
         if images.rank == 0:  # the others are given the result
             self._fit_leading(self._leading(images), images.seed)
@@ -118,13 +120,15 @@ class MixtureDensity(LeadingDensity):
         fitted = (model.weights_, model.means_, model.covariances_)
         self.set_components(*(torch.from_numpy(array).to(self.means.device) for array in fitted))
 
-    def draw(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:
         k = torch.searchsorted(self.weights.double().cumsum(0), u.to(self.weights.device).double(), right=True)
         k = k.clamp_max(self.components - 1)  # the weights' sum is rounded
         scaled = (z * self.values[k].sqrt().to(z))[:, :, None]
         return self.means[k].to(z) + (self.vectors[k].to(z) @ scaled)[:, :, 0]
 
-    def leading_log_prob(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def leading_log_prob(self, c: Tensor) -> Tensor:
         centred = c.double()[:, None] - self.means.double()  # (B, K, rank)
         along = torch.einsum("bki,kij->bkj", centred, self.vectors.double())
         each = gaussian_log_prob(along, self.values.double())

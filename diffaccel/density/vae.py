@@ -6,6 +6,7 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, Density, TrainingImages
 from diffaccel.errors import UsageError
@@ -55,17 +56,21 @@ class VAEDensity(Density):
         """s^2."""
         return self.ratio**2 + F.softplus(self.raw_excess)
 
+    @override
     def fit(self, images: TrainingImages) -> None:
         """There is nothing to do before the first step."""
         self.fitted.fill_(True)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         noise, latent = z.split([self.size, self.latent], dim=1)
         return self.decoder(latent) + self.variance.sqrt() * noise.reshape(-1, *self.shape)
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         raise UsageError("density 'vae' samples and has no log-density: take another for likelihoods")
 
+    @override
     def loss(self, y: Tensor) -> Tensor:
         """The negative evidence bound in bits per dimension, one draw of the latent: (B,)."""
         mean, log_std = self.encoder(y / (1 + self.ratio**2) ** 0.5).chunk(2, dim=1)

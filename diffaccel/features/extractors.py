@@ -16,6 +16,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -83,6 +84,7 @@ class Identity(Extractor):
         super().__init__()
         self.name, self.dim, self.sha256 = "identity", dim, hashlib.sha256().hexdigest()
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Flatten (N, C, H, W) or (N, dim), uint8 or float."""
         flat = images.flatten(1)
@@ -117,10 +119,12 @@ class Inception(Extractor):
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
 
     @property
+    @override
     def metric_name(self) -> str:
         """``fid``."""
         return "fid"
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Extract pool3 features; grey images are repeated to three channels."""
         _check_images(images, self.name, channels=(1, 3))
@@ -246,6 +250,7 @@ class Small(Extractor):
         self.name, self.dim = str(self.metadata["name"]), self.network.config["dim"]
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Extract the penultimate features."""
         _check_images(images, self.name, channels=(self.network.config["channels"],))

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.features.extractors import Extractor
@@ -51,6 +52,7 @@ class AsJPEG(Extractor):
         self.name, self.dim = f"{extractor.name}_jpeg{quality}", extractor.dim
         self.sha256 = hashlib.sha256(f"{extractor.sha256} jpeg {quality}".encode()).hexdigest()
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Extract features of the files, (N, C, H, W) uint8 -> (N, dim)."""
         return self.extractor.features(jpeg(images, self.quality))

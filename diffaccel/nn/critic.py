@@ -18,6 +18,7 @@ import torch
 from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -42,6 +43,7 @@ class EqualisedLinear(nn.Linear):
         self.rate = rate
         self.gain = rate * _equalise(self, rate)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(..., width_in) -> (..., width)."""
         return F.linear(x, self.gain * self.weight, self.rate * self.bias)
@@ -56,6 +58,7 @@ class EqualisedConv2d(nn.Conv2d):
         super().__init__(width_in, width, size, stride, padding, bias=bias)
         self.gain = _equalise(self)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H', W')."""
         return F.conv2d(x, self.gain * self.weight, self.bias, self.stride, self.padding)
@@ -263,6 +266,7 @@ class StyleGAN2Critic(Critic):
         self.conv = EqualisedConv2d(widths[-1] + 1, widths[-1], 3, padding=1)
         self.linear = EqualisedLinear(widths[-1] * 4 * 4, widths[-1])
 
+    @override
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C(4))."""
         hidden = self.blocks(leaky(self.from_image(x)))
@@ -293,6 +297,7 @@ class MLPCritic(Critic):
             EqualisedLinear(before, after) for before, after in zip(widths, widths[1:], strict=False)
         )
 
+    @override
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, width)."""
         hidden = rearrange(x, "b c h w -> b (c h w)")

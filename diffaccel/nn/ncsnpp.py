@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
@@ -67,6 +68,7 @@ class BlurredConv(nn.Conv2d):
         self.pad = len(TAPS[filter]) // 2
         self.register_buffer("kernel", resampling_kernel(filter), persistent=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / 2, W / 2)."""
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
@@ -144,6 +145,7 @@ class Branch(Decoder):
         super().__init__()
         self.decouple = Decouple(width)
 
+    @override
     def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         return super().decode(self.decouple(hidden), skips, embedding)

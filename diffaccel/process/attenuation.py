@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
@@ -55,10 +56,12 @@ class Attenuation(ABC):
 class Constant(Attenuation):
     """h = C, so H = C t with C = -x_0 and the state's mean is (1 - t) x_0: the paper's default."""
 
-    def integral(self, phi: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def integral(self, phi: Tensor, t: Tensor) -> Tensor:
         return phi * t
 
-    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:
         return -x_0
 
 
@@ -73,19 +76,24 @@ class Linear(Attenuation):
     free = 1
     variance = 0.516
 
-    def integral(self, phi: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def integral(self, phi: Tensor, t: Tensor) -> Tensor:
         k, c = phi.chunk(2, dim=1)
         return 0.5 * t.square() * k + t * c
 
-    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:
         return torch.cat([free, -x_0 - 0.5 * free], dim=1)
 
-    def gain(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def gain(self, t: Tensor) -> Tensor:
         return 0.5 * (t.square() - t)
 
-    def draw(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:
         return self.parameters(x_0, noise.normal(x_0).clamp(-1, 1))
 
-    def confine(self, phi: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def confine(self, phi: Tensor) -> Tensor:
         k, c = phi.chunk(2, dim=1)
         return torch.cat([k.clamp(-1, 1), c], dim=1)

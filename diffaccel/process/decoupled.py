@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.process.attenuation import Attenuation, Constant
@@ -38,32 +39,39 @@ class Decoupled(Process):
             raise UsageError(f"process 'decoupled': clock {self.clock!r} is neither 't' nor 't^2'")
 
     @property
-    def scales_data(self) -> bool:  # noqa: D102
+    @override
+    def scales_data(self) -> bool:
         return not self.attenuation.free
 
     def _v(self, t: Tensor) -> Tensor:
         return t if self.clock == "t" else t.square()
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return self._v(t).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         inverse = 1 / ratio  # finite arithmetic at infinite ratio
         if self.clock == "t":
             return (2 / (inverse + (inverse.square() + 4).sqrt())).square()
         return 1 / (1 + inverse)
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         self._require_scaled("an SDE of the state alone: take solver=ddim or bridge")
         return -1 / (1 - t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         derivative = torch.ones_like(t) if self.clock == "t" else 2 * t
         return (derivative + 2 * self._v(t) / (1 - t)).sqrt()
 
+    @override
     def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:
         """Bridge deviation sqrt(v_s (v_t - v_s) / v_t), the paper's q(x_s | x_t, x_0)."""
         v_t, v_s = self._v(t), self._v(s)
@@ -88,27 +96,32 @@ class Decoupled(Process):
         self._require_scaled("a denoiser that predicts no attenuation: take denoiser=decoupled")
         return self.attenuation.parameters(prediction.x_0, prediction.x_0[:, :0])
 
+    @override
     def mean(self, prediction: Prediction, s: Tensor) -> Tensor:
         """x_0 + H(s; phi); alpha_s x_0 for constant attenuation."""
         if self.scales_data:
             return super().mean(prediction, s)
         return prediction.x_0 + self.attenuated(self.phi_of(prediction), s)
 
+    @override
     def change(self, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         """H(s; phi) - H(t; phi) of the prediction's own phi."""
         phi = self.phi_of(prediction)
         return self.attenuated(phi, s) - self.attenuated(phi, t)
 
+    @override
     def reprojected(self, prediction: Prediction, x_0: Tensor) -> Prediction:
         """Give a prediction another ``x_0``, and the C that takes it to zero."""
         free = self.phi_of(prediction)[:, : -x_0.shape[1]]
         return DecoupledPrediction(x_0, prediction.eps, self.attenuation.parameters(x_0, free))
 
-    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         self._require_scaled("a loss that draws none: take method=ddm")
         return super().marginal(x_0, t, eps)
 
-    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    @override
+    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         self._require_scaled("states x / alpha: take prior=gaussian without ratio_star, and a solver that needs none")
         return super().from_ratio(y, ratio)
 

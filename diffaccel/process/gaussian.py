@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.process.base import PROCESSES, Process, require
@@ -42,19 +43,24 @@ class VariancePreserving(Process):
     def _beta(self, t: Tensor) -> Tensor:
         return self.beta_0 + (self.beta_1 - self.beta_0) * t
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return (-0.5 * self._integral(t)).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(-self._integral(t))).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return self._integral_inverse(torch.log1p(ratio.square()))
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return -0.5 * self._beta(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return self._beta(t).sqrt()
 
 
@@ -67,13 +73,16 @@ class SubVariancePreserving(VariancePreserving):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 29
     """
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self._integral(t))
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return self._integral_inverse(2 * torch.asinh(0.5 * ratio))
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-self._beta(t) * torch.expm1(-2 * self._integral(t))).sqrt()
 
 
@@ -108,25 +117,30 @@ class CosineVariancePreserving(Process):
     def _u(self, t: Tensor) -> Tensor:
         return 0.5 * math.pi * (t + self.offset) / (1 + self.offset)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return self._u(t).cos() / math.cos(self._u_0)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         # cos^2 u_0 - cos^2 u as a product, which doesn't cancel at small t.
         above = 0.5 * math.pi * t / (1 + self.offset)  # u - u_0
         return (above.sin() * (above + 2 * self._u_0).sin()).clamp_min(0).sqrt() / math.cos(self._u_0)
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         sin_0, cos_0 = math.sin(self._u_0), math.cos(self._u_0)
         sin_u = (ratio.square() + sin_0**2).sqrt()  # over the same factor as cos u, which is then cos_0
         # Sine and cosine of u - u_0, the former without cancellation at small ratios.
         above = torch.atan2(cos_0 * ratio.square() / (sin_u + sin_0), cos_0**2 + sin_u * sin_0)
         return above / (0.5 * math.pi) * (1 + self.offset)
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return -0.5 * math.pi / (1 + self.offset) * self._u(t).tan()
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-2 * self.drift(t)).sqrt()
 
 
@@ -168,6 +182,7 @@ class DiscreteVariancePreserving(Process):
             )
 
     @property
+    @override
     def t_max(self) -> float:  # type: ignore[override]
         """The last index."""
         return self.steps - 1.0
@@ -185,21 +200,26 @@ class DiscreteVariancePreserving(Process):
         below, slope = self._segment(t)
         return self._table(t)[below] + (t + 1 - below) * slope
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return (0.5 * self._log_alpha_bar(t)).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(self._log_alpha_bar(t))).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         log_alpha_bar, table = -torch.log1p(ratio.square()), self._table(ratio)
         below = (torch.searchsorted(-table, -log_alpha_bar, right=True) - 1).clamp(0, self.steps - 1)
         return below - 1 + (log_alpha_bar - table[below]) / (table[below + 1] - table[below])
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return 0.5 * self._segment(t)[1]
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-2 * self.drift(t)).sqrt()
 
 
@@ -229,19 +249,24 @@ class VarianceExploding(Process):
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * (self._rate * t).exp()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return (ratio / self.sigma_min).log() / self._rate
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return self.sigma(t) * math.sqrt(2 * self._rate)
 
 
@@ -263,21 +288,27 @@ class EDMVarianceExploding(Process):
         require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max={self.sigma_max:g}: give a positive level")
 
     @property
+    @override
     def t_max(self) -> float:  # type: ignore[override]
         """The largest noise level."""
         return self.sigma_max
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return t
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return ratio
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (2 * t).sqrt()

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -136,6 +137,7 @@ class RK45(Solver):
         positive("solver 'rk45'", tol=self.tol)
         at_least(1, "solver 'rk45'", max_steps=self.max_steps)
 
+    @override
     def evaluations(self, steps: int) -> NoReturn:
         """Refuse: the tolerance decides.
 
@@ -144,10 +146,12 @@ class RK45(Solver):
         """
         raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set solver.tol, and nfe=null")
 
+    @override
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int = 0) -> Tensor:
         """See :class:`Solver`; ``steps`` counts for nothing."""
         return super().__call__(denoiser, x_t, t, noise, steps=2 if self.denoise else 1)
 
+    @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         """Go from ``t`` to ``s`` in as many steps as it takes; to ratio 0, in one DDIM step."""
         process = denoiser.process

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -61,7 +62,8 @@ class AnalyticFirst(Denoiser):
         self.denoiser, self.std = denoiser, std
         self.used = False
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         if self.used:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -48,7 +49,8 @@ class Bridge(DDIM):
         if self.clamp and not self.reproject:
             raise UsageError("solver 'bridge': clamp changes nothing without reproject: set one of them otherwise")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process, prediction = denoiser.process, denoiser(x_t, t)
         if self.reproject:
             x_0 = prediction.x_0.clamp(-1, 1) if self.clamp else prediction.x_0

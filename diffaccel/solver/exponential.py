@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -77,7 +78,8 @@ class DPMSolverPP3M(Solver):
         DPM-Solver++ (Lu et al., 2022), https://arxiv.org/abs/2211.01095
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)
@@ -118,7 +120,8 @@ class DEIS(Solver):
         if self.max_order not in (1, 2, 3, 4):
             raise UsageError(f"solver 'deis': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.checks import positive
@@ -75,7 +76,8 @@ class Karras(Grid):
         if not 0.1 <= self.rho <= 1000:
             raise UsageError(f"grid 'karras': rho is {self.rho}, it must lie between 0.1 and 1000")
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = start.clamp_max(self.ratio_cap) ** (1 / self.rho), stop ** (1 / self.rho)
         return process.time((a + fraction * (b - a)) ** self.rho)
 
@@ -85,7 +87,8 @@ class Karras(Grid):
 class LogSNR(Grid):
     """Uniform in ln(ratio): geometric levels."""
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         start = start.clamp_max(self.ratio_cap)
         return process.time(start * (stop / start) ** fraction)
 
@@ -113,7 +116,8 @@ class Listed(LogSNR):
         if len(given) < 2 or given[0] != 0 or given[-1] != 1 or any(a >= b for a, b in pairwise(given)):
             raise UsageError(f"grid 'listed': fractions is {given}, it must rise from 0 to 1")
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         nodes = torch.tensor(self.fractions, dtype=fraction.dtype, device=fraction.device)
         position = fraction * (len(nodes) - 1)
         below = position.floor().clamp_max(len(nodes) - 2).long()
@@ -126,7 +130,8 @@ class Listed(LogSNR):
 class UniformTime(Grid):
     """Uniform in the process's own time, which is finite at any ratio: there is no cap."""
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
         return a + fraction * (b - a)
 
@@ -146,7 +151,8 @@ class Quadratic(Grid):
         Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, appendix D.2
     """
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
         if (b < 0).any():
             raise UsageError(
@@ -177,7 +183,8 @@ class TimeToZero(Grid):
     ratio_min: float = 1e-2 / (1 - 1e-4)  # t = 1e-4 on the decoupled process
     final_evaluation: bool = True
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not self.final_evaluation:
             return process.time(start) * (1 - fraction * (len(fraction) / (len(fraction) + 1)))
         last, levels = process.time(stop), process.time(start) * (1 - fraction)
@@ -201,7 +208,8 @@ class Indices(Grid):
         UsageError: The process has no indices, or fewer than steps.
     """
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not isinstance(process, DiscreteVariancePreserving):
             raise UsageError("grid 'index' needs the indices of process=vp_discrete: take it, or another grid")
         top = process.time(start).round()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -22,7 +23,8 @@ class DPMSolverPP2M(Solver):
         DPM-Solver++ (Lu et al., 2022), https://arxiv.org/abs/2211.01095, Algorithm 2
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)
@@ -62,7 +64,8 @@ class IPNDM(Solver):
         if self.max_order not in _ADAMS_BASHFORTH:
             raise UsageError(f"solver 'ipndm': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -40,7 +41,8 @@ class DDIM(Solver):
         if not 0 <= self.eta <= 1:
             raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must lie in [0, 1]")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         mean, std = denoiser.process.transition(denoiser(x_t, t), t, s, self.eta)
         if self.eta == 0:
             return mean
@@ -58,7 +60,8 @@ class Euler(Solver):
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 4
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         return denoiser.process.transition(denoiser(x_t, t), t, s)[0]
 
 
@@ -71,10 +74,12 @@ class Heun(Solver):
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1
     """
 
-    def predictions(self, steps: int) -> int:  # noqa: D102
+    @override
+    def predictions(self, steps: int) -> int:
         return 2 * steps - 1 if self.denoise else 2 * steps
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)
@@ -95,7 +100,8 @@ class DPMSolver2(Heun):
         DPM-Solver (Lu et al., 2022), https://arxiv.org/abs/2206.00927, Algorithm 1
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         x_s, _ = process.transition(prediction, t, s)
@@ -139,7 +145,8 @@ class StochasticHeun(Heun):
         at_least(0, where, S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
         at_least(self.S_min, where, S_max=self.S_max)
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         ratio = process.ratio(t)
         churned = (self.S_min <= ratio) & (ratio <= self.S_max)

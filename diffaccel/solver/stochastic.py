@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -48,7 +49,8 @@ class ProbabilityFlow(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho = process.ratio(t)
         return _state(process, denoiser(x_t, t), s, rho - _removed(process, t, s) / (2 * rho))
@@ -68,7 +70,8 @@ class ReverseDiffusion(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho, removed = process.ratio(t), _removed(process, t, s)
         mean = _state(process, denoiser(x_t, t), s, rho - removed / rho)
@@ -97,7 +100,8 @@ class Ancestral(Solver):
     variance: Literal["small", "large"] = "large"
     clip: bool = False
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho_t, rho_s, removed = process.ratio(t), process.ratio(s), _removed(process, t, s)
         prediction = denoiser(x_t, t)
@@ -145,10 +149,12 @@ class PredictorCorrector(ReverseDiffusion):
         if self.corrector_steps < 0:
             raise UsageError(f"solver 'pc': corrector_steps is {self.corrector_steps}, it must be 0 or more")
 
-    def predictions(self, steps: int) -> int:  # noqa: D102
+    @override
+    def predictions(self, steps: int) -> int:
         return steps * (1 + self.corrector_steps)
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         for _ in range(self.corrector_steps):
             eps, z = denoiser(x_t, t).eps, trajectory.noise.normal(x_t)
@@ -177,7 +183,8 @@ class EulerMaruyama(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
         above, below = (trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)

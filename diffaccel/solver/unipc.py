@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.process import Prediction, Process
@@ -42,7 +43,8 @@ class UniPC(Solver):
 
     order: ClassVar[int]
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = self._corrected(process, denoiser(x_t, t), t, trajectory.past[: self.order])
         x_s, _ = process.transition(prediction, t, s)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typing_extensions import override
 
 from diffaccel.text.escape import printable
 
@@ -30,6 +31,7 @@ class PlainConsole(Console):
     def __init__(self, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
+    @override
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a string into what is shown."""
         shown = "\n".join(printable(line) for line in text.split("\n"))
