@@ -18,7 +18,7 @@ class VariancePreserving(Process):
     """VP with linear beta: B(t) = beta_0 t + (beta_1 - beta_0) t^2 / 2, alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
 
     Raises:
-        UsageError: The betas are negative, infinite, or fall.
+        UsageError: Not 0 <= beta_0 <= beta_1 < infinity, or beta_1 is 0.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 33
@@ -30,7 +30,7 @@ class VariancePreserving(Process):
     def __post_init__(self) -> None:
         require(
             0 <= self.beta_0 <= self.beta_1 < math.inf and self.beta_1 > 0,
-            f"process: beta_0={self.beta_0:g} and beta_1={self.beta_1:g}: give 0 <= beta_0 <= beta_1, beta_1 positive",
+            f"process: beta_0 is {self.beta_0:g} and beta_1 {self.beta_1:g}: set 0 <= beta_0 <= beta_1 and beta_1 > 0",
         )
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class SubVariancePreserving(VariancePreserving):
 class CosineVariancePreserving(Process):
     """VP with alpha = cos(u) / cos(u_0), u = pi/2 (t + s) / (1 + s).
 
-    The schedule ends at alpha = 0; ``t_max`` stops just before, where an eps prediction still fixes x_0 in float32.
+    alpha reaches 0 at t = 1. ``t_max`` is slightly lower, so that a prediction of eps still determines x_0 in float32.
 
     Raises:
         UsageError: ``offset`` is negative or infinite, or ``t_max`` is not between 0 and 1.
@@ -106,7 +106,7 @@ class CosineVariancePreserving(Process):
     def __post_init__(self) -> None:
         require(
             0 <= self.offset < math.inf and 0 < self.t_max < 1,
-            f"process 'vp_cosine': offset={self.offset:g} and t_max={self.t_max:g}: give an offset of 0 or more, and "
+            f"process 'vp_cosine': offset is {self.offset:g} and t_max {self.t_max:g}: set offset to 0 or more and "
             "t_max between 0 and 1",
         )
 
@@ -130,7 +130,7 @@ class CosineVariancePreserving(Process):
     @override
     def time(self, ratio: Tensor) -> Tensor:
         sin_0, cos_0 = math.sin(self._u_0), math.cos(self._u_0)
-        sin_u = (ratio.square() + sin_0**2).sqrt()  # over the same factor as cos u, which is then cos_0
+        sin_u = (ratio.square() + sin_0**2).sqrt()  # sin u and cos u up to a common factor, with cos u = cos_0
         # Sine and cosine of u - u_0, the former without cancellation at small ratios.
         above = torch.atan2(cos_0 * ratio.square() / (sin_u + sin_0), cos_0**2 + sin_u * sin_0)
         return above / (0.5 * math.pi) * (1 + self.offset)
@@ -146,7 +146,7 @@ class CosineVariancePreserving(Process):
 
 @lru_cache(maxsize=8)
 def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
-    """Logarithms of alpha_bar_i for i = -1 (which is the data, 0) .. steps - 1: (steps + 1,) float64 on the CPU."""
+    """Logarithm of alpha_bar_i, i = -1 .. steps - 1, (steps + 1,) float64 on the CPU; 0 for i = -1, the data."""
     beta = torch.linspace(beta_0, beta_1, steps, dtype=torch.float64, device="cpu")
     return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), torch.log1p(-beta).cumsum(0)])
 
@@ -154,15 +154,15 @@ def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
 @PROCESSES.register("vp_discrete")
 @dataclass(frozen=True)
 class DiscreteVariancePreserving(Process):
-    """DDPM's chain of T steps with linear beta; its times are the indices i = 0 .. T - 1, and i = -1 is the data.
+    """DDPM's chain of T steps with linear beta. Times are the indices i = 0 .. T - 1; i = -1 is the data.
 
         alpha_i^2 = alpha_bar_i = (1 - beta_0) (1 - beta_1) .. (1 - beta_i),    sigma_i^2 = 1 - alpha_bar_i
 
-    Between indices, where solvers with grids of their own may go, ln alpha_bar is joined by straight lines; beyond the
-    last it goes on straight.
+    ln alpha_bar is interpolated linearly between indices, for solvers whose grids have non-integer times, and
+    extrapolated linearly beyond the last.
 
     Attributes:
-        steps: T.
+        steps: Number of steps T.
         beta_0: First beta.
         beta_1: Last beta.
 
@@ -177,8 +177,8 @@ class DiscreteVariancePreserving(Process):
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.beta_0 <= self.beta_1 < 1:
             raise UsageError(
-                f"process 'vp_discrete': steps={self.steps} and beta from {self.beta_0} to {self.beta_1}: give one step"
-                " or more, and betas that rise between 0 and 1"
+                f"process 'vp_discrete': steps is {self.steps}, beta_0 {self.beta_0} and beta_1 {self.beta_1}: set "
+                "steps to 1 or more and 0 < beta_0 <= beta_1 < 1"
             )
 
     @property
@@ -191,7 +191,7 @@ class DiscreteVariancePreserving(Process):
         return _log_alpha_bar(self.steps, self.beta_0, self.beta_1).to(like)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Index into the table of the line that a time lies on, and the line's slope."""
+        """Index into the table of the segment that contains a time, and the slope of the segment."""
         table = self._table(t)
         below = (t.detach() + 1).floor().clamp(0, self.steps - 1).long()
         return below, table[below + 1] - table[below]
@@ -226,7 +226,7 @@ class DiscreteVariancePreserving(Process):
 @PROCESSES.register("ve")
 @dataclass(frozen=True)
 class VarianceExploding(Process):
-    """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 lies at t = -inf.
+    """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 is at t = -inf.
 
     Raises:
         UsageError: Not 0 < sigma_min < sigma_max < infinity.
@@ -241,8 +241,8 @@ class VarianceExploding(Process):
     def __post_init__(self) -> None:
         require(
             0 < self.sigma_min < self.sigma_max < math.inf,
-            f"process 've': sigma_min={self.sigma_min:g} and sigma_max={self.sigma_max:g}: give positive levels, "
-            "sigma_min the smaller",
+            f"process 've': sigma_min is {self.sigma_min:g} and sigma_max {self.sigma_max:g}: set "
+            "0 < sigma_min < sigma_max",
         )
 
     @property
@@ -273,7 +273,7 @@ class VarianceExploding(Process):
 @PROCESSES.register("edm")
 @dataclass(frozen=True)
 class EDMVarianceExploding(Process):
-    """EDM's VE: alpha = 1, sigma = t, so time is the noise level itself.
+    """EDM's VE: alpha = 1, sigma = t, so that time is the noise level.
 
     Raises:
         UsageError: ``sigma_max`` is not positive and finite.
@@ -285,7 +285,7 @@ class EDMVarianceExploding(Process):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max={self.sigma_max:g}: give a positive level")
+        require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max is {self.sigma_max:g}: set a positive level")
 
     @property
     @override
