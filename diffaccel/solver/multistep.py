@@ -1,4 +1,4 @@
-"""Solvers that reuse earlier predictions: one evaluation a step."""
+"""Multistep solvers with fixed coefficients: one evaluation per step, and earlier predictions are reused."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finit
 @SOLVERS.register("dpmpp2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(Solver):
-    """DPM-Solver++(2M): second order in lambda = -ln(rho), data prediction.
+    """DPM-Solver++(2M): second order in lambda = -ln(rho), with data prediction.
 
         x_s = DDIM(x_0) + alpha_s (1 - rho_s / rho_t) h / (2 h_last) (x_0 - x_0_last),    h = lambda_s - lambda_t
 
@@ -43,8 +43,8 @@ class DPMSolverPP2M(Solver):
 class IPNDM(Solver):
     """Improved pseudo-numerical method: Adams-Bashforth of up to fourth order on d(x / alpha) / d(rho) = eps.
 
-    The coefficients are those of equal steps, as published, and the start-up raises the order step by step. So it is
-    of order ``max_order`` on levels uniform in rho, given exact starting values, and of second order otherwise.
+    The coefficients are those of equal steps, as published, and the start-up increases the order step by step. The
+    method is of order ``max_order`` on grids uniform in rho given exact starting values, and of second order otherwise.
 
     Attributes:
         max_order: Number of predictions combined, 1 to 4.

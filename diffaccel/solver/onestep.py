@@ -1,4 +1,4 @@
-"""Solvers whose step depends on the present state alone."""
+"""One-step solvers, whose step depends on the current state only."""
 
 import math
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from diffaccel.solver.base import SOLVERS, Solver, Trajectory, where_finite
 @SOLVERS.register("ddim")
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """Denoising diffusion implicit step, x_s = mean + std z of the process's own transition.
+    """Denoising diffusion implicit model, x_s = mean + std z, with the mean and std of the process's transition.
 
-    eta = 0 integrates the probability-flow ODE to first order; eta = 1 is ancestral sampling (DDPM's on a variance
+    eta = 0 integrates the probability-flow ODE to first order. eta = 1 is ancestral sampling (DDPM's on a variance
     preserving process, DDM's on the decoupled one).
 
     Attributes:
         eta: Stochasticity, in [0, 1].
 
     Raises:
-        UsageError: eta lies outside [0, 1].
+        UsageError: eta is outside [0, 1].
 
     References:
         Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
@@ -39,7 +39,7 @@ class DDIM(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.eta <= 1:
-            raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must lie in [0, 1]")
+            raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must be in [0, 1]")
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
@@ -52,9 +52,9 @@ class DDIM(Solver):
 @SOLVERS.register("euler")
 @dataclass(frozen=True)
 class Euler(Solver):
-    """Euler's method on d(x / alpha) / d(rho) = eps: EDM's Algorithm 1 without its correction.
+    """Euler's method on d(x / alpha) / d(rho) = eps: EDM's Algorithm 1 without the second-order correction.
 
-    The same step as DDIM's with eta = 0, under the name that EDM's users look for.
+    The step is that of :class:`DDIM` with eta = 0; ``euler`` is its name in EDM.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 4
@@ -68,7 +68,7 @@ class Euler(Solver):
 @SOLVERS.register("heun")
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Heun's method on d(x / alpha) / d(rho) = eps: second order, two evaluations a step, one for the last.
+    """Heun's method on d(x / alpha) / d(rho) = eps: second order, two evaluations per step, one in the last step.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1
@@ -92,7 +92,7 @@ class Heun(Solver):
 @SOLVERS.register("dpm2")
 @dataclass(frozen=True)
 class DPMSolver2(Heun):
-    """DPM-Solver-2: the midpoint method in lambda = -ln(rho), second order, evaluations as Heun's.
+    """DPM-Solver-2: the midpoint method in lambda = -ln(rho), second order, as many evaluations as Heun's method.
 
         x_s = DDIM(eps) + alpha_s (rho_s - rho_t) (eps_m - eps),    eps_m at rho_m = sqrt(rho_t rho_s)
 
@@ -116,15 +116,16 @@ class DPMSolver2(Heun):
 @SOLVERS.register("edm_stochastic")
 @dataclass(frozen=True)
 class StochasticHeun(Heun):
-    """Raise the noise level a little, then take Heun's step from there.
+    """EDM's stochastic sampler: each step first raises the noise level, then takes Heun's step from the raised level.
 
     Attributes:
         S_churn: Total amount of stochasticity; a step raises the ratio by the factor 1 + min(S_churn / steps,
             sqrt(2) - 1).
-        S_min: Least ratio that is raised.
+        S_min: Smallest ratio that is raised.
         S_max: Largest ratio that is raised.
-        S_noise: Scale of the added noise.
-        S_churn_over_N: Divide S_churn by steps + 1, the number of levels with ratio 0, as DLG's reference code does.
+        S_noise: Standard deviation of the added noise, relative to the exact one.
+        S_churn_over_N: Whether to divide S_churn by steps + 1, the number of levels including ratio 0, as DLG's
+            reference code does.
 
     Raises:
         UsageError: A negative value, or S_max below S_min.

@@ -1,7 +1,7 @@
-"""Solvers of score SDEs, and the deterministic twin of one of them.
+"""Solvers of score SDEs, and the ODE form of one of them.
 
-They are written on y = x / alpha, whose law at ratio rho is that of a variance exploding process at sigma = rho, so
-that they run on any process. There x_0 = y - rho eps, and the score is -eps / rho.
+The equations are those of y = x / alpha, whose distribution at ratio rho is that of a variance exploding process at
+sigma = rho, so the solvers run on any process. In terms of y, x_0 = y - rho eps and the score is -eps / rho.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,15 @@ from diffaccel.solver.grid import Grid, LogSNR
 
 
 def _state(process: Process, prediction: Prediction, s: Tensor, noise_left: Tensor) -> Tensor:
-    """State alpha_s (x_0 + noise_left eps); a DDIM step where ``noise_left`` (B,), from infinite ratio, is not finite.
+    """State alpha_s (x_0 + noise_left eps), or the DDIM step from infinite ratio, where ``noise_left`` is not finite.
 
-    Like every step here it is written without y, which is infinite where alpha is 0.
+    The steps here are computed without y, which is infinite where alpha is 0.
+
+    Args:
+        process: Forward process.
+        prediction: Denoiser output at the current state.
+        s: Target times, (B,).
+        noise_left: Coefficients of the noise in y, (B,).
     """
     noise_left = torch.where(noise_left.isfinite(), noise_left, process.ratio(s))
     x_0, eps = prediction
@@ -29,16 +35,16 @@ def _state(process: Process, prediction: Prediction, s: Tensor, noise_left: Tens
 
 
 def _removed(process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """D = rho_t^2 - rho_s^2, the variance of y that a step takes away, (B,)."""
+    """D = rho_t^2 - rho_s^2, the variance of y that a step removes, (B,)."""
     return process.ratio(t).square() - process.ratio(s).square()
 
 
 @SOLVERS.register("probability_flow")
 @dataclass(frozen=True)
 class ProbabilityFlow(Solver):
-    """Reverse diffusion's predictor in its ODE form: y_s = y_t + D / 2 score.
+    """ODE form of the reverse-diffusion predictor: y_s = y_t + D / 2 score.
 
-    First order. Half of the last level's noise stays in the sample, as in the reference code.
+    The order is 1. Half of the last level's noise remains in the sample, as in the reference code.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
@@ -59,7 +65,7 @@ class ProbabilityFlow(Solver):
 @SOLVERS.register("reverse_diffusion")
 @dataclass(frozen=True)
 class ReverseDiffusion(Solver):
-    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, without noise in the step to ratio 0.
+    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, where the step to ratio 0 adds no noise.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
@@ -83,15 +89,15 @@ class ReverseDiffusion(Solver):
 @SOLVERS.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Solver):
-    """DDPM's sampling: the posterior's mean at the predicted x_0, and noise of one of two fixed variances.
+    """DDPM's ancestral sampling: the posterior mean at the predicted x_0, and noise of one of two fixed variances.
 
-    The mean is that of :class:`ReverseDiffusion`. ``small`` is the posterior's own variance, which makes this DDIM with
-    eta = 1 on a Markov process; ``large`` is beta, the variance of the step up on the variance preserving process of
-    these ratios. No noise is added on the way to ratio 0, nor from infinite ratio.
+    The mean is that of :class:`ReverseDiffusion`. The variance ``small`` is the posterior's, which gives DDIM with
+    eta = 1 on a Markov process. The variance ``large`` is beta of the forward step from s to t on the variance
+    preserving process with these ratios. Steps to ratio 0 and from infinite ratio add no noise.
 
     Attributes:
-        variance: ``small`` or ``large``; the latter suits many steps, the former few.
-        clip: Confine predictions of x_0 to [-1, 1], as DDPM does with images.
+        variance: ``small``, which suits few steps, or ``large``, which suits many.
+        clip: Whether to clamp predictions of x_0 to [-1, 1], as DDPM does for images.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 3.2
@@ -119,17 +125,17 @@ class Ancestral(Solver):
 @SOLVERS.register("pc")
 @dataclass(frozen=True)
 class PredictorCorrector(ReverseDiffusion):
-    """Langevin steps at each level, the first included, then reverse diffusion's to the next.
+    """Predictor-corrector sampler: Langevin steps at each level, then a reverse-diffusion step to the next level.
 
         y <- y + a score + sqrt(2 a) z,    a = 2 (snr |z| / |score|)^2,
         that is x <- x + 2 sigma_t q (z - q eps),    q = snr |z| / |eps|
 
-    The norms are each image's own and not the batch's mean, so that no image depends on its batch. The reference
-    code's a has a factor 1 - beta(t) / 1000 on VP, which is left out. Nothing is corrected at infinite ratio.
+    The norms are per image, not means over the batch, so that images don't depend on their batch. The reference code
+    multiplies a by 1 - beta(t) / 1000 on VP; this factor is omitted. States at infinite ratio are not corrected.
 
     Attributes:
         snr: Signal-to-noise ratio of a Langevin step; 0.16 for CIFAR-10.
-        corrector_steps: Langevin steps at each level, one evaluation each.
+        corrector_steps: Number of Langevin steps at each level, including the start level, one evaluation each.
 
     Raises:
         UsageError: snr is not positive, or corrector_steps is negative.
@@ -169,9 +175,9 @@ class PredictorCorrector(ReverseDiffusion):
 class EulerMaruyama(Solver):
     """Euler-Maruyama on the reverse SDE in h = ln(rho_t / rho_s): y_s = y_t + V score + sqrt(V) z, V = 2 h rho_t^2.
 
-    The reference code takes N steps of length 1 / N from N levels that lie 1 / (N - 1) apart, so each V is (N - 1) / N
-    of the above, and the last step, to ratio 0, repeats the h of the one before without its noise. Kept, to reproduce
-    its figures; ``denoise=False`` gives the plain scheme. A lone step is DDIM's.
+    The reference code takes N steps of length 1 / N from N levels at distances 1 / (N - 1). So each V is (N - 1) / N of
+    the above, and the last step, to ratio 0, has the h of the previous step and adds no noise. Both are kept, to
+    reproduce published results; ``denoise=False`` gives the plain scheme. A single step is DDIM's.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
