@@ -256,7 +256,7 @@ def test_only_the_first_images_make_the_components():
 
 
 def test_too_few_images_for_the_components():
-    with pytest.raises(UsageError, match="can't fill 20 components"):
+    with pytest.raises(UsageError, match="too few for 20 components"):
         MixtureDensity(SHAPE, 1.0).fit(source(images(15)))
 
 

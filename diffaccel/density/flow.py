@@ -1,4 +1,4 @@
-"""Normalising flows of vectors (zuko) on the leading coordinates."""
+"""Normalising flows (zuko) of the leading coordinates."""
 
 from typing import Literal
 
@@ -16,21 +16,22 @@ Kind = Literal["nsf", "maf"]
 
 @DENSITIES.register("flow")
 class FlowDensity(LeadingDensity):
-    """A flow on the leading coordinates of y, whitened by the Gaussian of equal moments.
+    """Normalising flow of the leading coordinates of y, whitened by the Gaussian with the same moments.
 
-    Its transforms start at the identity, and so does the density at that Gaussian: the first loss says what the
-    Gaussian is worth, and what comes off it is the flow's.
+    The transforms are initialised as identities, and the density as this Gaussian. So the initial loss is the
+    Gaussian's, and any decrease is due to the flow.
 
     Args:
         shape: See :class:`~diffaccel.density.base.Density`.
         ratio: See :class:`~diffaccel.density.base.Density`.
         basis: See :class:`~diffaccel.density.gaussian.GaussianDensity`.
         rank: See :class:`~diffaccel.density.gaussian.LeadingDensity`.
-        kind: ``nsf``, rational-quadratic splines (arXiv 1906.04032), or ``maf``, affine transforms (arXiv 1705.07057).
+        kind: ``nsf`` for rational-quadratic splines (arXiv 1906.04032), ``maf`` for affine transforms (arXiv
+            1705.07057).
         transforms: Number of transforms.
-        width: Hidden units a layer of their networks.
-        depth: Hidden layers.
-        passes: Passes of each network for one draw; 2 couples two halves, None is fully autoregressive.
+        width: Hidden units per layer of the transforms' networks.
+        depth: Number of hidden layers.
+        passes: Passes of each network per draw: 2 for couplings of two halves, None for a fully autoregressive flow.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class FlowDensity(LeadingDensity):
 
     @property
     def _scale(self) -> Tensor:
-        """Deviations of the leading coordinates, (rank,) float64."""
+        """Standard deviations of the leading coordinates, (rank,) float64."""
         return self.variances[: self.rank].sqrt()
 
     @override

@@ -1,4 +1,4 @@
-"""A Gaussian with the data's moments, and densities that differ from it in the leading coordinates alone."""
+"""Gaussian with the moments of the data, and a base class of densities that differ in the leading coordinates only."""
 
 from abc import abstractmethod
 
@@ -12,9 +12,9 @@ from diffaccel.density.basis import BasisName, make_basis
 
 @DENSITIES.register("gaussian")
 class GaussianDensity(Density):
-    """N(mean, C + ratio^2 I): of all Gaussians the nearest to the law of y, at every level from one decomposition.
+    """Gaussian N(mean, C + ratio^2 I) with the moments of y, at every level from one decomposition of C.
 
-    With the basis ``pca`` C is the full covariance; with ``dct`` it is diagonal in rotated colours and cosines.
+    With the basis ``pca``, C is the full covariance. With ``dct``, C is diagonal in rotated colours and cosines.
 
     Args:
         shape: See :class:`Density`.
@@ -30,7 +30,7 @@ class GaussianDensity(Density):
 
     @property
     def variances(self) -> Tensor:
-        """Of the coordinates of y, (D,) float64."""
+        """Variances of the coordinates of y, (D,) float64."""
         return self.basis.variances.double() + self.ratio**2
 
     @torch.no_grad()
@@ -49,15 +49,16 @@ class GaussianDensity(Density):
 
 
 class LeadingDensity(GaussianDensity):
-    """That Gaussian, but for a law of their own of the ``rank`` coordinates of largest variance.
+    """The Gaussian, except that the ``rank`` leading coordinates have their own distribution.
 
-    The basis is orthogonal and the other coordinates are independent, so log-densities add.
+    Leading coordinates are those of largest variance. The basis is orthogonal, and leading and other coordinates are
+    independent, so log-densities add.
 
     Args:
         shape: See :class:`Density`.
         ratio: See :class:`Density`.
         basis: See :class:`GaussianDensity`.
-        rank: Number of leading coordinates; all, where there are not so many.
+        rank: Number of leading coordinates, limited to the dimension of y.
     """
 
     bound = True

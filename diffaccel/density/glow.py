@@ -1,4 +1,4 @@
-"""A multi-scale flow of whole images, whitened by the Gaussian of equal moments."""
+"""Multi-scale normalising flow of images, whitened by the Gaussian with the same moments."""
 
 from torch import Tensor
 from typing_extensions import override
@@ -11,9 +11,10 @@ from diffaccel.nn.flow import Glow
 
 @DENSITIES.register("glow")
 class GlowDensity(GaussianDensity):
-    """Glow on Q v^(-1/2) Q^T (y - mean): symmetric whitening, which keeps pixels local, of known log-determinant.
+    """Glow of Q v^(-1/2) Q^T (y - mean), where v are the variances of the coordinates.
 
-    The flow starts at a rotation, and so the density at the Gaussian.
+    This symmetric whitening preserves the locality of pixels. The flow is initialised as a rotation, and the density as
+    the Gaussian.
 
     Args:
         shape: See :class:`~diffaccel.density.base.Density`.
