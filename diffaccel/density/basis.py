@@ -143,7 +143,7 @@ class CosineBasis(Basis):
             outer += einsum(spectrum, spectrum, "b c h w, b k h w -> c k h w")
         n = all_reduce(count).item()
         if n < 2:
-            raise UsageError(f"{n:.0f} images have no covariance: fit densities to 2 or more images")
+            raise UsageError(f"{n:.0f} images have no covariance: fit a density to at least 2")
         mean = all_reduce(total) / n
         covariance = (all_reduce(outer) - n * einsum(mean, mean, "c h w, k h w -> c k h w")) / (n - 1)
         colours = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)
