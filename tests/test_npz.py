@@ -109,7 +109,8 @@ def test_an_array_that_unpacks_to_far_more_than_its_file(tmp_path: Path, monkeyp
     np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((300, 32, 32), np.uint8))
     assert data("npz", path=str(tmp_path / "zeros.npz")).shape == (1, 32, 32)
     monkeypatch.setattr("diffaccel.data.npz.ALWAYS_ALLOWED", 100_000)
-    refuses(tmp_path / "zeros.npz", "'images' takes 307328 bytes, more than 100 times the size of its file", "without compression")
+    size = "'images' takes 307328 bytes, more than 100 times the size of its file"
+    refuses(tmp_path / "zeros.npz", size, "without compression")
     honest = RGB.repeat(100, axis=0)
     np.savez_compressed(tmp_path / "honest.npz", images=honest)
     assert data("npz", path=str(tmp_path / "honest.npz")).size("train") == len(honest)
