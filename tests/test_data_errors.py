@@ -29,7 +29,7 @@ GOOD = {"images": RGB, "labels": LABELS}
     ("arrays", "words"),
     [
         ({"pixels": RGB}, ["no array 'images'"]),
-        ({"images": RGB / 255}, ["float64", "give uint8"]),
+        ({"images": RGB / 255}, ["float64", "save uint8"]),
         ({"images": RGB[0, 0]}, ["(6, 3)", "(N, H, W)"]),
         ({"images": RGB.transpose(0, 3, 1, 2)}, ["(12, 3, 6, 6)", "(N, H, W, C)"]),
         ({"images": RGB[:0]}, ["(0, 6, 6, 3)", "no size of 0"]),

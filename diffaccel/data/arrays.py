@@ -103,7 +103,7 @@ def _checked_images(file: npz.ArrayFile, key: str) -> np.ndarray[Any, Any]:
     images = file.read(key)
     if images.dtype != np.uint8:
         raise UsageError(
-            f"{file.where}: '{key}' is {images.dtype}{_range(images)}: give uint8, 0 to 255{_recipe(images)}"
+            f"{file.where}: '{key}' is {images.dtype}{_range(images)}: save uint8, 0 to 255{_recipe(images)}"
         )
     shape = images.shape
     remedy = "save (N, H, W) or (N, H, W, C), C = 1 or 3, and no size of 0"

@@ -109,12 +109,12 @@ class Inception(Extractor):
     """
 
     def __init__(self, path: str | None = None) -> None:
-        # imported late: it takes seconds, which runs with another extractor needn't wait
+        # imported here, because it takes seconds
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
         self.name, self.dim, self.sha256 = "inception", 2048, INCEPTION_SHA256
-        # torch-fidelity unpickles what it is given: hand it the very bytes whose hash has been checked
+        # torch-fidelity unpickles its input, so it must be the same bytes whose hash has been checked.
         weights = io.BytesIO(_inception_weights(path))
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
 

@@ -115,13 +115,13 @@ class ExtractorFit:
         own = content["diffaccel"]
         recipe = own.get("extractor") if isinstance(own, dict) else None
         if not isinstance(recipe, dict):
-            raise UsageError(f"checkpoint {path} is not from a fit of an extractor: give its OUT/last.ckpt")
+            raise UsageError(f"checkpoint {path} is not from a fit of an extractor: use its OUT/last.ckpt")
         if keys := [key for key in self.recipe if recipe.get(key) != self.recipe[key]]:
             other = ", ".join(f"{key}={recipe.get(key)} (not {self.recipe[key]})" for key in keys)
             raise UsageError(
                 f"checkpoint {path} is from a fit with {other}: use the same settings, or choose another out="
             )
-        check_finite(content["state_dict"], f"checkpoint {path}", "take an older one")
+        check_finite(content["state_dict"], f"checkpoint {path}", "use an older one")
         try:
             self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])

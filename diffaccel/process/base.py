@@ -21,18 +21,18 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def require(holds: bool, what: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raise an error unless a condition holds. A comparison with NaN is false, so NaN is rejected too.
 
     Args:
-        holds: The condition.
-        what: The error's message.
+        condition: Condition that must hold.
+        message: Message of the error.
 
     Raises:
         UsageError: The condition is false.
     """
-    if not holds:
-        raise UsageError(what)
+    if not condition:
+        raise UsageError(message)
 
 
 class Process(ABC):

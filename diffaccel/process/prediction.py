@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Denoiser output at x_t. It holds both conditional means, so that no caller divides by a coefficient of 0."""
+    """Denoiser output at x_t: both conditional means, so that no caller divides by a coefficient of 0."""
 
     x_0: Tensor
     """E[x_0 | x_t], (B, C, H, W)."""
