@@ -13,7 +13,7 @@ from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least, positive
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Solver, Trajectory
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory, ddim_step, log_step
 from diffaccel.solver.grid import Grid, LogSNR
 
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -156,9 +156,9 @@ class RK45(Solver):
         """Integrate from ``t`` to ``s``, in one DDIM step if ``s`` is at ratio 0, otherwise adaptively."""
         process = denoiser.process
         if trajectory.final:
-            return process.transition(denoiser(x_t, t), t, s)[0]
+            return ddim_step(denoiser, x_t, t, s)[1]
         x_t, t = self._from_infinity(denoiser, x_t, t)
-        rho_min, ln_r = process.ratio(s), (process.ratio(t) / process.ratio(s)).log()
+        rho_min, ln_r = process.ratio(s), log_step(process, t, s)
 
         def slope(index: Tensor, u: Tensor, y: Tensor) -> Tensor:
             rho = rho_min[index] * (u * ln_r[index]).exp()
@@ -176,6 +176,5 @@ class RK45(Solver):
         if not len(index):
             return x_t, t
         cap = process.time(torch.full_like(t[index], self.grid.ratio_cap))
-        prediction = denoiser.select(index)(x_t[index], t[index])
-        x_cap, _ = process.transition(prediction, t[index], cap)
+        _, x_cap = ddim_step(denoiser.select(index), x_t[index], t[index], cap)
         return x_t.index_copy(0, index, x_cap), t.index_copy(0, index, cap)

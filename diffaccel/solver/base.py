@@ -208,6 +208,22 @@ class Solver(ABC):
         return x_t
 
 
+def ddim_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Prediction, Tensor]:
+    """Predict at ``t`` and take DDIM's deterministic step to ``s``: the prediction and x_s (B, C, H, W)."""
+    prediction = denoiser(x_t, t)
+    return prediction, denoiser.process.transition(prediction, t, s)[0]
+
+
+def eps_step(process: Process, t: Tensor, s: Tensor) -> Tensor:
+    """Coefficient alpha_s (rho_s - rho_t) of a change of eps in x_s, (B,); 0 from infinite ratio."""
+    return where_finite(process.alpha(s) * (process.ratio(s) - process.ratio(t)))
+
+
+def log_step(process: Process, t: Tensor, s: Tensor) -> Tensor:
+    """Step lambda_s - lambda_t = ln(rho_t / rho_s) in lambda = -ln(rho), (B,)."""
+    return (process.ratio(t) / process.ratio(s)).log()
+
+
 def where_finite(coefficient: Tensor) -> Tensor:
     """Set infinite and NaN coefficients to 0, which drops the correction of a step from infinite or to zero ratio."""
     return torch.where(coefficient.isfinite(), coefficient, torch.zeros_like(coefficient))

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+from diffaccel.process import Process, expand
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, ddim_step, log_step, where_finite
 
 
 def correction_weights(nodes: Tensor, moments: Tensor) -> Tensor:
@@ -64,6 +64,15 @@ def add_weighted(x: Tensor, weights: Tensor, terms: Iterable[Tensor]) -> Tensor:
     return x
 
 
+def data_weights(process: Process, t: Tensor, s: Tensor, past: list[Past]) -> Tensor:
+    """Weights of the predictions ``past``, the prediction at t first, in the correction of a DDIM step, (n, B).
+
+    The interpolating polynomial of x_0 in lambda is integrated by :func:`data_moments`.
+    """
+    nodes = torch.stack([log_step(process, t, u) for _, u in past])
+    return process.alpha(s) * correction_weights(nodes, data_moments(log_step(process, t, s), len(past)))
+
+
 @SOLVERS.register("dpmpp3m")
 @dataclass(frozen=True)
 class DPMSolverPP3M(Solver):
@@ -81,16 +90,12 @@ class DPMSolverPP3M(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        prediction, x_s = ddim_step(denoiser, x_t, t, s)
         trajectory.past = past = [Past(prediction, t), *trajectory.past][:3]
         if trajectory.final:
             return x_s
-        nodes = torch.stack([(process.ratio(t) / process.ratio(u)).log() for _, u in past])
-        h = (process.ratio(t) / process.ratio(s)).log()
-        weights = correction_weights(nodes, data_moments(h, len(past)))
-        return add_weighted(x_s, process.alpha(s) * weights, [earlier.prediction.x_0 for earlier in past])
+        weights = data_weights(denoiser.process, t, s, past)
+        return add_weighted(x_s, weights, [earlier.prediction.x_0 for earlier in past])
 
 
 @SOLVERS.register("deis")
@@ -123,9 +128,7 @@ class DEIS(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        process, (prediction, x_s) = denoiser.process, ddim_step(denoiser, x_t, t, s)
         trajectory.past = past = [Past(prediction, t), *trajectory.past][: self.max_order]
         if trajectory.final:
             return x_s

@@ -9,7 +9,7 @@ from typing_extensions import override
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, ddim_step, eps_step, log_step, where_finite
 
 
 @SOLVERS.register("dpmpp2m")
@@ -25,13 +25,10 @@ class DPMSolverPP2M(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        process, (prediction, x_s) = denoiser.process, ddim_step(denoiser, x_t, t, s)
         if trajectory.past and not trajectory.final:
             last, u = trajectory.past[0]
-            h = (process.ratio(t) / process.ratio(s)).log()
-            h_last = (process.ratio(u) / process.ratio(t)).log()
+            h, h_last = log_step(process, t, s), log_step(process, u, t)
             weight = where_finite(process.alpha(s) * -torch.expm1(-h) * h / (2 * h_last))
             x_s = x_s + expand(weight, x_s) * (prediction.x_0 - last.x_0)
         trajectory.past = [Past(prediction, t)]
@@ -66,15 +63,12 @@ class IPNDM(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        prediction, x_s = ddim_step(denoiser, x_t, t, s)
         past = [Past(prediction, t), *trajectory.past][: self.max_order]
         if len(past) > 1 and not trajectory.final:
             weights = _ADAMS_BASHFORTH[len(past)]
             slope = sum(weight * earlier.prediction.eps for weight, earlier in zip(weights, past, strict=True))
-            length = process.alpha(s) * (process.ratio(s) - process.ratio(t))
-            x_s = x_s + expand(length, x_s) * (slope - prediction.eps)
+            x_s = x_s + expand(eps_step(denoiser.process, t, s), x_s) * (slope - prediction.eps)
         trajectory.past = past
         return x_s
 

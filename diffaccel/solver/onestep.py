@@ -11,7 +11,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.parts.checks import at_least
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory, ddim_step, eps_step
 
 
 @SOLVERS.register("ddim")
@@ -62,7 +62,7 @@ class Euler(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        return denoiser.process.transition(denoiser(x_t, t), t, s)[0]
+        return ddim_step(denoiser, x_t, t, s)[1]
 
 
 @SOLVERS.register("heun")
@@ -80,13 +80,10 @@ class Heun(Solver):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        prediction, x_s = ddim_step(denoiser, x_t, t, s)
         if trajectory.final:
             return x_s
-        half = where_finite(0.5 * process.alpha(s) * (process.ratio(s) - process.ratio(t)))
-        return x_s + expand(half, x_s) * (denoiser(x_s, s).eps - prediction.eps)
+        return x_s + expand(0.5 * eps_step(denoiser.process, t, s), x_s) * (denoiser(x_s, s).eps - prediction.eps)
 
 
 @SOLVERS.register("dpm2")
@@ -102,15 +99,12 @@ class DPMSolver2(Heun):
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+        process, (prediction, x_s) = denoiser.process, ddim_step(denoiser, x_t, t, s)
         if trajectory.final:
             return x_s
         middle = process.time((process.ratio(t) * process.ratio(s)).sqrt())
         x_m, _ = process.transition(prediction, t, middle)
-        length = where_finite(process.alpha(s) * (process.ratio(s) - process.ratio(t)))
-        return x_s + expand(length, x_s) * (denoiser(x_m, middle).eps - prediction.eps)
+        return x_s + expand(eps_step(process, t, s), x_s) * (denoiser(x_m, middle).eps - prediction.eps)
 
 
 @SOLVERS.register("edm_stochastic")

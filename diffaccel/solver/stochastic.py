@@ -14,7 +14,7 @@ from typing_extensions import override
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import Prediction, Process, expand
-from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, log_step, where_finite
 from diffaccel.solver.grid import Grid, LogSNR
 
 
@@ -37,6 +37,21 @@ def _state(process: Process, prediction: Prediction, s: Tensor, noise_left: Tens
 def _removed(process: Process, t: Tensor, s: Tensor) -> Tensor:
     """D = rho_t^2 - rho_s^2, the variance of y that a step removes, (B,)."""
     return process.ratio(t).square() - process.ratio(s).square()
+
+
+def _add_noise(process: Process, mean: Tensor, s: Tensor, variance: Tensor, trajectory: Trajectory) -> Tensor:
+    """State mean + alpha_s sqrt(variance) z, without noise in steps to ratio 0 and from infinite ratio.
+
+    Args:
+        process: Forward process.
+        mean: Mean of the step, (B, C, H, W).
+        s: Target times, (B,).
+        variance: Variances of the noise in y, (B,); not finite from infinite ratio.
+        trajectory: State of the sampling loop.
+    """
+    if trajectory.final:
+        return mean
+    return mean + expand(process.alpha(s) * where_finite(variance.sqrt()), mean) * trajectory.noise.normal(mean)
 
 
 @SOLVERS.register("probability_flow")
@@ -80,10 +95,7 @@ class ReverseDiffusion(Solver):
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho, removed = process.ratio(t), _removed(process, t, s)
-        mean = _state(process, denoiser(x_t, t), s, rho - removed / rho)
-        if trajectory.final:
-            return mean
-        return mean + expand(process.alpha(s) * where_finite(removed.sqrt()), x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, _state(process, denoiser(x_t, t), s, rho - removed / rho), s, removed, trajectory)
 
 
 @SOLVERS.register("ancestral")
@@ -115,11 +127,8 @@ class Ancestral(Solver):
             x_0 = prediction.x_0.clamp(-1, 1)
             prediction = Prediction(x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t))
         mean = _state(process, prediction, s, rho_t - removed / rho_t)
-        if trajectory.final:
-            return mean
         share = rho_s.square() / rho_t.square() if self.variance == "small" else (1 + rho_s**2) / (1 + rho_t**2)
-        std = process.alpha(s) * where_finite((removed * share).sqrt())  # infinite or NaN from infinite ratio
-        return mean + expand(std, x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, mean, s, removed * share, trajectory)
 
 
 @SOLVERS.register("pc")
@@ -193,12 +202,8 @@ class EulerMaruyama(Solver):
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
-        above, below = (trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)
-        h = (process.ratio(above) / process.ratio(below)).log()
+        h = log_step(process, *((trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)))
         rho = process.ratio(t)
         variance = 2 * h * rho.square() * ((trajectory.steps - 1) / trajectory.steps if self.denoise else 1)
-        mean = _state(process, prediction, s, rho - variance / rho)
-        if trajectory.final:
-            return mean
         trajectory.past = [Past(prediction, t)]
-        return mean + expand(process.alpha(s) * where_finite(variance.sqrt()), x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, _state(process, prediction, s, rho - variance / rho), s, variance, trajectory)

@@ -3,25 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.process import Prediction, Process
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory
-from diffaccel.solver.exponential import add_weighted, correction_weights, data_moments
-
-
-def _weights(process: Process, t: Tensor, s: Tensor, past: list[Past]) -> Tensor:
-    """Weights of the predictions ``past``, the prediction at t first, in the correction of a DDIM step, (n, B).
-
-    The interpolating polynomial of x_0 in lambda is integrated exactly or, for two predictions, with
-    B_2(-h) = e^-h - 1 as published.
-    """
-    nodes = torch.stack([(process.ratio(t) / process.ratio(u)).log() for _, u in past])
-    h = (process.ratio(t) / process.ratio(s)).log()
-    return process.alpha(s) * correction_weights(nodes, data_moments(h, len(past)))
+from diffaccel.solver.exponential import add_weighted, data_weights
 
 
 def _add(x: Tensor, weights: Tensor, past: list[Past]) -> Tensor:
@@ -53,15 +41,15 @@ class UniPC(Solver):
         trajectory.past = past = [Past(prediction, t), *trajectory.past][: self.order]
         if trajectory.final:
             return x_s
-        return _add(x_s, _weights(process, t, s, past), past)
+        return _add(x_s, data_weights(process, t, s, past), past)
 
     def _corrected(self, process: Process, prediction: Prediction, t: Tensor, past: list[Past]) -> Prediction:
         """Correct the state at t: repeat the step from ``past`` to t with the prediction at t as an additional node."""
         if not past:
             return prediction
         u, nodes = past[0].t, [past[0], Past(prediction, t), *past[1:]]
-        change = _weights(process, u, t, nodes)
-        change[[0, *range(2, len(nodes))]] -= _weights(process, u, t, past)
+        change = data_weights(process, u, t, nodes)
+        change[[0, *range(2, len(nodes))]] -= data_weights(process, u, t, past)
         # x_t = alpha_t x_0 + sigma_t eps
         return Prediction(prediction.x_0, _add(prediction.eps, change / process.sigma(t), nodes))
 
