@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
-_APART: ContextVar[str | None] = ContextVar("apart", default=None)
+_OTHER_NAME: ContextVar[str | None] = ContextVar("other_name", default=None)
 
 
 @contextmanager
@@ -31,11 +31,11 @@ def burn_in() -> Iterator[None]:
 @contextmanager
 def counted_apart(name: str) -> Iterator[None]:
     """Count the evaluations in a ``with`` block under another name: excluded from NFE, included in FLOPs."""
-    token = _APART.set(name)
+    token = _OTHER_NAME.set(name)
     try:
         yield
     finally:
-        _APART.reset(token)
+        _OTHER_NAME.reset(token)
 
 
 class EvaluationCounter:
@@ -71,7 +71,7 @@ class EvaluationCounter:
         measuring: list[tuple[FlopCounterMode, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            samples, name = len(inputs[0]), _APART.get() or network
+            samples, name = len(inputs[0]), _OTHER_NAME.get() or network
             self.evaluations[name] += samples
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
@@ -89,7 +89,7 @@ class EvaluationCounter:
                 eager.__exit__(None, None, None)
                 if output is None:  # the call failed: measure the next one
                     return
-                self.flops[_APART.get() or network] = mode.get_total_flops() / samples
+                self.flops[_OTHER_NAME.get() or network] = mode.get_total_flops() / samples
 
         self._stack.callback(after, module, (), None)  # hooks are not called after an interrupt
         self._stack.callback(module.register_forward_pre_hook(before).remove)

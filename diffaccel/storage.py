@@ -144,8 +144,8 @@ def occupied(folder: Path) -> Iterator[None]:
         UsageError: The folder can't be written to, or another run, named in the message, has locked it.
     """
     with ExitStack() as stack:
-        with _taking(folder):
-            stack.enter_context(_made(folder))
+        with _usage_errors(folder):
+            stack.enter_context(_created(folder))
             file = stack.enter_context(_hold(folder))
         try:
             yield
@@ -157,7 +157,7 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _created(folder: Path) -> Iterator[None]:
     """Create a folder for the duration of a ``with`` block, and remove the created folders that are empty then."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _taking(folder: Path) -> Iterator[None]:
+def _usage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
@@ -233,7 +233,7 @@ def check_target(path: str | Path) -> None:
     try:
         if path.exists():
             path.open("ab").close()
-        with _made(path.parent), suppress(_Checked), whole(path) as part:
+        with _created(path.parent), suppress(_Checked), whole(path) as part:
             part.write_bytes(bytes(4096))
             raise _Checked
     except OSError as error:

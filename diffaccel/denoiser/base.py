@@ -166,8 +166,9 @@ class GuidedDenoiser(ConditionedDenoiser):
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
-        given, free = super().forward(x_t, t, condition, augment), self.denoiser(x_t, t, None, *augment_args(augment))
-        return Prediction(*(a + self.weight * (a - b) for a, b in zip(given, free, strict=True)))
+        conditional = super().forward(x_t, t, condition, augment)
+        unconditional = self.denoiser(x_t, t, None, *augment_args(augment))
+        return Prediction(*(a + self.weight * (a - b) for a, b in zip(conditional, unconditional, strict=True)))
 
 
 DENOISERS: Registry[Denoiser] = Registry("denoiser")

@@ -143,7 +143,7 @@ class _Sorter:
         groups = [group.members]
         if self._ambiguous(group.members):
             by_folder = _split(group.members, lambda number: self.folders[number])
-            groups = self._united([part for members in by_folder for part in self._unambiguous(members)])
+            groups = self._merged([part for members in by_folder for part in self._unambiguous(members)])
         return [Curve(members, group.shared, self._common(members)) for members in groups]
 
     def _ambiguous(self, members: Iterable[int]) -> bool:
@@ -164,7 +164,7 @@ class _Sorter:
                 return [part for each in parts for part in self._unambiguous(each)]
         return [members]
 
-    def _united(self, groups: list[list[int]]) -> list[list[int]]:
+    def _merged(self, groups: list[list[int]]) -> list[list[int]]:
         """Merge groups that have budgets in common, with the same settings for each (points of other seeds)."""
         kept: list[list[int]] = []
         for group in groups:

@@ -205,7 +205,7 @@ def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(nfes) / 1.25, max(nfes) * 1.25)
-    axes.set_xticks(_apart(ticks))
+    axes.set_xticks(_spaced(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
@@ -220,7 +220,7 @@ def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _apart(values: Iterable[float], ratio: float = 1.2) -> list[float]:
+def _spaced(values: Iterable[float], ratio: float = 1.2) -> list[float]:
     """Sort values, and drop values whose ratio to the previous one is too small for separate labels."""
     kept: list[float] = []
     for value in sorted(set(values)):
