@@ -1,1 +1,1 @@
-"""Timings, as ratios within one run; and whether distances order known damage."""
+"""Benchmarks: overhead, distances of damaged images, densities, priors, training efficiency and ablations."""

@@ -1,10 +1,10 @@
-"""What DDM's choices are worth on digits: constant against linear attenuation, two heads against one, over seeds.
+"""Ablation of DDM on digits: constant or linear attenuation, two heads or one, over several seeds.
 
-python -m benchmarks.ablation [SEEDS] [key=value ...]      (three seeds: nine fits of five minutes on a free core)
+python -m benchmarks.ablation [SEEDS] [key=value ...]      (three seeds: nine fits of five minutes on one core)
 
-Every case has about as many parameters, the paper's clock v = t, the weighting ``unit`` of the losses, and the
-stochastic bridge without clamping. A seed is one of training and of sampling; the standard error is over seeds. Fits
-that runs/ablation has are not made again, and an interrupted one goes on.
+All cases have about the same number of parameters, the paper's clock v = t, the loss weighting ``unit``, and the
+stochastic bridge without clamping. Seeds are those of both training and sampling; standard errors are over seeds.
+Complete fits in runs/ablation are reused, and interrupted ones are resumed.
 """
 
 import sys
@@ -27,14 +27,14 @@ CASES = {
 
 
 def measure(case: str, seed: int, words: list[str]) -> dict[float, float]:
-    """Fit a case under a seed; its distance at each budget."""
+    """Fit a case with a seed, and return its distance at each budget."""
     out = OUT / f"{case.replace(', ', '_').replace(' ', '_')}_{seed}"
     fit("digits/ddm", out, [f"seed={seed}", *COMMON, *CASES[case], *words])
     return {point["nfe_budget"]: point["metrics"]["fd_digits"] for point in read_points(out / "points.jsonl")}
 
 
 def main(*words: str) -> None:
-    """Fit every case under every seed, then print a row per case."""
+    """Fit every case with every seed, and print a row per case."""
     seeds, rest = arguments(words)
     config = load("digits/ddm", [*COMMON, *rest])
     table = Table("case", *(f"NFE {nfe:g}" for nfe in config.nfe), box=None, header_style="bold")

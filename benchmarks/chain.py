@@ -1,11 +1,11 @@
-"""What limits a chain: the law of its states at their levels, against real images at those levels, round by round.
+"""Deviation of a chain's states from real images at the same noise levels, round by round.
 
-python -m benchmarks.chain EXPERIMENT key=value ...     (chains= and prior.skips= say how many, and how long a round is)
+python -m benchmarks.chain EXPERIMENT key=value ...     (chains=: number of chains, prior.skips=: steps per round)
 
-The states of a perfect chain are real images plus noise of their level, whatever the round. Three things say how far
-they are from it: the level itself, which drifts; the power in bands of spatial frequency over that of real images at
-the same levels; and the Frechet distance of one-step denoised states from one-step denoised real images at the same
-levels, beside that of other real ones (the floor, at the same n).
+The states of a perfect chain are distributed as real images with noise of the states' levels, in every round. The
+deviation is measured by the drift of the levels, by the ratio of power to that of real images in bands of spatial
+frequency, and by the Frechet distance of one-step denoised states to one-step denoised real images at the same levels.
+The floor is the distance of other real images, at the same n.
 """
 
 import sys
@@ -32,7 +32,7 @@ BANDS = 4
 
 
 def power(images: Tensor) -> Tensor:
-    """Mean power in bands of spatial frequency, lowest first: (B, C, H, W) -> (BANDS,)."""
+    """Mean power of images in bands of spatial frequency, lowest first: (B, C, H, W) -> (BANDS,)."""
     spectrum = torch.fft.fft2(images.double(), norm="ortho").abs().square().mean((0, 1))
     rows, columns = (torch.fft.fftfreq(size, dtype=torch.float64) for size in images.shape[-2:])
     radius = (rearrange(rows, "h -> h 1").square() + columns.square()).sqrt()
@@ -42,23 +42,23 @@ def power(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def denoised(method: Diffusion, extractor: Extractor, y: Tensor, ratio: Tensor, batch_size: int = 250) -> Moments:
-    """Moments of the features of one-step denoised states y = x / alpha at their ratios."""
+    """Moments of the features of one-step denoised states y = x / alpha (B, C, H, W) at ratios (B,)."""
     features = []
-    for some_y, some in zip(y.split(batch_size), ratio.split(batch_size), strict=True):
-        features.append(extractor(to_uint8(method.denoiser(*method.denoiser.process.from_ratio(some_y, some)).x_0)))
+    for y_b, ratio_b in zip(y.split(batch_size), ratio.split(batch_size), strict=True):
+        features.append(extractor(to_uint8(method.denoiser(*method.denoiser.process.from_ratio(y_b, ratio_b)).x_0)))
     return Moments.from_features(torch.cat(features))
 
 
 @torch.no_grad()
 def main(experiment: str, *words: str) -> None:
-    """Run the chains and print a row per round of ``ROUNDS``."""
+    """Run the chains, and print a row per round of ``ROUNDS``."""
     config = load(experiment, words)
     settle(config)
     method, extractor, data = build_method(config).eval(), build_extractor(config), build_data(config)
     chains, skips = int(config.prior["chains"]), int(config.prior.get("skips") or 3)
     real = torch.cat([to_float(images) for _, images, _ in data.batches("test", 500)])
     if len(real) < 2 * chains:
-        sys.exit(f"{len(real)} held-out images are too few for {chains} chains and a floor: take fewer chains")
+        sys.exit(f"{len(real)} held-out images are too few for {chains} chains and a floor: use fewer chains")
     real, other = (real[start : 2 * chains : 2] for start in (0, 1))
     table = Table("round", "level", *(f"power {k}" for k in range(BANDS)), "fd", "floor", box=None, header_style="bold")
     group = [range(chains)] * max(ROUNDS)

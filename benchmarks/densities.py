@@ -1,4 +1,4 @@
-"""What densities gain over N(0, I) in bits per dimension of held-out noisy images, and how much there is to gain.
+"""Gain of densities over N(0, I) in bits per dimension of held-out noisy images, and an upper bound on this gain.
 
 python -m benchmarks.densities DATA.npz [--held-out 10000] [--T 0.2 0.4 0.6] [--mixture]
 """
@@ -31,26 +31,26 @@ MIXTURES = {
 
 
 def ratio(T: float) -> float:
-    """Noise-to-data ratio of the variance preserving process."""
+    """Noise-to-data ratio of the variance preserving process at time T."""
     return VariancePreserving().ratio(torch.tensor(T, dtype=torch.float64)).item()
 
 
 def ceiling(T: float, square: float) -> float:
-    """Most that any density can gain, bits per dimension: KL[p_T || N(0, I)] if x_T said nothing of x_0.
+    """Upper bound on the gain of any density, in bits per dimension: KL[p_T || N(0, I)] for x_T independent of x_0.
 
     Args:
         T: Time on the variance preserving process.
-        square: Mean square of the data's scalars.
+        square: Mean square of the elements of the data.
     """
     variance = 1 / (1 + ratio(T) ** -2)
     return 0.5 * (variance - 1 - math.log(variance) + (1 - variance) * square) / math.log(2)
 
 
 def split(path: str, held_out: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) uint8 to fit to, and others, in an order drawn once.
+    """Split images at random into those to fit to and held-out ones, (N, C, H, W) uint8.
 
     Raises:
-        UsageError: As the source, or too few images.
+        UsageError: The file can't be read, or has too few images.
     """
     images = Npz(path).split("train").images
     if len(images) < held_out + 2:
@@ -70,12 +70,12 @@ def fit(density: Density, images: Tensor) -> Density:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; returns 0, or 2 on bad input."""
+    """Measure and print; return 0, or 2 for invalid input."""
     parser = argparse.ArgumentParser("python -m benchmarks.densities", description=str(__doc__).splitlines()[0])
     parser.add_argument("data", help="npz with the array images (N, H, W[, C]) uint8")
-    parser.add_argument("--held-out", type=int, default=10_000, help="images to judge by")
+    parser.add_argument("--held-out", type=int, default=10_000, help="number of held-out images")
     parser.add_argument("--T", type=float, nargs="+", default=[0.2, 0.4, 0.6], help="times of the VP process")
-    parser.add_argument("--mixture", action="store_true", help="mixtures too, which take minutes")
+    parser.add_argument("--mixture", action="store_true", help="also fit mixtures, which takes minutes")
     given = parser.parse_args(arguments)
     try:
         images, others = split(given.data, given.held_out)
@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             known = density is not None and not density.bound
             density = density.at(ratio(T)) if known and density else fit(_build(node, shape, T), images)
             found = judge(density, (to_float(batch) for batch in others.split(1000)))
-            cells.append(f"{found.gain:.4f} +- {found.se:.4f}{'' if found.plausible else ' (!)'}")
+            cells.append(f"{found.gain:.4f} ± {found.se:.4f}{'' if found.plausible else ' (!)'}")
         table.add_row(name, *cells)
-    print(f"gain over N(0, I), bits per dimension; fitted to {len(images)} images, judged by {len(others)} others")
+    print(f"gain over N(0, I), bits per dimension; fitted to {len(images)} images, measured on {len(others)} others")
     Console(width=120).print(table)
     return 0
 

@@ -1,11 +1,12 @@
-"""What a small T is worth in training on digits: distance against images seen, for several T, over seeds.
+"""Training efficiency of small T on digits: distance against the number of images seen, for several T and seeds.
 
 python -m benchmarks.efficiency [SEEDS] [key=value ...]    (three seeds: twelve fits)
 
-The score is trained on [epsilon, T] alone and sampled from a Gaussian of the noisy images' moments, which at T = 1 is
-N(0, I). 25 evaluations, for the solver's error not to be what is seen; half the images that the shipped weights have
-seen, as it is early on that they differ. A seed is one of training and of sampling; the standard error is over seeds.
-Fits that runs/efficiency has are not made again, and an interrupted one goes on.
+The score is trained on [epsilon, T] only, and sampling starts from a Gaussian with the moments of the noisy images,
+which is N(0, I) at T = 1. Sampling takes 25 evaluations, to make the solver's error negligible. Fits see half as many
+images as those of the shipped weights, because the differences are largest early in training. Seeds are those of both
+training and sampling; standard errors are over seeds. Complete fits in runs/efficiency are reused, and interrupted ones
+are resumed.
 """
 
 import csv
@@ -25,18 +26,18 @@ METRIC = "eval/nfe_025/fd_digits"
 
 
 def measure(T: float, seed: int, words: list[str]) -> dict[int, float]:
-    """Fit at a T under a seed; the distance after so many steps."""
+    """Fit with a T and a seed, and return the distance by number of steps."""
     out = OUT / f"T{T:g}_{seed}"
     fit("digits/small_t_trained", out, [f"prior.T={T}", f"seed={seed}", *COMMON, *words])
     found = {}
-    for path in sorted(out.glob("csv/version_*/metrics.csv")):  # one for each time that the fit went on
+    for path in sorted(out.glob("csv/version_*/metrics.csv")):  # one per start or resume of the fit
         with path.open() as file:
             found |= {int(row["step"]) + 1: float(row[METRIC]) for row in csv.DictReader(file) if row.get(METRIC)}
     return found
 
 
 def main(*words: str) -> None:
-    """Fit at every T under every seed, then print a row per T."""
+    """Fit with every T and every seed, and print a row per number of images seen."""
     seeds, rest = arguments(words)
     config = load("digits/small_t_trained", [*COMMON, *rest])
     curves = {T: [measure(T, seed, rest) for seed in range(seeds)] for T in TIMES}

@@ -1,6 +1,6 @@
-"""What precision, torch.compile and channels-last do to one network: forward and training step, as ratios.
+"""Time of a network's forward pass and training step with precision, compile and channels_last, relative to float32.
 
-The forward is that of `bench`, whose weights ``compile`` takes for constants, the step that of `fit`.
+The forward pass is that of `bench`, where ``compile`` treats weights as constants. The training step is that of `fit`.
 
 taskset -c 1 python -m benchmarks.options [REPEATS]
 """
@@ -28,10 +28,10 @@ OPTIONS = {
 
 
 def runs(precision: str = "32-true", **options: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Build a forward and a training step of the experiment's network under some options."""
+    """Functions that run a forward pass and a training step of the experiment's network with some options."""
     words = [f"{key}={str(value).lower()}" for key, value in options.items()]
     config = load(EXPERIMENT, words)
-    frozen, network = (build_method(config, load=False, frozen=yes).denoiser.network for yes in (True, False))
+    frozen, network = (build_method(config, load=False, frozen=value).denoiser.network for value in (True, False))
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     x, noise = torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
@@ -52,7 +52,7 @@ def runs(precision: str = "32-true", **options: bool) -> tuple[Callable[[], None
 
 
 def main(repeats: int = 9) -> None:
-    """Measure every option over float32 without any."""
+    """Measure every option relative to float32 without options."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     plain = runs()
@@ -60,7 +60,7 @@ def main(repeats: int = 9) -> None:
     for name, options in OPTIONS.items():
         ratios = (compare(timed(ours), timed(bare), repeats) for ours, bare in zip(runs(**options), plain, strict=True))
         table.add_row(name, *(f"{found.ratio:.2f} ({found.low:.2f} .. {found.high:.2f})" for found in ratios))
-    print(f"seconds over those of float32; {EXPERIMENT}'s network, batch {BATCH}, one thread")
+    print(f"time relative to float32; network of {EXPERIMENT}, batch {BATCH}, one thread")
     Console(width=100).print(table)
 
 

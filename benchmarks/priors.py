@@ -1,10 +1,10 @@
-"""The prior alone: how far a generator's states are from real ones of its level, beside a Gaussian's.
+"""Frechet distance of a generator's states to noisy training images of the same level.
 
     python -m benchmarks.priors cifar10_small/tdpm prior.checkpoint=FILE data.path=TRAIN.npz data.test_path=TEST.npz
 
-States x / sqrt(1 + ratio^2) are shown to the experiment's extractor as images, confined to [-1, 1] like all others; the
-reference is the training images' states. Rows: the generator's states, those of a Gaussian of the training states'
-mean and covariance, standard normal ones, and held-out images'. The latter is the floor.
+The experiment's extractor is applied to states x / sqrt(1 + ratio^2), clamped to [-1, 1] like images. The reference is
+the states of the training images. The rows are states of the generator, of a Gaussian with the mean and covariance of
+the training states, of a standard normal distribution, and of held-out images. The last one is the floor.
 """
 
 import sys
@@ -28,7 +28,7 @@ from diffaccel.sampling import to_uint8
 
 
 def matched_gaussian(states: Tensor, n: int, seed: int = 0) -> Tensor:
-    """Draw (n, C, H, W) from the Gaussian of the mean and covariance of states (N, C, H, W)."""
+    """Draw (n, C, H, W) from the Gaussian with the mean and covariance of states (N, C, H, W)."""
     flat = states.flatten(1).double()
     values, vectors = torch.linalg.eigh(torch.cov(flat.T))
     z = torch.randn(n, len(values), generator=torch.Generator().manual_seed(seed)).double()
@@ -37,7 +37,7 @@ def matched_gaussian(states: Tensor, n: int, seed: int = 0) -> Tensor:
 
 
 def real_states(data: DataModule, split: str, ratio: float, n: int) -> Tensor:
-    """Diffuse a split's first n images to a ratio, in variance preserving units, (n, C, H, W)."""
+    """States of the first n images of a split at a ratio, x / sqrt(1 + ratio^2), (n, C, H, W)."""
     images = data.images(split)
     x_0 = to_float(images.read(torch.arange(min(n, len(images)))))
     noise = NoiseStreams(0, range(len(x_0)), f"states of {split}")
@@ -46,7 +46,7 @@ def real_states(data: DataModule, split: str, ratio: float, n: int) -> Tensor:
 
 @torch.no_grad()
 def made_states(method: TruncatedDiffusion, seed: int, n: int, batch_size: int) -> Tensor:
-    """Make states by the generator, in the same units, (n, C, H, W)."""
+    """States of the generator, x / sqrt(1 + ratio^2), (n, C, H, W)."""
     method.eval()
     parts = []
     for (indices,) in method.prior.schedule(n, batch_size):
@@ -56,14 +56,14 @@ def made_states(method: TruncatedDiffusion, seed: int, n: int, batch_size: int) 
 
 
 def measure(config: Config) -> dict[str, Frechet]:
-    """Distance of each kind of states from the training images'.
+    """Distance of each kind of states to those of the training images.
 
     Raises:
-        UsageError: The experiment's prior is no generator.
+        UsageError: The experiment has no generator.
     """
     method, data, extractor = build_method(config), build_data(config), build_extractor(config)
     if not isinstance(method, TruncatedDiffusion):
-        raise UsageError(f"{config.experiment}: its method has no generator: name a tdpm experiment")
+        raise UsageError(f"{config.experiment}: the method has no generator: use a tdpm experiment")
     ratio = method.implicit.ratio_made
     real = real_states(data, "train", ratio, data.size("train"))
     reference = moments(to_uint8(real), extractor)
@@ -77,10 +77,10 @@ def measure(config: Config) -> dict[str, Frechet]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print; returns 2 on bad input."""
+    """Measure and print; return 0, or 2 for invalid input."""
     try:
         if not arguments:
-            raise UsageError("which experiment? python -m benchmarks.priors EXPERIMENT key=value ...")
+            raise UsageError("no experiment: run python -m benchmarks.priors EXPERIMENT key=value ...")
         config = load(arguments[0], arguments[1:])
         settle(config)
         rows = measure(config)

@@ -1,4 +1,4 @@
-"""Prior and solver over the bare network: the same evaluations, the same batch, nothing scored or written.
+"""Overhead of prior and solver: time of sampling relative to the same evaluations of the bare network.
 
 taskset -c 1 python -m benchmarks.sampling [REPEATS]
 """
@@ -31,12 +31,12 @@ CASES = {
 
 
 def build_network() -> UNet:
-    """A small backbone: cifar10_small's with two blocks a stage."""
+    """A small backbone: that of cifar10_small, with two blocks per stage."""
     return UNet(SHAPE, widths=[64, 96, 128], blocks=2, attention=[2], unshuffle=2, embedding=128).eval()
 
 
 def build_sampler(network: UNet, solver: dict[str, object], prior: str) -> Sampler:
-    """Put a solver and a prior around the network; a chain asks an untrained classifier of the reference's size."""
+    """Build a sampler of the network, a solver and a prior; chains have an untrained classifier of the usual size."""
     denoiser = KarrasDenoiser(network, PROCESSES.build({"name": "edm"}))
     posterior = POSTERIORS.build({"name": "classifier", "width": 16}, shape=SHAPE, denoiser=denoiser)
     start = PRIORS.build({"name": prior, **({"chains": BATCH} if prior == "chain" else {})}, posterior=posterior)
@@ -56,7 +56,7 @@ def main(repeats: int = 9) -> None:
         sampler = build_sampler(network, solver, prior)
         group = [range(BATCH)]
         plan = sampler.plan(BUDGET, 10**9)
-        state = sampler.open(plan, 0, group)  # burn-in is spent once a chain, and by the network alone as well
+        state = sampler.open(plan, 0, group)  # excludes burn-in, which is done once per chain
 
         def sample() -> None:
             for _ in sampler.draw(plan, 0, group, state):  # noqa: B023 (called before the next case)
@@ -73,7 +73,7 @@ def main(repeats: int = 9) -> None:
 
         found = compare(timed(sample), timed(bare), repeats)
         rows[f"{name} ({evaluations})"] = (found, limit, stopwatch.ratio(timed(sample), 3))
-    show(f"prior and solver over the bare network; batch {BATCH}, evaluations in brackets", rows)
+    show(f"prior and solver relative to the bare network; batch {BATCH}, evaluations in parentheses", rows)
 
 
 if __name__ == "__main__":

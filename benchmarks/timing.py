@@ -1,6 +1,6 @@
-"""Two things timed in turns, so that what else the machine does falls on both alike.
+"""Timing of two functions in turns, so that other load on the machine affects both equally.
 
-Seconds are of processor time, with one thread: wall time on a shared machine says more about its other users.
+Times are processor time with one thread, because wall time on a shared machine depends on other users.
 """
 
 import statistics
@@ -13,14 +13,14 @@ from rich.table import Table
 
 
 class Ratio(NamedTuple):
-    """Seconds of A and of B, and A over B, of repeats taken in turns.
+    """Processor times of two functions, measured in turns, and their ratio.
 
     Attributes:
-        ours: Median processor seconds of A.
-        bare: Median processor seconds of B.
-        ratio: Median over the repeats of A over the mean of the two B that enclose it.
-        low: Lower quartile of that.
-        high: Upper quartile.
+        ours: Median time of ours in seconds.
+        bare: Median time of the baseline in seconds.
+        ratio: Median ratio of our time to the mean of the baseline's times before and after.
+        low: Lower quartile of the ratio.
+        high: Upper quartile of the ratio.
     """
 
     ours: float
@@ -31,11 +31,11 @@ class Ratio(NamedTuple):
 
 
 clock = time.process_time
-"""Seconds of processor time of this process, all threads together."""
+"""Processor time of this process in seconds, summed over threads."""
 
 
 def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """Make a function return the seconds that it took."""
+    """Wrap a function to return its processor time in seconds."""
 
     def run() -> float:
         started = clock()
@@ -46,10 +46,15 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
 
 
 def compare(ours: Callable[[], float], bare: Callable[[], float], repeats: int) -> Ratio:
-    """Run B A B A ... B, each of which returns its seconds, after one run of each that doesn't count.
+    """Run baseline and ours in turns, bare, ours, bare ... bare, after one warm-up run of each.
 
-    A drift of the machine's speed that is linear over three calls cancels in the ratio, and the median forgets the
-    repeats that something else fell on.
+    A linear drift of the machine's speed over three calls cancels in the ratio, and the median ignores repeats that are
+    affected by other load.
+
+    Args:
+        ours: Function that returns its processor time.
+        bare: Baseline that returns its processor time.
+        repeats: Number of runs of ours.
     """
     ours(), bare()
     b, a = [bare()], []
@@ -62,17 +67,17 @@ def compare(ours: Callable[[], float], bare: Callable[[], float], repeats: int) 
 
 
 class Stopwatch:
-    """Processor seconds inside some functions, to set against those of the run that calls them.
+    """Processor time inside some functions, for comparison with the time of the run that calls them.
 
-    The two come from the same calls at the same moments, so nothing else that the machine does gets between them; a
-    caller that slows the functions themselves down shows in :func:`compare` alone.
+    Both times are from the same calls, so other load on the machine affects both equally. If the run slows down the
+    functions themselves, only :func:`compare` shows this.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def watch(self, owner: object, name: str) -> None:
-        """Time every call of a method of ``owner``, an object or a class, from now on."""
+        """Start timing all calls of a method of ``owner``, an object or a class."""
         function = getattr(owner, name)
 
         def watched(*arguments: Any, **options: Any) -> Any:
@@ -84,7 +89,7 @@ class Stopwatch:
         setattr(owner, name, watched)
 
     def ratio(self, function: Callable[[], float], repeats: int) -> float:
-        """Median over runs of the run's seconds over the module's in it."""
+        """Median over runs of the ratio of the run's time to the time inside the watched functions."""
         ratios = []
         for _ in range(repeats):
             self.seconds = 0.0
@@ -93,16 +98,19 @@ class Stopwatch:
 
 
 def show(title: str, rows: dict[str, tuple[Ratio, float, float | None]]) -> None:
-    """Print a table: name -> (what was measured, the most that the ratio may be, the ratio within the runs).
+    """Print a table of ratios, in green within the limit and in red above.
 
-    The limit is of the ratio within the runs, where there is one: it is the one that other load hardly moves.
+    Args:
+        title: Title of the table.
+        rows: By name, the measured ratio, its limit, and the ratio within the runs or None. The limit applies to the
+            ratio within the runs if there is one, because other load hardly affects it.
     """
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("", "ours, s", "bare, s", "ratio", "quartiles", "within", "at most"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, (found, limit, within) in rows.items():
-        judged, inside = (found.ratio, "") if within is None else (within, f"{within:.3f}")
+        limited, inside = (found.ratio, "") if within is None else (within, f"{within:.3f}")
         spread = f"{found.low:.3f} .. {found.high:.3f}"
-        most = f"[{'green' if judged <= limit else 'red'}]{limit:.2f}[/]"
+        most = f"[{'green' if limited <= limit else 'red'}]{limit:.2f}[/]"
         table.add_row(name, f"{found.ours:.3f}", f"{found.bare:.3f}", f"{found.ratio:.3f}", spread, inside, most)
     Console(width=100).print(table)

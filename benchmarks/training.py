@@ -1,9 +1,10 @@
-"""A training step of ours over one of a bare PyTorch loop: the same network, batch, loss and optimiser.
+"""Overhead of training: time of a step relative to a bare PyTorch loop with the same network, batch and optimiser.
 
     taskset -c 1 python -m benchmarks.training [REPEATS]
 
 Ours is `diffaccel fit`: Lightning's loop with logger and progress bar, phases, gradient clipping and its check, noise
-streams, counters, data module, averaged weights. The bare loop draws its noise at once, clips nothing, logs nothing.
+streams, counters, data module, averaged weights. The bare loop draws the noise of a batch at once, and has no clipping
+and no logging.
 """
 
 import sys
@@ -15,6 +16,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Stopwatch, clock, compare, show
@@ -37,27 +39,28 @@ accelerator: cpu
 
 
 class StepTimer(L.Callback):
-    """Seconds from the end of the first step to the end of the last: starting a trainer is not a step's cost."""
+    """Timer of all steps except the first, to exclude the start of the trainer."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.ends: list[float] = []
         self.stopwatch = stopwatch
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
         if not self.ends:
             self.stopwatch.seconds = 0.0
         self.ends.append(clock())
 
     @property
     def seconds(self) -> float:
-        """Of all steps but the first."""
+        """Processor time of all steps except the first."""
         return self.ends[-1] - self.ends[0]
 
 
 def fit(config: Config, stopwatch: Stopwatch) -> float:
-    """Train for STEPS + 1 steps; returns the seconds of STEPS.
+    """Train for STEPS + 1 steps, and return the processor time of STEPS steps.
 
-    The stopwatch then holds those of the network's forward and backward, of Adam and of the averaged weights.
+    The stopwatch contains the time of the network's forward and backward pass, and of other functions that it watches.
     """
     method, data, timer = experiment.build_method(config), experiment.build_data(config), StepTimer(stopwatch)
     stopwatch.watch(method.denoiser.network, "forward")
@@ -68,7 +71,7 @@ def fit(config: Config, stopwatch: Stopwatch) -> float:
 
 
 def bare_loss(network: torch.nn.Module, x_0: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """EDM's loss, as few lines as it takes."""
+    """EDM's loss."""
     sigma = (torch.randn(len(x_0), 1, 1, 1) * 1.2 - 1.2).exp()
     eps = torch.randn_like(x_0)
     norm = (sigma.square() + sigma_data**2).sqrt()
@@ -78,7 +81,7 @@ def bare_loss(network: torch.nn.Module, x_0: Tensor, sigma_data: float = 0.5) ->
 
 
 def bare_loop(images: Tensor) -> float:
-    """Train for STEPS + 1 steps; returns the seconds of STEPS."""
+    """Train for STEPS + 1 steps in a bare loop, and return the processor time of STEPS steps."""
     torch.manual_seed(0)
     network = build_network().train()
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, betas=(0.9, 0.99), fused=True)
@@ -95,7 +98,7 @@ def bare_loop(images: Tensor) -> float:
 
 
 def main(repeats: int = 9) -> None:
-    """Measure."""
+    """Measure and print."""
     torch.set_num_threads(1)
     _quiet()
     images = torch.randint(256, (2048, *SHAPE), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other. Every one of them reaches each of these calls, or all would wait."""
+"""Collective operations. Every rank must call them, or the run deadlocks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,27 +14,27 @@ T = TypeVar("T")
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over the processes, in place; the tensor itself where there is one."""
+    """Sum a tensor over all ranks, in place, and return it; without a process group, the tensor is unchanged."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_gather(thing: Any) -> list[Any]:
-    """One thing of each process, in order."""
+def all_gather(value: Any) -> list[Any]:
+    """Gather an object from each rank into a list, in order of rank."""
     if not (dist.is_available() and dist.is_initialized()):
-        return [thing]
-    things = [thing] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
-    return things
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let an error of one process, which the others would wait for in vain, be an error of all.
+    """Raise a UsageError of one rank on all ranks, because the other ranks would wait for it.
 
     Raises:
-        SharedError: In every process, with the message of the first that has one.
+        SharedError: A rank failed; raised on every rank, with the message of the first that failed.
     """
     error: UsageError | None = None
     try:

@@ -1,23 +1,28 @@
-"""The one exception that a user is meant to read."""
+"""Exceptions with messages for users."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """Bad input: a mistyped key, a missing file, a budget that can't be met.
+    """Error in the user's input: a mistyped key, a missing file, a budget that can't be met.
 
-    The message is one sentence that names the thing and the remedy. The command line prints it without a traceback and
-    exits with status 2; library users catch it as any exception.
+    The message is one sentence that states the problem and the remedy. The command line prints the message without a
+    traceback and exits with status 2.
     """
 
 
 class SharedError(UsageError):
-    """One that every process raises, so that one of them is to print it."""
+    """A usage error that is raised on every rank, so that only one rank needs to print it."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the closest of ``known``, else ``; known: a, b, c``."""
+    """End of a message about an unknown word: ``; did you mean 'x'?`` or, without a similar word, ``; known: a, b``.
+
+    Args:
+        word: Unknown word.
+        known: Known words.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

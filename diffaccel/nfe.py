@@ -1,7 +1,7 @@
-"""Counting, on the networks themselves: evaluations and FLOPs, whoever calls them.
+"""Counters of network evaluations and FLOPs.
 
-One evaluation is one sample through one forward. Nothing is derived from a formula: a hook on the module sees every
-batch that enters it, so correctors, Langevin steps and burn-in count like any other call.
+One evaluation is one sample in one forward pass. Evaluations are counted by a hook on the network, not derived from a
+formula, so that correctors, Langevin steps and burn-in are included.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
-_APART: ContextVar[str | None] = ContextVar("apart", default=None)
+_OTHER_NAME: ContextVar[str | None] = ContextVar("other_name", default=None)
 
 
 @contextmanager
 def burn_in() -> Iterator[None]:
-    """Mark what runs inside as burn-in, which counters report apart as well."""
+    """Mark the evaluations in a ``with`` block as burn-in, which counters also report separately."""
     token = _BURNING_IN.set(True)
     try:
         yield
@@ -30,26 +30,26 @@ def burn_in() -> Iterator[None]:
 
 @contextmanager
 def counted_apart(name: str) -> Iterator[None]:
-    """Count what runs inside under a name that is no network's: it stands in no budget, but its FLOPs do count."""
-    token = _APART.set(name)
+    """Count the evaluations in a ``with`` block under another name: excluded from NFE, included in FLOPs."""
+    token = _OTHER_NAME.set(name)
     try:
         yield
     finally:
-        _APART.reset(token)
+        _OTHER_NAME.reset(token)
 
 
 class EvaluationCounter:
-    """Counts samples through each network while it is entered as a context.
+    """Context manager that counts evaluations and FLOPs of networks.
 
     Args:
-        networks: Name -> module.
-        flops: Those known of an earlier counter, which are not measured again.
+        networks: Networks by name.
+        flops: FLOPs by name from an earlier counter, which are not measured again.
 
     Attributes:
-        evaluations: Samples per network, burn-in included.
-        burn_in: The part of them spent in burn-in.
-        flops: FLOPs of one sample through one forward, measured on each network's first call (multiplications and
-            additions apart, matrix products and convolutions only, as ``torch.utils.flop_counter`` counts).
+        evaluations: Number of evaluations by name, including burn-in.
+        burn_in: Number of evaluations in burn-in by name.
+        flops: FLOPs per evaluation by name, measured on the first call. ``torch.utils.flop_counter`` counts a
+            multiplication and an addition as two, for matrix products and convolutions only.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], flops: Mapping[str, float] | None = None) -> None:
@@ -71,12 +71,12 @@ class EvaluationCounter:
         measuring: list[tuple[FlopCounterMode, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            samples, name = len(inputs[0]), _APART.get() or network
+            samples, name = len(inputs[0]), _OTHER_NAME.get() or network
             self.evaluations[name] += samples
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
             if name not in self.flops and samples and not measuring:
-                eager = torch.compiler.set_stance("force_eager")  # a compiled graph hides its operations
+                eager = torch.compiler.set_stance("force_eager")  # the counter can't see operations of compiled graphs
                 eager.__enter__()
                 mode = FlopCounterMode(display=False)
                 mode.__enter__()
@@ -87,14 +87,14 @@ class EvaluationCounter:
                 mode, eager, samples = measuring.pop()
                 mode.__exit__(None, None, None)
                 eager.__exit__(None, None, None)
-                if output is None:  # the call failed: the next one is measured
+                if output is None:  # the call failed: measure the next one
                     return
-                self.flops[_APART.get() or network] = mode.get_total_flops() / samples
+                self.flops[_OTHER_NAME.get() or network] = mode.get_total_flops() / samples
 
-        self._stack.callback(after, module, (), None)  # an interrupt in the network calls no hook
+        self._stack.callback(after, module, (), None)  # hooks are not called after an interrupt
         self._stack.callback(module.register_forward_pre_hook(before).remove)
         self._stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
     def total_flops(self) -> float:
-        """FLOPs of everything counted."""
+        """Total FLOPs of all counted evaluations."""
         return sum(count * self.flops.get(name, 0.0) for name, count in self.evaluations.items())

@@ -1,4 +1,4 @@
-"""Files and folders that runs write: whole or not at all, checked before work starts, held by one run at a time."""
+"""Output files and folders: atomic writes, checks before work starts, and locks on the folders of runs."""
 
 import errno
 import json
@@ -21,32 +21,32 @@ from diffaccel.text.terminal import PlainConsole
 try:
     import fcntl
     import resource
-except ImportError:  # Windows has neither
+except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-"""File in OUT that the run holds, with the holder's name in it."""
+"""File in OUT that a run locks; it contains a description of the run."""
 PART = ".part"
-"""Part of the names of files that are being written."""
+"""Infix of the names of files that are being written."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""How file systems without locks answer."""
+"""Error codes of file systems without locks."""
 
 _held: list[IO[bytes]] = []
 
 
-def _let_go() -> None:
-    """Close the parent's locks in a forked child, which would hold them after the parent's death."""
+def _close_locks() -> None:
+    """Close the parent's locks in a forked child, which would otherwise hold them after the end of the parent."""
     while _held:
         _held.pop().close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def unwritable(path: str | Path, error: OSError) -> UsageError:
-    """Return the one line for a file that can't be written: path, cause, remedy."""
+    """Make the error for a file that can't be written, with path, cause and remedy."""
     full = "make room (or raise the limit) and run the same command again"
     remedy = full if error.errno in FULL else "choose another path"
     return UsageError(f"{path} can't be written ({error.strerror or error}): {remedy}")
@@ -54,9 +54,10 @@ def unwritable(path: str | Path, error: OSError) -> UsageError:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Give the name of a file to write, which replaces ``path`` when the ``with`` block ends without an error.
+    """Yield the name of a temporary file, which replaces ``path`` when the ``with`` block ends without an error.
 
-    The name is unique to the call and has the suffix of ``path``. Folders are made; a failure leaves nothing behind.
+    The name is unique and has the suffix of ``path``. Missing folders are created. After an error, the temporary file
+    is removed.
 
     Raises:
         UsageError: The file can't be written.
@@ -75,10 +76,10 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def _regular(path: str | Path) -> Path:
-    """Follow links to where a file is, or may come to be.
+    """Resolve links in the path of an existing or new file.
 
     Raises:
-        UsageError: There is a folder, a device or a loop.
+        UsageError: The path is a folder, a device, or a loop of links.
     """
     try:
         mode = os.stat(path).st_mode
@@ -88,38 +89,38 @@ def _regular(path: str | Path) -> Path:
         raise unwritable(path, error) from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise UsageError(f"{path} is {kind} where a file is to be written: choose another path")
+        raise UsageError(f"{path} is {kind}, not a file that can be written: choose another path")
     return Path(os.path.realpath(path))
 
 
 def write_whole(path: str | Path, content: bytes | memoryview | str) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        UsageError: It can't be written.
+        UsageError: The file can't be written.
     """
     with whole(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_all(file: IO[bytes], content: bytes) -> None:
-    """Write all of the bytes to an unbuffered file, which may take them in parts."""
+    """Write all bytes to an unbuffered file, whose ``write`` may write only a part."""
     while content:
         content = content[file.write(content) :]
 
 
 def lock(file: IO[bytes], wait: bool = True) -> bool:
-    """Lock an open file until it is closed or the process ends, however it ends.
+    """Lock an open file until the file is closed or the process ends, normally or not.
 
     Args:
-        file: Open for writing, as file systems over a network want it.
-        wait: Whether to wait for another holder.
+        file: File opened for writing, as network file systems require.
+        wait: Whether to wait until another process releases the lock.
 
     Returns:
-        Whether the system has such locks; without them nothing is locked.
+        Whether the file is locked; False on systems without locks.
 
     Raises:
-        BlockingIOError: Another process holds it, and ``wait`` is false.
+        BlockingIOError: Another process holds the lock, and ``wait`` is false.
     """
     if fcntl is None:
         return False
@@ -134,17 +135,17 @@ def lock(file: IO[bytes], wait: bool = True) -> bool:
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Make a run's folder and keep other runs out of it for the length of a ``with`` block.
+    """Create the folder of a run and lock it for the duration of a ``with`` block.
 
-    The lock is the system's: it goes with the process, so that a run that was killed can be resumed at once. A folder
-    that was made and stays empty is removed.
+    The operating system releases the lock when the process ends, so that a run that was killed can be resumed at once.
+    A folder that was created and is still empty is removed.
 
     Raises:
-        UsageError: The folder can't be written to, or another run, which the message names, writes to it.
+        UsageError: The folder can't be written to, or another run, named in the message, has locked it.
     """
     with ExitStack() as stack:
-        with _taking(folder):
-            stack.enter_context(_made(folder))
+        with _usage_errors(folder):
+            stack.enter_context(_created(folder))
             file = stack.enter_context(_hold(folder))
         try:
             yield
@@ -152,12 +153,12 @@ def occupied(folder: Path) -> Iterator[None]:
             if file in _held:  # not in a child process
                 _held.remove(file)
                 with suppress(OSError):
-                    (folder / LOCK).unlink()  # while it is locked, so that nobody locks a file without a name
+                    (folder / LOCK).unlink()  # before the lock is released, so that no run locks the unlinked file
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder for the length of a ``with`` block; what was made and is not empty then stays."""
+def _created(folder: Path) -> Iterator[None]:
+    """Create a folder for the duration of a ``with`` block, and remove the created folders that are empty then."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -169,7 +170,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _taking(folder: Path) -> Iterator[None]:
+def _usage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
@@ -179,23 +180,23 @@ def _taking(folder: Path) -> Iterator[None]:
 
 
 def _hold(folder: Path) -> IO[bytes]:
-    """Lock a folder and write the holder's name into the lock's file."""
+    """Lock a folder and write a description of this run into the lock file."""
     path = folder / LOCK
     while True:
         file = path.open("a+b", buffering=0)
         try:
             locks = lock(file, wait=False)
             if not locks:
-                said = f"{folder}: its file system has no locks: start no other run with this out= meanwhile"
-                PlainConsole(stderr=True, soft_wrap=True).print(said)
+                warning = f"{folder}: the file system has no locks: don't start another run with this out= meanwhile"
+                PlainConsole(stderr=True, soft_wrap=True).print(warning)
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                file.close()  # the last holder has removed it
+                file.close()  # the previous run has removed the file
                 continue
             file.truncate(0)
             write_all(file, json.dumps(_holder()).encode())
             if locks:
                 for stale in (*folder.glob(f".*{PART}*"), *folder.glob(f"*/.*{PART}*")):
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # a killed run's: no other is here
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()  # files of a killed run
         except BlockingIOError:
             raise UsageError(f"out={folder} is in use by {_read_holder(file)}: choose another out=, or wait") from None
         except OSError:
@@ -216,44 +217,44 @@ def _read_holder(file: IO[bytes]) -> str:
         try:
             file.seek(0)
             holder = json.loads(file.read(1 << 16))
-            said = f"{holder['command']!r:.200} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
-            return said
-        except (OSError, ValueError, LookupError, TypeError):  # it has only just been locked
+            process = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+            return f"{holder['command']!r:.200} ({process})"
+        except (OSError, ValueError, LookupError, TypeError):  # the description is not written yet
             return "another run"
 
 
 def check_target(path: str | Path) -> None:
-    """Refuse a path that no file can be written to, by writing one beside it, of which nothing is left.
+    """Check that a file can be written, by writing and removing a temporary file in the same folder.
 
     Raises:
-        UsageError: It is no file, or its folder is read-only, full or a file.
+        UsageError: The path is not a file, or its folder is read-only, full, or a file.
     """
     path = _regular(path)
     try:
         if path.exists():
             path.open("ab").close()
-        with _made(path.parent), suppress(_Checked), whole(path) as part:
+        with _created(path.parent), suppress(_Checked), whole(path) as part:
             part.write_bytes(bytes(4096))
             raise _Checked
     except OSError as error:
         raise unwritable(path, error) from None
 
 
-class _Checked(Exception):  # noqa: N818 (no error: it ends the block before the file gets its name)
+class _Checked(Exception):  # noqa: N818 (not an error: it ends the block before the temporary file replaces the path)
     pass
 
 
 def check_room(folder: Path, size: int, largest: int, what: str) -> None:
-    """Refuse a folder without room.
+    """Check that files fit into a folder.
 
     Args:
-        folder: It exists.
-        size: Bytes of all files.
-        largest: Bytes of the largest of them.
-        what: The files, for the message.
+        folder: Existing folder.
+        size: Total size of the files in bytes.
+        largest: Size of the largest file in bytes.
+        what: Name of the files in the message.
 
     Raises:
-        UsageError: Fewer bytes are free, or files must not become so large.
+        UsageError: There is not enough free space, or the size of files is limited to less than ``largest``.
     """
     free = shutil.disk_usage(folder).free
     if free < size:

@@ -378,7 +378,7 @@ def test_lines_that_lack_something_are_shown_as_far_as_they_go(runs: dict[str, P
     assert main(["compare", str(runs["second"]), str(folder), f"out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr()
     assert "of 11 points lack fd_identity or nfe: not drawn" in printed.err
-    assert "shown as far as they go" in printed.err and "old" in printed.out
+    assert "shown without them" in printed.err and "old" in printed.out
     page = Page(tmp_path / "out" / "index.html")
     assert any(line[0].startswith("old") and "3" in line for line in page.table)
 

@@ -352,5 +352,5 @@ def test_widths_under_1():
 def test_wrong_calls(build, shape):
     with pytest.raises(UsageError, match=r"built for samples of shape .* got \(1, 2, 2\)"):
         build()(torch.randn(4, 1, 2, 2))
-    with pytest.raises(UsageError, match="called without labels: give it the batch's"):
+    with pytest.raises(UsageError, match="called without labels: pass the labels"):
         build(classes=3)(torch.randn(4, *shape))

@@ -29,7 +29,7 @@ GOOD = {"images": RGB, "labels": LABELS}
     ("arrays", "words"),
     [
         ({"pixels": RGB}, ["no array 'images'"]),
-        ({"images": RGB / 255}, ["float64", "give uint8"]),
+        ({"images": RGB / 255}, ["float64", "save uint8"]),
         ({"images": RGB[0, 0]}, ["(6, 3)", "(N, H, W)"]),
         ({"images": RGB.transpose(0, 3, 1, 2)}, ["(12, 3, 6, 6)", "(N, H, W, C)"]),
         ({"images": RGB[:0]}, ["(0, 6, 6, 3)", "no size of 0"]),
@@ -38,7 +38,7 @@ GOOD = {"images": RGB, "labels": LABELS}
         ({**GOOD, "labels": LABELS - 1}, ["-1", "from 0"]),
         ({**GOOD, "classes": np.array(["a", "b"])}, ["goes to 2", "names 2"]),
         ({**GOOD, "classes": np.array("abc")}, ["'classes'", "one name per class"]),
-        ({"images": np.array([None, "object"])}, ["'images' holds Python objects"]),
+        ({"images": np.array([None, "object"])}, ["'images' contains Python objects"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -50,14 +50,14 @@ def test_npz_arrays_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], word
 def test_truncated_npz(tmp_path: Path, npz: str, kept: float) -> None:
     content = Path(npz).read_bytes()
     (tmp_path / "short.npz").write_bytes(content[: int(len(content) * kept)])
-    refuses(data("npz", path=str(tmp_path / "short.npz")), "short.npz", "truncated", "write it anew")
+    refuses(data("npz", path=str(tmp_path / "short.npz")), "short.npz", "truncated", "write it again")
 
 
 def test_npz_with_a_flipped_byte(tmp_path: Path, npz: str) -> None:
     content = bytearray(Path(npz).read_bytes())
     content[700] ^= 255
     (tmp_path / "flipped.npz").write_bytes(content)
-    refuses(data("npz", path=str(tmp_path / "flipped.npz")), "flipped.npz", "write it anew")
+    refuses(data("npz", path=str(tmp_path / "flipped.npz")), "flipped.npz", "write it again")
 
 
 def test_archives_that_python_cannot_open(tmp_path: Path, npz: str) -> None:
@@ -67,7 +67,7 @@ def test_archives_that_python_cannot_open(tmp_path: Path, npz: str) -> None:
         content = bytearray(Path(path).read_bytes())
         content[content.index(b"PK\x01\x02") + 6] = 99  # "version needed to extract" of the central directory
         Path(path).write_bytes(content)
-        refuses(data(source, path=path), path, "zip file version 9.9", "write it anew")
+        refuses(data(source, path=path), path, "zip file version 9.9", "write it again")
 
 
 def test_a_bare_array_is_no_npz(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_an_image_that_breaks_after_the_check_is_named(tmp_path: Path) -> None:
 def test_truncated_zip(tmp_path: Path) -> None:
     archive = Path(save_zip(tmp_path / "whole.zip", Path(save_folder(tmp_path / "images"))))
     (tmp_path / "short.zip").write_bytes(archive.read_bytes()[:-40])
-    refuses(data("zip", path=str(tmp_path / "short.zip")), "short.zip", "truncated", "write it anew")
+    refuses(data("zip", path=str(tmp_path / "short.zip")), "short.zip", "truncated", "write it again")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_folders_without_images_or_with_stray_ones(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme.txt").write_text("no image")
     (tmp_path / "empty" / ".hidden.png").write_text("passed over")
-    refuses(data("folder", path=str(tmp_path / "empty")), "empty holds no images", ".png")
+    refuses(data("folder", path=str(tmp_path / "empty")), "empty contains no images", ".png")
     folder = Path(save_folder(tmp_path / "images"))
     Image.fromarray(RGB[0]).save(folder / "stray.png")
     refuses(data("folder", path=str(folder)), "stray.png", "labels: false")

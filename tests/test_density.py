@@ -256,7 +256,7 @@ def test_only_the_first_images_make_the_components():
 
 
 def test_too_few_images_for_the_components():
-    with pytest.raises(UsageError, match="can't fill 20 components"):
+    with pytest.raises(UsageError, match="too few for 20 components"):
         MixtureDensity(SHAPE, 1.0).fit(source(images(15)))
 
 
@@ -336,9 +336,9 @@ def test_another_level_is_refused(tmp_path: Path):
     density = build("mixture")
     save_weights(tmp_path / "density.safetensors", density.state_dict(), {}, torch.float32)
     other = DENSITIES.build({"name": "mixture", **KINDS["mixture"]}, shape=PLANE, ratio=0.8)
-    with pytest.raises(UsageError, match=r"are of ratio_star 0.7, the experiment's prior starts at 0.8"):
+    with pytest.raises(UsageError, match=r"are for ratio_star 0.7, but the experiment's prior starts at 0.8"):
         load_weights(tmp_path / "density.safetensors", other)
-    with pytest.raises(UsageError, match="no other level"):
+    with pytest.raises(UsageError, match="fitted at ratio_star 0.7, not at 0.8"):
         density.at(0.8)
 
 

@@ -91,6 +91,6 @@ def test_the_command_says_whether_it_rises(data: Path, tmp_path: Path, capsys: p
     assert "noisy.npz has no array 'labels'" in capsys.readouterr().err
     np.savez(tmp_path / "few.npz", images=arrays["images"], labels=arrays["labels"] % 8)
     assert main([str(tmp_path / "few.npz"), str(EXTRACTOR)]) == 2
-    assert "0 stay without 8 classes" in capsys.readouterr().err
+    assert "0 remain without 8 classes" in capsys.readouterr().err
     assert main([str(data), str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_fitting_needs_labelled_images():
 
     with pytest.raises(UsageError, match="labelled uint8 images"):
         fit_extractor(Unlabelled())
-    with pytest.raises(UsageError, match="lower it"):
+    with pytest.raises(UsageError, match="lower batch_size"):
         fit_extractor(DigitSource(), batch_size=5000)
 
 
@@ -293,7 +293,7 @@ def test_ctrl_c_that_is_ignored_stays_so(monkeypatch):
     ids=["epochs", "widths"],
 )
 def test_a_state_of_another_recipe_is_refused(whole, other, named):
-    with pytest.raises(UsageError, match=f"last.ckpt is of another fit, with {named}: "):
+    with pytest.raises(UsageError, match=f"last.ckpt is from a fit with {named}: "):
         fit_extractor(DigitSource(), **{**RECIPE, **other}, resume=whole[1])
 
 

@@ -57,5 +57,5 @@ def test_scores_of_files_bear_their_quality() -> None:
 def test_qualities_that_are_none(quality: int) -> None:
     with pytest.raises(UsageError, match=f"jpeg={quality}.*1 to 100"):
         AsJPEG(Values(), quality)
-    with pytest.raises(UsageError, match="reads no files"):
+    with pytest.raises(UsageError, match="'identity': set jpeg to 1 to 100 and use an extractor of images"):
         AsJPEG(Identity(768), 75)

@@ -114,7 +114,7 @@ def test_backslashes_in_labels(tmp_path: Path) -> None:
         ("{}", "can't be read"),
         ({"labels": [[["a.png"], 1]]}, "can't be read"),
         ({"labels": [["a.png", 1]]}, "gives 1 of 2 images no label .b.png"),
-        ({"labels": [["a.png", 1], ["b.png", 1.0]]}, "gives b.png the label 1.0, no class number"),
+        ({"labels": [["a.png", 1], ["b.png", 1.0]]}, "gives b.png the label 1.0, which is not a class number"),
         ({"labels": [["a.png", 1], ["b.png", "1"]]}, "gives b.png the label '1'"),
         ({"labels": [["a.png", 1], ["b.png", True]]}, "gives b.png the label True"),
         ({"labels": [["a.png", 1], ["b.png", 10**30]]}, "gives b.png the label 10{30}"),
@@ -134,7 +134,7 @@ def test_labels_that_cannot_be_used(tmp_path: Path, labels: Any, words: str) -> 
 def test_labels_of_images_that_are_not_there_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = {"labels": [["a.png", 1], ["b.png", 0], ["gone.png", 3]]}
     opened(save(tmp_path / "a.zip", ["a.png", "b.png"], labels)).setup("fit")
-    assert "1 labels of dataset.json are of no image here (gone.png)" in capsys.readouterr().err
+    assert "1 labels of dataset.json have no image (gone.png)" in capsys.readouterr().err
 
 
 def test_a_network_and_the_labels_of_its_data(tmp_path: Path, npz: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,8 +202,8 @@ def test_learns() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"embedding": "learned"}, "embedding 'learned' is none of"),
-        ({"decoder": "residual"}, "decoder 'residual' is none of"),
+        ({"embedding": "learned"}, "embedding is 'learned': set it to one of"),
+        ({"decoder": "residual"}, "decoder is 'residual': set it to one of"),
         ({"attention": [5]}, "no resolution 5"),
         ({"multipliers": [1] * 7}, "halved 6 times"),
         ({"multipliers": []}, "multipliers"),

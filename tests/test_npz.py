@@ -38,7 +38,7 @@ def test_names_of_other_programs(tmp_path: Path) -> None:
 def test_statistics_are_no_images(tmp_path: Path) -> None:
     for names in (("mu", "sigma"), ("mean", "covariance")):
         path = save_npz(tmp_path / "statistics.npz", **dict.fromkeys(names, np.eye(3)))
-        refuses(path, f"holds statistics of images ({names[0]} and {names[1]}) and no images", "give an npz")
+        refuses(path, f"contains statistics of images ({names[0]} and {names[1]}) and no images", "use an npz")
 
 
 def test_fortran_order_is_read_alike(tmp_path: Path) -> None:
@@ -56,15 +56,15 @@ def test_arrays_that_are_not_read_are_said(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x_train": RGB}, ["no array 'images' or 'arr_0' but x_train"]),
-        ({"images": RGB.transpose(0, 3, 1, 2)}, ["channels come last", "transpose(0, 2, 3, 1)"]),
-        ({"images": RGB[0]}, ["(6, 6, 3)", "one image is (1, H, W, 3)"]),
+        ({"x_train": RGB}, ["no array 'images' or 'arr_0', only x_train"]),
+        ({"images": RGB.transpose(0, 3, 1, 2)}, ["channels last", "transpose(0, 2, 3, 1)"]),
+        ({"images": RGB[0]}, ["(6, 6, 3)", "a single RGB image as (1, H, W, 3)"]),
         ({"images": RGB[..., [0, 1, 2, 0]]}, ["(12, 6, 6, 4)", "C = 1 or 3"]),
         ({"images": RGB / 255}, ["float64 from 0 to 1", "(255 * images).round().astype('uint8')"]),
         ({"images": RGB / 127.5 - 1}, ["float64 from -1 to 1", "(127.5 * images + 127.5).round()"]),
-        ({"images": RGB.astype(int)}, ["int64 from 0 to 255", "give uint8"]),
-        ({"images": RGB.astype(complex)}, ["complex128", "give uint8"]),
-        ({"images": RGB, "labels": np.array([None] * N)}, ["'labels' holds Python objects"]),
+        ({"images": RGB.astype(int)}, ["int64 from 0 to 255", "save uint8"]),
+        ({"images": RGB.astype(complex)}, ["complex128", "save uint8"]),
+        ({"images": RGB, "labels": np.array([None] * N)}, ["'labels' contains Python objects"]),
         ({"images": RGB, "labels": np.full(N, 2**63, np.uint64)}, [str(2**63), "number the classes from 0"]),
         ({"images": RGB, "labels": np.full(N, 10**9)}, [str(10**9), "number the classes from 0"]),
         ({"arr_0": RGB, "arr_1": LABELS[1:]}, ["'arr_1'", "(11,)"]),
@@ -77,7 +77,7 @@ def test_arrays_of_the_wrong_kind(tmp_path: Path, arrays: dict[str, Any], words:
 
 def test_a_bare_array_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "bare.npy", RGB)
-    refuses(tmp_path / "bare.npy", "is one array (.npy) and no npz", "np.savez(FILE, images=array)")
+    refuses(tmp_path / "bare.npy", "is a single array (.npy)", "np.savez(FILE, images=array)")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def test_an_array_that_unpacks_to_far_more_than_its_file(tmp_path: Path, monkeyp
     np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((300, 32, 32), np.uint8))
     assert data("npz", path=str(tmp_path / "zeros.npz")).shape == (1, 32, 32)
     monkeypatch.setattr("diffaccel.data.npz.ALWAYS_ALLOWED", 100_000)
-    refuses(tmp_path / "zeros.npz", "'images' takes 307328 bytes, more than 100 times its file", "without compression")
+    size = "'images' takes 307328 bytes, more than 100 times the size of its file"
+    refuses(tmp_path / "zeros.npz", size, "without compression")
     honest = RGB.repeat(100, axis=0)
     np.savez_compressed(tmp_path / "honest.npz", images=honest)
     assert data("npz", path=str(tmp_path / "honest.npz")).size("train") == len(honest)

@@ -50,14 +50,14 @@ def test_suffixes_that_people_have(tmp_path: Path) -> None:
     files = FolderFiles(str(tmp_path))
     assert files.names == ["a.PNG", "b.jfif", "c.jpe", "d.JPEG", "e.png", "f.webp", "no_suffix"]
     (note,) = files.notes
-    assert note == "7 files used, 5 passed over: 1 .heic, 1 .txt, 2 hidden, 1 without a suffix and no images"
+    assert note == "7 files used, 5 skipped: 1 .heic, 1 .txt, 2 hidden, 1 without a suffix and no images"
 
 
 def test_a_format_without_a_decoder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "b.avif").write_bytes(b"a Pillow without a decoder can't read it")
     monkeypatch.setattr("diffaccel.data.decode.formats", lambda: ("PNG",))
-    assert FolderFiles(str(tmp_path)).notes == ["1 files used, 1 passed over: 1 .avif"]
+    assert FolderFiles(str(tmp_path)).notes == ["1 files used, 1 skipped: 1 .avif"]
 
 
 def test_nothing_that_hangs_or_multiplies(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_nothing_that_hangs_or_multiplies(tmp_path: Path) -> None:
     (root / "out").symlink_to(elsewhere.parent)
     files = FolderFiles(str(root))
     assert files.names == ["a.png", "one.png", "out/far.png", "zz/real.png"]
-    assert files.passed_over == {places.NO_FILE: 6, places.READ_TWICE: 5}
+    assert files.skipped == {places.NO_FILE: 6, places.READ_TWICE: 5}
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_names_in_archives(tmp_path: Path) -> None:
     assert files.names == ["b.png", "c.png", "d.png", "x/0.png"]
     with files.open("d.png") as stream:
         assert np.array_equal(np.asarray(Image.open(stream)), RGB[1])
-    assert files.passed_over == {places.OLDER: 1, places.OUTSIDE: 1, places.HIDDEN: 1, places.NO_FILE: 1}
+    assert files.skipped == {places.OLDER: 1, places.OUTSIDE: 1, places.HIDDEN: 1, places.NO_FILE: 1}
 
 
 def test_a_member_is_not_unpacked_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_tar_and_a_wrong_source_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"anything")
     file = save(tmp_path / "a.png")
     for source, path, words in (
-        ("zip", tmp_path / "a.tar.gz", "is a tar archive and no zip: unpack it and use the source folder"),
+        ("zip", tmp_path / "a.tar.gz", "is a tar archive, not zip: unpack it and use the source folder"),
         ("zip", folder, "it is a folder: use the source folder"),
         ("folder", file, "it is a file: use the source zip or npz"),
     ):
@@ -180,7 +180,7 @@ def test_notes_are_printed_once_by_one_process(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        f"name[red] (train): {N} files used, 1 passed over: 1 .\\x1b[31mtxt",
+        f"name[red] (train): {N} files used, 1 skipped: 1 .\\x1b[31mtxt",
         f"name[red] (train): 1 of {N} images with transparency, composited over white",
         f"name[red] (train): 1 of {N} images grey among colour images, read as RGB",
     ]

@@ -229,7 +229,7 @@ def test_ours_may_have_prefixes_too(tmp_path: Path) -> None:
         ({"downsample_type": "resnet"}, {}, "downsample_type is 'resnet'"),
         ({"down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"]}, {}, "down_block_types are not 2 of"),
         ({"down_block_types": ["DownBlock2D"]}, {}, "down_block_types are not 2 of"),
-        ({"attention_head_dim": 5}, {}, "can't be divided into 5 channels a head"),
+        ({"attention_head_dim": 5}, {}, "can't be divided into 5 channels per head"),
         ({"norm_num_groups": "4"}, {}, "norm_num_groups is '4'"),
         ({"norm_eps": float("nan")}, {}, "norm_eps is nan"),
         ({"dropout": "0"}, {}, "dropout is '0'"),

@@ -26,5 +26,5 @@ def test_held_out_states_are_the_nearest(capsys: pytest.CaptureFixture[str]):
 
 def test_what_has_no_generator(capsys: pytest.CaptureFixture[str]):
     assert main([str(EXPERIMENTS / "digits" / "edm.yaml")]) == 2
-    assert "name a tdpm experiment" in capsys.readouterr().err
+    assert "use a tdpm experiment" in capsys.readouterr().err
     assert main([]) == 2

@@ -84,7 +84,7 @@ def test_unreadable_points_are_named(tmp_path):
         read_points(path)
     for line in ("{nfe: 5}", "3", ""):
         path.write_text(json.dumps(point(5)) + f"\n{line}\n" + json.dumps(point(10)) + "\n")
-        with pytest.raises(UsageError, match="line 2, is no point"):
+        with pytest.raises(UsageError, match="line 2, is not a point"):
             read_points(path)
 
 
@@ -196,7 +196,7 @@ def test_points_that_lack_something_are_left_out(tmp_path, figures):
 
 def test_lines_that_nest_too_deep_are_named(tmp_path):
     (tmp_path / "points.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
-    with pytest.raises(UsageError, match="line 1, is no point"):
+    with pytest.raises(UsageError, match="line 1, is not a point"):
         read_points(tmp_path / "points.jsonl")
 
 

@@ -109,7 +109,7 @@ def test_dynamic_programming_finds_the_best_of_all_paths(gamma: float, denoise: 
             for path in paths
         ]
         assert tuple(fine.path(steps, gamma, denoise)) == paths[int(np.argmin(costs))]
-    with pytest.raises(UsageError, match="take more levels"):
+    with pytest.raises(UsageError, match="use more levels"):
         fine.path(last + 1, gamma, denoise)
 
 

@@ -328,7 +328,7 @@ def test_quadratic_grid_on_edms_process_is_karras() -> None:
 
 
 def test_quadratic_grid_refuses_negative_times() -> None:
-    with pytest.raises(UsageError, match=r"ratio 0.002, lies at a negative time on this process: raise ratio_min"):
+    with pytest.raises(UsageError, match=r"ratio 0.002, is at a negative time on this process: raise ratio_min"):
         Quadratic()(VarianceExploding(), f64(0.5, 0.9), 5)
 
 

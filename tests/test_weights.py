@@ -119,8 +119,8 @@ TRUNCATED = "truncated or no safetensors file.*get the file anew"
         (pickled, TRUNCATED),
         (no_mapping, TRUNCATED),
         (nested, TRUNCATED),
-        (empty, "the file is empty.*get the file anew"),
-        (page, "the file is a web page.*get the file anew"),
+        (empty, "the file is empty.*get the file again"),
+        (page, "the file is a web page.*get the file again"),
         (pointer, "the file is a git-lfs pointer.*git lfs pull"),
     ],
 )

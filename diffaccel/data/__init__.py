@@ -1,4 +1,4 @@
-"""Images (and toy points) by name, in a training order that neither resuming nor the number of processes changes."""
+"""Data sets of images and toy points, with a training order that is independent of resuming and world size."""
 
 from typing import TYPE_CHECKING
 

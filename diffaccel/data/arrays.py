@@ -1,4 +1,4 @@
-"""Sources that fit in memory: digits, npz arrays, CIFAR-10, toy points."""
+"""Sources in memory: digits, npz arrays, CIFAR-10, toy points."""
 
 import os
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.data import npz
 from diffaccel.data.decode import listed
@@ -24,7 +25,7 @@ def channels_first(images: np.ndarray[Any, Any]) -> Tensor:
 
 @SOURCES.register("digits")
 class Digits(Source):
-    """Scikit-learn's 8x8 digits, 0..16 brought to 0..255; every fifth image is the test split (1437 and 360 images).
+    """Scikit-learn's 8x8 digits, rescaled from 0..16 to 0..255. Every fifth image is in the test split (360 of 1797).
 
     Args:
         label: Provenance, for tables and plots.
@@ -35,6 +36,7 @@ class Digits(Source):
     def __init__(self, label: str | None = None) -> None:
         self.label = label or "digits 8x8"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split.
 
@@ -54,13 +56,12 @@ class Digits(Source):
 class Npz(Source):
     """Arrays of an npz file: ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` (N,) integers.
 
-    Without these names, ``arr_0`` and ``arr_1`` are read in their place, as ADM's sampling writes them. An array
-    ``classes`` (names, one a class), if there is one, says how many classes there are; else the largest training label
-    does.
+    Without these names, ``arr_0`` and ``arr_1`` are read instead, which are the names in ADM's samples. The number of
+    classes is the length of an optional array ``classes`` (of names), otherwise the largest training label plus 1.
 
     Args:
-        path: The training images.
-        test_path: The test images, if any.
+        path: File of the training images.
+        test_path: File of the test images; None for no test split.
         label: Provenance, for tables and plots; the file's name by default.
     """
 
@@ -70,11 +71,12 @@ class Npz(Source):
         self.path, self.test_path = path, test_path
         self.label = label or os.path.basename(path)
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split.
 
         Raises:
-            UsageError: No such file, a broken one, or arrays of the wrong name, type or shape.
+            UsageError: The file is missing or damaged, or has arrays of the wrong name, type or shape.
         """
         file = npz.ArrayFile(path_of(name, self.path, self.test_path))
         image_key, label_key = _keys(file)
@@ -87,19 +89,19 @@ class Npz(Source):
 
 
 def _keys(file: npz.ArrayFile) -> tuple[str, str | None]:
-    """Name the arrays of images and of labels, if there are any."""
+    """Names of the array of images, and of the array of labels or None."""
     for images, labels in (("images", "labels"), ("arr_0", "arr_1")):
         if images in file.names:
             return images, labels if labels in file.names else None
     for statistics in (("mu", "sigma"), ("mean", "covariance")):
         if set(statistics) <= set(file.names):
             raise UsageError(
-                f"{file.where} holds statistics of images ({' and '.join(statistics)}) and no images: give an npz with "
-                f"an array 'images', uint8 (N, H, W, C)"
+                f"{file.where} contains statistics of images ({' and '.join(statistics)}) and no images: use an npz "
+                f"with an array 'images', uint8 (N, H, W, C)"
             )
     raise UsageError(
-        f"{file.where} has no array 'images' or 'arr_0' but {listed(file.names) or 'nothing'}: save the images, uint8 "
-        f"(N, H, W, C), in an npz by that name"
+        f"{file.where} has no array 'images' or 'arr_0', only {listed(file.names) or 'nothing'}: save the images as "
+        f"'images', uint8 (N, H, W, C)"
     )
 
 
@@ -107,14 +109,14 @@ def _checked_images(file: npz.ArrayFile, key: str) -> np.ndarray[Any, Any]:
     images = file.read(key)
     if images.dtype != np.uint8:
         raise UsageError(
-            f"{file.where}: '{key}' is {images.dtype}{_range(images)}: give uint8, 0 to 255{_recipe(images)}"
+            f"{file.where}: '{key}' is {images.dtype}{_range(images)}: save uint8, 0 to 255{_recipe(images)}"
         )
     shape = images.shape
-    remedy = "give (N, H, W) or (N, H, W, C), C = 1 or 3, and no size of 0"
+    remedy = "save (N, H, W) or (N, H, W, C), C = 1 or 3, and no size of 0"
     if images.ndim == 4 and shape[-1] not in (1, 3) and shape[1] in (1, 3):
-        remedy = "channels come last: save images.transpose(0, 2, 3, 1), (N, H, W, C)"
+        remedy = "save images.transpose(0, 2, 3, 1), with channels last, (N, H, W, C)"
     elif images.ndim == 3 and shape[-1] == 3:
-        remedy = "one image is (1, H, W, 3), and grey images are no 3 pixels wide; give (N, H, W) or (N, H, W, C)"
+        remedy = "save a single RGB image as (1, H, W, 3), and images as (N, H, W) or (N, H, W, C)"
     elif images.ndim in (3, 4) and (images.ndim == 3 or shape[-1] in (1, 3)) and images.size > 0:
         return images
     raise UsageError(f"{file.where}: '{key}' has shape {shape}: {remedy}")
@@ -127,7 +129,7 @@ def _range(images: np.ndarray[Any, Any]) -> str:
 
 
 def _recipe(images: np.ndarray[Any, Any]) -> str:
-    """Say how to make uint8 of numbers in [0, 1] or [-1, 1]."""
+    """Expression that converts numbers in [0, 1] or [-1, 1] to uint8, for the message."""
     if images.size == 0 or images.dtype.kind != "f" or not -1 <= images.min() <= images.max() <= 1:
         return ""
     scaled = "255 * images" if images.min() >= 0 else "127.5 * images + 127.5"
@@ -139,14 +141,14 @@ def _classes(file: npz.ArrayFile) -> int | None:
         return None
     classes = file.read("classes")
     if classes.ndim != 1 or len(classes) > MAX_CLASSES:
-        raise UsageError(f"{file.where}: 'classes' has shape {classes.shape}: give one name per class, or leave it out")
+        raise UsageError(f"{file.where}: 'classes' has shape {classes.shape}: save one name per class, or omit it")
     return len(classes)
 
 
 def _checked_labels(file: npz.ArrayFile, key: str, n: int, classes: int | None) -> Tensor:
     labels = file.read(key)
     if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UsageError(f"{file.where}: '{key}' is {labels.dtype} {labels.shape}: give one integer per image, ({n},)")
+        raise UsageError(f"{file.where}: '{key}' is {labels.dtype} {labels.shape}: save one integer per image, ({n},)")
     least, largest = int(labels.min()), int(labels.max())
     if least < 0 or largest >= MAX_CLASSES:
         raise UsageError(
@@ -154,18 +156,18 @@ def _checked_labels(file: npz.ArrayFile, key: str, n: int, classes: int | None) 
         )
     if classes is not None and largest >= classes:
         raise UsageError(
-            f"{file.where}: '{key}' goes to {largest}, 'classes' names {classes}: number from 0, or name them all"
+            f"{file.where}: '{key}' goes to {largest}, 'classes' names {classes}: number classes from 0, or name all"
         )
     return torch.from_numpy(labels.astype(np.int64))
 
 
 @SOURCES.register("cifar10")
 class Cifar10(Source):
-    """CIFAR-10 as torchvision keeps it: 50,000 training and 10,000 test images.
+    """CIFAR-10 in torchvision's format: 50,000 training and 10,000 test images.
 
     Args:
-        root: The folder that holds ``cifar-10-batches-py``.
-        download: Fetch it if it isn't there.
+        root: Folder that contains ``cifar-10-batches-py``.
+        download: Whether to download missing files.
         label: Provenance, for tables and plots.
 
     References:
@@ -178,33 +180,34 @@ class Cifar10(Source):
         self.root, self.download = root, download
         self.label = label or "CIFAR-10"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Open a split.
 
         Raises:
-            UsageError: The data set isn't there or not whole, or can't be downloaded, or torchvision is not installed.
+            UsageError: The data set is missing or incomplete, or can't be downloaded, or torchvision is not installed.
         """
-        with extra("vision", needed_by="source 'cifar10'"):  # imported late: it takes a second
+        with extra("vision", needed_by="source 'cifar10'"):  # imported here, because it takes a second
             from torchvision.datasets import CIFAR10
 
-        # torchvision unpickles the files, but only once their MD5 sums are the published ones.
+        # torchvision unpickles the files, but only after checking their MD5 sums.
         try:
             data = CIFAR10(self.root, train=name == "train", download=self.download)
         except (RuntimeError, OSError) as error:
             remedy = "check the connection" if self.download else "set data.download=true"
             raise UsageError(
-                f"no whole CIFAR-10 under {self.root} ({error}): {remedy}, or use the source npz"
+                f"no complete CIFAR-10 under {self.root} ({error}): {remedy}, or use the source npz"
             ) from None
         return ArrayImages(channels_first(data.data), torch.tensor(data.targets), classes=10)
 
 
 @SOURCES.register("toy")
 class Toy(Source):
-    """A Gaussian mixture in the plane, for tests against its closed form.
+    """Gaussian mixture in the plane, for tests against the closed form.
 
-        x ~ sum_k w_k N(m_k, std^2 I),    x of shape (2, 1, 1), in its own units: not brought to [-1, 1]
+        x ~ sum_k w_k N(m_k, std^2 I),    x of shape (2, 1, 1), in its own units, not in [-1, 1]
 
-    The label is the component k. The test split is as large, from a seed of its own.
+    The label is the component k. The test split has the same size and another seed.
 
     Args:
         n: Number of points in each split.
@@ -222,14 +225,15 @@ class Toy(Source):
         self.n, self.seed = n, seed
         self.label = label or "toy mixture"
 
+    @override
     def split(self, name: Split) -> ArrayImages:
         """Draw a split.
 
         Raises:
-            UsageError: No points asked for.
+            UsageError: ``n`` is less than 1, or ``seed`` is negative.
         """
         if self.n < 1 or self.seed < 0:
-            raise UsageError(f"source 'toy': n={self.n}, seed={self.seed}: give n of 1 or more and a seed of 0 or more")
+            raise UsageError(f"source 'toy': n={self.n}, seed={self.seed}: set n to 1 or more and seed to 0 or more")
         rng = np.random.default_rng((self.seed, name == "test"))
         components = rng.choice(len(self.weights), size=self.n, p=self.weights)
         points = np.array(self.means)[components] + self.std * rng.standard_normal((self.n, 2))

@@ -1,4 +1,4 @@
-"""EDM's geometric augmentations, each told to the network by a label that is zero when nothing was done."""
+"""EDM's geometric augmentations, with labels for the network that are zero without augmentation."""
 
 import math
 
@@ -9,24 +9,25 @@ from torch.nn import functional as F
 from diffaccel.noise import NoiseStreams
 
 LABELS = 9
-"""Horizontal flip, vertical flip, log2 of scale, cosine - 1 and sine of the angle, two of anisotropy, two of shift."""
+"""Number of labels: horizontal and vertical flip, log2 of scale, cosine - 1 and sine of angle, 2 stretch, 2 shift."""
 SCALE, SHIFT = 0.2, 0.125
-"""Deviations: of log2 of scales, and of shifts over the image's size."""
+"""Standard deviations of log2 of the scale, and of the shift divided by the image size."""
 
 
 def augment(images: Tensor, probability: float, noise: NoiseStreams) -> tuple[Tensor, Tensor]:
     """Flip, scale, rotate, stretch and shift images at random.
 
-    Half of the images are mirrored; each of the others happens with ``probability``. Images are resampled by bicubic
-    interpolation of their mirrored continuation, where EDM's code low-passes them first; unchanged ones stay exact.
+    Images are mirrored left to right with probability 1/2; each other augmentation is applied with ``probability``.
+    Images are resampled by bicubic interpolation with mirrored borders; EDM's code also applies a low-pass filter.
+    Images without a geometric augmentation are not resampled.
 
     Args:
-        images: (B, C, H, W).
-        probability: Of each augmentation but the mirroring.
-        noise: The samples' streams.
+        images: Images, (B, C, H, W).
+        probability: Probability of each augmentation except the mirroring.
+        noise: Noise streams of the samples.
 
     Returns:
-        The images and the labels, (B, 9).
+        Augmented images, (B, C, H, W), and augmentation labels, (B, 9).
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, appendix F.2, table 6
@@ -41,30 +42,37 @@ def augment(images: Tensor, probability: float, noise: NoiseStreams) -> tuple[Te
     labels = [mirror, flip, scale, angle.cos() - 1, angle.sin(), stretch * towards.cos(), stretch * towards.sin()]
     images = torch.where(mirror.bool()[:, None, None, None], images.flip(-1), images)
     images = torch.where(flip.bool()[:, None, None, None], images.flip(-2), images)
-    back = _rotation(-angle) @ _scaling(-SCALE * scale, -SCALE * scale)  # from where a pixel is to where it was
+    back = _rotation(-angle) @ _scaling(-SCALE * scale, -SCALE * scale)  # from output to input coordinates
     back = back @ _rotation(towards) @ _scaling(-SCALE * stretch, SCALE * stretch) @ _rotation(-towards)
     return _resampled(images, back, shift, on[:, 2:].any(1)), torch.cat([torch.stack(labels, 1), shift], 1).to(images)
 
 
 def _rotation(angle: Tensor) -> Tensor:
-    """(B,) -> (B, 2, 2), clockwise as seen, since the second axis points down."""
+    """Rotation matrices, (B,) -> (B, 2, 2), clockwise in the image, because the second axis points down."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
 
 
 def _scaling(x: Tensor, y: Tensor) -> Tensor:
-    """Logarithms to base 2 of the factors along both axes, (B,) each -> (B, 2, 2)."""
+    """Scaling matrices from logarithms to base 2 of the factors along both axes, (B,), (B,) -> (B, 2, 2)."""
     return torch.diag_embed(torch.stack([x, y], 1).exp2())
 
 
 def _resampled(images: Tensor, back: Tensor, shift: Tensor, moved: Tensor) -> Tensor:
-    """Read images at ``back`` (p - shift) for pixels p, which lie in [-1, 1]^2; the others are left alone."""
+    """Resample images at the points ``back`` (p - shift), for pixels p in [-1, 1]^2.
+
+    Args:
+        images: Images, (B, C, H, W).
+        back: Matrices from output to input coordinates, (B, 2, 2).
+        shift: Shifts in units of SHIFT times the image size, (B, 2).
+        moved: Images to resample, (B,) bool; other images are returned unchanged.
+    """
     if not moved.any():
         return images
     height, width = images.shape[-2:]
     aspect = torch.tensor([width, height], device=back.device) / max(height, width)  # rotate pixels, not fractions
     matrix = (back[moved] * aspect) / aspect[:, None]
     offset = -(matrix @ (2 * SHIFT * shift[moved])[:, :, None])
-    where = F.affine_grid(torch.cat([matrix, offset], 2), [int(moved.sum()), *images.shape[1:]], align_corners=False)
-    read = F.grid_sample(images[moved].float(), where, "bicubic", "reflection", align_corners=False)
-    return images.index_put((moved,), read.to(images))
+    points = F.affine_grid(torch.cat([matrix, offset], 2), [int(moved.sum()), *images.shape[1:]], align_corners=False)
+    resampled = F.grid_sample(images[moved].float(), points, "bicubic", "reflection", align_corners=False)
+    return images.index_put((moved,), resampled.to(images))

@@ -1,16 +1,18 @@
-"""One image file to 8-bit grey or RGB pixels, by the same rules for every image of a source.
+"""Decoding of image files to 8-bit grey or RGB pixels, by the same rules for every image of a source.
 
-- Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM and AVIF, recognised by content. No other decoder of Pillow's is tried:
-  some start external programs.
-- The EXIF orientation is applied. EXIF data that can't be read are ignored.
+- Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM and AVIF, recognised by content. Pillow's other decoders are not used,
+  because some start external programs.
+- The EXIF orientation is applied. Unreadable EXIF data are ignored.
 - Transparent pixels are composited over white.
-- More than 8 bits a channel are refused: Pillow cuts RGB to the upper bits, and grey often uses a part of the range.
-- A palette image is grey if all its pixels are.
+- Images with more than 8 bits per channel are rejected: Pillow truncates RGB to the upper bits, and grey images often
+  use a part of the range only.
+- A palette image is grey if all its pixels are grey.
 - CMYK is converted by Pillow's formula. Colour profiles (ICC) are ignored, as by EDM, torchvision and pytorch-fid.
-- Of several frames or pages the first is read.
+- The first of several frames or pages is read.
 - Sizes are bounded by ``MAX_PIXELS`` and ``MAX_BYTES``.
 
-What changes an image (``UPRIGHT``, ``OVER_WHITE``, ...) is returned with it, so that a source can say it once.
+The changes to an image (``UPRIGHT``, ``OVER_WHITE``, ...) are returned with the image, so that a source can report
+them.
 """
 
 import os
@@ -36,23 +38,23 @@ SUFFIXES = {
     **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
     ".avif": "AVIF",
 }
-"""Suffixes of image files, in lower case, and Pillow's name of the format."""
+"""Pillow's name of the format for each lower-case suffix of image files."""
 
 MAX_PIXELS = 2**26
-"""Of one image, 8192 x 8192."""
+"""Maximum number of pixels of an image, 8192 x 8192."""
 MAX_BYTES = 2**28
-"""Of one file, unpacked: what ``MAX_PIXELS`` take without compression, with four channels."""
+"""Maximum size of an unpacked file in bytes: ``MAX_PIXELS`` without compression, with four channels."""
 
 GREY_MODES = frozenset({"1", "L", "LA"})
 MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
-UPRIGHT = "rotated or mirrored as their EXIF orientation says"
+UPRIGHT = "rotated or mirrored by their EXIF orientation"
 OVER_WHITE = "with transparency, composited over white"
-FIRST_FRAME = "of several frames, of which the first is read"
+FIRST_FRAME = "with several frames, of which the first is read"
 CMYK = "in CMYK, converted to RGB without a colour profile"
-NO_EXIF = "with unreadable EXIF data, taken as upright"
+NO_EXIF = "with unreadable EXIF data, not rotated"
 
-# What Pillow and zipfile raise on damaged or foreign files.
+# Exceptions of Pillow and zipfile for damaged or foreign files.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -83,11 +85,11 @@ _TURNS = {
 
 
 class Decoded(NamedTuple):
-    """An image and what was done to it.
+    """Decoded image and changes by decoding.
 
     Attributes:
-        image: Of mode L or RGB, upright.
-        changes: Of ``UPRIGHT``, ``OVER_WHITE``, ``FIRST_FRAME``, ``CMYK``, ``NO_EXIF``.
+        image: Image of mode L or RGB.
+        changes: Changes, out of ``UPRIGHT``, ``OVER_WHITE``, ``FIRST_FRAME``, ``CMYK``, ``NO_EXIF``.
     """
 
     image: Image.Image
@@ -96,49 +98,49 @@ class Decoded(NamedTuple):
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read, as far as this Pillow has them."""
+    """Pillow's names of the formats of ``SUFFIXES`` that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in dict.fromkeys(SUFFIXES.values()) if name in Image.OPEN)
 
 
-def listed(things: Iterable[str], most: int = 10) -> str:
-    """Join names for a message, no more than ``most``."""
-    things = list(things)
-    return ", ".join(map(printable, things[:most])) + (", ..." if len(things) > most else "")
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Join at most ``most`` names for a message."""
+    names = list(names)
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file is an image by its suffix, of a format that this Pillow reads."""
+    """Whether the suffix of a file is that of a supported image format."""
     return SUFFIXES.get(os.path.splitext(name)[1].lower()) in formats()
 
 
 def is_image(stream: IO[bytes]) -> bool:
-    """Whether a file is an image by its header; for files without a suffix."""
+    """Whether the header of a file is that of a supported image format, for files without a suffix."""
     try:
         with Image.open(stream, formats=formats()):
             return True
-    except Image.DecompressionBombError:  # an image, which decode() refuses
+    except Image.DecompressionBombError:  # an image that decode() rejects
         return True
     except UNREADABLE:
         return False
 
 
 def decode(stream: IO[bytes]) -> Decoded:
-    """Read one image wholly.
+    """Decode one image.
 
     Raises:
-        UNREADABLE: It is damaged, too large, or of a kind that is not read; the message says which.
+        UNREADABLE: The image is damaged, too large, or of an unsupported kind, as stated in the message.
     """
     with _open(stream) as image:
         if _is_deep(image):
-            raise ValueError(f"more than 8 bits a channel (mode {image.mode}): convert to 8 bits")
+            raise ValueError(f"more than 8 bits per channel (mode {image.mode}): convert to 8 bits")
         if image.mode not in MODES:
-            raise ValueError(f"pixels of mode {image.mode}, neither grey nor colour of 8 bits")
+            raise ValueError(f"pixels of mode {image.mode}, neither 8-bit grey nor 8-bit colour")
         changes = [FIRST_FRAME] if getattr(image, "is_animated", False) else []
         image.load()
         try:
             turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        except UNREADABLE:  # the pixels are whole
+        except UNREADABLE:  # the pixels are valid
             turn = None
             changes.append(NO_EXIF)
         changes += [CMYK] if image.mode == "CMYK" else []
@@ -150,7 +152,7 @@ def decode(stream: IO[bytes]) -> Decoded:
 
 
 def is_colour(stream: IO[bytes]) -> bool:
-    """Whether an image is a colour image, from its header where that says it; False if the image can't be read."""
+    """Whether an image is a colour image, by its header if this is sufficient; False for unreadable images."""
     try:
         with _open(stream) as image:
             if _is_deep(image) or image.mode not in MODES:
@@ -161,30 +163,30 @@ def is_colour(stream: IO[bytes]) -> bool:
 
 
 def _open(stream: IO[bytes]) -> Any:
-    """Identify an image and bound its size; pixels are not read yet."""
+    """Open an image and check its format and size, without decoding pixels."""
     try:
         image = Image.open(stream, formats=formats())
     except Image.UnidentifiedImageError:
-        raise ValueError(f"no whole {', '.join(formats())} file") from None
+        raise ValueError(f"not a complete {', '.join(formats())} file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
     return image
 
 
 def _is_deep(image: Any) -> bool:
-    """Whether an image has more than 8 bits a channel. Before loading, Pillow's mode tells for grey alone."""
+    """Whether an image has more than 8 bits per channel, which Pillow's mode shows for grey images only."""
     if image.mode.startswith(("I", "F")):
         return True
     if image.format == "TIFF":
         return bool(np.max(image.tag_v2.get(ExifTags.Base.BitsPerSample, 1)) > 8)
     layouts = [tile[3] for tile in image.tile]
-    if image.format == "PPM":  # (pixel layout, largest value), or the layout alone
+    if image.format == "PPM":  # (pixel layout, largest value), or the layout only
         return any(isinstance(layout, tuple) and layout[1] > 255 for layout in layouts)
     return image.format == "PNG" and any(";16" in str(layout) for layout in layouts)
 
 
 def _flatten(image: Any) -> tuple[Image.Image, bool]:
-    """Bring an image to L or RGB; True if some of its pixels are transparent."""
+    """Convert an image to L or RGB, and return whether some of its pixels are transparent."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image, False
     grey, composited = image.mode in GREY_MODES, False

@@ -1,7 +1,7 @@
-"""Sources of one file per image: folders and zip archives, checked once and then read by index.
+"""Sources of image files: folders and zip archives, checked once and then read by index.
 
-``places.py`` lists image files, ``decode.py`` reads one, ``labels.py`` finds labels. Images are 8-bit grey if all
-images of a split are grey, else RGB; ``limit`` does not change that.
+``places.py`` lists image files, ``decode.py`` reads a file, and ``labels.py`` reads labels. Images are 8-bit grey if
+all images of a split are grey, otherwise RGB; ``limit`` doesn't affect this.
 """
 
 import os
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed
 from diffaccel.data.labels import Labels, read_labels
@@ -34,7 +35,7 @@ R = TypeVar("R")
 
 
 class Probe(NamedTuple):
-    """What the check of an image finds: its upright size, whether it is grey, and what reading changes in it."""
+    """Result of the check of an image: size after rotation, whether the image is grey, and changes by decoding."""
 
     height: int
     width: int
@@ -43,15 +44,18 @@ class Probe(NamedTuple):
 
 
 class FileImages(Images):
-    """Images in files of their own, decoded when they are asked for.
+    """Images in separate files, decoded on demand.
 
     Args:
-        files: Where they lie.
-        names: Which of them, in order.
-        labels: Their labels, and the line that reports them.
-        image_size: Crop the middle square and resize it (Lanczos) to this many pixels a side; None takes the images as
-            they are, which must then have one size.
-        others: Further images of the split, which count only in deciding whether the images are grey.
+        files: Place of the files.
+        names: Names of the files, in order.
+        labels: Labels of the files, with notes.
+        image_size: Height and width to resize the central square to, by a Lanczos filter; None to keep the images,
+            which must then have one size.
+        others: Names of other files of the split, which only affect whether the images are grey or RGB.
+
+    Raises:
+        UsageError: ``image_size`` is out of range.
     """
 
     def __init__(
@@ -63,28 +67,30 @@ class FileImages(Images):
         others: Sequence[str] = (),
     ) -> None:
         if image_size is not None and not 1 <= image_size <= MAX_SIDE:
-            raise UsageError(f"{printable(files.path)}: image_size={image_size}: give 1 to {MAX_SIDE}")
+            raise UsageError(f"{printable(files.path)}: image_size={image_size}: set 1 to {MAX_SIDE}")
         self.files, self.names, self.image_size, self.others = files, names, image_size, others
         self.labels, self.classes, label_notes = labels
-        self._said = [*files.notes, *label_notes]
+        self._listing_notes = [*files.notes, *label_notes]
         self._shape: tuple[int, int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W); the first use checks all images."""
+        """Shape (C, H, W) of all images; the first access checks all images."""
         if self._shape is None:
             self.check()
         assert self._shape is not None
         return self._shape
 
+    @override
     def check(self) -> None:
-        """Decode every image once; ``notes`` then say what is changed in them.
+        """Decode every image once, and add the changes by decoding to ``notes``.
 
         Raises:
-            UsageError: Names the broken images and those of another size than most, all in one.
+            UsageError: Some images, named in the message, are damaged or differ in size from most images.
         """
         probes = self._probes()
         sizes = Counter((probe.height, probe.width) for probe in probes if not isinstance(probe, str))
@@ -100,23 +106,23 @@ class FileImages(Images):
         changes = Counter(change for probe in whole for change in probe.changes)
         if colour and grey:
             changes["grey among colour images, read as RGB"] = grey
-        self.notes = [*self._said, *(f"{count} of {len(whole)} images {text}" for text, count in changes.items())]
+        counted = [f"{count} of {len(whole)} images {text}" for text, count in changes.items()]
+        self.notes = [*self._listing_notes, *counted]
 
+    @override
     def first(self, n: int) -> "FileImages":
-        """Return the first ``n`` images by name; colour and the number of classes stay those of the whole split."""
-        labels = None if self.labels is None else self.labels[:n]
-        some = FileImages(self.files, self.names[:n], Labels(labels, self.classes, []), self.image_size, self.names[n:])
-        some._said = self._said
-        return some
+        """Return the first ``n`` images by name, with the channels and the number of classes of the whole split."""
+        labels = Labels(None if self.labels is None else self.labels[:n], self.classes, [])
+        images = FileImages(self.files, self.names[:n], labels, self.image_size, self.names[n:])
+        images._listing_notes = self._listing_notes
+        return images
 
+    @override
     def read(self, indices: Tensor) -> Tensor:
-        """Decode the images at ``indices`` (n,).
-
-        Returns:
-            (n, C, H, W) uint8.
+        """Decode the images at ``indices`` (n,), (n, C, H, W) uint8.
 
         Raises:
-            UsageError: A file changed or vanished since it was checked.
+            UsageError: A file has changed since the check.
         """
         images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
         for image, index in zip(images, indices.tolist(), strict=True):
@@ -130,7 +136,7 @@ class FileImages(Images):
         return images
 
     def _pixels(self, name: str) -> Tensor:
-        """Return one image as (C, H, W) uint8."""
+        """Read one image, (C, H, W) uint8."""
         with self.files.open(name) as stream:
             image = decode(stream).image.convert("L" if self.shape[0] == 1 else "RGB")
         if self.image_size is not None:
@@ -138,7 +144,7 @@ class FileImages(Images):
         return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
     def _probe(self, name: str) -> Probe | str:
-        """Decode an image wholly and return what it is, or else what is wrong."""
+        """Decode an image and return its properties, or the reason why it can't be decoded."""
         try:
             with self.files.open(name) as stream:
                 image, changes = decode(stream)
@@ -157,12 +163,12 @@ class FileImages(Images):
         n = len(self.names)
         probes = _in_threads(self._probe, self.names)
         checks = track(probes, f"checking {self.files.path}", n, shown=n >= SHOW_PROGRESS_FROM)
-        with warnings.catch_warnings():  # decode() has a lower limit, and an error
+        with warnings.catch_warnings():  # decode() raises an error at a lower limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return list(checks)
 
     def _faults(self, probes: list[Probe | str], size: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
-        """Say of each image that can't be used why, given the size of most."""
+        """Yield name and reason for each image that can't be used, given the most common size."""
         for name, probe in zip(self.names, probes, strict=True):
             if isinstance(probe, str):
                 yield name, probe
@@ -171,14 +177,14 @@ class FileImages(Images):
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Map in order; Pillow decodes without the interpreter lock."""
+    """Map a function over items in threads, in order; Pillow releases the interpreter lock to decode."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(items), 1024):  # in blocks: a future per image of a large data set takes gigabytes
+        for start in range(0, len(items), 1024):  # in blocks, because a future per image would take gigabytes
             yield from pool.map(function, items[start : start + 1024])
 
 
 def _faults_message(path: str, faults: list[tuple[str, str]], n: int, resizable: bool) -> str:
-    remedy = "remove or replace them" + (", or set image_size to bring all to one size" if resizable else "")
+    remedy = "remove or replace them" + (", or set image_size to resize all images" if resizable else "")
     reasons: dict[str, list[str]] = {}
     for name, reason in faults[:NAMED_IN_ERRORS]:
         reasons.setdefault(reason, []).append(name)
@@ -194,14 +200,15 @@ def _center_square(image: Image.Image, size: int) -> Image.Image:
 
 
 class FileSource(Source):
-    """Image files of a place, sorted by name, with labels by ``dataset.json`` or else by folder.
+    """Image files of a folder or an archive, sorted by name, with labels from ``dataset.json`` or else from folders.
 
     Args:
-        path: The training images.
-        test_path: The test images, if any, in class folders of the same names.
-        image_size: Crop the middle square and resize it to this many pixels a side; without it, all must have one size.
-        labels: Read the labels.
-        label: Provenance, for tables and plots; the place's name by default.
+        path: Place of the training images.
+        test_path: Place of the test images, with the same names of class folders; None for no test split.
+        image_size: Height and width to resize the central square to; None to keep the images, which must then have one
+            size.
+        labels: Whether to read labels.
+        label: Provenance, for tables and plots; the name of the place by default.
     """
 
     discrete = True
@@ -219,17 +226,18 @@ class FileSource(Source):
 
     @abstractmethod
     def files(self, path: str) -> Files:
-        """List a place.
+        """List the files of a place.
 
         Raises:
-            UsageError: No such place, a broken one, or no images in it.
+            UsageError: The place is missing, damaged, or without images.
         """
 
+    @override
     def split(self, name: Split) -> FileImages:
-        """List a split.
+        """Open a split.
 
         Raises:
-            UsageError: It can't be listed, or its labels don't fit the images or the training split.
+            UsageError: The files can't be listed, or the labels don't fit the images or the training split.
         """
         files = self.files(path_of(name, self.path, self.test_path))
         labels = Labels(None, 0, [])
@@ -240,23 +248,25 @@ class FileSource(Source):
 
 @SOURCES.register("folder")
 class Folder(FileSource):
-    """Image files under a folder; the keys are those of ``FileSource``.
+    """Image files in a folder; the keys are those of :class:`FileSource`.
 
-    Reads what EDM's ``dataset_tool.py`` writes into a folder, and the class folders of torchvision's ``ImageFolder``.
+    Supports folders written by EDM's ``dataset_tool.py``, and the class folders of torchvision's ``ImageFolder``.
     """
 
-    def files(self, path: str) -> Files:  # noqa: D102
+    @override
+    def files(self, path: str) -> Files:
         return FolderFiles(path)
 
 
 @SOURCES.register("zip")
 class Zip(FileSource):
-    """A zip archive of images, as EDM's ``dataset_tool.py`` writes it; the keys are those of ``FileSource``.
+    """Image files in a zip archive, as written by EDM's ``dataset_tool.py``; the keys are those of :class:`FileSource`.
 
     References:
         Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
         https://github.com/NVlabs/edm#preparing-datasets
     """
 
-    def files(self, path: str) -> Files:  # noqa: D102
+    @override
+    def files(self, path: str) -> Files:
         return ZipFiles(path)

@@ -1,9 +1,9 @@
-"""Class labels of image files: from a ``dataset.json`` among them, else from the folders they lie in.
+"""Class labels of image files, from a ``dataset.json`` or else from the folders of the files.
 
-``dataset.json`` is that of EDM and StyleGAN, ``{"labels": [[name, integer], ...]}`` or ``{"labels": null}``, with names
-relative to its own folder. Without it, the class of an image is the first-level folder that it lies in, numbered in
-sorted order over the training images. A folder that holds all folders of images is left out, and one folder alone makes
-no class.
+``dataset.json`` has the format of EDM and StyleGAN, ``{"labels": [[name, integer], ...]}`` or ``{"labels": null}``,
+with names relative to the folder of ``dataset.json``. Otherwise, the class of an image is its first-level folder;
+classes are numbered in sorted order of the training folders. A common parent folder of all folders is ignored. A single
+folder gives no labels.
 """
 
 import json
@@ -26,9 +26,9 @@ class Labels(NamedTuple):
     """Labels of one split.
 
     Attributes:
-        labels: (N,) int64 in the order of the files' names, or None.
+        labels: Labels in the order of the files' names, (N,) int64, or None.
         classes: Number of classes; 0 without labels.
-        notes: What the user should know of them.
+        notes: Notes for the user.
     """
 
     labels: Tensor | None
@@ -37,19 +37,19 @@ class Labels(NamedTuple):
 
 
 def read_labels(files: Files, train: Files) -> Labels:
-    """Find the labels of a split.
+    """Read the labels of a split.
 
     Args:
-        files: The split's.
-        train: The training split's, by which folders are numbered; may be the same.
+        files: Files of the split.
+        train: Files of the training split, whose folders determine the class numbers; may be ``files``.
 
     Raises:
-        UsageError: Labels that don't fit the images or the training split.
+        UsageError: The labels don't fit the images or the training split.
     """
     if (files.labels_file is None) != (train.labels_file is None):
         has, lacks = (files, train) if files.labels_file else (train, files)
         raise UsageError(
-            f"{printable(has.path)} has a {LABELS_FILE}, {printable(lacks.path)} has none: give one to both, "
+            f"{printable(has.path)} has a {LABELS_FILE}, {printable(lacks.path)} has none: add one to both, "
             f"or {NO_LABELS}"
         )
     if files.labels_file is not None:
@@ -64,20 +64,21 @@ def read_labels(files: Files, train: Files) -> Labels:
     if unknown := sorted(set(folders) - set(classes)):
         raise UsageError(
             f"{printable(files.path)} has subfolders that {printable(train.path)} lacks ({listed(unknown)}): "
-            f"name the classes alike, or {NO_LABELS}"
+            f"use the same names of classes, or {NO_LABELS}"
         )
     return Labels(torch.tensor([numbers[folder] for folder in folders]) if folders else None, len(classes), [])
 
 
 def _folders(files: Files, known: Sequence[str] = ()) -> list[str]:
-    """Return the class folder of each image, or an empty list where there are none."""
+    """Class folder of each image, or an empty list if there are no class folders."""
     names = files.names
     while True:
         folders = [name.partition("/")[0] for name in names if "/" in name]
         if folders and len(folders) < len(names):
             stray = printable(next(name for name in names if "/" not in name))
             raise UsageError(
-                f"{printable(files.path)}: {stray} lies in no class's subfolder, others do: move it or {NO_LABELS}"
+                f"{printable(files.path)}: {stray} is not in a subfolder of a class, other images are: move it, or "
+                f"{NO_LABELS}"
             )
         wraps = len(set(folders)) == 1 and folders[0] not in known and all(name.count("/") > 1 for name in names)
         if not wraps:
@@ -88,7 +89,7 @@ def _folders(files: Files, known: Sequence[str] = ()) -> list[str]:
 def _from_json(files: Files, file: str) -> Labels:
     where = f"{printable(files.path)}: {printable(file)}"
     remedy = f'write {{"labels": [[name, integer], ...]}} or {{"labels": null}}, or {NO_LABELS}'
-    most = 2**20 + 1000 * len(files.names)  # bytes: no honest entry takes 1000
+    most = 2**20 + 1000 * len(files.names)  # bytes; valid entries take much less than 1000 each
     try:
         with files.open(file) as stream:
             content = stream.read(most + 1)
@@ -108,7 +109,7 @@ def _from_json(files: Files, file: str) -> Labels:
 
 
 def _in_order(files: Files, folder: str, found: dict[str, Any], where: str, remedy: str) -> Labels:
-    """Look up each image's label by its name in the labels' folder, or in the whole place."""
+    """Labels in the order of the images, by names relative to the folder of ``dataset.json`` or to the whole place."""
     prefix = f"{folder}/" if folder else ""
     short = [name.removeprefix(prefix) for name in files.names]
     keys = [key if key in found else name for key, name in zip(short, files.names, strict=True)]
@@ -117,8 +118,8 @@ def _in_order(files: Files, folder: str, found: dict[str, Any], where: str, reme
     for key in keys:
         if type(found[key]) is not int or not 0 <= found[key] < MAX_CLASSES:
             label = printable(f"{found[key]!r:.100}")
-            raise UsageError(f"{where} gives {printable(key)} the label {label}, no class number: {remedy}")
+            raise UsageError(f"{where} gives {printable(key)} the label {label}, which is not a class number: {remedy}")
     labels = torch.tensor([found[key] for key in keys])
     extra = sorted(found.keys() - set(keys))
-    notes = [f"{len(extra)} labels of {LABELS_FILE} are of no image here ({listed(extra, 3)})"] if extra else []
+    notes = [f"{len(extra)} labels of {LABELS_FILE} have no image ({listed(extra, 3)})"] if extra else []
     return Labels(labels, int(labels.max()) + 1, notes)

@@ -1,4 +1,4 @@
-"""The data module: a source by name, its training stream, and its images in fixed order for statistics."""
+"""Data module: a source, its training stream, and its images in a fixed order for statistics."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -7,6 +7,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
@@ -15,54 +16,55 @@ from diffaccel.text.terminal import say
 
 
 def _as_read(batch: Any) -> Any:
-    """Collate nothing: the training set reads whole batches."""
+    """Return a batch unchanged, because the training set reads whole batches."""
     return batch
 
 
 def check_labels(data: "DataModule", classes: int) -> None:
-    """Compare the labels of the training images with the classes of a network that is to be trained on them.
+    """Check that the labels of the training images fit the number of classes of a network.
 
-    More classes in the network than in the data are allowed, and said: a subset of the data may lack the last ones.
+    More classes in the network than in the data are allowed, with a note, because a subset of the data may lack the
+    last classes.
 
     Args:
-        data: The data.
-        classes: Number of classes of the network; 0 for an unconditional one, which ignores labels.
+        data: Data module.
+        classes: Number of classes of the network; 0 for an unconditional network, which ignores labels.
 
     Raises:
-        UsageError: A class-conditional network and data without labels, or with more classes.
+        UsageError: The network is class-conditional, and the data have no labels or more classes than the network.
     """
     if not classes:
         return
     if data.images("train").labels is None:
         raise UsageError(
-            f"{data.label}: the images have no labels, the network has {classes} classes: give labels, or set "
+            f"{data.label}: the images have no labels, the network has {classes} classes: add labels, or set "
             f"network.classes=0"
         )
     if data.classes > classes:
         raise UsageError(
             f"{data.label}: the labels have {data.classes} classes, the network {classes}: set "
-            f"network.classes={data.classes}, or give other data"
+            f"network.classes={data.classes}, or use other data"
         )
     if data.classes < classes:
-        say(f"{data.label}: the labels have {data.classes} classes, the network {classes}: the others are not trained")
+        say(f"{data.label}: the labels have {data.classes} classes, the network {classes}: the others are untrained")
 
 
 class DataModule(LightningDataModule):
-    """A data set for training and for scoring.
+    """Data set for training and scoring.
 
-    The training loader never ends: the method stops by itself. Use ``Trainer(use_distributed_sampler=False)``.
+    The training loader is endless: the method ends the training. Use ``Trainer(use_distributed_sampler=False)``.
 
     Args:
-        source: ``{"name": ..., key: value, ...}``, a source of ``SOURCES`` and its keys.
-        batch_size: Global batch size; each of W processes gets 1 / W of it.
+        source: Name and keys of a source, ``{"name": ..., key: value, ...}``; see ``SOURCES``.
+        batch_size: Global batch size; each of W ranks has 1 / W of it.
         seed: Seed of the training order and of the flips.
-        limit: Use no more than the first ``limit`` images of each split, in the source's order. The number of classes
-            stays that of the whole training split.
-        flip: Mirror training images left to right with probability 1/2.
-        num_workers: Processes that read the training images; 0 suits data in memory.
+        limit: Maximum number of images of each split, the first in the order of the source; None for all. The number
+            of classes is that of the whole training split.
+        flip: Whether to mirror training images left to right with probability 1/2.
+        num_workers: Number of worker processes that read training images; 0 suits data in memory.
 
     Attributes:
-        start_step: The step that the training loader starts from; set it before the loader is iterated, to resume.
+        start_step: First step of the training loader; set this before iterating over the loader, to resume.
 
     Raises:
         UsageError: An unknown source or key, or a number out of range.
@@ -85,7 +87,7 @@ class DataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value is not None and value < least:
-                raise UsageError(f"data.{key}={value}: give {least} or more")
+                raise UsageError(f"data.{key}={value}: set {least} or more")
         self.source: Source = SOURCES.build(source)
         self.source_name = str(source["name"])
         self.batch_size, self.seed, self.limit = batch_size, seed, limit
@@ -94,30 +96,31 @@ class DataModule(LightningDataModule):
         self._splits: dict[str, Images] = {}
 
     @property
+    @override
     def name(self) -> str:  # type: ignore[override]
-        """The source's registered name."""
+        """Registered name of the source."""
         return self.source_name
 
     @property
     def label(self) -> str:
-        """Where the data come from, in the words that tables and plots use."""
+        """Provenance of the data, for tables and plots."""
         return self.source.label
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """Image shape (C, H, W)."""
         return self.images("train").shape
 
     @property
     def classes(self) -> int:
-        """Number of classes; 0 without labels."""
+        """Number of classes; 0 for data without labels."""
         return self.images("train").classes
 
     def images(self, split: str) -> Images:
-        """Open a split, check it, and keep it open; what was passed over or changed in reading it is printed.
+        """Open, check and cache a split, and print notes on skipped files and changed images.
 
         Raises:
-            UsageError: An unknown or missing split, unreadable images, or splits that don't fit together.
+            UsageError: The split is unknown or missing, has unreadable images, or doesn't fit the training split.
         """
         if split not in SPLITS:
             raise UsageError(f"no split is called {split!r}; known: {', '.join(SPLITS)}")
@@ -129,36 +132,38 @@ class DataModule(LightningDataModule):
             if split != "train":
                 self._check_fit(split, images)
             self._splits[split] = images
-            for one in images.notes:
-                say(f"{self.label} ({split}): {one}")
+            for note in images.notes:
+                say(f"{self.label} ({split}): {note}")
         return self._splits[split]
 
     def _check_fit(self, split: str, images: Images) -> None:
-        """Compare a split with the training images."""
+        """Check that shape and classes of a split fit the training split."""
         if images.shape != self.shape:
             raise UsageError(
                 f"{self.label}: the {split} images are {images.shape}, the training images {self.shape}: "
-                f"make them one size and colour"
+                f"convert both to one size and number of channels"
             )
         if images.labels is not None and self.classes and images.classes > self.classes:
             raise UsageError(
                 f"{self.label}: the {split} split has {images.classes} classes, training {self.classes}: "
-                f"number both alike"
+                f"use the same class numbers in both"
             )
 
     def size(self, split: str) -> int:
-        """Return the number of images of a split, after ``limit``."""
+        """Number of images of a split, at most ``limit``."""
         return len(self.images(split))
 
+    @override
     def setup(self, stage: str) -> None:
-        """Open and check the training images, so that a broken one stops the run before it starts."""
+        """Open and check the training images, so that a damaged image is an error before the run starts."""
         self.images("train")
 
+    @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return this process's endless loader of ``Batch``, from ``start_step`` on.
+        """Endless loader of this rank's batches, from ``start_step`` on.
 
         Raises:
-            UsageError: The batch size isn't a multiple of the number of processes.
+            UsageError: The batch size is not a multiple of the number of ranks.
         """
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         images = self.images("train")
@@ -169,22 +174,23 @@ class DataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    @override
     def val_dataloader(self) -> DataLoader[int]:
-        """Return one empty batch: what is evaluated is made, not read (see the evaluator)."""
+        """Loader of a single dummy batch: validation evaluates generated images (see the evaluator)."""
         return DataLoader([0])  # type: ignore[arg-type]
 
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Walk through a split in fixed order, once, for reference statistics and scoring.
+        """Iterate once over a split in a fixed order, for reference statistics and scoring.
 
-        Whole batches go to processes by their index, without padding: batch b to rank b % world. The last may be short.
+        Batches are assigned to ranks without padding, batch b to rank b % world. The last batch may be shorter.
 
         Args:
             split: ``train`` or ``test``.
-            batch_size: Images a batch.
-            rank: This process.
-            world: Number of processes.
+            batch_size: Images per batch.
+            rank: Rank of this process.
+            world: Number of ranks.
 
         Yields:
             The global batch index b; images (n, C, H, W) uint8, or float32 points of the source ``toy``; labels (n,)

@@ -1,4 +1,4 @@
-"""Arrays of an npz file, whose memory is bounded by the size of the file and not by what its headers declare."""
+"""Arrays of npz files, with memory bounded by the size of the file instead of the declared size of the arrays."""
 
 import os
 import tokenize
@@ -16,36 +16,36 @@ from diffaccel.text.escape import printable
 from diffaccel.text.mistaken import what_it_is
 
 MAX_RATIO = 100
-"""Most bytes of an array for each byte of its file; images rarely compress by more than 10."""
+"""Maximum number of bytes of an array per byte of the file; images rarely compress by more than 10."""
 ALWAYS_ALLOWED = 2**28
-"""Bytes of an array that any file may hold, however small."""
+"""Number of bytes of an array that are allowed in a file of any size."""
 
-# What zipfile and numpy raise on damaged files.
+# Exceptions of zipfile and numpy for damaged files.
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, LookupError, TypeError, MemoryError, tokenize.TokenError)
 
 
 class ArrayFile:
-    """The arrays of an npz file by name, read when they are asked for.
+    """Arrays of an npz file, read on demand.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Attributes:
-        names: Of the arrays.
+        names: Names of the arrays.
 
     Raises:
-        UsageError: No such file, or one that is no whole npz.
+        UsageError: The file is missing or not a complete npz file.
     """
 
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
-            raise UsageError(f"no file {printable(path)}: give the source an npz file with an array 'images'")
+            raise UsageError(f"no file {printable(path)}: use an npz file with an array 'images'")
         self.path, self.where = path, printable(path)
         try:
             with open(path, "rb") as stream:
                 if stream.read(6) == b"\x93NUMPY":
                     raise UsageError(
-                        f"{self.where} is one array (.npy) and no npz: write it anew with np.savez(FILE, images=array)"
+                        f"{self.where} is a single array (.npy): save it as npz with np.savez(FILE, images=array)"
                     )
             with zipfile.ZipFile(path) as archive:
                 self._members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
@@ -57,7 +57,7 @@ class ArrayFile:
         """Read an array.
 
         Raises:
-            UsageError: It is damaged, holds Python objects, or is larger than a file of this size can hold.
+            UsageError: The array is damaged, contains Python objects, or is too large for the size of the file.
         """
         try:
             return self._read(name)
@@ -68,32 +68,32 @@ class ArrayFile:
         member, size = self._members[name], os.path.getsize(self.path)
         if member.file_size > max(ALWAYS_ALLOWED, MAX_RATIO * size):
             raise UsageError(
-                f"{self.where}: {name!r} takes {member.file_size} bytes, more than {MAX_RATIO} times its "
-                f"file: save it without compression, if it is honest"
+                f"{self.where}: {name!r} takes {member.file_size} bytes, more than {MAX_RATIO} times the size of its "
+                f"file: save it without compression if this is intended"
             )
         with zipfile.ZipFile(self.path) as archive, archive.open(member) as stream:  # yields no more than file_size
             shape, dtype = _header(stream)
             if dtype.hasobject:
-                raise UsageError(f"{self.where}: {name!r} holds Python objects: save it as numbers or strings")
+                raise UsageError(f"{self.where}: {name!r} contains Python objects: save it as numbers or strings")
             size = dtype.itemsize
-            for length in shape:  # in Python's integers: numpy's would overflow
+            for length in shape:  # Python integers, which don't overflow
                 size *= length
-            held = member.file_size - stream.tell()
-            if size > held or min(shape, default=0) < 0:
-                raise ValueError(f"{name!r} declares the shape {shape} of {dtype}, and holds {held} bytes")
+            available = member.file_size - stream.tell()
+            if size > available or min(shape, default=0) < 0:
+                raise ValueError(f"{name!r} declares the shape {shape} of {dtype}, but has {available} bytes")
             stream.seek(0)
             return np.lib.format.read_array(stream, allow_pickle=False)
 
     def _broken(self, error: Exception) -> UsageError:
         try:
             found = what_it_is(Path(self.path))
-        except OSError:  # which is the error
+        except OSError:  # the same error
             found = None
         reason = found or printable(str(error)) or type(error).__name__
-        return UsageError(f"{self.where} can't be read as npz ({reason}): it is truncated or no npz; write it anew")
+        return UsageError(f"{self.where} can't be read as npz ({reason}): it is truncated or not npz; write it again")
 
     def unread(self, read: Iterable[str]) -> list[str]:
-        """Say which arrays are not among those that are read."""
+        """Note on the arrays that are not in ``read``, or an empty list."""
         rest = sorted(set(self.names) - set(read))
         return [f"arrays that are not read: {listed(rest)}"] if rest else []
 

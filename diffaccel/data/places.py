@@ -1,8 +1,8 @@
-"""Where image files lie: a folder or a zip archive, listed once; what is passed over is counted.
+"""Lists of the image files in a folder or a zip archive, with counts of skipped files.
 
-Files are images by their suffix (``decode.SUFFIXES``, in any case), files without a suffix by their content. Hidden
-files and folders are passed over. Links to files and folders are followed, but no folder is read twice, and none that
-holds the listed folder itself.
+Files are recognised as images by their suffix (``decode.SUFFIXES``, case-insensitive), or without a suffix by their
+content. Hidden files and folders are skipped. Links to files and folders are followed, but no folder is read twice, and
+no parent of the listed folder is read.
 """
 
 import io
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from typing_extensions import override
+
 from diffaccel.data.decode import MAX_BYTES, SUFFIXES, UNREADABLE, has_image_suffix, is_image, listed
 from diffaccel.errors import UsageError
 from diffaccel.text.escape import printable
@@ -24,26 +26,26 @@ LABELS_FILE = "dataset.json"
 HIDDEN = "hidden"
 NO_SUFFIX = "without a suffix and no images"
 NO_FILE = "broken links, pipes or devices"
-READ_TWICE = "links to folders that are read already"
+READ_TWICE = "links to folders that are already read"
 OLDER = "older files of the same name"
 OUTSIDE = "with .. in the name"
 
 
 class Files(ABC):
-    """Image files in one place.
+    """Image files in a folder or an archive.
 
     Attributes:
-        path: The folder or archive.
-        names: The image files in it, relative and with forward slashes, sorted.
-        labels_file: The file of labels, ``dataset.json``, if there is one: the one least deep.
-        passed_over: Reason -> how many other files.
+        path: Path of the folder or archive.
+        names: Sorted names of the image files, relative to ``path`` and with forward slashes.
+        labels_file: Name of the least deeply nested ``dataset.json``, or None.
+        skipped: Number of skipped files by reason.
 
     Raises:
-        UsageError: It can't be listed, or holds no images.
+        UsageError: The place can't be listed, or contains no images.
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.passed_over = path, Counter[str]()
+        self.path, self.skipped = path, Counter[str]()
         self.names: list[str] = []
         labels_files: list[str] = []
         for name in self._walk():
@@ -52,39 +54,39 @@ class Files(ABC):
             elif (reason := self._reason(name)) is None:
                 self.names.append(name)
             else:
-                self.passed_over[reason] += 1
+                self.skipped[reason] += 1
         self.names.sort()
         labels_files.sort(key=lambda name: (name.count("/"), name))
         self.labels_file = next(iter(labels_files), None)
         if len(labels_files) > 1:
-            self.passed_over[f"deeper {LABELS_FILE}"] = len(labels_files) - 1
+            self.skipped[f"deeper {LABELS_FILE}"] = len(labels_files) - 1
         if not self.names:
-            others = f" ({_counted(self.passed_over)} passed over)" if self.passed_over else ""
+            others = f" (skipped: {_counted(self.skipped)})" if self.skipped else ""
             raise UsageError(
-                f"{printable(path)} holds no images{others}: give one with files ending in {', '.join(SUFFIXES)}"
+                f"{printable(path)} contains no images{others}: use one with files ending in {', '.join(SUFFIXES)}"
             )
 
     @property
     def notes(self) -> list[str]:
-        """What was passed over, in one sentence, or nothing."""
-        if not self.passed_over:
+        """Note on skipped files, or an empty list."""
+        if not self.skipped:
             return []
-        return [f"{len(self.names)} files used, {self.passed_over.total()} passed over: {_counted(self.passed_over)}"]
+        return [f"{len(self.names)} files used, {self.skipped.total()} skipped: {_counted(self.skipped)}"]
 
     @abstractmethod
     def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any position.
+        """Open a file as a seekable stream.
 
         Raises:
-            UNREADABLE: It is damaged, or larger than ``MAX_BYTES``.
+            UNREADABLE: The file is damaged, or larger than ``MAX_BYTES``.
         """
 
     @abstractmethod
     def _walk(self) -> Iterator[str]:
-        """Yield the names of regular files that are not hidden, and count those that are."""
+        """Yield the names of regular files, and count hidden and other skipped files."""
 
     def _reason(self, name: str) -> str | None:
-        """Say why a file is passed over; None if it is an image."""
+        """Reason to skip a file; None for an image."""
         if has_image_suffix(name):
             return None
         if suffix := os.path.splitext(name)[1].lower():
@@ -97,18 +99,19 @@ class Files(ABC):
 
 
 class FolderFiles(Files):
-    """The image files under a folder, at any depth.
+    """Image files in a folder, at any depth.
 
     Raises:
-        UsageError: No such folder, one that can't be read, or no images in it.
+        UsageError: The folder is missing, can't be read, or contains no images.
     """
 
     def __init__(self, path: str) -> None:
         if not os.path.isdir(path):
-            remedy = "it is a file: use the source zip or npz" if os.path.exists(path) else "give a folder of images"
+            remedy = "it is a file: use the source zip or npz" if os.path.exists(path) else "use a folder of images"
             raise UsageError(f"no folder {printable(path)}: {remedy}")
         super().__init__(path)
 
+    @override
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
         stream = open(os.path.join(self.path, name), "rb")  # noqa: SIM115 (the caller closes it)
@@ -117,8 +120,9 @@ class FolderFiles(Files):
             raise ValueError(f"{size} bytes, the limit is {MAX_BYTES}")
         return stream
 
+    @override
     def _walk(self) -> Iterator[str]:
-        """Go through real folders first, so that a folder's images have their own name and not that of a link."""
+        """Walk through real folders before links, so that names of images contain no links if possible."""
         real = Path(self.path).resolve()
         seen = {_identity(folder) for folder in real.parents}
         folders, links = [""], list[str]()
@@ -127,56 +131,58 @@ class FolderFiles(Files):
             here = os.path.join(self.path, folder)
             try:
                 if (identity := _identity(here)) in seen:
-                    self.passed_over[READ_TWICE] += 1
+                    self.skipped[READ_TWICE] += 1
                     continue
                 seen.add(identity)
                 with os.scandir(here) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
-                raise UsageError(f"{printable(here)} can't be read ({error.strerror}): see its permissions") from None
+                raise UsageError(f"{printable(here)} can't be read ({error.strerror}): check its permissions") from None
             for entry in found:
                 if _is_hidden(entry.name):
-                    self.passed_over[HIDDEN] += 1
+                    self.skipped[HIDDEN] += 1
                 elif _is(entry.is_dir):
                     (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
                 elif _is(entry.is_file):
                     yield folder + entry.name
                 else:
-                    self.passed_over[NO_FILE] += 1
+                    self.skipped[NO_FILE] += 1
 
 
 class ZipFiles(Files):
-    """The image files of a zip archive, whose names may have backslashes.
+    """Image files in a zip archive; names may contain backslashes.
 
     Raises:
-        UsageError: No such file, not a whole zip, or no images in it.
+        UsageError: The file is missing, not a complete zip archive, or contains no images.
     """
 
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
-            remedy = "it is a folder: use the source folder" if os.path.isdir(path) else "give a zip archive of images"
+            remedy = "it is a folder: use the source folder" if os.path.isdir(path) else "use a zip archive of images"
             raise UsageError(f"no file {printable(path)}: {remedy}")
         self.path, self._owner = path, -1
         self._members: dict[str, zipfile.ZipInfo] = {}
         super().__init__(path)
 
+    @override
     def open(self, name: str) -> IO[bytes]:
-        """Unpack a member into memory: formats that seek would unpack it again and again."""
+        """Unpack a member into memory, because every seek in an archive would unpack the member again."""
         member = self._members[name]
-        if member.file_size > MAX_BYTES:  # no more than this is unpacked, whatever the data are
+        if member.file_size > MAX_BYTES:  # zipfile unpacks at most file_size bytes
             raise ValueError(f"{member.file_size} bytes, the limit is {MAX_BYTES}")
         return io.BytesIO(self._archive().read(member))
 
     def _archive(self) -> zipfile.ZipFile:
-        """Return this process's own handle: a forked loader worker would share the parent's file position."""
+        """Handle of this process, because a forked worker would share the file position of the parent's handle."""
         if self._owner != os.getpid():
             self._handle, self._owner = zipfile.ZipFile(self.path), os.getpid()
         return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to a spawned loader worker without the handle."""
+        """State without the handle, for spawned workers."""
         return {**{key: value for key, value in self.__dict__.items() if key != "_handle"}, "_owner": -1}
 
+    @override
     def _walk(self) -> Iterator[str]:
         try:
             members = self._archive().infolist()
@@ -187,13 +193,13 @@ class ZipFiles(Files):
             if member.filename.endswith(("/", "\\")):
                 continue
             if ".." in name.split("/") or any(map(_is_hidden, name.split("/"))):
-                self.passed_over[OUTSIDE if ".." in name.split("/") else HIDDEN] += 1
+                self.skipped[OUTSIDE if ".." in name.split("/") else HIDDEN] += 1
             elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-                self.passed_over[NO_FILE] += 1
+                self.skipped[NO_FILE] += 1
             else:
-                self.passed_over[OLDER] += name in self._members
+                self.skipped[OLDER] += name in self._members
                 self._members[name] = member
-        self.passed_over += Counter()  # without zeros
+        self.skipped += Counter()  # removes zero counts
         yield from self._members
 
 
@@ -203,7 +209,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def _is(test: Any) -> bool:
-    """Ask a folder's entry what it is; links that lead to themselves are an error there."""
+    """Result of a test of a folder's entry; False for loops of links, for which the test fails."""
     try:
         return bool(test())
     except OSError:
@@ -221,5 +227,5 @@ def _counted(reasons: Counter[str]) -> str:
 
 def _no_zip(path: str, error: Exception) -> str:
     if any(suffix in os.path.basename(path).lower() for suffix in (".tar", ".tgz")):
-        return f"{printable(path)} is a tar archive and no zip: unpack it and use the source folder"
-    return f"{printable(path)} can't be read as zip ({error}): it is truncated or no zip; write it anew"
+        return f"{printable(path)} is a tar archive, not zip: unpack it and use the source folder"
+    return f"{printable(path)} can't be read as zip ({error}): it is truncated or not zip; write it again"

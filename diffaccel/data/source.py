@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the project: splits of images that are read by index."""
+"""Interfaces of data sets: sources, and splits of images that are read by index."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -15,7 +16,7 @@ SPLITS: tuple[str, ...] = get_args(Split)
 
 
 class MissingSplit(UsageError):
-    """A data set has no such split."""
+    """A data set doesn't have the requested split."""
 
 
 class Images(ABC):
@@ -23,8 +24,8 @@ class Images(ABC):
 
     Attributes:
         labels: Class labels, (N,) int64, or None.
-        classes: How many classes the labels are drawn from; 0 without labels.
-        notes: Sentences on what was passed over or changed in reading, which the data module prints once.
+        classes: Number of classes; 0 without labels.
+        notes: Sentences on skipped files and changed images, which the data module prints once.
     """
 
     labels: Tensor | None
@@ -38,32 +39,32 @@ class Images(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W), the same for all images."""
+        """Shape (C, H, W) of all images."""
 
     @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices`` (n,) as (n, C, H, W): uint8, or float where the data are no images."""
+        """Read the images at ``indices`` (n,), (n, C, H, W) uint8, or float for data that are not images."""
 
     @abstractmethod
     def first(self, n: int) -> "Images":
         """Return the first ``n`` images, or all if there are fewer."""
 
-    def check(self) -> None:  # noqa: B027  (nothing to check unless the images lie in files of their own)
-        """Look at every image once, so that a broken one is an error now and not hours into a training.
+    def check(self) -> None:  # noqa: B027  (optional: only images in separate files need checks)
+        """Check every image, so that a damaged image is an error before a training starts.
 
         Raises:
-            UsageError: Some images can't be used; names them.
+            UsageError: Some images, named in the message, can't be used.
         """
 
 
 class ArrayImages(Images):
-    """Images held in memory, so that a batch is one gather.
+    """Images in memory.
 
     Args:
-        images: (N, C, H, W), uint8 for images, float for points that stay in their own units.
-        labels: (N,) integers, or None.
-        classes: Number of classes, if that is known better than from the largest label.
-        notes: What the user should know of how they were read.
+        images: Images (N, C, H, W) uint8, or points in their own units, float.
+        labels: Class labels, (N,) integers, or None.
+        classes: Number of classes; None for the largest label plus 1.
+        notes: See :class:`Images`.
     """
 
     def __init__(
@@ -77,25 +78,28 @@ class ArrayImages(Images):
         return len(self.images)
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of all images."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @override
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices`` (n,) as (n, C, H, W)."""
+        """Read the images at ``indices`` (n,), (n, C, H, W)."""
         return torch.index_select(self.images, 0, indices)
 
+    @override
     def first(self, n: int) -> "ArrayImages":
-        """Return the first ``n`` images; the number of classes stays that of the whole split."""
+        """Return the first ``n`` images, with the number of classes of the whole split."""
         return ArrayImages(self.images[:n], None if self.labels is None else self.labels[:n], self.classes, self.notes)
 
 
 class Source(ABC):
-    """A data set: up to two splits and where it comes from.
+    """A data set with one or two splits.
 
-    A source's constructor is its YAML schema. Every source takes ``label``, the words by which figures name the data
-    ("CIFAR-10 (JPEG)"); without it they use the source's own.
+    The arguments of a source's constructor are its YAML keys. Every source has a key ``label``, the name of the data in
+    tables and plots ("CIFAR-10 (JPEG)"), with a default of its own.
 
     Attributes:
         label: Provenance, for tables and plots.
@@ -104,12 +108,12 @@ class Source(ABC):
     label: str
 
     discrete: ClassVar[bool | None] = None
-    """Whether its data are images, uint8, and not points in units of their own; None if the data have to tell."""
+    """Whether the data are uint8 images, as opposed to points in their own units; None if this depends on the data."""
     fixed_shape: ClassVar[tuple[int, int, int] | None] = None
-    """(C, H, W), of a source whose images have no other."""
+    """Image shape (C, H, W), if it is the same for all data of this source."""
 
     def has_images(self) -> bool:
-        """Whether its data are images, which are scored as 8-bit ones; reads one if the class doesn't say."""
+        """Whether the data are images, which are scored as 8-bit images; reads one image if ``discrete`` is None."""
         if self.discrete is not None:
             return self.discrete
         return self.split("train").read(torch.zeros(1, dtype=torch.int64)).dtype == torch.uint8
@@ -120,7 +124,7 @@ class Source(ABC):
 
         Raises:
             MissingSplit: The data set has no such split.
-            UsageError: It can't be read.
+            UsageError: The split can't be read.
         """
 
 
@@ -128,13 +132,13 @@ SOURCES: Registry[Source] = Registry("source")
 
 
 def path_of(split: Split, path: str, test_path: str | None) -> str:
-    """Choose between the paths of a source whose test split is optional.
+    """Path of a split, for sources with an optional test split.
 
     Raises:
-        MissingSplit: The test split was asked for and has no path.
+        MissingSplit: ``split`` is ``test``, and ``test_path`` is None.
     """
     if split == "train":
         return path
     if test_path is None:
-        raise MissingSplit(f"{path} has no test split: give the source the key test_path, or use the split 'train'")
+        raise MissingSplit(f"{path} has no test split: set the source's key test_path, or use the split 'train'")
     return test_path

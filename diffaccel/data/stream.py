@@ -1,8 +1,8 @@
-"""The training stream: an endless, deterministic order of images, and the loader that cuts it into batches.
+"""Training stream: an endless, deterministic sequence of images, divided into batches.
 
-Position p = 0, 1, 2, ... of the stream holds one image: epoch p // N walks through a permutation of its own, made from
-(seed, epoch). Step k takes positions k G to (k + 1) G of it, G the global batch size, and each of W processes takes
-its slice of those. So the batch of a step depends neither on where a run was resumed nor on W.
+Each position p = 0, 1, 2, ... of the stream is one of the N images. Epoch p // N is a permutation of the images, with
+(seed, epoch) as its seed. The batch of step k consists of positions k G to (k + 1) G, where G is the global batch size,
+and each of W ranks has a slice of it. So the batch of a step depends neither on W nor on where a run was resumed.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,37 +20,37 @@ from diffaccel.errors import UsageError
 
 
 class Batch(NamedTuple):
-    """One process's share of a training step.
+    """A rank's part of the batch of a training step.
 
     Attributes:
-        image: (B, C, H, W) float, images in [-1, 1]; toy points in their own units.
-        condition: (B,) int64 class labels, or None.
-        index: (B,) int64 positions in the training stream, the same for any number of processes.
+        image: Images in [-1, 1], or toy points in their own units, (B, C, H, W) float.
+        condition: Class labels, (B,) int64, or None.
+        index: Positions in the training stream, (B,) int64, independent of the number of ranks.
     """
 
     image: Tensor
     condition: Tensor | None
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bring uint8 images to [-1, 1] as x / 127.5 - 1; what is float already (toy points) is left in its units."""
+    """Convert uint8 images to [-1, 1] by x / 127.5 - 1; float data (toy points) are unchanged."""
     if images.dtype == torch.uint8:
         return images.float().div_(127.5).sub_(1.0)
     return images
 
 
-# Two epochs meet within a batch, and a batch larger than a tiny data set meets several.
+# A batch may span two epochs, and more if the data set is smaller than a batch.
 @lru_cache(maxsize=8)
 def _epoch(size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Return an epoch's permutation (size,) int64 and its coin tosses (size,) bool."""
+    """Permutation (size,) int64 and coin tosses (size,) bool of an epoch."""
     rng = np.random.default_rng((seed, epoch))
     return torch.from_numpy(rng.permutation(size)), torch.from_numpy(rng.integers(2, size=size, dtype=bool))
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Stream positions -> images.
+    """Map from stream positions to images.
 
     Args:
         size: Number of images, N.
@@ -61,31 +61,31 @@ class Stream:
     seed: int = 0
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up positions.
+        """Look up the images at stream positions.
 
         Args:
-            positions: (B,) int64.
+            positions: Stream positions, (B,) int64.
 
         Returns:
-            Image indices (B,) int64 and one fair coin toss each (B,) bool, for augmentation.
+            Image indices (B,) int64, and fair coin tosses (B,) bool for augmentation.
         """
         indices, coins = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.bool)
         epochs = positions // self.size
         for epoch in epochs.unique().tolist():
-            here = epochs == epoch
+            inside = epochs == epoch
             order, tosses = _epoch(self.size, self.seed, epoch)
-            within = positions[here] % self.size
-            indices[here], coins[here] = order[within], tosses[within]
+            offset = positions[inside] % self.size
+            indices[inside], coins[inside] = order[offset], tosses[offset]
         return indices, coins
 
 
 class TrainingSet(Dataset[Batch]):
-    """The stream as PyTorch's loader reads it: whole batches by position, without per-image Python work.
+    """Training stream as a PyTorch data set that reads whole batches, without Python work per image.
 
     Args:
-        images: What to train on.
-        stream: Their order.
-        flip: Mirror every image with probability 1/2, decided by its stream position.
+        images: Training images.
+        stream: Order of the images.
+        flip: Whether to mirror images with probability 1/2, as determined by the stream position.
     """
 
     def __init__(self, images: Images, stream: Stream, flip: bool = False) -> None:
@@ -94,32 +94,32 @@ class TrainingSet(Dataset[Batch]):
     def __getitems__(self, positions: list[int]) -> Batch:
         """Return the batch at ``positions``."""
         index = torch.as_tensor(positions, dtype=torch.int64)
-        where, coins = self.stream(index)
-        images = self.images.read(where)
+        chosen, coins = self.stream(index)
+        images = self.images.read(chosen)
         if self.flip:
             images = torch.where(coins[:, None, None, None], images.flip(-1), images)
         labels = self.images.labels
-        return Batch(to_float(images), None if labels is None else labels[where], index)
+        return Batch(to_float(images), None if labels is None else labels[chosen], index)
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The endless sequence of stream positions that one process trains on.
+    """Endless sequence of the batches of a rank, as stream positions.
 
     Args:
         batch_size: Global batch size G.
-        rank: This process, 0 <= rank < world.
-        world: Number of processes W.
-        start_step: Called when iteration starts, for the step to start from.
+        rank: Rank of this process, 0 <= rank < world.
+        world: Number of ranks W.
+        start_step: Function that returns the first step, called when iteration starts.
 
     Raises:
-        UsageError: G isn't a multiple of W.
+        UsageError: G is not a multiple of W.
     """
 
     def __init__(self, batch_size: int, rank: int, world: int, start_step: Callable[[], int]) -> None:
         if batch_size % world:
             raise UsageError(
-                f"batch_size={batch_size} is the global batch and can't be shared by {world} processes: "
-                f"give a multiple of {world}"
+                f"batch_size={batch_size} is the global batch size and can't be divided among {world} processes: "
+                f"set a multiple of {world}"
             )
         self.batch_size, self.share, self.rank, self.start_step = batch_size, batch_size // world, rank, start_step
 

@@ -1,4 +1,4 @@
-"""Denoisers: E[x_0 | x_t] and E[eps | x_t] on a process, from a network or exact."""
+"""Denoisers: E[x_0 | x_t] and E[eps | x_t] on a process, exact or from a network."""
 
 from diffaccel.denoiser.base import DENOISERS, ConditionedDenoiser, Denoiser, GuidedDenoiser, augment_args
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads

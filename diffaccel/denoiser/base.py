@@ -1,7 +1,7 @@
-"""Denoisers: preconditioning around a network, and exact ones to test against.
+"""Denoisers: networks with preconditioning, and exact denoisers for tests.
 
-A network knows nothing of diffusion: it maps (input, noise conditioning, class) to an output of the input's shape. A
-denoiser says what goes in and what the output means, on one process.
+A network is independent of the diffusion process: it maps (input, noise conditioning, class) to an output shaped like
+the input. A denoiser computes the network's input and interprets its output on one process.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -16,7 +17,7 @@ from diffaccel.process import Prediction, Process
 
 
 def augment_args(augment: Tensor | None) -> tuple[Tensor, ...]:
-    """Augmentation labels as an argument, if there are any: not everything takes them."""
+    """Augmentation labels as positional arguments: none without labels, because not every network accepts them."""
     return () if augment is None else (augment,)
 
 
@@ -24,80 +25,83 @@ class Denoiser(nn.Module, ABC):
     """E[x_0 | x_t] and E[eps | x_t] on one process.
 
     Attributes:
-        process: The process whose x_t it takes.
-        ratio_range: Least and largest noise-to-data ratio that it was trained on (or is exact on).
+        process: Forward process of the states x_t.
+        ratio_range: Smallest and largest noise-to-data ratio of its training (or where an exact denoiser is valid).
     """
 
     process: Process
     ratio_range: tuple[float, float]
     condition: Tensor | None = None
-    """Class labels (B,) that are bound, if any."""
+    """Bound class labels, (B,), or None."""
     source: dict[str, Any] | None = None
-    """Where weights of another program come from: format, ema or raw, units, SHA-256."""
+    """Provenance of weights imported from another codebase (format, EMA or raw, units, SHA-256), or None."""
     any_process = False
-    """Whether the same weights serve on every process: the network depends on the noise-to-data ratio alone."""
+    """Whether the weights are valid on every process, because the network depends on the noise-to-data ratio alone."""
 
     @abstractmethod
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
-        """Predict at states ``x_t`` (B, C, H, W) and times ``t`` (B,).
+        """Predict the image and the noise.
 
         Args:
             x_t: States, (B, C, H, W).
             t: Times, (B,).
             condition: Class labels, (B,); None for the null class.
-            augment: Augmentation labels, (B, L); None for none, as in sampling.
+            augment: Augmentation labels, (B, L); None for no augmentation, as in sampling.
         """
 
     @property
     def network(self) -> nn.Module:
-        """The module whose forward is one network evaluation; an exact denoiser is its own."""
+        """The module whose forward pass counts as one network evaluation; the denoiser itself if it is exact."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def given(self, condition: Tensor | None) -> "Denoiser":
-        """Bind class labels (B,), so that solvers and priors never see them."""
+        """Bind class labels (B,), so that solvers and priors don't handle them."""
         return self if condition is None else ConditionedDenoiser(self, condition)
 
     def guided(self, weight: float) -> "Denoiser":
-        """Guide by the bound labels (classifier-free).
+        """Apply classifier-free guidance with the bound labels.
 
         Raises:
-            UsageError: None are bound.
+            UsageError: No labels are bound.
         """
         raise UsageError(
             "solver.guidance needs class labels: set network.classes, and a prior without chains, or remove it"
         )
 
     def select(self, index: Tensor) -> "Denoiser":
-        """Keep what is bound to some samples of the batch, in the order of ``index``."""
+        """Restrict the bound labels to the samples ``index`` of the batch, in that order."""
         return self
 
     def check_range(self, ratio: Tensor) -> None:
-        """Refuse start levels that the denoiser was not trained on.
+        """Check that the denoiser was trained on the start levels, with a tolerance of 0.1 % for rounding.
+
+        Args:
+            ratio: Noise-to-data ratios, (B,).
 
         Raises:
-            UsageError: A ratio in (B,) lies outside ``ratio_range``; 0.1 % is allowed for rounding.
+            UsageError: A ratio is outside ``ratio_range``.
         """
         low, high = self.ratio_range
         if len(ratio) and not (low * 0.999 <= ratio.min().item() and ratio.max().item() <= high * 1.001):
             raise UsageError(
                 f"sampling would start at a noise-to-data ratio in [{ratio.min().item():.4g}, {ratio.max().item():.4g}]"
                 f", but the denoiser is trained on [{low:.4g}, {high:.4g}]: choose a start level (ratio_star, "
-                "sigma_max) inside, or another denoiser"
+                "sigma_max) in this range, or use another denoiser"
             )
 
 
 class ConditionedDenoiser(Denoiser):
-    """A denoiser with its class labels bound.
+    """A denoiser with bound class labels.
 
     Args:
-        denoiser: The conditional one.
+        denoiser: The conditional denoiser.
         condition: Class labels, (B,).
     """
 
@@ -109,27 +113,31 @@ class ConditionedDenoiser(Denoiser):
         self.denoiser, self.condition = denoiser, condition
 
     @property
-    def network(self) -> nn.Module:  # noqa: D102
+    @override
+    def network(self) -> nn.Module:
         return self.denoiser.network
 
-    def select(self, index: Tensor) -> Denoiser:  # noqa: D102
+    @override
+    def select(self, index: Tensor) -> Denoiser:
         return ConditionedDenoiser(self.denoiser.select(index), self.condition[index])
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         return self.denoiser(x_t, t, self.condition if condition is None else condition, *augment_args(augment))
 
+    @override
     def guided(self, weight: float) -> Denoiser:
         """See :class:`Denoiser`.
 
         Raises:
-            UsageError: The network was never trained without labels.
+            UsageError: The network was not trained without labels.
         """
         if not getattr(self.network, "null_class", True):
             raise UsageError(
-                "solver.guidance needs a network that was trained without labels too, and this one never was: set "
-                "solver.guidance=0, or take a network fitted with training.label_drop"
+                "solver.guidance needs a network that was also trained without labels, which this network was not: set "
+                "solver.guidance=0, or use a network fitted with training.label_drop"
             )
         return GuidedDenoiser(self.denoiser, self.condition, weight)
 
@@ -138,9 +146,9 @@ class GuidedDenoiser(ConditionedDenoiser):
     """Classifier-free guidance: (1 + w) prediction(label) - w prediction(null class), two evaluations a sample.
 
     Args:
-        denoiser: The conditional one, trained with some labels dropped.
+        denoiser: The conditional denoiser, trained with some labels dropped.
         condition: Class labels, (B,).
-        weight: w; 0 guides nothing.
+        weight: Guidance weight w; 0 for no guidance.
 
     References:
         Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), https://arxiv.org/abs/2207.12598, Eq. 6
@@ -150,14 +158,17 @@ class GuidedDenoiser(ConditionedDenoiser):
         super().__init__(denoiser, condition)
         self.weight = weight
 
-    def select(self, index: Tensor) -> Denoiser:  # noqa: D102
+    @override
+    def select(self, index: Tensor) -> Denoiser:
         return GuidedDenoiser(self.denoiser.select(index), self.condition[index], self.weight)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
-        given, free = super().forward(x_t, t, condition, augment), self.denoiser(x_t, t, None, *augment_args(augment))
-        return Prediction(*(a + self.weight * (a - b) for a, b in zip(given, free, strict=True)))
+        conditional = super().forward(x_t, t, condition, augment)
+        unconditional = self.denoiser(x_t, t, None, *augment_args(augment))
+        return Prediction(*(a + self.weight * (a - b) for a, b in zip(conditional, unconditional, strict=True)))
 
 
 DENOISERS: Registry[Denoiser] = Registry("denoiser")

@@ -1,10 +1,11 @@
-"""The two-headed denoiser of the decoupled process: one head says how the image goes, the other what noise has come."""
+"""Two-headed denoiser of the decoupled process: one head predicts the attenuation, the other the noise."""
 
 import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS
 from diffaccel.denoiser.network import NetworkDenoiser
@@ -15,7 +16,7 @@ Preconditioning = Literal["recommended", "reference", "later"]
 
 
 class Heads(NamedTuple):
-    """What the two heads say, or should say."""
+    """Outputs or targets of the two heads."""
 
     phi: Tensor
     """Parameters of the attenuation, (B, (free + 1) C, H, W)."""
@@ -24,7 +25,7 @@ class Heads(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """C = skip_c x_t + out_c F_1 and eps = skip_eps x_t + out_eps F_2, F = F(scale_in x_t); each (B,)."""
+    """Coefficients of C = skip_c x_t + out_c F_1, eps = skip_eps x_t + out_eps F_2, F = F(scale_in x_t); each (B,)."""
 
     scale_in: Tensor
     skip_c: Tensor
@@ -35,32 +36,33 @@ class Coefficients(NamedTuple):
 
 @DENOISERS.register("decoupled")
 class DecoupledDenoiser(NetworkDenoiser):
-    """Two heads, phi and eps, or one that stands for both.
+    """Denoiser with two heads, phi and eps, or with a single head that determines both.
 
-    With V = Var(x_t) = (1 - t)^2 sigma_data^2 + v and unit-variance targets for both heads, which are then the same:
+    With V = Var(x_t) = (1 - t)^2 sigma_data^2 + v and targets of unit variance, which are then equal for both heads:
 
         C = -(1 - t) sigma_data^2 / V x_t + sigma_data sqrt(v / V) F_1(x_t / sqrt(V); ln t)
         eps = sqrt(v) / V x_t + (1 - t) sigma_data / sqrt(V) F_2
 
-    The image is what both say together, x_0 = x_t - H(t; phi) - sqrt(v) eps: for constant attenuation their estimates
-    of it in the proportion t to 1 - t. A single head F_1 leaves eps to the identity x_t = (t - 1) C + sqrt(v) eps.
+    Both heads determine the image, x_0 = x_t - H(t; phi) - sqrt(v) eps. For constant attenuation this is an average of
+    the two heads' estimates with weights t and 1 - t. With a single head F_1, eps follows from
+    x_t = (t - 1) C + sqrt(v) eps.
 
-    The network's output holds the heads side by side; ``network.heads`` says how many channels each has.
+    The network's output is the concatenation of the heads; ``network.heads`` contains the number of channels of each.
 
     Args:
         network: See :class:`NetworkDenoiser`.
-        process: The decoupled one.
-        preconditioning: ``recommended`` as above; ``later`` is that with sigma_data = 1, as the authors' later code
-            has it; ``reference`` their first, for the clock t: scale_in = 1 / sqrt(1 + t), C = (t - 1) x_t +
-            t / sqrt(1 + t) F_1, eps = sqrt(t) x_t + sqrt((1 - t) / (1 + t)) F_2.
+        process: Decoupled process.
+        preconditioning: ``recommended`` for the above; ``later`` for the same with sigma_data = 1, as in the authors'
+            later code; ``reference`` for their first code, on the clock t: scale_in = 1 / sqrt(1 + t),
+            C = (t - 1) x_t + t / sqrt(1 + t) F_1, eps = sqrt(t) x_t + sqrt((1 - t) / (1 + t)) F_2.
         sigma_data: Standard deviation of the data, in units of [-1, 1].
-        noise_scale: What ln t is multiplied by for the network: a quarter suits the small networks here, as in EDM's
-            ln(rho) / 4; 1 is the paper's.
-        ratio_min: Least trained ratio; 0.01 is the reference's t = 1e-4 on the clock t.
-        ratio_max: Largest trained ratio; t = 1 lies at infinity.
+        noise_scale: Factor of ln t in the noise conditioning. 1/4 suits the small networks here, as in EDM's
+            ln(rho) / 4; the paper has 1.
+        ratio_min: Smallest trained ratio; 0.01 is the reference's t = 1e-4 on the clock t.
+        ratio_max: Largest trained ratio; infinity is t = 1.
 
     Raises:
-        UsageError: Another process, a preconditioning that doesn't fit, or a network whose heads don't.
+        UsageError: The process is not decoupled, or the preconditioning or the network's heads don't match it.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
@@ -80,14 +82,16 @@ class DecoupledDenoiser(NetworkDenoiser):
     ) -> None:
         super().__init__(network, process, ratio_min, ratio_max)
         if not isinstance(process, Decoupled):
-            raise UsageError(f"denoiser 'decoupled' is for process=decoupled, not for {process}: take karras")
+            raise UsageError(f"denoiser 'decoupled' needs process=decoupled, not {process}: use denoiser=karras")
         if preconditioning not in get_args(Preconditioning):
-            raise UsageError(f"denoiser 'decoupled': preconditioning {preconditioning!r} is none of "
+            raise UsageError(f"denoiser 'decoupled': preconditioning is {preconditioning!r}: set it to one of "
                              f"{', '.join(get_args(Preconditioning))}")  # fmt: skip
         if preconditioning == "reference" and process.clock != "t":
-            raise UsageError("denoiser 'decoupled': the reference's preconditioning is for process.clock=t: take later")
-        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: give the data's standard deviation")
-        require(0 < noise_scale < math.inf, f"denoiser.noise_scale={noise_scale:g}: give a positive number")
+            raise UsageError(
+                "denoiser 'decoupled': preconditioning=reference needs process.clock=t: use preconditioning=later"
+            )
+        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: set the data's standard deviation")
+        require(0 < noise_scale < math.inf, f"denoiser.noise_scale={noise_scale:g}: set a positive number")
         self.preconditioning, self.noise_scale = preconditioning, noise_scale
         self.sigma_data = 1.0 if preconditioning == "later" else sigma_data
         heads, two = tuple(getattr(network, "heads", (1,))), (process.attenuation.free + 1, 1)
@@ -99,15 +103,17 @@ class DecoupledDenoiser(NetworkDenoiser):
             )
         self.single = heads == (1,)
 
+    @override
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """Return ln t, scaled, (B,)."""
+        """c_noise = noise_scale ln t, (B,)."""
         return self.noise_scale * t.log()
 
-    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         return expand(self.coefficients(t).scale_in, x_t) * x_t
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """The preconditioning at times (B,), in their dtype."""
+        """Preconditioning at times ``t`` (B,), in the dtype of ``t``."""
         v, rest = self.process.sigma(t).square(), 1 - t
         if self.preconditioning == "reference":
             scale_in, skip_c, out_c = (1 + t).rsqrt(), -rest, t * (1 + t).rsqrt()
@@ -124,14 +130,14 @@ class DecoupledDenoiser(NetworkDenoiser):
         )
 
     def _skip_free(self, t: Tensor) -> Tensor:
-        """Regression of a free parameter on x_t, (B,): its network output starts at scale 1."""
+        """Regression coefficient of a free parameter on x_t, (B,), so that the network predicts the residual only."""
         attenuation = self.process.attenuation
         gain = attenuation.gain(t)
         variance = ((1 - t) * self.sigma_data).square() + gain.square() * attenuation.variance
         return gain * attenuation.variance / (variance + self.process.sigma(t).square())
 
     def heads(self, output: Tensor, x_t: Tensor, t: Tensor) -> Heads:
-        """What a network output (B, sum(heads) C, H, W) says of phi and eps."""
+        """Convert a network output (B, sum(heads) C, H, W) to phi and eps."""
         k = self.coefficients(t)
         channels = x_t.shape[1]
         first, second = (output, output) if self.single else output.split([output.shape[1] - channels, channels], 1)
@@ -144,30 +150,33 @@ class DecoupledDenoiser(NetworkDenoiser):
     def predict_heads(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Heads:
-        """Run the network once, for what a loss compares."""
+        """Predict phi and eps by one network evaluation, for losses on the heads."""
         return self.heads(self.output(x_t, t, condition, augment), x_t, t)
 
     def image(self, heads: Heads, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 = x_t - H(t; phi) - sigma_t eps, which divides by nothing, (B, C, H, W)."""
+        """Image x_0 = x_t - H(t; phi) - sigma_t eps, without a division, (B, C, H, W)."""
         return x_t - self.process.attenuated(heads.phi, t) - expand(self.process.sigma(t), x_t) * heads.eps
 
+    @override
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """See :class:`NetworkDenoiser`; with the phi that the bridge takes."""
+        """See :class:`NetworkDenoiser`; the prediction includes phi, for the bridge."""
         heads = self.heads(output, x_t, t)
         heads = heads._replace(phi=self.process.attenuation.confine(heads.phi))
         return DecoupledPrediction(self.image(heads, x_t, t), heads.eps, heads.phi)
 
+    @override
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor, phi: Tensor | None = None) -> Tensor:
-        """What each head's output should be, (B, sum(heads) C, H, W).
+        """Targets of the heads' outputs, (B, sum(heads) C, H, W).
 
-        Unless the preconditioning is the reference's both are (1 - t) sigma_data / sqrt(V) eps - sqrt(v / V) /
-        sigma_data x_0, whose variance is 1. Free parameters, which ``phi`` holds, add their part to both.
+        Without free parameters, and unless ``preconditioning`` is ``reference``, both targets are
+        (1 - t) sigma_data / sqrt(V) eps - sqrt(v / V) / sigma_data x_0, whose variance is 1. Free parameters in ``phi``
+        add a term to both.
         """
         first, second = self._constant_targets(x_0, eps, t)
         if phi is None or not self.process.attenuation.free:
             return first if self.single else torch.cat([first, second], 1)
         k, channels = self.coefficients(t), x_0.shape[1]
-        moved = self.process.attenuated(phi, t) + expand(t, x_0) * x_0  # what the free parameters add to x_t
+        moved = self.process.attenuated(phi, t) + expand(t, x_0) * x_0  # contribution of the free parameters to x_t
         first = first + (phi[:, -channels:] + x_0 - expand(k.skip_c, x_0) * moved) / expand(k.out_c, x_0)
         second = second - expand(k.skip_eps / k.out_eps, x_0) * moved
         skipped = expand(self._skip_free(t), x_0) * self.process.diffuse(x_0, phi, t, eps)
@@ -175,7 +184,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         return torch.cat([*free, first, second], 1)
 
     def _constant_targets(self, x_0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both heads' targets for constant attenuation."""
+        """Targets of both heads for constant attenuation."""
         v, rest = self.process.sigma(t).square(), 1 - t
         if self.preconditioning == "reference":
             first = expand((1 + t).sqrt() * rest / t.sqrt(), eps) * eps - expand((1 + t).sqrt() * (2 - t), x_0) * x_0
@@ -184,6 +193,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         both = expand(rest * self.sigma_data / norm, eps) * eps - expand(v.sqrt() / (norm * self.sigma_data), x_0) * x_0
         return both, both
 
+    @override
     def loss(
         self,
         x_0: Tensor,
@@ -193,7 +203,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         augment: Tensor | None = None,
         phi: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`NetworkDenoiser`; with the attenuation's parameters, where there are free ones."""
+        """See :class:`NetworkDenoiser`; ``phi`` contains the attenuation's parameters, if some of these are free."""
         x_t = self.process.marginal(x_0, t, eps) if phi is None else self.process.diffuse(x_0, phi, t, eps)
         error = self.output(x_t, t, condition, augment) - self.target(x_0, eps, t, phi)
         return error.square().flatten(1).mean(1)

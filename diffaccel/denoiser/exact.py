@@ -1,9 +1,10 @@
-"""Exact denoisers of known distributions: oracles for solvers, priors and chains."""
+"""Exact denoisers of known distributions, as oracles for solvers, priors and chains."""
 
 import math
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
@@ -11,12 +12,12 @@ from diffaccel.process import EDMVarianceExploding, Prediction, Process, expand
 
 
 class MixtureDenoiser(Denoiser):
-    """Exact for data from a mixture of isotropic Gaussians: an oracle for every solver, prior and chain.
+    """Exact denoiser of a mixture of isotropic Gaussians.
 
     Args:
         means: Component means, (K, C, H, W).
-        var: Variance within a component; 0 makes the data a finite set.
-        weights: Component weights, (K,); None for equal ones.
+        var: Variance within a component; 0 for a finite set of points.
+        weights: Component weights, (K,); None for equal weights.
         process: Forward process.
     """
 
@@ -39,7 +40,8 @@ class MixtureDenoiser(Denoiser):
         a = alpha.to(x)[:, None]
         return x.square().sum(1, keepdim=True) - 2 * a * (x @ means.T) + a.square() * means.square().sum(1)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
@@ -59,29 +61,35 @@ class MixtureDenoiser(Denoiser):
 
 @DENOISERS.register("mixture")
 def mixture(process: Process, means: list[list[float]], std: float, weights: list[float]) -> MixtureDenoiser:
-    """Exact denoiser of 2-D toy points, (2, 1, 1) each: means (K, 2), one standard deviation, weights (K,).
+    """Exact denoiser of 2-D toy points, each of shape (2, 1, 1).
+
+    Args:
+        process: Forward process.
+        means: Component means, (K, 2).
+        std: Standard deviation within a component.
+        weights: Component weights, (K,), positive.
 
     Raises:
         UsageError: No means, a mean without two coordinates, or weights that are not positive or not one per mean.
     """
     if not means or any(len(mean) != 2 for mean in means) or len(weights) != len(means) or not min(weights) > 0:
         raise UsageError(
-            f"denoiser 'mixture': means are {means} and weights {weights}: give pairs of coordinates, one or more, and "
-            "a positive weight for each"
+            f"denoiser 'mixture': means are {means} and weights {weights}: set one or more pairs of coordinates, and a "
+            "positive weight for each"
         )
     points = torch.tensor(means, dtype=torch.float32)[:, :, None, None]
     return MixtureDenoiser(points, std**2, torch.tensor(weights, dtype=torch.float32), process)
 
 
 class GaussianDenoiser(MixtureDenoiser):
-    """Exact for data from N(mean, var I), mean (C, H, W)."""
+    """Exact denoiser of N(mean, var I), with mean (C, H, W)."""
 
     def __init__(self, mean: Tensor, var: float, process: Process | None = None) -> None:
         super().__init__(mean[None], var, process=process)
 
 
 class FiniteSetDenoiser(MixtureDenoiser):
-    """Exact for data drawn from a finite set of images (N, C, H, W)."""
+    """Exact denoiser of data drawn from a finite set of images (N, C, H, W)."""
 
     def __init__(self, images: Tensor, process: Process | None = None) -> None:
         super().__init__(images, 0.0, process=process)

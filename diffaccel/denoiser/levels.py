@@ -1,4 +1,4 @@
-"""Which noise levels a denoiser is trained at: laws of t given one uniform number a sample."""
+"""Distributions of the training time t of a denoiser, as maps from one uniform number per sample."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -14,13 +14,13 @@ from diffaccel.process import DiscreteVariancePreserving
 
 
 class Levels(Protocol):
-    """Maps uniform numbers to training times of a denoiser."""
+    """Map from uniform numbers to training times of a denoiser."""
 
     bounded: ClassVar[bool]
-    """Whether the denoiser's range ends the levels, so that nothing is learned beyond it."""
+    """Whether the denoiser's range bounds the levels, so that the denoiser learns nothing outside."""
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
-        """Return times (B,) for u in [0, 1), (B,) float64, inside the denoiser's range."""
+        """Map uniform numbers ``u`` in [0, 1), (B,) float64, to times (B,) in the denoiser's range."""
         ...
 
 
@@ -30,7 +30,7 @@ LEVELS: Registry[Levels] = Registry("level")
 @LEVELS.register("lognormal")
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
+    """ln(rho) ~ N(mean, std^2), clamped to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
 
     Raises:
         UsageError: std is not positive.
@@ -67,10 +67,10 @@ class Uniform:
 @LEVELS.register("index")
 @dataclass(frozen=True)
 class Index:
-    """Index uniform on those of a discrete process up to the top of the denoiser's range: {0 .. K - 1} (DDPM, TDPM).
+    """Uniform over the indices {0 .. K - 1} of a discrete process in the denoiser's range (DDPM, TDPM).
 
     Raises:
-        UsageError: On training, the process has no indices.
+        UsageError: The process has no indices; raised when training starts.
     """
 
     bounded: ClassVar[bool] = True
@@ -78,7 +78,7 @@ class Index:
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""
         if not isinstance(denoiser.process, DiscreteVariancePreserving):
-            raise UsageError("levels 'index' are those of process=vp_discrete: take it, or levels=uniform or lognormal")
+            raise UsageError("levels=index needs process=vp_discrete: use this process, or levels=uniform or lognormal")
         top = denoiser.process.time(torch.tensor(denoiser.ratio_range[1], dtype=u.dtype, device=u.device)).round()
         return torch.minimum((u * (top + 1)).floor(), top)  # a mirrored u may be 1
 
@@ -86,10 +86,10 @@ class Index:
 @LEVELS.register("log_uniform")
 @dataclass(frozen=True)
 class LogUniform:
-    """ln(rho) uniform over the denoiser's range: density proportional to g^2 / sigma^2 on every process.
+    """ln(rho) uniform over the denoiser's range: density of t proportional to g^2 / sigma^2 on every process.
 
-    That is the importance sampling of maximum-likelihood training (Song et al., 2021, arXiv 2101.09258), for
-    g^2 / sigma^2 dt = 2 d ln(rho): on VP uniform in ln(e^B - 1), on sub-VP in 2 ln sinh(B / 2), on VE in t.
+    This is the importance sampling of maximum-likelihood training (Song et al., 2021, arXiv 2101.09258), because
+    g^2 / sigma^2 dt = 2 d ln(rho): uniform in ln(e^B - 1) on VP, in 2 ln sinh(B / 2) on sub-VP, and in t on VE.
     """
 
     bounded: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Networks as denoisers: what the network predicts (eps, x_0, v) and how its inputs are scaled."""
+"""Denoisers from networks: prediction targets (eps, x_0, v) and preconditioning."""
 
 import copy
 import math
@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser.base import DENOISERS, Denoiser, augment_args
 from diffaccel.errors import UsageError
@@ -13,21 +14,22 @@ from diffaccel.process import Prediction, Process, expand, require
 
 
 class NetworkDenoiser(Denoiser):
-    """A network, what goes into it, and what its output means.
+    """A network with preconditioning.
 
-    Subclasses say how ``output`` relates to (x_0, eps) in both directions; the loss is the squared error of the output
-    against its target, so each one's weighting is its parametrisation's own.
+    Subclasses define the target of the network's output given (x_0, eps), and the prediction given the output. The loss
+    is the squared error of the output against the target, so the parametrisation determines the weighting of levels.
 
     Args:
-        network: (input (B, C, H, W), noise (B,), condition (B,) or None) -> output (B, C, H, W).
+        network: Map of input (B, C, H, W), noise conditioning (B,) and class labels (B,) or None to output
+            (B, C, H, W).
         process: Forward process.
-        ratio_min: Least trained noise-to-data ratio.
-        ratio_max: Largest trained ratio; infinity stands for the process's own top.
-        time_scale: What the network is told of the time is this times t; 1 / t_max for None. The network ``ddpm`` wants
-            indices: 1 on the process ``vp_discrete``, T - 1 on ``vp``.
+        ratio_min: Smallest trained noise-to-data ratio.
+        ratio_max: Largest trained ratio; infinity for the largest ratio of the process.
+        time_scale: Factor of t in the noise conditioning; None for 1 / t_max. The network ``ddpm`` requires indices:
+            1 on the process ``vp_discrete``, T - 1 on ``vp``.
 
     Raises:
-        UsageError: The ratios are no range, or ``time_scale`` is not positive and finite.
+        UsageError: Not 0 < ratio_min < ratio_max, or ``time_scale`` is not positive and finite.
     """
 
     def __init__(
@@ -41,49 +43,51 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         require(
             0 < ratio_min < ratio_max,
-            f"denoiser: ratio_min={ratio_min:g} and ratio_max={ratio_max:g}: give 0 < ratio_min < ratio_max",
+            f"denoiser: ratio_min is {ratio_min:g} and ratio_max {ratio_max:g}: set 0 < ratio_min < ratio_max",
         )
         require(
             time_scale is None or 0 < time_scale < math.inf,
-            f"denoiser.time_scale={time_scale}: give a positive number, or null for 1 / t_max",
+            f"denoiser.time_scale={time_scale}: set a positive number, or null for 1 / t_max",
         )
         self._network, self.process, self.time_scale = network, process, time_scale
         top = process.ratio(torch.tensor(process.t_max, dtype=torch.float64, device="cpu")).item()
         self.ratio_range = (ratio_min, min(ratio_max, top))
 
     @property
-    def network(self) -> nn.Module:  # noqa: D102
+    @override
+    def network(self) -> nn.Module:
         return self._network
 
     def copy(self) -> "NetworkDenoiser":
-        """Copy, with a network and weights of its own, not compiled: what was compiled runs on the weights copied."""
+        """Deep copy with an uncompiled network, because compiled functions refer to the original weights."""
         copied = copy.deepcopy(self)
         for name in ("forward", "encode"):
             vars(copied.network).pop(name, None)
         return copied
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """What tells the network the noise level, (B,): the scaled time."""
+        """Noise conditioning of the network: the scaled time, (B,)."""
         return t / self.process.t_max if self.time_scale is None else self.time_scale * t
 
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the network sees of the state."""
+        """Input of the network, (B, C, H, W)."""
         return x_t
 
     @abstractmethod
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network's output should be, (B, C, H, W)."""
+        """Target of the network's output, (B, C, H, W)."""
 
     @abstractmethod
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """What an output says of x_0 and eps."""
+        """Convert a network output to a prediction of x_0 and eps."""
 
     def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """Run the network once, (B, C, H, W), in the state's dtype whatever the network computes in."""
+        """Evaluate the network, (B, C, H, W), and cast the output to the dtype of the state."""
         noise = self.noise_conditioning(t).to(x_t)
         return self._network(self.scale_input(x_t, t), noise, condition, *augment_args(augment)).to(x_t)
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         return self.prediction(self.output(x_t, t, condition, augment), x_t, t)
@@ -101,7 +105,7 @@ class NetworkDenoiser(Denoiser):
             augment: Augmentation labels, (B, L), or None.
 
         Returns:
-            Mean over C, H, W of each sample, (B,), in units of the target's.
+            Mean over C, H, W for each sample, (B,), in squared units of the target.
         """
         output = self.output(self.process.marginal(x_0, t, eps), t, condition, augment)
         return (output - self.target(x_0, eps, t)).square().flatten(1).mean(1)
@@ -111,10 +115,10 @@ class NetworkDenoiser(Denoiser):
 class EpsDenoiser(NetworkDenoiser):
     """The network predicts the noise (DDPM, arXiv 2006.11239).
 
-    At infinite ratio its output says nothing of x_0.
+    At infinite ratio the noise doesn't determine x_0.
 
     Raises:
-        UsageError: The process ends at infinite ratio and ``ratio_max`` doesn't stop before.
+        UsageError: ``ratio_max`` is infinite on a process that ends at infinite ratio.
     """
 
     def __init__(
@@ -128,42 +132,48 @@ class EpsDenoiser(NetworkDenoiser):
         super().__init__(network, process, ratio_min, ratio_max, time_scale)
         if math.isinf(self.ratio_range[1]):
             raise UsageError(
-                "denoiser 'eps' can't predict x_0 at the process's top, where the noise-to-data ratio is infinite: "
-                "set denoiser.ratio_max, or take denoiser=v, x0 or karras"
+                "denoiser 'eps' can't predict x_0 at the end of the process, where the noise-to-data ratio is infinite:"
+                " set denoiser.ratio_max, or use denoiser=v, x0 or karras"
             )
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
         return Prediction((x_t - sigma * output) / alpha, output)
 
 
 @DENOISERS.register("x0")
 class DataDenoiser(NetworkDenoiser):
-    """The network predicts the data; the ratio must be positive."""
+    """The network predicts the data. The ratio must be positive."""
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return x_0
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
         return Prediction(output, (x_t - alpha * output) / sigma)
 
 
 @DENOISERS.register("v")
 class VelocityDenoiser(NetworkDenoiser):
-    """The network predicts v = alpha eps - sigma x_0, which is well scaled at both ends.
+    """The network predicts v = alpha eps - sigma x_0, which is well scaled at all noise levels.
 
     References:
         Progressive Distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512
     """
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return expand(self.process.alpha(t), x_0) * eps - expand(self.process.sigma(t), x_0) * x_0
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         norm = alpha.square() + sigma.square()  # 1 on a variance preserving process
         a, s = expand(alpha / norm, x_t), expand(sigma / norm, x_t)
@@ -172,18 +182,19 @@ class VelocityDenoiser(NetworkDenoiser):
 
 @DENOISERS.register("karras")
 class KarrasDenoiser(NetworkDenoiser):
-    """EDM's preconditioning, at ratio rho on any process.
+    """EDM's preconditioning, as a function of the ratio rho on any process.
 
         D(y; rho) = c_skip y + c_out F(c_in y; ln(rho) / 4),    y = x_t / alpha_t
 
-    Written in alpha and sigma, so that no coefficient divides by alpha alone and eps = (y - D) / rho doesn't cancel.
+    The coefficients are written in terms of alpha and sigma, to avoid divisions by alpha and the cancellation in
+    eps = (y - D) / rho.
 
     Args:
         network: See :class:`NetworkDenoiser`.
         process: See :class:`NetworkDenoiser`.
         sigma_data: Standard deviation of the data, in units of [-1, 1].
-        ratio_min: Least trained ratio.
-        ratio_max: Largest trained ratio; a start at infinite ratio is out of range.
+        ratio_min: Smallest trained ratio.
+        ratio_max: Largest trained ratio, finite.
 
     Raises:
         UsageError: ``sigma_data`` is not positive and finite; see also :class:`NetworkDenoiser`.
@@ -203,27 +214,31 @@ class KarrasDenoiser(NetworkDenoiser):
         ratio_max: float = 80.0,
     ) -> None:
         super().__init__(network, process, ratio_min, ratio_max)
-        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: give the data's standard deviation")
+        require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: set the data's standard deviation")
         self.sigma_data = sigma_data
 
     def _norm(self, t: Tensor) -> Tensor:
         """Standard deviation of x_t."""
         return (self.process.sigma(t).square() + (self.process.alpha(t) * self.sigma_data).square()).sqrt()
 
+    @override
     def noise_conditioning(self, t: Tensor) -> Tensor:
         """c_noise = ln(rho) / 4, (B,)."""
         return self.process.ratio(t).log() / 4
 
+    @override
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """c_in y = x_t over its standard deviation."""
+        """c_in y, which is x_t divided by its standard deviation."""
         return x_t / expand(self._norm(t), x_t)
 
+    @override
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(x_0 - c_skip y) / c_out, whose variance is 1 at every level."""
         alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
         return expand(sigma / (norm * self.sigma_data), x_0) * x_0 - expand(alpha * self.sigma_data / norm, x_0) * eps
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         alpha, sigma, norm = self.process.alpha(t), self.process.sigma(t), self._norm(t)
         scaled = x_t / expand(norm, x_t)
         skip, out = alpha * self.sigma_data / norm, sigma / norm

@@ -1,4 +1,4 @@
-"""Densities by name: normalised laws of noisy data, which sampling may start from."""
+"""Density models of noisy data, from which sampling may start."""
 
 from diffaccel.density.base import DENSITIES, Density, NormalDensity, TrainingImages
 from diffaccel.density.basis import CosineBasis, PrincipalBasis

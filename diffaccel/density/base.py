@@ -1,4 +1,4 @@
-"""Densities: normalised laws of y = x / alpha = x_0 + ratio eps, which sampling starts from and likelihoods end in."""
+"""Density models of y = x / alpha = x_0 + ratio eps, for the start of sampling and the end of likelihood ODEs."""
 
 import copy
 import math
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -19,14 +20,15 @@ DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities"
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a density is fitted to.
+    """Images to fit a density to.
 
     Attributes:
-        read: (rank, world) -> that process's whole batches: their index among all, and images in [-1, 1] (B, C, H, W).
-        rank: This process.
-        world: Number of processes.
-        flip: Whether mirrored images are as likely.
-        seed: Seed of noise and of initial values.
+        read: Function of (rank, world) that iterates over the batches of a rank, as pairs of the batch's global index
+            and its images in [-1, 1], (B, C, H, W).
+        rank: Rank of this process.
+        world: Number of ranks.
+        flip: Whether to add the mirrored images.
+        seed: Seed of the noise and of initial values.
     """
 
     read: Callable[[int, int], Iterator[tuple[int, Tensor]]]
@@ -36,11 +38,11 @@ class TrainingImages:
     seed: int = 0
 
     def own(self) -> Iterator[tuple[int, Tensor]]:
-        """This process's share."""
+        """Batches of this rank."""
         return self._mirrored(self.read(self.rank, self.world))
 
     def all(self) -> Iterator[tuple[int, Tensor]]:
-        """The whole."""
+        """Batches of all ranks."""
         return self._mirrored(self.read(0, 1))
 
     def _mirrored(self, batches: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
@@ -49,25 +51,25 @@ class TrainingImages:
 
 
 class Density(nn.Module, ABC):
-    """A law of y at the noise-to-data ratio ``ratio``, the same on every process.
+    """Density of y at a noise-to-data ratio. It is valid on every forward process.
 
-    A draw is a function of standard normal numbers and one uniform number, so that it belongs to an image's stream.
-    Its state holds the level, which is checked when a file or a checkpoint is read.
+    A draw is a function of standard normal numbers and one uniform number from the image's noise stream. The state dict
+    contains the level, which is checked when weights are loaded.
 
     Args:
         shape: Shape of y, (C, H, W).
-        ratio: The level.
+        ratio: Noise-to-data ratio.
 
     Attributes:
-        noise_size: Normal numbers that one draw takes.
+        noise_size: Number of normal numbers per draw.
     """
 
     evaluations = 1
-    """Evaluations that a draw counts as: one, as every model's forward, whatever it costs (FLOPs say that)."""
+    """Number of network evaluations that a draw counts as: one for every model; FLOPs are counted separately."""
     bound = True
-    """Whether a fit holds at one level. What keeps moments of clean data is right at every level."""
+    """Whether a fit is valid at one level only; densities from moments of clean data are valid at every level."""
     normalised = True
-    """Whether it has a log-density; one that has none only samples."""
+    """Whether the model has a log-density; otherwise, it can only sample."""
     fitted: Tensor
 
     def __init__(self, shape: tuple[int, int, int], ratio: float) -> None:
@@ -80,44 +82,44 @@ class Density(nn.Module, ABC):
 
     @property
     def size(self) -> int:
-        """Number of scalars of y, D."""
+        """Dimension D of y."""
         return math.prod(self.shape)
 
     @abstractmethod
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """Draw y, (B, C, H, W), from standard normal numbers z (B, noise_size) and uniform ones u (B,)."""
+        """Draw y, (B, C, H, W), from standard normal numbers z (B, noise_size) and uniform numbers u (B,)."""
 
     @abstractmethod
     def log_prob(self, y: Tensor) -> Tensor:
         """Normalised log-density of y (B, C, H, W), in nats: (B,) float64.
 
         Raises:
-            UsageError: It has none: it only samples.
+            UsageError: The model has no log-density.
         """
 
     def fit(self, images: TrainingImages) -> None:
-        """Fit what has a closed form or is fitted by EM; all processes call it, the first one's result counts."""
+        """Fit parameters with a closed form or by EM. All ranks must call this; the result of rank 0 is used."""
 
     def loss(self, y: Tensor) -> Tensor:
-        """What a trained density minimises, (B,): -log nu(y) in bits per dimension."""
+        """Training loss, (B,): the negative log-density of y in bits per dimension."""
         return -self.log_prob(y) / (self.size * math.log(2))
 
     def at(self, ratio: float) -> "Density":
-        """The same density at another level; its tensors are shared.
+        """Density at another level, with shared tensors.
 
         Raises:
-            UsageError: It was fitted at one level.
+            UsageError: The density is valid at one level only.
         """
         if self.bound and ratio != self.ratio:
             raise UsageError(
-                f"the density is fitted at ratio_star {self.ratio:.6g} and has no other level: fit another"
+                f"the density is fitted at ratio_star {self.ratio:.6g}, not at {ratio:.6g}: fit one at this level"
             )
         other = copy.copy(self)
         other.ratio = ratio
         return other
 
     def broadcast(self) -> None:
-        """Give every process what the first one has."""
+        """Copy the state of rank 0 to all ranks."""
         if dist.is_available() and dist.is_initialized():
             for tensor in self.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -126,23 +128,23 @@ class Density(nn.Module, ABC):
         level = state_dict.get(f"{prefix}level")
         if level is not None and not math.isclose(level.item(), self.ratio, rel_tol=1e-6):
             raise UsageError(
-                f"the density's weights are of ratio_star {level.item():.6g}, the experiment's prior starts at "
-                f"{self.ratio:.6g}: set prior.T or prior.ratio_star to theirs, or fit a density at that level"
+                f"the density's weights are for ratio_star {level.item():.6g}, but the experiment's prior starts at "
+                f"{self.ratio:.6g}: set prior.T or prior.ratio_star to that of the weights, or fit another density"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @DENSITIES.register("normal")
 class NormalDensity(Density):
-    """White noise, N(0, (std^2 + ratio^2) I): the control, which knows nothing of the data but their scale.
+    """White noise N(0, (std^2 + ratio^2) I): a baseline that depends on the scale of the data only.
 
-    With ``std`` 1 it is the paper's N(0, I) on a variance preserving process at every T; with 0, its start on variance
-    exploding ones. Nothing is fitted, and drawing noise is no evaluation.
+    With ``std`` 1 this is the paper's N(0, I) on a variance preserving process at every T. With 0, it is the paper's
+    start on variance exploding processes. There is nothing to fit, and a draw counts as no evaluation.
 
     Args:
         shape: See :class:`Density`.
         ratio: See :class:`Density`.
-        std: Deviation of the data.
+        std: Standard deviation of the data.
     """
 
     evaluations = 0
@@ -155,13 +157,15 @@ class NormalDensity(Density):
 
     @property
     def variance(self) -> float:
-        """Of each scalar."""
+        """Variance of each element of y."""
         return self.std**2 + self.ratio**2
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         return self.variance**0.5 * z.reshape(-1, *self.shape)
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         return gaussian_log_prob(y.flatten(1), torch.full_like(y[0].flatten(), self.variance, dtype=torch.float64))
 
 

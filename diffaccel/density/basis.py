@@ -1,4 +1,4 @@
-"""Orthogonal coordinates of images in which they are about uncorrelated, with the mean and variances of the data."""
+"""Orthogonal bases with almost uncorrelated coordinates of images, and the mean and variances of the data."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.collective import all_reduce
 from diffaccel.density.base import TrainingImages
@@ -16,14 +17,14 @@ BasisName = Literal["pca", "dct"]
 
 
 class Basis(nn.Module, ABC):
-    """c = Q^T (x - mean) with Q orthogonal, so that densities of c are densities of x.
+    """Coordinates c = Q^T (x - mean) with Q orthogonal, so that c and x have the same density.
 
     Args:
         shape: Image shape (C, H, W).
 
     Attributes:
-        mean: Of the data, (D,).
-        variances: Of the data's coordinates, (D,), falling.
+        mean: Mean of the data, (D,).
+        variances: Variances of the data's coordinates in decreasing order, (D,).
     """
 
     mean: Tensor
@@ -45,23 +46,23 @@ class Basis(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, images: TrainingImages) -> None:
-        """Take mean, rotation and variances from sums in float64 over all processes.
+        """Compute mean, rotation and variances from float64 sums over all ranks.
 
         Raises:
             UsageError: Fewer than two images.
         """
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, D)."""
+        """Coordinates of images: (B, C, H, W) -> (B, D)."""
         return self.rotate(x.flatten(1) - self.mean.to(x))
 
     def images(self, c: Tensor) -> Tensor:
-        """Coordinates (B, D) -> (B, C, H, W)."""
+        """Images with given coordinates: (B, D) -> (B, C, H, W)."""
         return (self.rotate_back(c) + self.mean.to(c)).reshape(-1, *self.shape)
 
 
 class PrincipalBasis(Basis):
-    """Eigenvectors of the covariance: D^2 numbers, and a decomposition that takes D^3."""
+    """Basis of eigenvectors of the covariance, which takes memory D^2 and time D^3 to compute."""
 
     vectors: Tensor
 
@@ -69,14 +70,17 @@ class PrincipalBasis(Basis):
         super().__init__(shape)
         self.register_buffer("vectors", torch.eye(self.size))
 
-    def rotate(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate(self, x: Tensor) -> Tensor:
         return x @ self.vectors.to(x)
 
-    def rotate_back(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate_back(self, c: Tensor) -> Tensor:
         return c @ self.vectors.to(c).T
 
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
-        from diffaccel.metrics.moments import MomentSums  # late: torchmetrics takes seconds to import
+    @override
+    def fit(self, images: TrainingImages) -> None:
+        from diffaccel.metrics.moments import MomentSums  # imported here, because torchmetrics takes seconds
 
         sums = MomentSums(self.size, blocks=1).to(self.mean.device)
         for index, batch in images.own():
@@ -89,9 +93,10 @@ class PrincipalBasis(Basis):
 
 
 class CosineBasis(Basis):
-    """Rotated colours and the orthonormal DCT-II of rows and columns: near images' eigenvectors, for 3 D numbers.
+    """Rotation of the colours and the orthonormal DCT-II of rows and columns, which take memory 3 D.
 
-    The colours' rotation diagonalises their covariance, summed over frequencies.
+    This basis is close to the eigenvectors of the covariance of natural images. The rotation of the colours
+    diagonalises their covariance, summed over frequencies.
     """
 
     colours: Tensor
@@ -107,10 +112,12 @@ class CosineBasis(Basis):
         self.register_buffer("rows", cosines(height), persistent=False)
         self.register_buffer("columns", cosines(width), persistent=False)
 
-    def rotate(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate(self, x: Tensor) -> Tensor:
         return self._spectrum(x.reshape(-1, *self.shape), self.colours).flatten(1)[:, self.order]
 
-    def rotate_back(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def rotate_back(self, c: Tensor) -> Tensor:
         spectrum = torch.empty_like(c)
         spectrum[:, self.order] = c
         return self._spectrum(spectrum.reshape(-1, *self.shape), self.colours, back=True).flatten(1)
@@ -119,11 +126,12 @@ class CosineBasis(Basis):
         rows, columns, colours = self.rows.to(x), self.columns.to(x), colours.to(x)
         if back:
             rows, columns, colours = rows.T, columns.T, colours.T
-        # One matrix at a time: all at once, einsum would multiply them out.
+        # One matrix at a time: a single einsum would first compute the product of all matrices.
         x = einsum(x, colours, "b c h w, c k -> b k h w")
         return einsum(einsum(x, rows, "b c h w, i h -> b c i w"), columns, "b c h w, j w -> b c h j")
 
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         channels, height, width = self.shape
         device, plain = self.mean.device, torch.eye(channels)
         count = torch.zeros(1, dtype=torch.float64, device=device)
@@ -149,13 +157,13 @@ class CosineBasis(Basis):
 
 
 def cosines(n: int) -> Tensor:
-    """The orthonormal DCT-II of length n as a matrix, (frequency, position)."""
+    """Matrix of the orthonormal DCT-II of length n, (frequency, position)."""
     k, position = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64) + 0.5
     matrix = (2 / n) ** 0.5 * (math.pi / n * k * position).cos()
     return torch.cat([matrix[:1] / 2**0.5, matrix[1:]]).float()
 
 
 def make_basis(name: BasisName, shape: tuple[int, int, int]) -> Basis:
-    """Build a basis by name."""
+    """Make a basis, ``pca`` or ``dct``."""
     kinds: dict[str, type[Basis]] = {"pca": PrincipalBasis, "dct": CosineBasis}
     return kinds[name](shape)

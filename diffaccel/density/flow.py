@@ -1,9 +1,10 @@
-"""Normalising flows of vectors (zuko) on the leading coordinates."""
+"""Normalising flows (zuko) of the leading coordinates."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, gaussian_log_prob
 from diffaccel.density.basis import BasisName
@@ -15,21 +16,22 @@ Kind = Literal["nsf", "maf"]
 
 @DENSITIES.register("flow")
 class FlowDensity(LeadingDensity):
-    """A flow on the leading coordinates of y, whitened by the Gaussian of equal moments.
+    """Normalising flow of the leading coordinates of y, whitened by the Gaussian with the same moments.
 
-    Its transforms start at the identity, and so does the density at that Gaussian: the first loss says what the
-    Gaussian is worth, and what comes off it is the flow's.
+    The transforms are initialised as identities, and the density as this Gaussian. So the initial loss is the
+    Gaussian's, and any decrease is due to the flow.
 
     Args:
         shape: See :class:`~diffaccel.density.base.Density`.
         ratio: See :class:`~diffaccel.density.base.Density`.
         basis: See :class:`~diffaccel.density.gaussian.GaussianDensity`.
         rank: See :class:`~diffaccel.density.gaussian.LeadingDensity`.
-        kind: ``nsf``, rational-quadratic splines (arXiv 1906.04032), or ``maf``, affine transforms (arXiv 1705.07057).
+        kind: ``nsf`` for rational-quadratic splines (arXiv 1906.04032), ``maf`` for affine transforms (arXiv
+            1705.07057).
         transforms: Number of transforms.
-        width: Hidden units a layer of their networks.
-        depth: Hidden layers.
-        passes: Passes of each network for one draw; 2 couples two halves, None is fully autoregressive.
+        width: Hidden units per layer of the transforms' networks.
+        depth: Number of hidden layers.
+        passes: Passes of each network per draw: 2 for couplings of two halves, None for a fully autoregressive flow.
 
     Raises:
         UsageError: zuko is not installed.
@@ -60,12 +62,14 @@ class FlowDensity(LeadingDensity):
 
     @property
     def _scale(self) -> Tensor:
-        """Deviations of the leading coordinates, (rank,) float64."""
+        """Standard deviations of the leading coordinates, (rank,) float64."""
         return self.variances[: self.rank].sqrt()
 
-    def draw(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:
         return self.flow().transform.inv(z) * self._scale.to(z)
 
-    def leading_log_prob(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def leading_log_prob(self, c: Tensor) -> Tensor:
         z, log_det = self.flow().transform.call_and_ladj(c / self._scale.to(c))
         return gaussian_log_prob(z, torch.ones_like(self._scale)) + log_det.double() - self._scale.log().sum()

@@ -1,9 +1,10 @@
-"""A Gaussian with the data's moments, and densities that differ from it in the leading coordinates alone."""
+"""Gaussian with the moments of the data, and a base class of densities that differ in the leading coordinates only."""
 
 from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, Density, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName, make_basis
@@ -11,9 +12,9 @@ from diffaccel.density.basis import BasisName, make_basis
 
 @DENSITIES.register("gaussian")
 class GaussianDensity(Density):
-    """N(mean, C + ratio^2 I): of all Gaussians the nearest to the law of y, at every level from one decomposition.
+    """Gaussian N(mean, C + ratio^2 I) with the moments of y, at every level from one decomposition of C.
 
-    With the basis ``pca`` C is the full covariance; with ``dct`` it is diagonal in rotated colours and cosines.
+    With the basis ``pca``, C is the full covariance. With ``dct``, C is diagonal in rotated colours and cosines.
 
     Args:
         shape: See :class:`Density`.
@@ -29,31 +30,35 @@ class GaussianDensity(Density):
 
     @property
     def variances(self) -> Tensor:
-        """Of the coordinates of y, (D,) float64."""
+        """Variances of the coordinates of y, (D,) float64."""
         return self.basis.variances.double() + self.ratio**2
 
     @torch.no_grad()
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         self.basis.fit(images)
         self.fitted.fill_(True)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         return self.basis.images(z * self.variances.sqrt().to(z))
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         return gaussian_log_prob(self.basis.coordinates(y), self.variances)
 
 
 class LeadingDensity(GaussianDensity):
-    """That Gaussian, but for a law of their own of the ``rank`` coordinates of largest variance.
+    """The Gaussian, except that the ``rank`` leading coordinates have their own distribution.
 
-    The basis is orthogonal and the other coordinates are independent, so log-densities add.
+    Leading coordinates are those of largest variance. The basis is orthogonal, and leading and other coordinates are
+    independent, so log-densities add.
 
     Args:
         shape: See :class:`Density`.
         ratio: See :class:`Density`.
         basis: See :class:`GaussianDensity`.
-        rank: Number of leading coordinates; all, where there are not so many.
+        rank: Number of leading coordinates, limited to the dimension of y.
     """
 
     bound = True
@@ -70,11 +75,13 @@ class LeadingDensity(GaussianDensity):
     def leading_log_prob(self, c: Tensor) -> Tensor:
         """Log-density of leading coordinates (B, rank): (B,) float64."""
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         rest = z[:, self.rank :] * self.variances[self.rank :].sqrt().to(z)
         return self.basis.images(torch.cat([self.draw(z[:, : self.rank], u).to(z), rest], dim=1))
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         c = self.basis.coordinates(y)
         rest = gaussian_log_prob(c[:, self.rank :], self.variances[self.rank :])
         return self.leading_log_prob(c[:, : self.rank]) + rest

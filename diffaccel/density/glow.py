@@ -1,6 +1,7 @@
-"""A multi-scale flow of whole images, whitened by the Gaussian of equal moments."""
+"""Multi-scale normalising flow of images, whitened by the Gaussian with the same moments."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, gaussian_log_prob
 from diffaccel.density.basis import BasisName
@@ -10,9 +11,10 @@ from diffaccel.nn.flow import Glow
 
 @DENSITIES.register("glow")
 class GlowDensity(GaussianDensity):
-    """Glow on Q v^(-1/2) Q^T (y - mean): symmetric whitening, which keeps pixels local, of known log-determinant.
+    """Glow of Q v^(-1/2) Q^T (y - mean), where v are the variances of the coordinates.
 
-    The flow starts at a rotation, and so the density at the Gaussian.
+    This symmetric whitening preserves the locality of pixels. The flow is initialised as a rotation, and the density as
+    the Gaussian.
 
     Args:
         shape: See :class:`~diffaccel.density.base.Density`.
@@ -37,11 +39,13 @@ class GlowDensity(GaussianDensity):
         super().__init__(shape, ratio, basis)
         self.flow = Glow(self.shape, scales, steps, width)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         c = self.basis.rotate(self.flow.decode(z).flatten(1))
         return self.basis.images(c * self.variances.sqrt().to(c))
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
         c = self.basis.coordinates(y)
         white = self.basis.rotate_back(c / self.variances.sqrt().to(c)).reshape(y.shape)
         z, log_det = self.flow.encode(white)

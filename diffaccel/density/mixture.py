@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians with full covariances on the leading coordinates, fitted by scikit-learn."""
+"""Mixtures of Gaussians of the leading coordinates with full covariances, fitted by scikit-learn."""
 
 import math
 import warnings
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName
@@ -17,30 +18,30 @@ from diffaccel.parts.optional import extra
 
 @DENSITIES.register("mixture")
 class MixtureDensity(LeadingDensity):
-    """sum_k w_k N(m_k, S_k) on the leading coordinates of y, by EM or by variational inference for a Dirichlet process.
+    """Mixture sum_k w_k N(m_k, S_k) of the leading coordinates of y, fitted by EM or by variational inference.
 
-    EM goes on over several draws of the noise, since on one alone it would learn that draw; and since y holds noise of
-    ratio^2 in every direction, no eigenvalue of S_k is let below it. Of a Dirichlet process the posterior means of
-    weights, means and covariances are taken as an ordinary mixture: scikit-learn's own ``score_samples`` of it is no
-    normalised density (its issue 10148).
+    EM continues over several draws of the noise, because a fit to a single draw would learn that draw. Eigenvalues of
+    S_k are at least ratio^2, because y contains noise of this variance in every direction. For a Dirichlet process, the
+    mixture consists of the posterior means of weights, means and covariances, because scikit-learn's ``score_samples``
+    is not a normalised density (scikit-learn issue 10148).
 
     Args:
         shape: See :class:`Density`.
         ratio: See :class:`Density`.
         basis: See :class:`GaussianDensity`.
         rank: See :class:`LeadingDensity`.
-        components: Number of components, of a Dirichlet process the most.
-        dirichlet: Whether a Dirichlet process decides how many have weight.
-        concentration: Its prior concentration; None for 1 / components.
-        rounds: Draws of the noise.
-        iterations: Iterations of EM on each.
-        limit: Images taken at most, the first ones.
+        components: Number of components; for a Dirichlet process, the maximum.
+        dirichlet: Whether to use a Dirichlet process, which infers the number of components with weight.
+        concentration: Prior concentration of the Dirichlet process; None for 1 / components.
+        rounds: Number of draws of the noise.
+        iterations: Iterations of EM per draw.
+        limit: Number of images to fit to, the first of the data; None for all.
 
     Attributes:
-        weights: (K,).
-        means: (K, rank).
-        vectors: Eigenvectors of the covariances, (K, rank, rank).
-        values: Their eigenvalues, (K, rank).
+        weights: Weights w_k, (K,).
+        means: Means m_k, (K, rank).
+        vectors: Eigenvectors of the covariances S_k, (K, rank, rank).
+        values: Eigenvalues of the covariances S_k, (K, rank).
     """
 
     weights: Tensor
@@ -78,7 +79,13 @@ class MixtureDensity(LeadingDensity):
         return math.exp(torch.special.entr(self.weights.double()).sum().item())
 
     def set_components(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-        """Take a mixture of the leading coordinates, (K,), (K, rank), (K, rank, rank), and keep eigenvalues up."""
+        """Set the mixture of the leading coordinates, and clamp eigenvalues of the covariances to ratio^2 or more.
+
+        Args:
+            weights: Weights w_k, (K,).
+            means: Means m_k, (K, rank).
+            covariances: Covariances S_k, (K, rank, rank).
+        """
         values, vectors = torch.linalg.eigh(covariances)
         self.weights.copy_(weights)
         self.means.copy_(means)
@@ -86,9 +93,10 @@ class MixtureDensity(LeadingDensity):
         self.vectors.copy_(vectors)
 
     @torch.no_grad()
-    def fit(self, images: TrainingImages) -> None:  # noqa: D102
+    @override
+    def fit(self, images: TrainingImages) -> None:
         super().fit(images)
-        if images.rank == 0:  # the others are given the result
+        if images.rank == 0:  # the result is broadcast to the other ranks
             self._fit_leading(self._leading(images), images.seed)
 
     def _leading(self, images: TrainingImages) -> np.ndarray:
@@ -101,12 +109,15 @@ class MixtureDensity(LeadingDensity):
         return torch.cat(found)[: self.limit].numpy()
 
     def _fit_leading(self, clean: np.ndarray, seed: int) -> None:
-        with extra("sklearn", needed_by="fitting density 'mixture'"):  # imported late: it takes a second
+        with extra("sklearn", needed_by="fitting density 'mixture'"):  # imported here, because it takes a second
             from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
         if len(clean) <= self.components:
-            raise UsageError(f"{len(clean)} images can't fill {self.components} components: set density.components")
+            raise UsageError(
+                f"density 'mixture': {len(clean)} images are too few for {self.components} components: lower "
+                "density.components"
+            )
         options: dict[str, Any] = {"max_iter": self.iterations, "warm_start": True, "random_state": seed}
         if self.dirichlet:
             options["weight_concentration_prior"] = self.concentration
@@ -114,19 +125,21 @@ class MixtureDensity(LeadingDensity):
         model = kind(n_components=self.components, **options)
         rng = np.random.default_rng(seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # each draw of the noise gets a few iterations
+            warnings.simplefilter("ignore", ConvergenceWarning)  # there are only a few iterations per draw of the noise
             for _ in range(self.rounds):
                 model.fit(clean + self.ratio * rng.standard_normal(clean.shape))
         fitted = (model.weights_, model.means_, model.covariances_)
         self.set_components(*(torch.from_numpy(array).to(self.means.device) for array in fitted))
 
-    def draw(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, z: Tensor, u: Tensor) -> Tensor:
         k = torch.searchsorted(self.weights.double().cumsum(0), u.to(self.weights.device).double(), right=True)
-        k = k.clamp_max(self.components - 1)  # the weights' sum is rounded
+        k = k.clamp_max(self.components - 1)  # the sum of the weights may round to less than 1
         scaled = (z * self.values[k].sqrt().to(z))[:, :, None]
         return self.means[k].to(z) + (self.vectors[k].to(z) @ scaled)[:, :, 0]
 
-    def leading_log_prob(self, c: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def leading_log_prob(self, c: Tensor) -> Tensor:
         centred = c.double()[:, None] - self.means.double()  # (B, K, rank)
         along = torch.einsum("bki,kij->bkj", centred, self.vectors.double())
         each = gaussian_log_prob(along, self.values.double())

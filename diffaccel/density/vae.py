@@ -1,4 +1,4 @@
-"""A variational autoencoder of noisy images: it samples, and bounds a density that it can't evaluate."""
+"""Variational autoencoder of noisy images, which samples and has a bound on its density."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.density.base import DENSITIES, Density, TrainingImages
 from diffaccel.errors import UsageError
@@ -13,12 +14,12 @@ from diffaccel.errors import UsageError
 
 @DENSITIES.register("vae")
 class VAEDensity(Density):
-    """y = decoder(latent) + s z with s^2 >= ratio^2, the noise that y holds in any case.
+    """Variational autoencoder, y = decoder(latent) + s z, where s^2 is at least the variance ratio^2 of the noise in y.
 
     Args:
         shape: See :class:`~diffaccel.density.base.Density`; height and width multiples of 4.
         ratio: See :class:`~diffaccel.density.base.Density`.
-        latent: Latent numbers.
+        latent: Dimension of the latent.
         width: Channels of the first layer.
 
     Raises:
@@ -34,7 +35,7 @@ class VAEDensity(Density):
         super().__init__(shape, ratio)
         channels, height, side = self.shape
         if height % 4 or side % 4:
-            raise UsageError(f"density 'vae': images of {height}x{side} can't be halved twice: take another density")
+            raise UsageError(f"density 'vae': images of {height}x{side} can't be halved twice: use another density")
         self.latent, self.noise_size = latent, self.size + latent
         inner = (2 * width, height // 4, side // 4)
         self.encoder = nn.Sequential(
@@ -52,22 +53,26 @@ class VAEDensity(Density):
 
     @property
     def variance(self) -> Tensor:
-        """s^2."""
+        """Variance s^2 of the decoder."""
         return self.ratio**2 + F.softplus(self.raw_excess)
 
+    @override
     def fit(self, images: TrainingImages) -> None:
-        """There is nothing to do before the first step."""
+        """Mark the density as fitted: there is nothing to fit before training."""
         self.fitted.fill_(True)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
         noise, latent = z.split([self.size, self.latent], dim=1)
         return self.decoder(latent) + self.variance.sqrt() * noise.reshape(-1, *self.shape)
 
-    def log_prob(self, y: Tensor) -> Tensor:  # noqa: D102
-        raise UsageError("density 'vae' samples and has no log-density: take another for likelihoods")
+    @override
+    def log_prob(self, y: Tensor) -> Tensor:
+        raise UsageError("density 'vae' has no log-density: use another density for likelihoods")
 
+    @override
     def loss(self, y: Tensor) -> Tensor:
-        """The negative evidence bound in bits per dimension, one draw of the latent: (B,)."""
+        """Negative evidence lower bound in bits per dimension, from one draw of the latent, (B,)."""
         mean, log_std = self.encoder(y / (1 + self.ratio**2) ** 0.5).chunk(2, dim=1)
         decoded = self.decoder(mean + log_std.exp() * torch.randn_like(mean))
         square = (y - decoded).flatten(1).double().square().sum(1)

@@ -1,1 +1,1 @@
-"""Feature networks that score images."""
+"""Feature extractors for metrics and losses on images."""

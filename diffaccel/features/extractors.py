@@ -1,8 +1,8 @@
-"""Feature extractors: what an image is to a Frechet or kernel distance.
+"""Feature extractors for Frechet and kernel distances.
 
-Images come as uint8 (N, C, H, W), features go as float64 (N, dim): in float32 the mean alone costs a tiny FD its fifth
-digit. An extractor is named by the hash of its weights, since a score means nothing without them, and it must not have
-been trained on the generator's behalf: a loss in its features would leak into the score.
+Extractors map images (N, C, H, W) uint8 to features (N, dim) float64. In float32, rounding of the mean alone would
+change the fifth digit of a small FD. An extractor is identified by the hash of its weights, on which scores depend. It
+must not be part of a generator's training: a loss on its features would bias the score.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -27,11 +28,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 class Extractor(nn.Module, ABC):
-    """Images -> features, frozen: always in eval mode, without gradients, outside autocast.
+    """Frozen map from images to features, always in eval mode, without gradients and without autocast.
 
     Attributes:
         name: Name in tables and metric keys.
-        sha256: Hash of the weights file, or of nothing where there are no weights.
+        sha256: Hash of the weights file, or of no bytes for an extractor without weights.
         dim: Number of features.
     """
 
@@ -41,16 +42,16 @@ class Extractor(nn.Module, ABC):
 
     @property
     def metric_name(self) -> str:
-        """Key of the Frechet distance in these features; ``fid`` is Inception's alone."""
+        """Key of the Frechet distance of these features; ``fid`` is reserved for Inception."""
         return f"fd_{self.name}"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; the CPU without weights."""
+        """Device of the weights; the CPU for an extractor without weights."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> "Extractor":
-        """Stay in eval mode, whatever the parent module does."""
+        """Stay in eval mode, so that a parent module's ``train`` has no effect."""
         return super().train(False)
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class Extractor(nn.Module, ABC):
         """Extract features, (N, C, H, W) uint8 -> (N, dim) float64.
 
         Raises:
-            UsageError: The images are not what this extractor reads.
+            UsageError: The images have another dtype or shape than the extractor supports.
         """
         with torch.autocast(images.device.type, enabled=False):
             return self.features(images).double()
@@ -73,16 +74,17 @@ EXTRACTORS: Registry[Extractor] = Registry("extractor")
 
 @EXTRACTORS.register("identity")
 class Identity(Extractor):
-    """The values themselves, flattened: for toy points (float) and tiny images, no weights.
+    """Extractor without weights whose features are the flattened values, for toy points (float) and tiny images.
 
     Args:
-        dim: C H W of the images.
+        dim: Number of values per image, C H W.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.name, self.dim, self.sha256 = "identity", dim, hashlib.sha256().hexdigest()
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Flatten (N, C, H, W) or (N, dim), uint8 or float."""
         flat = images.flatten(1)
@@ -93,10 +95,10 @@ class Identity(Extractor):
 
 @EXTRACTORS.register("inception")
 class Inception(Extractor):
-    """Inception-v3 pool3 features as torch-fidelity computes them, TensorFlow-like resize included; gives ``fid``.
+    """Inception-v3 pool3 features, as computed by torch-fidelity with TensorFlow's resize; the distance is ``fid``.
 
     Args:
-        path: The weights file; by default it is looked for, and downloaded to, where torch-fidelity keeps it.
+        path: Weights file; by default the one in torch-fidelity's cache, which is downloaded if it is missing.
 
     Raises:
         UsageError: The file is missing and can't be downloaded, or its SHA-256 is not that of the published weights.
@@ -107,20 +109,22 @@ class Inception(Extractor):
     """
 
     def __init__(self, path: str | None = None) -> None:
-        # imported late: it takes seconds, which runs with another extractor needn't wait
+        # imported here, because it takes seconds
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
         self.name, self.dim, self.sha256 = "inception", 2048, INCEPTION_SHA256
-        # torch-fidelity unpickles what it is given: hand it the very bytes whose hash has been checked
+        # torch-fidelity unpickles its input, so it must be the same bytes whose hash has been checked.
         weights = io.BytesIO(_inception_weights(path))
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
 
     @property
+    @override
     def metric_name(self) -> str:
-        """``fid``."""
+        """Key of the Frechet distance, ``fid``."""
         return "fid"
 
+    @override
     def features(self, images: Tensor) -> Tensor:
         """Extract pool3 features; grey images are repeated to three channels."""
         _check_images(images, self.name, channels=(1, 3))
@@ -130,7 +134,7 @@ class Inception(Extractor):
 
 
 def _inception_weights(path: str | None) -> bytes:
-    """Read the weights file, checked."""
+    """Read the weights file and check its SHA-256."""
     file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if path is None and not file.is_file():
         _download_inception(file)
@@ -164,7 +168,7 @@ def _check_images(images: Tensor, name: str, channels: Sequence[int]) -> None:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norms and a shortcut; the first block of a later stage halves the image."""
+    """Residual block of two 3x3 convolutions with batch norm, optionally after average pooling that halves H and W."""
 
     def __init__(self, width_in: int, width: int, halve: bool) -> None:
         super().__init__()
@@ -175,24 +179,24 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(width_in, width, 1, bias=False) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, width_in, H, W) -> (N, width, H, W), or half as high and wide."""
+        """(N, width_in, H, W) -> (N, width, H, W) or (N, width, H / 2, W / 2)."""
         x = self.pool(x)
         hidden = F.silu(self.norm_1(self.conv_1(x)))
         return F.silu(self.skip(x) + self.norm_2(self.conv_2(hidden)))
 
 
 class SmallClassifier(nn.Module):
-    """A residual classifier whose spatially pooled last activations serve as features.
+    """Residual classifier, with its spatially pooled last activations as features.
 
-    The last activations are pooled, not projected, before the linear head: as in Inception's pool3 they keep what the
-    classes do not need, which a score of image quality does.
+    The last activations are pooled before the linear head, as in Inception's pool3, so that features retain properties
+    that are irrelevant for the classes but relevant for the quality of images.
 
     Args:
         channels: Image channels, 1 or 3.
         classes: Number of classes.
         dim: Number of features.
-        widths: Channels of each stage; the image is halved between two. Sides are at least 2^(stages - 1).
-        blocks: Residual blocks a stage.
+        widths: Channels of each stage. H and W are halved between stages, and must be at least 2^(stages - 1).
+        blocks: Residual blocks per stage.
     """
 
     def __init__(
@@ -214,29 +218,29 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Pool the last activations, (N, C, H, W) in [-1, 1] -> (N, dim)."""
+        """Extract features of images in [-1, 1], (N, C, H, W) -> (N, dim)."""
         hidden = F.silu(self.last(self.stages(F.silu(self.stem(images)))))
         return reduce(hidden, "n dim h w -> n dim", "mean")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify, (N, C, H, W) in [-1, 1] -> (N, classes) logits."""
+        """Logits of the classes for images in [-1, 1], (N, C, H, W) -> (N, classes)."""
         return self.head(self.features(images))
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Bring uint8 images to [-1, 1], float32."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 @EXTRACTORS.register("small")
 class Small(Extractor):
-    """The features of a small shipped classifier.
+    """Features of a small classifier.
 
     Args:
-        path: Its safetensors file, written by ``save_classifier``; ``name`` is taken from there.
+        path: Safetensors file of the classifier, written by :func:`save_classifier`; it contains the extractor's name.
 
     Raises:
-        UsageError: The file is missing or broken.
+        UsageError: The file is missing or damaged.
     """
 
     def __init__(self, path: str) -> None:
@@ -246,32 +250,36 @@ class Small(Extractor):
         self.name, self.dim = str(self.metadata["name"]), self.network.config["dim"]
         self.sha256 = file_sha256(Path(path))
 
+    @override
     def features(self, images: Tensor) -> Tensor:
-        """Extract the penultimate features."""
+        """Extract the features of the penultimate layer."""
         _check_images(images, self.name, channels=(self.network.config["channels"],))
         return self.network.features(to_unit(images))
 
 
 def save_classifier(model: SmallClassifier, path: str | Path, name: str, data: str, accuracy: float, seed: int) -> None:
-    """Write weights as float16 with JSON metadata.
+    """Write the weights of a classifier as float16, with JSON metadata.
 
     Args:
-        model: The classifier.
-        path: Where to write; folders are made.
+        model: Classifier.
+        path: File to write; missing folders are created.
         name: Name in metric keys, ``fd_<name>``.
-        data: What it was trained on, in words.
-        accuracy: On the test split, in [0, 1].
-        seed: Of its training.
+        data: Description of the training data.
+        accuracy: Accuracy on the test split, in [0, 1].
+        seed: Seed of the training.
     """
     description = {"kind": "extractor", **model.config, "name": name, "data": data, "accuracy": accuracy, "seed": seed}
     save_weights(Path(path), model.state_dict(), description, dtype=torch.float16)
 
 
 def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
-    """Read what ``save_classifier`` wrote, as float32 and in eval mode.
+    """Read a file written by :func:`save_classifier`.
+
+    Returns:
+        The classifier, float32 and in eval mode, and the metadata.
 
     Raises:
-        UsageError: The file is missing, truncated, of another kind, or holds values that are not finite.
+        UsageError: The file is missing, truncated, of another kind, or contains values that are not finite.
     """
     weights = open_weights(path).of("extractor")
     tensors, description = weights.read(), dict(weights.header)

@@ -1,4 +1,4 @@
-"""Fitting the small classifier whose features score: one loop, whose whole state is kept so that it can be stopped."""
+"""Training of the small classifier used as an extractor, with a state that can be saved and resumed."""
 
 import io
 import signal
@@ -27,31 +27,37 @@ from diffaccel.weights import check_finite, read_checkpoint
 
 
 class ImageSource(Protocol):
-    """What is needed of a data module here: (C, H, W) of its images, its classes, and its images in fixed order."""
+    """Interface of the data module that the fit uses."""
 
     @property
-    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, int, int]:
+        """Image shape (C, H, W)."""
+        ...
+
     @property
-    def classes(self) -> int: ...  # noqa: D102
+    def classes(self) -> int:
+        """Number of classes."""
+        ...
 
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yield global batch index, images uint8 (n, C, H, W) and labels (n,); batch b goes to rank b % world."""
+        """Yield global batch index b, images (n, C, H, W) uint8 and labels (n,), for batches with rank = b % world."""
+        ...
 
 
 @dataclass
 class ExtractorFit:
-    """A fit between two steps: all that decides how it goes on.
+    """State of a fit between two steps, which determines all later steps.
 
     Attributes:
-        recipe: What was asked for; a fit goes on from a state of the same recipe alone.
-        model: The classifier.
-        optimizer: With its momentum.
-        schedule: Of the learning rate.
-        generator: Draws the order and the augmentation.
+        recipe: Settings of the fit; a fit resumes only from a state with the same settings.
+        model: Classifier.
+        optimizer: Optimizer, including its momentum.
+        schedule: Schedule of the learning rate.
+        generator: Random generator of the order and the augmentation.
         order: Indices of the training images in the order of the current epoch, (N,).
-        step: Steps taken.
+        step: Number of completed steps.
     """
 
     recipe: dict[str, Any]
@@ -63,7 +69,12 @@ class ExtractorFit:
     step: int = 0
 
     def advance(self, images: Tensor, labels: Tensor) -> float:
-        """Take a step on the next of the training images (N, C, H, W) uint8 and labels (N,); returns its loss."""
+        """Take a training step on the next batch and return its loss.
+
+        Args:
+            images: All training images, (N, C, H, W) uint8.
+            labels: All training labels, (N,).
+        """
         batch_size, shift, flip, bf16 = (self.recipe[key] for key in ("batch_size", "shift", "flip", "bf16"))
         device = self.model.head.weight.device
         begin = self.step % (len(images) // batch_size) * batch_size
@@ -82,7 +93,7 @@ class ExtractorFit:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state to a file atomically."""
         content = {
             "diffaccel": {"extractor": self.recipe, "step": self.step, "order": self.order},
             "state_dict": self.model.state_dict(),
@@ -95,20 +106,22 @@ class ExtractorFit:
         write_whole(path, buffer.getbuffer())
 
     def load(self, path: Path) -> None:
-        """Go on from what ``save`` wrote.
+        """Restore the state from a file written by :meth:`save`.
 
         Raises:
-            UsageError: The file is broken, holds code, or is not of a fit of this recipe.
+            UsageError: The file is damaged, contains code, or is from a fit with other settings.
         """
         content = read_checkpoint(path)
         own = content["diffaccel"]
         recipe = own.get("extractor") if isinstance(own, dict) else None
         if not isinstance(recipe, dict):
-            raise UsageError(f"checkpoint {path} is none of an extractor's fit: give OUT/last.ckpt of one")
+            raise UsageError(f"checkpoint {path} is not from a fit of an extractor: use its OUT/last.ckpt")
         if keys := [key for key in self.recipe if recipe.get(key) != self.recipe[key]]:
-            there = ", ".join(f"{key}={recipe.get(key)} (not {self.recipe[key]})" for key in keys)
-            raise UsageError(f"checkpoint {path} is of another fit, with {there}: set it so, or choose another out=")
-        check_finite(content["state_dict"], f"checkpoint {path}", "take an older one")
+            other = ", ".join(f"{key}={recipe.get(key)} (not {self.recipe[key]})" for key in keys)
+            raise UsageError(
+                f"checkpoint {path} is from a fit with {other}: use the same settings, or choose another out="
+            )
+        check_finite(content["state_dict"], f"checkpoint {path}", "use an older one")
         try:
             self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -116,18 +129,18 @@ class ExtractorFit:
             self.generator.set_state(content["generator"])
             self.order, self.step = own["order"], own["step"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"checkpoint {path} holds no whole state ({error!r:.100}): take an older one") from None
+            raise UsageError(f"checkpoint {path} has no complete state ({error!r:.100}): use an older one") from None
 
 
 class FitProgress(Progress):
-    """A bar on a terminal, elsewhere a line at the end of each epoch.
+    """Progress of a fit: a bar on a terminal, otherwise a line at the end of each epoch.
 
     Args:
-        epochs: Passes through the training images.
-        steps: Steps an epoch.
-        batch_size: Images a step.
-        done: Steps taken before.
-        console: Where to print.
+        epochs: Number of epochs.
+        steps: Steps per epoch.
+        batch_size: Images per step.
+        done: Number of steps completed before a resume.
+        console: Console to print to.
     """
 
     def __init__(self, epochs: int, steps: int, batch_size: int, done: int, console: Console) -> None:
@@ -139,15 +152,20 @@ class FitProgress(Progress):
         self.task = self.add_task("", total=epochs * steps, completed=done)
 
     def show(self, done: int, loss: float) -> None:
-        """Show that so many steps are done, the last one with this loss."""
+        """Show the number of completed steps and the mean loss of the last 100.
+
+        Args:
+            done: Number of completed steps.
+            loss: Loss of the last step.
+        """
         self.losses.append(loss)
         epoch = -(-done // self.epoch_steps)
         seen = f"{done * self.batch_size:,} images seen, loss {statistics.fmean(self.losses):.3f}"
-        story = f"epoch {epoch}/{self.epochs}: {seen}"
-        self.update(self.task, completed=done, description=story)
+        description = f"epoch {epoch}/{self.epochs}: {seen}"
+        self.update(self.task, completed=done, description=description)
         if self.lines and done % self.epoch_steps == 0:
             left = timedelta(seconds=round(self.tasks[0].time_remaining or 0))
-            self.console.print(f"{story}, {left} left")
+            self.console.print(f"{description}, {left} left")
 
 
 def fit_extractor(
@@ -167,41 +185,41 @@ def fit_extractor(
     resume: Path | None = None,
     console: Console | None = None,
 ) -> tuple[SmallClassifier, float]:
-    """Train a small classifier to take features from: SGD with Nesterov momentum on one cycle of learning rates.
+    """Train a small classifier as an extractor, by SGD with Nesterov momentum and a one-cycle learning rate.
 
     Args:
         data: Labelled images with the splits ``train`` and ``test``.
         dim: Number of features.
         widths: Channels of each stage.
-        blocks: Residual blocks a stage.
-        epochs: Passes through the training split.
-        batch_size: Images a step; the last, incomplete batch of an epoch is left out.
-        lr: Largest learning rate.
-        seed: Of the weights, the order and the augmentation.
-        shift: Move images by up to so many pixels, the border mirrored.
-        flip: Mirror images left to right with probability 1/2.
-        bf16: Compute in bfloat16 where autocast does.
-        device: Where to train.
-        state_path: Where to keep the state, at the end of each epoch and when Ctrl-C stops the fit.
-        resume: A state to go on from; the end is the same to the last bit as without the stop.
-        console: Where to show progress; nowhere by default.
+        blocks: Residual blocks per stage.
+        epochs: Number of epochs.
+        batch_size: Images per step; an incomplete last batch of an epoch is skipped.
+        lr: Maximum learning rate.
+        seed: Seed of the weights, the order and the augmentation.
+        shift: Maximum shift of the augmentation in pixels, with mirrored borders.
+        flip: Whether to mirror images left to right with probability 1/2.
+        bf16: Whether to use bfloat16 autocast.
+        device: Device to train on.
+        state_path: File for the state, written at the end of each epoch and after Ctrl-C; None to write no state.
+        resume: File with a state to resume from. The result is bit-identical to an uninterrupted fit.
+        console: Console for progress; None for no progress.
 
     Returns:
-        The classifier in eval mode on the CPU, with weights rounded to what ``save_classifier`` writes, and its
+        The classifier in eval mode on the CPU, with weights rounded to the precision of ``save_classifier``, and its
         accuracy on the test split, in [0, 1].
 
     Raises:
-        UsageError: The data have no labels, are no uint8 images, or are fewer than a batch; ``resume`` is broken or of
-            another fit.
-        KeyboardInterrupt: On Ctrl-C, after the step that it fell into.
+        UsageError: The data have no labels, are not uint8 images, or are fewer than a batch; or ``resume`` is damaged
+            or from a fit with other settings.
+        KeyboardInterrupt: Ctrl-C was pressed; raised after the current step.
     """
     images, labels = _gather(data, "train")
     if len(images) < batch_size:
-        raise UsageError(f"{len(images)} training images are less than batch_size={batch_size}: lower it")
+        raise UsageError(f"{len(images)} training images are less than batch_size={batch_size}: lower batch_size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SmallClassifier(data.shape[0], data.classes, dim, widths, blocks)
-    model = model.to(device).to(memory_format=torch.channels_last)  # batch norm is faster so
+    model = model.to(device).to(memory_format=torch.channels_last)  # faster batch norm
     recipe = {"images": len(images), **model.config, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     recipe |= {"shift": shift, "flip": flip, "bf16": bf16}
     steps = len(images) // batch_size
@@ -216,7 +234,7 @@ def fit_extractor(
         while fit.step < epochs * steps:
             loss = fit.advance(images, labels)
             progress.show(fit.step, loss)
-            stop = bool(interrupts)  # looked at once, so that none comes between the two uses
+            stop = bool(interrupts)  # read once, because an interrupt may occur between the two uses
             if state_path is not None and (stop or fit.step % steps == 0):
                 fit.save(state_path)
             if stop:
@@ -227,9 +245,9 @@ def fit_extractor(
 
 @contextmanager
 def _interrupts_held() -> Iterator[list[int]]:
-    """Yield a list that Ctrl-C adds to, instead of breaking off a step, which would leave half of a new state.
+    """Collect the interrupts by Ctrl-C in the list that is yielded, so that they don't leave a step incomplete.
 
-    A second Ctrl-C isn't held: it doesn't wait for the step.
+    A second Ctrl-C raises KeyboardInterrupt at once.
     """
     interrupts: list[int] = []
 
@@ -238,7 +256,7 @@ def _interrupts_held() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         interrupts.append(number)
 
-    # Only the main thread may set handlers; and whoever ignores Ctrl-C, or handles it, has a reason to.
+    # Only the main thread may set handlers. A handler that is not the default is left in place.
     held = threading.current_thread() is threading.main_thread()
     held = held and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if held:
@@ -252,13 +270,13 @@ def _interrupts_held() -> Iterator[list[int]]:
 
 @torch.no_grad()
 def accuracy(model: SmallClassifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Return the share of uint8 images (N, C, H, W) that are classified as their label (N,), in [0, 1]."""
+    """Fraction of uint8 images (N, C, H, W) that are classified as their labels (N,), in [0, 1]."""
     right = [model(to_unit(batch)).argmax(1) for batch in images.split(batch_size)]
     return (torch.cat(right) == labels).double().mean().item()
 
 
 def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift images (N, C, H, W) by up to ``shift`` pixels each way, mirrored at the border, and flip half of them."""
+    """Shift images (N, C, H, W) by up to ``shift`` pixels along each axis, with mirrored borders, and flip half."""
     n, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4, mode="reflect")
     down, right = torch.randint(2 * shift + 1, (2, n, 1), generator=generator)
@@ -270,9 +288,11 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
 
 
 def _gather(data: ImageSource, split: str) -> tuple[Tensor, Tensor]:
-    """Return all images (N, C, H, W) uint8 and labels (N,) of a split."""
+    """All images (N, C, H, W) uint8 and labels (N,) of a split."""
     batches = [(images, labels) for _, images, labels in data.batches(split, batch_size=500)]
     images, labels = [images for images, _ in batches], [labels for _, labels in batches if labels is not None]
     if len(labels) < len(images) or images[0].dtype != torch.uint8:
-        raise UsageError(f"an extractor is fitted to labelled uint8 images, which the {split} split does not hold")
+        raise UsageError(
+            f"the {split} split has no labelled uint8 images: fit extractors to a source of images with labels"
+        )
     return torch.cat(images), torch.cat(labels)

@@ -1,4 +1,4 @@
-"""LPIPS as a part of a loss: torchmetrics' network on VGG-16 features, frozen."""
+"""LPIPS as a loss: torchmetrics' frozen network on VGG-16 features."""
 
 from urllib.error import URLError
 
@@ -9,12 +9,13 @@ from diffaccel.parts.optional import extra
 
 
 def build_lpips() -> nn.Module:
-    """Build the distance of images in [-1, 1], (B, 3, H, W) each -> (B, 1, 1, 1), with gradients to its inputs only.
+    """Build the LPIPS distance of two batches of images in [-1, 1], (B, 3, H, W) each -> (B, 1, 1, 1).
 
-    It stays in evaluation mode whatever ``train()`` says: there is dropout in it.
+    The module has gradients with respect to its inputs only. It remains in evaluation mode after ``train()``, because
+    it contains dropout.
 
     Raises:
-        UsageError: VGG's weights are neither in torchvision's cache nor to be had, or torchvision is not installed.
+        UsageError: VGG's weights are not in torchvision's cache and can't be downloaded, or torchvision is missing.
 
     References:
         The Unreasonable Effectiveness of Deep Features (Zhang et al., 2018), https://arxiv.org/abs/1801.03924
@@ -27,7 +28,7 @@ def build_lpips() -> nn.Module:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none")
     except (URLError, OSError) as error:
         raise UsageError(
-            f"method.perceptual_weight needs torchvision's VGG-16 weights, which can't be fetched ({error}): put them "
-            "into torch.hub's folder of checkpoints, or set method.perceptual_weight=0"
+            f"method.perceptual_weight needs torchvision's VGG-16 weights, which can't be downloaded ({error}): put "
+            "them into torch.hub's folder of checkpoints, or set method.perceptual_weight=0"
         ) from None
     return metric.net.requires_grad_(False)

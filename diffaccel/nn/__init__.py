@@ -1,4 +1,4 @@
-"""Networks, which know nothing of diffusion: how to condition and precondition them is a denoiser's business."""
+"""Networks. They are independent of the diffusion process: denoisers compute their conditioning and inputs."""
 
 from diffaccel.nn.adm import ADMUNet
 from diffaccel.nn.ddpm import DDPMUNet

@@ -1,4 +1,4 @@
-"""The ADM ("Dhariwal") U-Net in EDM's layout, with one decoder or several behind one encoder."""
+"""ADM ("Dhariwal") U-Net in EDM's layout, with one encoder and one or more decoders."""
 
 import math
 
@@ -13,37 +13,37 @@ from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
 HEAD_WIDTH = 64
-"""Channels of an attention head."""
+"""Number of channels of an attention head."""
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    """32 groups, or fewer of at least 4 channels."""
+    """GroupNorm with 32 groups, or fewer groups of 4 channels for less than 128 channels."""
     return nn.GroupNorm(min(32, width // 4), width)
 
 
 def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Start at zero, bias too."""
+    """Initialise weight and bias with zeros."""
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
     return convolution
 
 
 def _resample(x: Tensor, resample: str) -> Tensor:
-    """Average 2x2 pixels (``down``), repeat them (``up``), or leave them."""
+    """Average 2x2 pixels (``down``), repeat each pixel 2x2 times (``up``), or return ``x`` (an empty string)."""
     if resample == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
 
 
 class NoiseEmbedding(nn.Module):
-    """Sinusoids of the noise conditioning and a perceptron, with labels added where EDM adds them.
+    """Sinusoids of the noise conditioning and a perceptron, with labels added in the same layers as in EDM.
 
         [cos(c w_i), sin(c w_i)],    w_i = 10000^(-i / h),    i = 0 .. h - 1,    h = width / 2
 
     Args:
         width: Number of sinusoids.
-        embedding: Width of the result.
-        classes: Number of class labels; label ``classes`` is the null class, which adds nothing.
+        embedding: Width of the embedding.
+        classes: Number of class labels; the embedding of label ``classes``, the null class, is 0.
         augment: Number of augmentation labels.
     """
 
@@ -60,7 +60,7 @@ class NoiseEmbedding(nn.Module):
         self.label = nn.Embedding(classes, embedding) if classes else None
 
     def forward(self, noise: Tensor, condition: Tensor | None, augment: Tensor | None) -> Tensor:
-        """(B,), class labels (B,) or None, augmentation labels (B, augment) or None -> (B, embedding)."""
+        """Noise (B,), class labels (B,) or None, augmentation labels (B, augment) or None -> (B, embedding)."""
         angle = noise[:, None] * self.frequencies
         embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
         if self.augment is not None and augment is not None:
@@ -73,9 +73,9 @@ class NoiseEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over positions with heads of 64 channels, residual, from zero.
+    """Residual self-attention over positions with heads of 64 channels; the output layer is initialised with zeros.
 
-    The channels of queries, keys and values are interleaved as in EDM's layout: head, channel, which of the three.
+    Queries, keys and values are interleaved as in EDM's layout: the channel axis is (head, channel, q/k/v).
     """
 
     def __init__(self, width: int) -> None:
@@ -91,9 +91,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """GroupNorm, SiLU, resampling, 3x3; scale and shift by the embedding after GroupNorm; SiLU, dropout, 3x3 from zero.
+    """Residual block with FiLM: GroupNorm, SiLU, resampling, 3x3; GroupNorm, FiLM, SiLU, dropout, 3x3.
 
-    The skip is resampled alike, and mapped by a 1x1 convolution where the width changes. Attention may follow.
+    FiLM is a scale and shift by the embedding. The last convolution is initialised with zeros. The skip connection is
+    also resampled, and has a 1x1 convolution if the width changes. Self-attention optionally follows.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Block(nn.Module):
 
 
 class Layout:
-    """Widths, resolutions and options that encoder and decoders share."""
+    """Widths, resolutions and options shared by the encoder and the decoders."""
 
     def __init__(
         self, rows: int, width: int, multipliers: list[int], attention: list[int], embedding: int, dropout: float
@@ -129,24 +130,24 @@ class Layout:
         self.attention, self.embedding, self.dropout = attention, embedding, dropout
 
     def block(self, width_in: int, level: int, **options: object) -> Block:
-        """Make a block that ends at a level, with attention if that has it."""
+        """Make a block with the width of a level, and with attention if the level has attention."""
         options = {"attends": self.rows[level] in self.attention, **options}
         return Block(width_in, self.widths[level], self.embedding, self.dropout, **options)  # type: ignore[arg-type]
 
     def resampler(self, level: int, width: int, resample: str) -> Block:
-        """Make the block, of one width, between two levels."""
+        """Make the resampling block between two levels, which keeps the width."""
         return Block(width, width, self.embedding, self.dropout, resample=resample)
 
 
 class Decoder(nn.Module):
-    """From the coarsest level up: one block more a level than the encoder has, each with a skip.
+    """Decoder, coarsest level first, with a skip connection to each block.
 
     Args:
-        layout: What it shares with the encoder.
-        blocks: Blocks a level.
+        layout: Layout shared with the encoder.
+        blocks: Number of blocks per level, one more than in the encoder.
         skips: Widths of the encoder's outputs, finest first.
         channels: Channels of the output.
-        decouple: Whether it has its own view of the bottleneck.
+        decouple: Whether a decoupling module is applied to the bottleneck first.
     """
 
     def __init__(self, layout: Layout, blocks: int, skips: list[int], channels: int, decouple: bool) -> None:
@@ -179,7 +180,7 @@ class Decoder(nn.Module):
 
 
 def _check(shape: tuple[int, int, int], width: int, multipliers: list[int], attention: list[int]) -> None:
-    """Refuse what can't be built."""
+    """Raise a UsageError if the network can't be built with these options."""
     _, rows, columns = shape
     halvings = len(multipliers) - 1
     if not multipliers or rows % 2**halvings or columns % 2**halvings:
@@ -197,34 +198,34 @@ def _check(shape: tuple[int, int, int], width: int, multipliers: list[int], atte
     resolutions = [rows // 2**level for level in range(len(multipliers))]
     if unknown := [resolution for resolution in attention if resolution not in resolutions]:
         raise UsageError(
-            f"network 'adm' has no resolution {unknown[0]} to attend at: set network.attention to some of "
+            f"network 'adm' has no resolution {unknown[0]} for attention: set network.attention to some of "
             f"{resolutions}, or to [] for attention at the bottleneck only"
         )
 
 
 @NETWORKS.register("adm")
 class ADMUNet(nn.Module):
-    """ADM's U-Net; its defaults are DDM's for CIFAR-10 with one decoder.
+    """ADM's U-Net; the defaults are those of DDM for CIFAR-10, with one decoder.
 
-    All layers start as PyTorch's defaults leave them but for those that start from zero, and the output convolution.
+    All layers have PyTorch's default initialisation, except those initialised with zeros and the output convolution.
 
     Args:
         shape: Image shape (C, H, W).
         width: Channels of the first convolution.
-        multipliers: Channels at each resolution in units of ``width``, finest first; each next one halves H and W.
-        blocks: Residual blocks per resolution on the way down; one more on the way up.
-        attention: Heights, in pixels, of the feature maps with self-attention; the bottleneck has one block with it.
+        multipliers: Channels at each resolution in units of ``width``, finest first; each resolution halves H and W.
+        blocks: Residual blocks per resolution in the encoder; decoders have one more.
+        attention: Heights, in pixels, of the feature maps with self-attention; the bottleneck always has one block.
         dropout: Dropout rate in the residual blocks.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
-        heads: Channels of each head in units of the image's; each has a decoder.
-        decouple: Whether each decoder has a decoupling module. EDM's own network has a single decoder without.
-        augment: Number of augmentation labels, which are zero when sampling; 0 for none.
-        null_class: Whether a conditional network is trained without labels too, so that it samples without and can be
-            guided.
+        heads: Channels of each head in units of the image's channels; there is one decoder per head.
+        decouple: Whether each decoder has a decoupling module; EDM's network has a single decoder without.
+        augment: Number of augmentation labels, which are zero in sampling; 0 for none.
+        null_class: Whether a conditional network is also trained without labels, so that it can sample without labels
+            and with guidance.
 
     Raises:
-        UsageError: The image can't be halved as often as ``multipliers`` asks, the width can't be divided, or a
-            resolution to attend at doesn't exist.
+        UsageError: The image can't be halved once per resolution, the width can't be divided into groups and heads, or
+            ``attention`` contains an unknown resolution.
 
     References:
         Diffusion Models Beat GANs (Dhariwal and Nichol, 2021), https://arxiv.org/abs/2105.05233
@@ -270,7 +271,7 @@ class ADMUNet(nn.Module):
     def forward(
         self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        """Map images to the heads' outputs, side by side in the channels.
+        """Map images to the outputs of the heads, concatenated along the channels.
 
         Args:
             x: Images, (B, C, H, W).
@@ -282,7 +283,7 @@ class ADMUNet(nn.Module):
             (B, sum(heads) C, H, W).
 
         Raises:
-            UsageError: The images have another shape than the network was built for.
+            UsageError: The images don't have the network's shape.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'adm' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")

@@ -1,4 +1,4 @@
-"""The noise-level classifier of Denoising Langevin Gibbs."""
+"""Noise-level classifier of Denoising Langevin Gibbs."""
 
 import math
 
@@ -13,16 +13,17 @@ from diffaccel.errors import UsageError
 class NoiseLevelClassifier(nn.Module):
     """Four 3x3 convolutions with ReLU and average pooling, then one linear layer.
 
-    The reference's network: raw states in, no normalisation layers, widths 32 to 256, pooled to 2x2 (1024 features).
-    Images under 32 pixels are pooled after fewer of the convolutions; at 256 pixels the first three pools read every
-    second window, as the reference's do.
+    This is the reference network: no normalisation layers, widths 32 to 256, pooling to 2x2 (1024 features). Smaller
+    images than 32 pixels are pooled after fewer of the convolutions. At 256 pixels, the first three pooling layers have
+    a stride of 4, as in the reference code.
 
     Args:
         shape: Image shape (C, H, W), H = W.
-        levels: Number of classes K.
-        width: Channels of the first convolution; doubled by each next one.
-        normalise: Divide a state by its root mean square and add the logarithm of that as a channel. A state's
-            magnitude spans four decades, most of which a network on raw values sees as one; ``False`` is the reference.
+        levels: Number of noise levels K.
+        width: Channels of the first convolution; each convolution doubles the width.
+        normalise: Whether to divide a state by its root mean square and append the logarithm of the latter as a
+            channel. The magnitude of states spans four decades, most of which a network hardly distinguishes on raw
+            values. False for the reference network.
 
     Raises:
         UsageError: The images are not square, or can't be pooled to 2x2.
@@ -45,7 +46,7 @@ class NoiseLevelClassifier(nn.Module):
         self.linear = nn.Linear(8 * width * 4, levels)
 
     def features(self, y: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 4 * 8 * width)."""
+        """Features of the last layer: (B, C, H, W) -> (B, 4 * 8 * width)."""
         if self.normalise:
             scale = y.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
             y = torch.cat([y / scale, scale.log().expand(-1, 1, *y.shape[2:])], dim=1)
@@ -56,12 +57,12 @@ class NoiseLevelClassifier(nn.Module):
         return rearrange(y, "b c h w -> b (c h w)")
 
     def forward(self, y: Tensor) -> Tensor:
-        """Logits of the levels: (B, C, H, W) -> (B, K)."""
+        """Logits of the noise levels: (B, C, H, W) -> (B, K)."""
         return self.linear(self.features(y))
 
 
 def _strides(size: int) -> list[int]:
-    """Pooling stride after each of the four convolutions, 0 for none, so that ``size`` ends at 2."""
+    """Pooling stride after each of the four convolutions, 0 for no pooling, to reduce ``size`` to 2."""
     halvings = round(math.log2(size / 2))
     if size != 2 ** (halvings + 1) or not 0 <= halvings <= 8:
         raise UsageError(

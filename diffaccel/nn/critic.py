@@ -1,8 +1,8 @@
-"""Critics: D(x) -> one logit a sample, the opponent of an implicit prior.
+"""Critics D(x), with one logit per sample, for the adversarial training of implicit priors.
 
-All layers have an equalised learning rate: weights are drawn from N(0, 1) and multiplied by 1 / sqrt(fan_in) as they
-are used, so that Adam moves every layer by the same fraction of its scale. The learning rates of TDPM's recipe, some
-2e-3, suit no other initialisation.
+All layers have an equalised learning rate: weights are initialised from N(0, 1) and multiplied by 1 / sqrt(fan_in) in
+the forward pass, so that Adam changes every layer by the same fraction of its scale. The learning rates of TDPM's
+recipe, about 2e-3, are too high without.
 
 References:
     Analyzing and Improving the Image Quality of StyleGAN (Karras et al., 2020), https://arxiv.org/abs/1912.04958
@@ -18,13 +18,14 @@ import torch
 from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
 CRITICS: Registry["Critic"] = Registry("critic")
 
-GROUP = 4  # samples that share a minibatch deviation, at most
+GROUP = 4  # maximum number of samples in a group of the minibatch standard deviation
 MAPPING_LAYERS, MAPPING_RATE = 8, 0.01
 
 
@@ -32,9 +33,10 @@ class EqualisedLinear(nn.Linear):
     """Linear layer with an equalised learning rate: y = (rate / sqrt(fan_in)) W x + rate * bias.
 
     Args:
-        width_in: Features in.
-        width: Features out.
-        rate: Learning rate relative to the other layers': W starts as N(0, 1 / rate^2), so that y doesn't depend on it.
+        width_in: Input features.
+        width: Output features.
+        rate: Learning rate relative to other layers. W is initialised from N(0, 1 / rate^2), so that the initial y
+            doesn't depend on the rate.
     """
 
     def __init__(self, width_in: int, width: int, rate: float = 1.0) -> None:
@@ -42,6 +44,7 @@ class EqualisedLinear(nn.Linear):
         self.rate = rate
         self.gain = rate * _equalise(self, rate)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(..., width_in) -> (..., width)."""
         return F.linear(x, self.gain * self.weight, self.rate * self.bias)
@@ -56,13 +59,14 @@ class EqualisedConv2d(nn.Conv2d):
         super().__init__(width_in, width, size, stride, padding, bias=bias)
         self.gain = _equalise(self)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H', W')."""
         return F.conv2d(x, self.gain * self.weight, self.bias, self.stride, self.padding)
 
 
 def _equalise(layer: nn.Linear | nn.Conv2d, rate: float = 1.0) -> float:
-    """Start a layer at N(0, 1 / rate^2) weights and zero bias, and return 1 / sqrt(fan_in)."""
+    """Initialise a layer's weights from N(0, 1 / rate^2) and its bias with zeros, and return 1 / sqrt(fan_in)."""
     nn.init.normal_(layer.weight, std=1 / rate)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -70,12 +74,12 @@ def _equalise(layer: nn.Linear | nn.Conv2d, rate: float = 1.0) -> float:
 
 
 class Blur(nn.Module):
-    """Low-pass filter [1, 3, 3, 1] in each direction, normalised to sum 1, each channel by itself.
+    """Low-pass filter [1, 3, 3, 1] along each axis, normalised to sum 1, applied channel by channel.
 
     Args:
-        padding: Zeros on each side: 2 before an unpadded 3x3 convolution of stride 2, 1 where the filter strides.
-            Both put output pixel i in the middle of input pixels 2i and 2i + 1.
-        stride: Keep every ``stride``-th pixel.
+        padding: Number of zeros on each side: 2 before an unpadded 3x3 convolution with stride 2, 1 for a filter with
+            stride 2. In both cases output pixel i is centred between input pixels 2i and 2i + 1.
+        stride: Stride of the filter.
     """
 
     kernel: Tensor
@@ -93,11 +97,11 @@ class Blur(nn.Module):
 
 
 class CriticBlock(nn.Module):
-    """Residual block that halves the resolution: (conv, blur, strided conv) plus (blur, 1x1), over sqrt(2).
+    """Residual block that halves the resolution: (conv, blur, strided conv) plus (blur, 1x1), divided by sqrt(2).
 
     Args:
-        width_in: Channels in.
-        width: Channels out.
+        width_in: Input channels.
+        width: Output channels.
     """
 
     def __init__(self, width_in: int, width: int) -> None:
@@ -110,39 +114,38 @@ class CriticBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / 2, W / 2)."""
         hidden = leaky(self.conv_2(self.blur(leaky(self.conv_1(x)))))
-        # On smooth images both branches keep the second moment at the start; so does their sum over sqrt(2).
+        # On smooth images both branches initially preserve the second moment, and so does their sum over sqrt(2).
         return (self.skip(self.downsample(x)) + hidden) / math.sqrt(2)
 
 
 def leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2; the gain keeps the second moment, within 4 %."""
+    """Leaky ReLU with slope 0.2, scaled to preserve the second moment within 4 %."""
     return math.sqrt(2) * F.leaky_relu(x, 0.2)
 
 
 def minibatch_deviation(x: Tensor) -> Tensor:
     """Standard deviation over a group of samples, averaged to one number: (B, C, H, W) -> (B, 1, H, W).
 
-    A generator that makes the same image again and again shows here and nowhere else. A group is G neighbours, so that
-    the same samples make the same groups on any number of processes whose shares G divides. G is the largest divisor of
-    B that is at most 4; where that is 1, as for a prime B above 3, the channel is constant and says nothing. The batch
-    is this process's own, and should be all real or all generated.
+    This statistic reveals a generator that repeats the same image. A group is G consecutive samples, so that groups are
+    the same on any number of ranks if G divides the batch of each. G is the largest divisor of B up to 4. If G is 1, as
+    for a prime B above 3, the channel is constant. ``x`` is the batch of this rank, either all real or all generated.
     """
     size = next(size for size in range(GROUP, 0, -1) if len(x) % size == 0)
     members = rearrange(x, "(group member) c h w -> member group c h w", member=size)
-    # Inside the root: its slope at the 0 of equal samples is infinite, and R1 differentiates it twice.
+    # The offset is inside the root, whose derivative at 0 (equal samples) is infinite; R1 differentiates it twice.
     deviation = (members.var(0, correction=0) + 1e-8).sqrt()
     average = reduce(deviation, "group c h w -> group", "mean")
     return repeat(average, "group -> (group member) 1 h w", member=size, h=x.shape[2], w=x.shape[3])
 
 
 class CriticHead(nn.Module):
-    """Features -> logit; with classes, their projection on a mapping of the label.
+    """Map features to a logit, with classes by a projection on an embedding of the label.
 
-        logit = <out(features), m(c)> / sqrt(width),    m: normalised embedding, 8 layers at a hundredth of the rate
+        logit = <out(features), m(c)> / sqrt(width),    m: normalised embedding, 8 layers at 1/100 of the learning rate
 
     Args:
         width: Number of features.
-        classes: Number of class labels; 0 for a plain linear layer.
+        classes: Number of class labels; 0 for a linear layer instead of the projection.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -154,17 +157,17 @@ class CriticHead(nn.Module):
         )
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
-        """(B, width), labels (B,) -> (B,).
+        """Features (B, width), labels (B,) or None -> logits (B,).
 
         Raises:
-            UsageError: There are classes, and no labels.
+            UsageError: ``condition`` is None in a critic with classes.
         """
         out = self.out(features)
         if self.embed_class is None:
             return rearrange(out, "b 1 -> b")
         if condition is None:
             raise UsageError(
-                "a critic with classes was called without labels: give it the batch's, or build it with classes=0"
+                "a critic with classes was called without labels: pass the labels, or build it with classes=0"
             )
         mapped = self.embed_class(condition)
         mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
@@ -174,11 +177,11 @@ class CriticHead(nn.Module):
 
 
 class Critic(nn.Module, ABC):
-    """Samples -> logits of being real, in the precision of the weights whatever autocast says.
+    """Map from samples to logits of being real, in the precision of the weights, without autocast.
 
-    The optimum is log q(x) - log p(x), real over generated, which small differences decide, and R1 differentiates it
-    twice: bfloat16's three digits are too few. A backward pass rounds under its caller's autocast all the same: call
-    it outside.
+    The optimum is log q(x) - log p(x), the log-ratio of real to generated densities. Its small differences matter, and
+    R1 differentiates it twice, so the three digits of bfloat16 are not enough. The caller's autocast still affects the
+    backward pass: call it outside of autocast.
 
     Args:
         shape: Sample shape (C, H, W).
@@ -196,46 +199,46 @@ class Critic(nn.Module, ABC):
 
     @abstractmethod
     def features(self, seen: Tensor) -> Tensor:
-        """What :meth:`seen` returns -> (B, width)."""
+        """Features (B, width) of the output of :meth:`seen`."""
 
     def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """What the trained layers get of samples (B, C, H, W), and R1 differentiates by: the samples themselves."""
+        """Input of the trained layers, with respect to which R1 differentiates: the samples (B, C, H, W) by default."""
         return x
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Logits of samples: (B, C, H, W), labels (B,) -> (B,).
+        """Logits of samples, (B,).
 
         Args:
-            x: Samples, not confined to [-1, 1]; the same kind, real or generated, throughout a call.
-            condition: Class labels, int64; the same for real and generated samples.
+            x: Samples, (B, C, H, W), not restricted to [-1, 1]; either all real or all generated.
+            condition: Class labels, (B,) int64, or None.
 
         Raises:
-            UsageError: Samples of another shape than the critic was built for; labels are missing.
+            UsageError: The samples don't have the critic's shape, or labels are missing.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(
-                f"a critic built for samples of shape {self.shape} got {tuple(x.shape[1:])}: build one for these"
+                f"the critic was built for samples of shape {self.shape}, got {tuple(x.shape[1:])}: build one for these"
             )
         return self.logits(self.seen(x, condition), condition)
 
     def logits(self, seen: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Logits of what :meth:`seen` returned, (B,)."""
+        """Logits (B,) of the output of :meth:`seen`."""
         with torch.autocast(seen.device.type, enabled=False):
             return self.head(self.features(seen.to(self.head.out.weight.dtype)), condition)
 
 
 @CRITICS.register("stylegan2")
 class StyleGAN2Critic(Critic):
-    """Residual discriminator of StyleGAN2: channels C(r) = min(channel_base // r, channel_max) at r x r pixels.
+    """Residual discriminator of StyleGAN2, with C(r) = min(channel_base // r, channel_max) channels at r x r pixels.
 
-    A 1x1 convolution to C(H); blocks from H down to 4 x 4; there the minibatch deviation as one more channel, a 3x3
-    convolution, a layer of C(4) features and the logit.
+    The layers are a 1x1 convolution to C(H) channels, blocks from H x H down to 4 x 4, the minibatch standard deviation
+    as an additional channel, a 3x3 convolution, a linear layer with C(4) features, and the logit.
 
     Args:
         shape: Image shape (C, H, W), H = W a power of two, 4 or more.
-        channel_base: Sets the widths where ``channel_max`` doesn't: 16384 for 32 x 32, 32768 for 64 x 64 and more in
-            TDPM; 512 makes a critic of digits of 8 x 8, 64 and 128 channels wide.
-        channel_max: Largest width.
+        channel_base: Number of channels times resolution. TDPM has 16384 for 32 x 32, and 32768 for 64 x 64 and above;
+            512 suits digits of 8 x 8 pixels, with 64 and 128 channels.
+        channel_max: Maximum number of channels.
         classes: Number of class labels; 0 for an unconditional critic.
 
     Raises:
@@ -266,6 +269,7 @@ class StyleGAN2Critic(Critic):
         self.conv = EqualisedConv2d(widths[-1] + 1, widths[-1], 3, padding=1)
         self.linear = EqualisedLinear(widths[-1] * 4 * 4, widths[-1])
 
+    @override
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C(4))."""
         hidden = self.blocks(leaky(self.from_image(x)))
@@ -275,7 +279,7 @@ class StyleGAN2Critic(Critic):
 
 @CRITICS.register("mlp")
 class MLPCritic(Critic):
-    """Perceptron on the flattened sample, for toy points and images under 4 pixels; samples don't see one another.
+    """Perceptron on the flattened sample, for toy points and images under 4 pixels, without minibatch statistics.
 
     Args:
         shape: Sample shape (C, H, W), any.
@@ -296,6 +300,7 @@ class MLPCritic(Critic):
             EqualisedLinear(before, after) for before, after in zip(widths, widths[1:], strict=False)
         )
 
+    @override
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, width)."""
         hidden = rearrange(x, "b c h w -> b (c h w)")
@@ -305,26 +310,26 @@ class MLPCritic(Critic):
 
 
 def r1_penalty(critic: Callable[[Tensor], Tensor], x: Tensor, gamma: float) -> Tensor:
-    """R1 penalty at each sample, differentiable by the critic's parameters.
+    """R1 penalty at each sample, differentiable with respect to the critic's parameters.
 
         gamma / 2 ||d/dx_b sum_b' D(x_b')||^2
 
-    The sum runs over the batch because a minibatch deviation makes each logit depend on other samples.
+    The sum is over the batch, because each logit depends on other samples through the minibatch standard deviation.
 
     Args:
-        critic: Samples (B, C, H, W) -> logits (B,); bind labels first, as ``partial(critic, condition=labels)``.
-        x: Real samples of the law that the generator is to match, noise included, or what the critic sees of them,
+        critic: Function from samples (B, C, H, W) to logits (B,), such as ``partial(critic, condition=labels)``.
+        x: Real samples, with the noise of the distribution that the generator learns, or :meth:`Critic.seen` of them,
             (B, ...).
-        gamma: Weight. TDPM's takes it as it is, every 16th step, without StyleGAN2's factor of 16.
+        gamma: Weight. TDPM applies the penalty every 16th step, without StyleGAN2's factor of 16.
 
     Returns:
-        (B,), in float32 or in float64 if ``x`` is; the penalty of a batch is their mean.
+        Penalties, (B,), float64 if ``x`` is float64, otherwise float32. The penalty of a batch is their mean.
 
     References:
         Which Training Methods for GANs do actually Converge? (Mescheder et al., 2018),
         https://arxiv.org/abs/1801.04406, Eq. 9
     """
-    # The critic switches autocast off for itself, but the products of its backward pass run under ours.
+    # The critic disables autocast in its forward pass, but its backward pass runs under the caller's autocast.
     with torch.autocast(x.device.type, enabled=False):
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)

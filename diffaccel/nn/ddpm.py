@@ -1,4 +1,4 @@
-"""The U-Net of DDPM, in the layout and initialisation of TDPM's reference code."""
+"""U-Net of DDPM, in the layout and initialisation of TDPM's reference code."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Dropout, Positives, Whole, Wholes
 
 EPS = 1e-6
-"""Epsilon of GroupNorm in DDPM's code, a tenth of PyTorch's."""
+"""Epsilon of GroupNorm in DDPM's code, a tenth of PyTorch's default."""
 
 
 class TimeEmbedding(nn.Module):
@@ -21,12 +21,12 @@ class TimeEmbedding(nn.Module):
 
         [sin(i w_k), cos(i w_k)],    w_k = exp(-ln(1e4) k / (h - shift)),    k = 0 .. h - 1,    h = width / 2
 
-    Every residual block applies its own SiLU to the result, so none ends it.
+    There is no SiLU at the end, because each residual block applies one to the embedding.
 
     Args:
         width: Number of sinusoids, even and at least 4.
-        cosines_first: Whether cosines come before sines.
-        shift: 1 if the slowest frequency is 1e-4, as in DDPM; 0 for the Transformer's convention.
+        cosines_first: Whether the cosines precede the sines.
+        shift: 1 for a lowest frequency of 1e-4, as in DDPM; 0 for the Transformer's convention.
     """
 
     frequencies: Tensor
@@ -47,9 +47,9 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3; add the projected embedding; GroupNorm, SiLU, dropout, 3x3; residual.
+    """Residual block: GroupNorm, SiLU, 3x3; add the projected embedding; GroupNorm, SiLU, dropout, 3x3.
 
-    With ``film``, the projected embedding scales and shifts what leaves the second GroupNorm instead.
+    With ``film``, the projected embedding scales and shifts the output of the second GroupNorm instead.
     """
 
     def __init__(
@@ -82,23 +82,29 @@ class ResidualBlock(nn.Module):
 
 
 def _check_groups(channels: int, groups: int, head_width: int | None) -> None:
-    """Refuse attention on channels that its groups or heads don't divide."""
-    for number, what in ((groups, "groups"), (channels if head_width is None else head_width, "channels a head")):
+    """Raise a UsageError if attention's channels can't be divided into its groups or heads."""
+    for number, what, key in (
+        (groups, "groups", "middle_groups"),
+        (channels if head_width is None else head_width, "channels per head", "head_width"),
+    ):
         if number < 0 or (number == 0 and what != "groups") or (number and channels % number):
-            raise UsageError(f"network 'ddpm': {channels} channels to attend to can't be divided into {number} {what}")
+            raise UsageError(
+                f"network 'ddpm': {channels} channels with attention can't be divided into {number} {what}: set "
+                f"network.{key} to a divisor of {channels}"
+            )
 
 
 class Attention(nn.Module):
-    """Self-attention over positions, residual, with scale c^-1/2 for heads of c channels.
+    """Residual self-attention over positions, with logits scaled by c^-1/2 for heads of c channels.
 
     Args:
         width: Number of channels.
-        groups: Groups of the GroupNorm before it; 0 for none.
-        head_width: Channels of a head; None for a single one.
-        eps: GroupNorm's epsilon.
+        groups: Groups of the GroupNorm before the attention; 0 for no GroupNorm.
+        head_width: Channels of a head; None for a single head.
+        eps: Epsilon of the GroupNorm.
 
     Raises:
-        UsageError: Groups or heads don't divide the channels.
+        UsageError: The channels can't be divided into the groups or heads.
     """
 
     def __init__(self, width: int, groups: int, head_width: int | None = None, eps: float = EPS) -> None:
@@ -116,11 +122,11 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W: 3x3 of stride 2, padded at the right and the bottom only, as TensorFlow's "same" pads.
+    """Halve H and W: 3x3 with stride 2, padded at the right and the bottom only, as in TensorFlow's "same" padding.
 
     Args:
         width: Number of channels.
-        symmetric: Whether all four sides are padded instead.
+        symmetric: Whether to pad all four sides instead.
     """
 
     def __init__(self, width: int, symmetric: bool = False) -> None:
@@ -134,7 +140,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W: nearest neighbour, then 3x3."""
+    """Double H and W: nearest-neighbour interpolation, then 3x3."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -146,7 +152,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in a row, of which the residual blocks see the embedding."""
+    """Sequence of layers, which passes the embedding to the residual blocks."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, width_in, H, W), (B, embedding) -> (B, width, H', W')."""
@@ -156,10 +162,14 @@ class Stage(nn.ModuleList):
 
 
 def _widths(width: int, multipliers: list[float], blocks: int, groups: int) -> list[int]:
-    """Channels at each resolution; refuses what can't be built."""
+    """Channels at each resolution.
+
+    Raises:
+        UsageError: There would be no layers, or a width can't be divided into groups, or into sines and cosines.
+    """
     if not multipliers or not all(0 < multiplier < 1e5 for multiplier in multipliers) or blocks < 1:
         raise UsageError(
-            f"network 'ddpm' needs one multiplier or more, all above 0, and at least 1 block a resolution, got "
+            f"network 'ddpm' needs one or more multipliers, all above 0, and at least 1 block per resolution, got "
             f"multipliers {multipliers} and {blocks} blocks: set network.multipliers and network.blocks"
         )
     widths = [round(width * multiplier) for multiplier in multipliers]
@@ -175,7 +185,7 @@ def _widths(width: int, multipliers: list[float], blocks: int, groups: int) -> l
 
 
 def _check(shape: tuple[int, int, int], multipliers: list[float], attention: list[int]) -> None:
-    """Refuse what can't be built, or would be built without something that was asked for."""
+    """Raise a UsageError for images that can't be halved, or for attention at an unknown resolution."""
     _, rows, columns = shape
     halvings = len(multipliers) - 1
     if rows % 2**halvings or columns % 2**halvings:
@@ -186,42 +196,43 @@ def _check(shape: tuple[int, int, int], multipliers: list[float], attention: lis
     resolutions = [rows // 2**level for level in range(len(multipliers))]
     if unknown := [resolution for resolution in attention if resolution not in resolutions]:
         raise UsageError(
-            f"network 'ddpm' has no resolution {unknown[0]} to attend at: set network.attention to some of "
+            f"network 'ddpm' has no resolution {unknown[0]} for attention: set network.attention to some of "
             f"{resolutions}, or to [] for attention in the middle only"
         )
 
 
 @NETWORKS.register("ddpm")
 class DDPMUNet(nn.Module):
-    """DDPM's U-Net; its defaults are those for CIFAR-10 (35.7 M parameters).
+    """DDPM's U-Net; the defaults are those for CIFAR-10 (35.7 M parameters).
 
-    One block more per resolution on the way up than on the way down, each with the skip of its counterpart; attention
-    after every block of some resolutions, and once in the middle. All layers start as PyTorch's defaults leave them,
-    none at zero, as in TDPM's reference code.
+    Each resolution has one more block in the decoder than in the encoder, each with a skip connection. Attention
+    follows every block at some resolutions, and once in the middle. All layers have PyTorch's default initialisation,
+    none is zero, as in TDPM's reference code.
 
     Args:
         shape: Image shape (C, H, W).
         width: Channels of the first convolution, a multiple of ``groups``.
-        multipliers: Channels at each resolution in units of ``width``, finest first; each next one halves H and W. They
-            are rounded to whole channels.
-        blocks: Residual blocks per resolution on the way down.
+        multipliers: Channels at each resolution in units of ``width``, finest first, rounded to integers; each
+            resolution halves H and W.
+        blocks: Residual blocks per resolution in the encoder.
         attention: Heights, in pixels, of the feature maps with self-attention (16 means 16x16 for square images).
         dropout: Dropout rate in the residual blocks.
         groups: Groups of the GroupNorm layers; 32 in the paper, fewer for small experiments.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
-        attention_up: As ``attention``, of the way up; None for the same.
+        attention_up: ``attention`` in the decoder; None for the same as in the encoder.
         middle_attention: Whether there is attention in the middle.
-        middle_groups: Groups of the GroupNorm before it; None for ``groups``, 0 for no GroupNorm.
+        middle_groups: Groups of the GroupNorm before the middle attention; None for ``groups``, 0 for no GroupNorm.
         head_width: Channels of an attention head; None for a single head.
         eps: Epsilon of the GroupNorm layers.
-        film: Whether the time scales and shifts what leaves a block's second GroupNorm; it is added before that if not.
-        symmetric: Whether downsampling pads all four sides, not the right and the bottom only.
+        film: Whether the embedding scales and shifts the output of a block's second GroupNorm; otherwise it is added to
+            the input of this layer.
+        symmetric: Whether downsampling pads all four sides; otherwise, only the right and the bottom.
         cosines_first: See :class:`TimeEmbedding`.
         shift: See :class:`TimeEmbedding`.
 
     Raises:
-        UsageError: The image can't be halved as often as ``multipliers`` asks, a width can't be divided into groups,
-            heads, or sines and cosines, a resolution to attend at doesn't exist, or there would be no layers.
+        UsageError: The image can't be halved once per resolution, a width can't be divided into groups, heads, or sines
+            and cosines, ``attention`` contains an unknown resolution, or there would be no layers.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, Appendix B
@@ -294,12 +305,12 @@ class DDPMUNet(nn.Module):
 
         Args:
             x: Images, (B, C, H, W).
-            noise: Time indices 0, 1 .. T - 1 as floats, (B,), not divided by T: the fastest sinusoid turns by one
-                radian an index, so that t in [0, 1] would hardly move any.
+            noise: Time indices 0, 1 .. T - 1 as floats, (B,), not divided by T: the highest frequency is one radian per
+                index, so the embedding would be almost constant for t in [0, 1].
             condition: Class labels, (B,); None for the null class. An unconditional network ignores them.
 
         Raises:
-            UsageError: The images have another shape than the network was built for.
+            UsageError: The images don't have the network's shape.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'ddpm' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")

@@ -1,15 +1,15 @@
-"""What lets one encoder serve several decoders."""
+"""Decoupling module between one encoder and several decoders."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class SpatialAttention(nn.Module):
-    """A gate on all channels, attended over positions on a single one.
+    """Gate on all channels, from self-attention over positions on a single channel.
 
         a = conv1x1(f),    A = softmax(q k^T),    f softsign(A a),    q, k affine in a
 
-    The softmax is not scaled, as there is one channel only.
+    The logits of the softmax are not scaled, because q and k have one channel.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720, reference code
@@ -29,7 +29,7 @@ class SpatialAttention(nn.Module):
 
 
 class Decouple(nn.Module):
-    """x + S(conv3x3(x)), S the spatial attention: one decoder's own view of what the encoder made of the image.
+    """Decoder-specific map of the encoder's output: x + S(conv3x3(x)), where S is the spatial attention.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720, reference code

@@ -1,4 +1,4 @@
-"""A multi-scale normalising flow of images that starts at a rotation, which leaves white noise as it is.
+"""Multi-scale normalising flow of images, initialised as a rotation, which preserves white noise.
 
 References:
     Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma and Dhariwal, 2018), https://arxiv.org/abs/1807.03039
@@ -15,7 +15,7 @@ from diffaccel.errors import UsageError
 
 
 class Convolutions(nn.Sequential):
-    """3x3, 1x1, 3x3 with ReLU, the last from zero."""
+    """3x3, 1x1, 3x3 with ReLU; the last convolution is initialised with zeros."""
 
     def __init__(self, width_in: int, width: int, width_out: int) -> None:
         last = nn.Conv2d(width, width_out, 3, padding=1)
@@ -43,12 +43,12 @@ class Affine(nn.Module):
         return shift, 2 * torch.tanh(0.5 * raw)
 
     def encode(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the normalised x_b and the log-determinant (B,)."""
+        """Normalised x_b and the log-determinant (B,)."""
         shift, log_scale = self._parameters_of(a)
         return (b - shift) * (-log_scale).exp(), -log_scale.flatten(1).double().sum(1)
 
     def decode(self, a: Tensor, b: Tensor) -> Tensor:
-        """Undo :meth:`encode`."""
+        """Invert :meth:`encode`."""
         shift, log_scale = self._parameters_of(a)
         return b * log_scale.exp() + shift
 
@@ -57,7 +57,7 @@ class FlowStep(nn.Module):
     """Scale and shift of each channel, 1x1 convolution, affine coupling.
 
     Args:
-        channels: Of its input, an even number.
+        channels: Channels of the input, an even number.
         width: Hidden channels of the coupling.
     """
 
@@ -69,7 +69,7 @@ class FlowStep(nn.Module):
         self.coupling = Affine(channels // 2, width, channels - channels // 2)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> the same, and the log-determinant (B,)."""
+        """(B, C, H, W) -> (B, C, H, W) and the log-determinant (B,)."""
         pixels = x.shape[2] * x.shape[3]
         x = F.conv2d(x * self.log_scale.exp() + self.shift, self.mix[:, :, None, None])
         own = pixels * (self.log_scale.double().sum() + torch.linalg.slogdet(self.mix.double())[1])
@@ -78,7 +78,7 @@ class FlowStep(nn.Module):
         return torch.cat([a, b], dim=1), log_det + own
 
     def decode(self, x: Tensor) -> Tensor:
-        """Undo :meth:`encode`."""
+        """Invert :meth:`encode`."""
         a, b = x.tensor_split([x.shape[1] // 2], dim=1)
         x = torch.cat([a, self.coupling.decode(a, b)], dim=1)
         x = F.conv2d(x, torch.linalg.inv(self.mix.double()).to(x)[:, :, None, None])
@@ -86,16 +86,16 @@ class FlowStep(nn.Module):
 
 
 class Glow(nn.Module):
-    """Scales of squeeze, steps, and a split that gives half of the channels away.
+    """Glow: at each scale a squeeze, steps, and a split, after which half of the channels are not transformed further.
 
     Args:
         shape: Image shape (C, H, W).
-        scales: Number of scales; each halves height and width.
-        steps: Steps a scale.
+        scales: Number of scales; each scale halves height and width.
+        steps: Number of steps per scale.
         width: Hidden channels of the couplings.
 
     Raises:
-        UsageError: Height or width can't be halved so often.
+        UsageError: Height or width can't be halved once per scale.
     """
 
     def __init__(self, shape: tuple[int, int, int], scales: int = 3, steps: int = 16, width: int = 512) -> None:
@@ -108,22 +108,22 @@ class Glow(nn.Module):
         self.splits = nn.ModuleList(Affine(c // 2, width // 8, c // 2) for c in self.channels[:-1])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) -> as many numbers (B, D), white noise at the start, and the log-determinant (B,)."""
-        given, log_det = [], torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        """Transform images to latent vectors and the log-determinant: (B, C, H, W) -> (B, C H W), (B,)."""
+        latents, log_det = [], torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for scale, steps in enumerate(self.steps):
             x = rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
             for step in steps:  # type: ignore[attr-defined]  # a ModuleList of ModuleLists
                 x, more = step.encode(x)
                 log_det = log_det + more
             if scale < len(self.splits):
-                x, away = x.chunk(2, dim=1)
-                away, more = self.splits[scale].encode(x, away)  # type: ignore[operator]
-                given.append(away.flatten(1))
+                x, latent = x.chunk(2, dim=1)
+                latent, more = self.splits[scale].encode(x, latent)  # type: ignore[operator]
+                latents.append(latent.flatten(1))
                 log_det = log_det + more
-        return torch.cat([*given, x.flatten(1)], dim=1), log_det
+        return torch.cat([*latents, x.flatten(1)], dim=1), log_det
 
     def decode(self, z: Tensor) -> Tensor:
-        """Undo :meth:`encode`."""
+        """Invert :meth:`encode`."""
         _, height, side = self.shape
         shapes = [(c, height // 2 ** (scale + 1), side // 2 ** (scale + 1)) for scale, c in enumerate(self.channels)]
         kept = [(c // 2, h, w) for c, h, w in shapes[:-1]] + [shapes[-1]]

@@ -1,4 +1,4 @@
-"""A perceptron for toy points, where a convolution has nothing to share."""
+"""Multilayer perceptron for toy points, which have no spatial structure."""
 
 import math
 
@@ -11,14 +11,14 @@ from diffaccel.parts.checks import Count, Counts
 
 @NETWORKS.register("mlp")
 class MLP(nn.Module):
-    """Perceptron on the flattened sample and the embedded noise conditioning.
+    """Multilayer perceptron on the flattened sample and the embedded noise conditioning.
 
     Args:
         shape: Sample shape (C, H, W).
-        width: Hidden units a layer.
-        depth: Hidden layers.
+        width: Hidden units per layer.
+        depth: Number of hidden layers.
         embedding: Width of the noise embedding.
-        heads: Channels of each head in units of the sample's; several share all but the last layer.
+        heads: Channels of each head in units of the sample's channels; the heads share all layers except the last.
     """
 
     def __init__(

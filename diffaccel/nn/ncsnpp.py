@@ -1,6 +1,6 @@
-"""NCSN++, DDPM++ and EDM's SongUNet: one network, whose layout says which.
+"""NCSN++, DDPM++ and EDM's SongUNet, as layouts of one network.
 
-The names of its tensors are those of EDM's files, which therefore need no map.
+The tensors have the names of EDM's files, which can therefore be loaded without a map of names.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
@@ -17,7 +18,7 @@ from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
 Filter = Literal["fir", "box"]
 TAPS: dict[str, tuple[float, ...]] = {"fir": (1.0, 3.0, 3.0, 1.0), "box": (1.0, 1.0)}
-"""Separable resampling filters."""
+"""Taps of the separable resampling filters."""
 
 CHOICES = {
     "embedding": ("fourier", "positional"),
@@ -28,17 +29,17 @@ CHOICES = {
 
 
 def resampling_kernel(name: str) -> Tensor:
-    """Outer product of a filter's taps, of sum 1: (k, k)."""
+    """Outer product of a filter's taps, normalised to sum 1, (k, k)."""
     taps = torch.tensor(TAPS[name])
     return torch.outer(taps, taps) / taps.sum().square()
 
 
 class Resample(nn.Module):
-    """Halve or double H and W by a fixed filter, channel by channel, zeros around the image.
+    """Halve or double H and W by a fixed filter, channel by channel, with zero padding.
 
     Args:
         filter: ``fir`` ([1, 3, 3, 1]) or ``box`` (means of 2x2, repeated pixels).
-        up: Whether to double.
+        up: Whether to double H and W; otherwise, halve them.
     """
 
     kernel: Tensor
@@ -58,7 +59,7 @@ class Resample(nn.Module):
 
 
 class BlurredConv(nn.Conv2d):
-    """The filter at full resolution, then 3x3 of stride 2: what the residual pyramid halves by."""
+    """Downsampling layer of the residual pyramid: a fixed filter at full resolution, then 3x3 with stride 2."""
 
     kernel: Tensor
 
@@ -67,6 +68,7 @@ class BlurredConv(nn.Conv2d):
         self.pad = len(TAPS[filter]) // 2
         self.register_buffer("kernel", resampling_kernel(filter), persistent=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / 2, W / 2)."""
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
@@ -90,12 +92,12 @@ class Fourier(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         """Embed (B,)."""
-        angle = 2 * math.pi * noise[:, None] * self.freqs  # hundreds of radians: no lower precision will do
+        angle = 2 * math.pi * noise[:, None] * self.freqs  # hundreds of radians, which need this precision
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Positional(nn.Module):
-    """Sinusoids of geometric frequencies from 1 to 1e-4, ends included: (B,) -> (B, width)."""
+    """Sinusoids of geometric frequencies from 1 to 1e-4, both included: (B,) -> (B, width)."""
 
     freqs: Tensor
 
@@ -121,15 +123,15 @@ def _norm(width: int) -> nn.GroupNorm:
 
 
 class Block(nn.Module):
-    """Residual block over sqrt(2), resampled before its first convolution, with attention after it or without.
+    """Residual block, divided by sqrt(2), with optional resampling before its first convolution and attention after it.
 
     Args:
         width_in: Channels of the input.
         width: Channels of the output.
         embedding: Width of the embedding.
-        dropout: Rate before the last convolution.
-        resample: Applied to both branches; None for neither.
-        attends: Whether single-head self-attention follows, again over sqrt(2).
+        dropout: Dropout rate before the last convolution.
+        resample: Resampling of both branches; None for no resampling.
+        attends: Whether single-head self-attention follows, also residual and divided by sqrt(2).
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class Block(nn.Module):
         return self._attend(x) if self.attends else x
 
     def _attend(self, x: Tensor) -> Tensor:
-        # q, k and v take turns channel by channel.
+        # The channel axis is (channel, q/k/v).
         q, k, v = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
         attended = F.scaled_dot_product_attention(q, k, v)
         return (x + self.proj(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))) / math.sqrt(2)
@@ -168,32 +170,33 @@ class Block(nn.Module):
 
 @NETWORKS.register("ncsnpp")
 class NCSNpp(nn.Module):
-    """The U-Net of score SDEs and EDM; its defaults are NCSN++ for CIFAR-10 (62.8 M parameters).
+    """U-Net of score SDEs and EDM; the defaults are those of NCSN++ for CIFAR-10 (62.8 M parameters).
 
-    DDPM++ is ``embedding: positional, resample: box, encoder: standard``; 256x256 images have ``multipliers:
-    [1, 1, 2, 2, 2, 2, 2], blocks: 2, encoder: skip, decoder: skip``.
+    DDPM++ is ``embedding: positional, resample: box, encoder: standard``. The published networks for 256x256 images
+    have ``multipliers: [1, 1, 2, 2, 2, 2, 2], blocks: 2, encoder: skip, decoder: skip``.
 
     Args:
         shape: Image shape (C, H, W).
         width: Channels of the first convolution.
-        multipliers: Channels at each resolution in units of ``width``, finest first; each next one halves H and W.
-        blocks: Residual blocks per resolution on the way down; one more on the way up.
-        attention: Heights, in pixels, of the feature maps with self-attention: after every block on the way down, the
-            last on the way up, and once at the lowest resolution.
-        embedding: Of the noise conditioning: ``fourier`` (of its logarithm) or ``positional``.
-        noise_width: Features of that embedding; None for 2 ``width`` (fourier) or ``width`` (positional).
-        resample: ``fir`` or ``box``, see :class:`Resample`.
-        encoder: What of the input pyramid joins at each resolution: ``standard`` nothing, ``residual`` a learned one
-            (NCSN++), ``skip`` the blurred input.
-        decoder: ``skip`` sums an output image over the resolutions.
+        multipliers: Channels at each resolution in units of ``width``, finest first; each resolution halves H and W.
+        blocks: Residual blocks per resolution in the encoder; the decoder has one more.
+        attention: Heights, in pixels, of the feature maps with self-attention. It follows every block of the encoder
+            and the last block of the decoder at these resolutions, and there is one at the lowest resolution.
+        embedding: Embedding of the noise conditioning, ``fourier`` (for its logarithm) or ``positional``.
+        noise_width: Number of features of the embedding; None for 2 ``width`` (fourier) or ``width`` (positional).
+        resample: Resampling filter, ``fir`` or ``box``; see :class:`Resample`.
+        encoder: Input pyramid of the encoder: ``standard`` for none, ``residual`` for a learned pyramid (NCSN++),
+            ``skip`` for the blurred input.
+        decoder: Output pyramid of the decoder: ``standard`` for none, ``skip`` for a sum of images over resolutions.
         dropout: Dropout rate in the blocks.
-        classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is no class.
-        augment: Width of EDM's augmentation labels, which sampling leaves out; 0 for none.
-        null_class: Whether a conditional network is trained without labels too, so that it samples without and can be
-            guided.
+        classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
+        augment: Number of EDM's augmentation labels, which are zero in sampling; 0 for none.
+        null_class: Whether a conditional network is also trained without labels, so that it can sample without labels
+            and with guidance.
 
     Raises:
-        UsageError: An unknown layout, no layers, widths without GroupNorm, or an image that can't be halved that often.
+        UsageError: An unknown layout, no layers, widths that can't be divided into groups, or an image that can't be
+            halved once per resolution.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix H
@@ -272,7 +275,11 @@ class NCSNpp(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Uniform with variance 1 / mean fan; q, k, v less; what ends a branch almost 0 (both papers' codes)."""
+        """Initialise weights as in the code of both papers.
+
+        Weights are uniform with variance 1 / mean fan, reduced for q, k and v, and almost 0 in the last layer of each
+        branch.
+        """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Conv2d | nn.Linear):
                 continue
@@ -293,11 +300,11 @@ class NCSNpp(nn.Module):
             x: Images, (B, C, H, W).
             noise: Noise conditioning, (B,): a logarithm for ``fourier``, an index up to 999 for ``positional`` (or
                 ln(sigma) / 4 for both, in EDM's files).
-            condition: Class labels, (B,); None for no class. An unconditional network ignores them.
-            augmentation: Augmentation labels, (B, augment); None when sampling.
+            condition: Class labels, (B,); None for the null class. An unconditional network ignores them.
+            augmentation: Augmentation labels, (B, augment); None for zero, as in sampling.
 
         Raises:
-            UsageError: The images have another shape than the network was built for.
+            UsageError: The images don't have the network's shape.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'ncsnpp' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
@@ -315,7 +322,7 @@ class NCSNpp(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
 
     def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """All that the way up concatenates, finest first; the last is the way down's end."""
+        """Outputs of the encoder for the skip connections, finest first; the last is also the decoder's input."""
         hidden, pyramid = self.enc[f"{self.sizes[0]}_conv"](x), x
         skips = [hidden]
         for level, size in enumerate(self.sizes):
@@ -357,11 +364,11 @@ def _check(
     attention: list[int],
     chosen: dict[str, str],
 ) -> None:
-    """Refuse what can't be built, or would be built without something that was asked for."""
+    """Raise a UsageError if the network can't be built with these options."""
     _, rows, columns = shape
     for key, value in chosen.items():
         if value not in CHOICES[key]:
-            raise UsageError(f"network 'ncsnpp': {key} {value!r} is none of {', '.join(CHOICES[key])}")
+            raise UsageError(f"network 'ncsnpp': {key} is {value!r}: set it to one of {', '.join(CHOICES[key])}")
     if width < 4 or width % 2 or not multipliers or min(multipliers) < 1 or blocks < 1:
         raise UsageError(
             f"network 'ncsnpp' needs an even width of at least 4, multipliers of at least 1 and at least 1 block, got "
@@ -375,6 +382,6 @@ def _check(
     resolutions = [rows // 2**level for level in range(len(multipliers))]
     if unknown := [resolution for resolution in attention if resolution not in resolutions]:
         raise UsageError(
-            f"network 'ncsnpp' has no resolution {unknown[0]} to attend at: set network.attention to some of "
+            f"network 'ncsnpp' has no resolution {unknown[0]} for attention: set network.attention to some of "
             f"{resolutions}, or to [] for attention in the middle only"
         )

@@ -1,4 +1,4 @@
-"""The small U-Net behind the shipped weights: convolutions only where it is cheap, FiLM by the noise level."""
+"""Small U-Net of the shipped weights, with FiLM conditioning on the noise level."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
@@ -20,8 +21,8 @@ NETWORKS: Registry[nn.Module] = Registry("network")
 class NoiseEmbedding(nn.Module):
     """Fixed Fourier features of the noise conditioning and a two-layer perceptron: (B,) -> (B, width).
 
-    Frequencies are spread geometrically over [1/4, 16] cycles per unit, which resolves both ln(rho) / 4 and t in [0, 1]
-    without making neighbouring levels look unrelated.
+    The frequencies are geometric in [1/4, 16] cycles per unit: high enough to resolve both ln(rho) / 4 and t in [0, 1],
+    and low enough for similar embeddings at neighbouring levels.
     """
 
     frequencies: Tensor
@@ -40,7 +41,10 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3; scale and shift by the embedding; GroupNorm, SiLU, dropout, 3x3 from zero."""
+    """Residual block: GroupNorm, SiLU, 3x3; GroupNorm, scale and shift by the embedding, SiLU, dropout, 3x3.
+
+    The last convolution is initialised with zeros.
+    """
 
     def __init__(self, width_in: int, width: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -60,7 +64,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over positions with a zero-initialised output, residual."""
+    """Residual self-attention over positions; the output layer is initialised with zeros."""
 
     def __init__(self, width: int, head_width: int = 32) -> None:
         super().__init__()
@@ -77,7 +81,7 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """A residual block and what follows it: attention, or nothing."""
+    """Residual block, optionally followed by self-attention."""
 
     def __init__(self, width_in: int, width: int, embedding: int, dropout: float, attends: bool) -> None:
         block = ResidualBlock(width_in, width, embedding, dropout)
@@ -89,20 +93,21 @@ class Stage(nn.ModuleList):
 
 
 def _zero(layer: nn.Module) -> None:
-    """Start a residual branch, or the whole network, at 0."""
+    """Initialise the parameters of a layer with zeros."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 def _groups(width: int) -> int:
-    """Largest number of groups, at most 32, that leaves at least 4 channels a group."""
+    """Largest number of groups, at most 32, with at least 4 channels per group."""
     return next(groups for groups in range(min(32, max(1, width // 4)), 0, -1) if width % groups == 0)
 
 
 class Decoder(nn.Module):
-    """The way up: stages that take the encoder's skips, coarse to fine, and the output convolution from zero.
+    """Decoder: stages with skip connections, coarse to fine, and an output convolution initialised with zeros.
 
-    It is built by the module that it is a part of, so that the U-Net with a single one holds it under its own names.
+    A decoder is built by :meth:`build_decoder`, not by its constructor, so that a U-Net with a single decoder can
+    inherit its layers and keep the names of their weights.
     """
 
     up: nn.ModuleList
@@ -113,7 +118,15 @@ class Decoder(nn.Module):
     def build_decoder(
         self, stage: Callable[[int, int], Stage], widths: list[int], blocks: int, skips: list[int], channels: int
     ) -> None:
-        """Make the layers: ``skips`` are the widths of the encoder's outputs, finest first."""
+        """Make the layers.
+
+        Args:
+            stage: Function of the input width and the index of the resolution that makes a stage.
+            widths: Channels at each resolution, finest first.
+            blocks: Stages per resolution.
+            skips: Widths of the encoder's outputs, finest first.
+            channels: Channels of the output.
+        """
         skips = list(skips)
         self.blocks, self.up = blocks, nn.ModuleList()
         hidden = widths[-1]
@@ -138,12 +151,13 @@ class Decoder(nn.Module):
 
 
 class Branch(Decoder):
-    """A decoder beside others, with its own view of the bottleneck."""
+    """One of several decoders, with a decoupling module on the bottleneck."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.decouple = Decouple(width)
 
+    @override
     def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         return super().decode(self.decouple(hidden), skips, embedding)
@@ -155,19 +169,19 @@ class UNet(Decoder):
 
     Args:
         shape: Image shape (C, H, W).
-        widths: Channels at each resolution, finest first; each next one halves H and W.
-        blocks: Residual blocks per resolution on the way down (and as many on the way up).
+        widths: Channels at each resolution, finest first; each resolution halves H and W.
+        blocks: Residual blocks per resolution in the encoder, and in the decoder.
         attention: Indices into ``widths`` of the resolutions with self-attention.
-        unshuffle: Fold the image by this factor first (2: 2x2 pixels become 4 channels), which quarters the cost of
-            every layer.
+        unshuffle: Factor of the pixel unshuffle of the image. With a factor of 2, 2x2 pixels become 4 channels, which
+            divides the cost of every layer by 4.
         embedding: Width of the noise embedding.
         dropout: Dropout rate in the residual blocks.
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
-        heads: Channels of each head in units of the image's. Several have a decoder each, behind one encoder.
-        augment: Number of augmentation labels, which are zero when sampling; 0 for none.
+        heads: Channels of each head in units of the image's channels. There is one encoder, and one decoder per head.
+        augment: Number of augmentation labels, which are zero in sampling; 0 for none.
 
     Raises:
-        UsageError: The image can't be halved as often as ``widths`` asks.
+        UsageError: The image can't be unshuffled and halved once per resolution.
     """
 
     def __init__(
@@ -219,13 +233,13 @@ class UNet(Decoder):
 
     @property
     def decoders(self) -> list[Decoder]:
-        """One a head: its branches, or itself."""
+        """Decoders, one per head; the network itself is the decoder of a single head."""
         return cast(list[Decoder], list(self.branches)) or [self]
 
     def forward(
         self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        """Map images to the heads' outputs, side by side in the channels.
+        """Map images to the outputs of the heads, concatenated along the channels.
 
         Args:
             x: Images, (B, C, H, W).
@@ -237,7 +251,7 @@ class UNet(Decoder):
             (B, sum(heads) C, H, W).
 
         Raises:
-            UsageError: The images have another shape than the network was built for.
+            UsageError: The images don't have the network's shape.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'unet' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
@@ -248,7 +262,17 @@ class UNet(Decoder):
     def encode(
         self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Go down: the bottleneck, what each stage before it leaves to the way up, finest first, and the embedding."""
+        """Run the encoder.
+
+        Args:
+            x: Images, (B, C, H, W).
+            noise: Noise conditioning, (B,).
+            condition: Class labels, (B,); None for the null class.
+            augment: Augmentation labels, (B, augment); None for zero.
+
+        Returns:
+            The bottleneck, the inputs of the skip connections, finest first, and the embedding of the conditioning.
+        """
         embedding = self.embed_noise(noise)
         if self.embed_class is not None:
             label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)

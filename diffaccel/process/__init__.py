@@ -1,4 +1,4 @@
-"""Forward processes, and what a denoiser predicts on them."""
+"""Forward processes and the predictions that denoisers make on them."""
 
 from diffaccel.process.base import PROCESSES, Process, expand, require
 from diffaccel.process.decoupled import Decoupled

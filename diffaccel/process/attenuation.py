@@ -1,8 +1,8 @@
-"""How the decoupled process takes the image to zero: x_0 + H(t; phi), with x_0 + H(1; phi) = 0.
+"""Attenuation of the image on the decoupled process: x_0 + H(t; phi), with x_0 + H(1; phi) = 0.
 
-phi are the parameters of the rate h = dH/dt, images each, side by side in the channels. The last of them, C, follows
-from the image and from the others, which are free and drawn anew for each training sample. Times come in the state's
-dtype, with axes to broadcast over it.
+phi holds the parameters of the rate h = dH/dt, each shaped like an image and concatenated along the channels. The last
+parameter, C, is determined by the image and the other parameters, which are free and drawn for each training sample.
+Times have the state's dtype and the axes to broadcast over the state.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
@@ -22,7 +23,7 @@ class Attenuation(ABC):
     """An attenuation rate h(t; phi).
 
     Attributes:
-        free: How many free parameters phi has besides C.
+        free: Number of free parameters in phi, besides C.
         variance: Variance of an element of a free parameter.
     """
 
@@ -35,10 +36,18 @@ class Attenuation(ABC):
 
     @abstractmethod
     def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:
-        """Complete phi by the C that takes ``x_0`` (B, C, H, W) to zero at t = 1: ``free`` is (B, free C, H, W)."""
+        """Append to the free parameters the C that takes the image to zero at t = 1.
+
+        Args:
+            x_0: Images, (B, C, H, W).
+            free: Free parameters, (B, free C, H, W).
+
+        Returns:
+            phi, (B, (free + 1) C, H, W).
+        """
 
     def gain(self, t: Tensor) -> Tensor:
-        """What an element of a free parameter, C completed, adds to the state at t."""
+        """Derivative of the state at t with respect to a free parameter, including its effect on C."""
         return torch.zeros_like(t)
 
     def draw(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:
@@ -46,46 +55,54 @@ class Attenuation(ABC):
         return self.parameters(x_0, x_0[:, :0])
 
     def confine(self, phi: Tensor) -> Tensor:
-        """Bring a predicted phi to where drawn ones lie."""
+        """Clamp a predicted phi to the range of drawn ones."""
         return phi
 
 
 @ATTENUATIONS.register("constant")
 @dataclass(frozen=True)
 class Constant(Attenuation):
-    """h = C, so H = C t with C = -x_0 and the state's mean is (1 - t) x_0: the paper's default."""
+    """h = C: H = C t with C = -x_0, so the mean of the state is (1 - t) x_0. The paper's default."""
 
-    def integral(self, phi: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def integral(self, phi: Tensor, t: Tensor) -> Tensor:
         return phi * t
 
-    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:
         return -x_0
 
 
 @ATTENUATIONS.register("linear")
 @dataclass(frozen=True)
 class Linear(Attenuation):
-    """h = K t + C, so H = K t^2 / 2 + C t with C = -x_0 - K / 2; phi is K, then C.
+    """h = K t + C: H = K t^2 / 2 + C t with C = -x_0 - K / 2; phi is K, then C.
 
-    K ~ N(0, 1) clamped to [-1, 1], of variance 0.516, adds (t^2 - t) / 2 K to the state: an eighth at most.
+    K ~ N(0, 1) is clamped to [-1, 1], which gives a variance of 0.516. K adds (t^2 - t) / 2 K to the state, at most 1/8
+    in absolute value.
     """
 
     free = 1
     variance = 0.516
 
-    def integral(self, phi: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def integral(self, phi: Tensor, t: Tensor) -> Tensor:
         k, c = phi.chunk(2, dim=1)
         return 0.5 * t.square() * k + t * c
 
-    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def parameters(self, x_0: Tensor, free: Tensor) -> Tensor:
         return torch.cat([free, -x_0 - 0.5 * free], dim=1)
 
-    def gain(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def gain(self, t: Tensor) -> Tensor:
         return 0.5 * (t.square() - t)
 
-    def draw(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:  # noqa: D102
+    @override
+    def draw(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:
         return self.parameters(x_0, noise.normal(x_0).clamp(-1, 1))
 
-    def confine(self, phi: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def confine(self, phi: Tensor) -> Tensor:
         k, c = phi.chunk(2, dim=1)
         return torch.cat([k.clamp(-1, 1), c], dim=1)

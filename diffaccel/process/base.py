@@ -1,7 +1,8 @@
 """Forward processes x_t = alpha_t x_0 + sigma_t eps.
 
-The ratio rho = sigma_t / alpha_t is the one noise level that all of them share: x_t / alpha_t at equal rho has the same
-law on every process. Times and coefficients are (B,) tensors, float64 where they come from a grid.
+The noise-to-data ratio rho = sigma_t / alpha_t is a noise level common to all processes: at equal rho, x_t / alpha_t
+has the same distribution on every process. Times and coefficients are (B,) tensors, float64 where they come from a
+grid.
 """
 
 from abc import ABC, abstractmethod
@@ -16,18 +17,22 @@ from diffaccel.process.prediction import Prediction
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Give a (B,) coefficient the dtype and device of ``x`` and the axes to broadcast over it."""
+    """Cast a (B,) coefficient to the dtype and device of ``x``, and reshape it to broadcast over ``x`` (B, ...)."""
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def require(holds: bool, what: str) -> None:
-    """Refuse a value out of range; a comparison with NaN doesn't hold either.
+def require(condition: bool, message: str) -> None:
+    """Raise an error unless a condition holds. A comparison with NaN is false, so NaN is rejected too.
+
+    Args:
+        condition: Condition that must hold.
+        message: Message of the error.
 
     Raises:
-        UsageError: It does not hold.
+        UsageError: The condition is false.
     """
-    if not holds:
-        raise UsageError(what)
+    if not condition:
+        raise UsageError(message)
 
 
 class Process(ABC):
@@ -37,7 +42,7 @@ class Process(ABC):
 
     @property
     def scales_data(self) -> bool:
-        """Whether the mean of q(x_t | x_0) is alpha_t x_0, which all need that work with x / alpha."""
+        """Whether the mean of q(x_t | x_0) is alpha_t x_0, as required by everything that works with x / alpha."""
         return True
 
     @abstractmethod
@@ -50,15 +55,15 @@ class Process(ABC):
 
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
-        """Invert ``sigma / alpha``."""
+        """Time at a noise-to-data ratio, the inverse of :meth:`ratio`, shaped like ``ratio``."""
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
-        """f(t) of dx = f(t) x dt + g(t) dw: the logarithmic derivative of alpha."""
+        """Drift f(t) of dx = f(t) x dt + g(t) dw: the logarithmic derivative of alpha."""
 
     @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
-        """g(t) of dx = f(t) x dt + g(t) dw; g^2 = alpha^2 d(rho^2)/dt."""
+        """Diffusion g(t) of dx = f(t) x dt + g(t) dw, where g^2 = alpha^2 d(rho^2)/dt."""
 
     def ratio(self, t: Tensor) -> Tensor:
         """Noise-to-data ratio sigma / alpha; infinite where alpha is 0."""
@@ -69,41 +74,41 @@ class Process(ABC):
         return expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
 
     def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring ``y = x / alpha`` (B, C, H, W) at ``ratio`` (B,) to this process: (x_t, t)."""
+        """Convert ``y = x / alpha`` (B, C, H, W) at ``ratio`` (B,) to a state and a time of this process: (x_t, t)."""
         t = self.time(ratio)
         return expand(self.alpha(t), y) * y, t
 
     def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:
         """Standard deviation of q(x_s | x_t, x_0) for s < t.
 
-        For a Markov process of these marginals it is sigma_s sqrt(1 - rho_s^2 / rho_t^2) (DDPM, 2006.11239, Eq. 7).
+        On a Markov process with these marginals: sigma_s sqrt(1 - rho_s^2 / rho_t^2) (DDPM, arXiv 2006.11239, Eq. 7).
         """
         return self.sigma(s) * (1 - (self.ratio(s) / self.ratio(t)).square()).clamp_min(0).sqrt()
 
     def mean(self, prediction: Prediction, s: Tensor) -> Tensor:
-        """Mean of the state at time ``s`` (B,), without its noise: (B, C, H, W)."""
+        """Predicted mean of the state at time ``s`` (B,), without its noise, (B, C, H, W)."""
         return expand(self.alpha(s), prediction.x_0) * prediction.x_0
 
     def change(self, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """How the state's mean moves from ``t`` to ``s``, (B, C, H, W)."""
+        """Difference of the predicted means at ``s`` and ``t``, (B, C, H, W)."""
         return expand(self.alpha(s) - self.alpha(t), prediction.x_0) * prediction.x_0
 
     def reprojected(self, prediction: Prediction, x_0: Tensor) -> Prediction:
-        """Give a prediction another ``x_0`` (B, C, H, W), and make whatever the mean depends on fit it."""
+        """Replace a prediction's ``x_0`` (B, C, H, W), and adapt the other parameters of the mean to the new one."""
         return Prediction(x_0, prediction.eps)
 
     def transition(self, prediction: Prediction, t: Tensor, s: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of a step from t to s < t that knows the prediction at t.
+        """Mean and standard deviation of a step from t to s < t, given the prediction at t.
 
             mean = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps,    std = c = eta * posterior_std(t, s)
 
-        eta = 0 is DDIM's deterministic step, eta = 1 ancestral sampling: DDPM's on a variance preserving process, DDM's
-        bridge on the decoupled one. Nothing is divided by alpha_t, so a step may start at infinite ratio.
+        eta = 0 is DDIM's deterministic step. eta = 1 is ancestral sampling: DDPM's on a variance preserving process,
+        DDM's bridge on the decoupled one. Nothing is divided by alpha_t, so a step may start at infinite ratio.
 
         Args:
-            prediction: The denoiser's, at t.
-            t: Times of the states, (B,).
-            s: Times to reach, (B,).
+            prediction: Output of the denoiser at t.
+            t: Current times, (B,).
+            s: Target times, (B,).
             eta: Stochasticity in [0, 1].
 
         Returns:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.process.base import PROCESSES, Process, require
@@ -17,7 +18,7 @@ class VariancePreserving(Process):
     """VP with linear beta: B(t) = beta_0 t + (beta_1 - beta_0) t^2 / 2, alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
 
     Raises:
-        UsageError: The betas are negative, infinite, or fall.
+        UsageError: Not 0 <= beta_0 <= beta_1 < infinity, or beta_1 is 0.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 33
@@ -29,7 +30,7 @@ class VariancePreserving(Process):
     def __post_init__(self) -> None:
         require(
             0 <= self.beta_0 <= self.beta_1 < math.inf and self.beta_1 > 0,
-            f"process: beta_0={self.beta_0:g} and beta_1={self.beta_1:g}: give 0 <= beta_0 <= beta_1, beta_1 positive",
+            f"process: beta_0 is {self.beta_0:g} and beta_1 {self.beta_1:g}: set 0 <= beta_0 <= beta_1 and beta_1 > 0",
         )
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -42,19 +43,24 @@ class VariancePreserving(Process):
     def _beta(self, t: Tensor) -> Tensor:
         return self.beta_0 + (self.beta_1 - self.beta_0) * t
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return (-0.5 * self._integral(t)).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(-self._integral(t))).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return self._integral_inverse(torch.log1p(ratio.square()))
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return -0.5 * self._beta(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return self._beta(t).sqrt()
 
 
@@ -67,13 +73,16 @@ class SubVariancePreserving(VariancePreserving):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 29
     """
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self._integral(t))
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return self._integral_inverse(2 * torch.asinh(0.5 * ratio))
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-self._beta(t) * torch.expm1(-2 * self._integral(t))).sqrt()
 
 
@@ -82,7 +91,7 @@ class SubVariancePreserving(VariancePreserving):
 class CosineVariancePreserving(Process):
     """VP with alpha = cos(u) / cos(u_0), u = pi/2 (t + s) / (1 + s).
 
-    The schedule ends at alpha = 0; ``t_max`` stops just before, where an eps prediction still fixes x_0 in float32.
+    alpha reaches 0 at t = 1. ``t_max`` is slightly lower, so that a prediction of eps still determines x_0 in float32.
 
     Raises:
         UsageError: ``offset`` is negative or infinite, or ``t_max`` is not between 0 and 1.
@@ -97,7 +106,7 @@ class CosineVariancePreserving(Process):
     def __post_init__(self) -> None:
         require(
             0 <= self.offset < math.inf and 0 < self.t_max < 1,
-            f"process 'vp_cosine': offset={self.offset:g} and t_max={self.t_max:g}: give an offset of 0 or more, and "
+            f"process 'vp_cosine': offset is {self.offset:g} and t_max {self.t_max:g}: set offset to 0 or more and "
             "t_max between 0 and 1",
         )
 
@@ -108,31 +117,36 @@ class CosineVariancePreserving(Process):
     def _u(self, t: Tensor) -> Tensor:
         return 0.5 * math.pi * (t + self.offset) / (1 + self.offset)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return self._u(t).cos() / math.cos(self._u_0)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         # cos^2 u_0 - cos^2 u as a product, which doesn't cancel at small t.
         above = 0.5 * math.pi * t / (1 + self.offset)  # u - u_0
         return (above.sin() * (above + 2 * self._u_0).sin()).clamp_min(0).sqrt() / math.cos(self._u_0)
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         sin_0, cos_0 = math.sin(self._u_0), math.cos(self._u_0)
-        sin_u = (ratio.square() + sin_0**2).sqrt()  # over the same factor as cos u, which is then cos_0
+        sin_u = (ratio.square() + sin_0**2).sqrt()  # sin u and cos u up to a common factor, with cos u = cos_0
         # Sine and cosine of u - u_0, the former without cancellation at small ratios.
         above = torch.atan2(cos_0 * ratio.square() / (sin_u + sin_0), cos_0**2 + sin_u * sin_0)
         return above / (0.5 * math.pi) * (1 + self.offset)
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return -0.5 * math.pi / (1 + self.offset) * self._u(t).tan()
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-2 * self.drift(t)).sqrt()
 
 
 @lru_cache(maxsize=8)
 def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
-    """Logarithms of alpha_bar_i for i = -1 (which is the data, 0) .. steps - 1: (steps + 1,) float64 on the CPU."""
+    """Logarithm of alpha_bar_i, i = -1 .. steps - 1, (steps + 1,) float64 on the CPU; 0 for i = -1, the data."""
     beta = torch.linspace(beta_0, beta_1, steps, dtype=torch.float64, device="cpu")
     return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), torch.log1p(-beta).cumsum(0)])
 
@@ -140,15 +154,15 @@ def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
 @PROCESSES.register("vp_discrete")
 @dataclass(frozen=True)
 class DiscreteVariancePreserving(Process):
-    """DDPM's chain of T steps with linear beta; its times are the indices i = 0 .. T - 1, and i = -1 is the data.
+    """DDPM's chain of T steps with linear beta. Times are the indices i = 0 .. T - 1; i = -1 is the data.
 
         alpha_i^2 = alpha_bar_i = (1 - beta_0) (1 - beta_1) .. (1 - beta_i),    sigma_i^2 = 1 - alpha_bar_i
 
-    Between indices, where solvers with grids of their own may go, ln alpha_bar is joined by straight lines; beyond the
-    last it goes on straight.
+    ln alpha_bar is interpolated linearly between indices, for solvers whose grids have non-integer times, and
+    extrapolated linearly beyond the last.
 
     Attributes:
-        steps: T.
+        steps: Number of steps T.
         beta_0: First beta.
         beta_1: Last beta.
 
@@ -163,11 +177,12 @@ class DiscreteVariancePreserving(Process):
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.beta_0 <= self.beta_1 < 1:
             raise UsageError(
-                f"process 'vp_discrete': steps={self.steps} and beta from {self.beta_0} to {self.beta_1}: give one step"
-                " or more, and betas that rise between 0 and 1"
+                f"process 'vp_discrete': steps is {self.steps}, beta_0 {self.beta_0} and beta_1 {self.beta_1}: set "
+                "steps to 1 or more and 0 < beta_0 <= beta_1 < 1"
             )
 
     @property
+    @override
     def t_max(self) -> float:  # type: ignore[override]
         """The last index."""
         return self.steps - 1.0
@@ -176,7 +191,7 @@ class DiscreteVariancePreserving(Process):
         return _log_alpha_bar(self.steps, self.beta_0, self.beta_1).to(like)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Index into the table of the line that a time lies on, and the line's slope."""
+        """Index into the table of the segment that contains a time, and the slope of the segment."""
         table = self._table(t)
         below = (t.detach() + 1).floor().clamp(0, self.steps - 1).long()
         return below, table[below + 1] - table[below]
@@ -185,28 +200,33 @@ class DiscreteVariancePreserving(Process):
         below, slope = self._segment(t)
         return self._table(t)[below] + (t + 1 - below) * slope
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return (0.5 * self._log_alpha_bar(t)).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(self._log_alpha_bar(t))).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         log_alpha_bar, table = -torch.log1p(ratio.square()), self._table(ratio)
         below = (torch.searchsorted(-table, -log_alpha_bar, right=True) - 1).clamp(0, self.steps - 1)
         return below - 1 + (log_alpha_bar - table[below]) / (table[below + 1] - table[below])
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return 0.5 * self._segment(t)[1]
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (-2 * self.drift(t)).sqrt()
 
 
 @PROCESSES.register("ve")
 @dataclass(frozen=True)
 class VarianceExploding(Process):
-    """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 lies at t = -inf.
+    """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 is at t = -inf.
 
     Raises:
         UsageError: Not 0 < sigma_min < sigma_max < infinity.
@@ -221,34 +241,39 @@ class VarianceExploding(Process):
     def __post_init__(self) -> None:
         require(
             0 < self.sigma_min < self.sigma_max < math.inf,
-            f"process 've': sigma_min={self.sigma_min:g} and sigma_max={self.sigma_max:g}: give positive levels, "
-            "sigma_min the smaller",
+            f"process 've': sigma_min is {self.sigma_min:g} and sigma_max {self.sigma_max:g}: set "
+            "0 < sigma_min < sigma_max",
         )
 
     @property
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * (self._rate * t).exp()
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return (ratio / self.sigma_min).log() / self._rate
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return self.sigma(t) * math.sqrt(2 * self._rate)
 
 
 @PROCESSES.register("edm")
 @dataclass(frozen=True)
 class EDMVarianceExploding(Process):
-    """EDM's VE: alpha = 1, sigma = t, so time is the noise level itself.
+    """EDM's VE: alpha = 1, sigma = t, so that time is the noise level.
 
     Raises:
         UsageError: ``sigma_max`` is not positive and finite.
@@ -260,24 +285,30 @@ class EDMVarianceExploding(Process):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max={self.sigma_max:g}: give a positive level")
+        require(0 < self.sigma_max < math.inf, f"process 'edm': sigma_max is {self.sigma_max:g}: set a positive level")
 
     @property
+    @override
     def t_max(self) -> float:  # type: ignore[override]
         """The largest noise level."""
         return self.sigma_max
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return t
 
-    def time(self, ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time(self, ratio: Tensor) -> Tensor:
         return ratio
 
-    def drift(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def drift(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
-    def diffusion(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
         return (2 * t).sqrt()

@@ -1,4 +1,4 @@
-"""What a denoiser says of a state."""
+"""Predictions of denoisers."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: both means, so that no caller divides by a coefficient that may be 0."""
+    """Denoiser output at x_t: both conditional means, so that no caller divides by a coefficient of 0."""
 
     x_0: Tensor
     """E[x_0 | x_t], (B, C, H, W)."""
@@ -15,7 +15,7 @@ class Prediction(NamedTuple):
 
 
 class DecoupledPrediction(Prediction):
-    """A prediction with the parameters of the attenuation, for the decoupled process.
+    """Denoiser output on the decoupled process, which includes the parameters of the attenuation.
 
     Attributes:
         phi: E[phi | x_t], (B, (free + 1) C, H, W).
@@ -23,7 +23,8 @@ class DecoupledPrediction(Prediction):
 
     phi: Tensor
 
-    def __new__(cls, x_0: Tensor, eps: Tensor, phi: Tensor) -> "DecoupledPrediction":  # noqa: D102
+    def __new__(cls, x_0: Tensor, eps: Tensor, phi: Tensor) -> "DecoupledPrediction":
+        """Make a prediction of x_0 and eps, with ``phi`` as an attribute."""
         prediction = super().__new__(cls, x_0, eps)
         prediction.phi = phi
         return prediction

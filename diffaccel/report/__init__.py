@@ -1,10 +1,10 @@
-"""Tables, curves and pictures of measured points."""
+"""Tables, plots and pictures of measured points."""
 
 from diffaccel.report.drawing import (
-    BESIDE,
     CELL,
     COLOURS,
     MARKERS,
+    MAX_LEGEND_INSIDE,
     Published,
     plot_curve,
     sample_grid,
@@ -15,12 +15,12 @@ from diffaccel.report.files import COLUMNS, append_point, frechet_key, read_poin
 from diffaccel.report.points import COUNTS, MAPPINGS, NUMBERS, TEXTS, Point, distance, lacking, normalised, undrawn
 
 __all__ = [
-    "BESIDE",
     "CELL",
     "COLOURS",
     "COLUMNS",
     "COUNTS",
     "MAPPINGS",
+    "MAX_LEGEND_INSIDE",
     "MARKERS",
     "NUMBERS",
     "Point",

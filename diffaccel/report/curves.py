@@ -1,7 +1,7 @@
-"""Which points form one curve, and what each curve of a plot or table is called.
+"""Grouping of points into curves, and labels of the curves of a plot or table.
 
-Points of one curve differ in budget and seed alone; settings that are tuned for each budget are one curve. Labels name
-what tells the curves at hand apart, and no two curves share one.
+Points of one curve differ in budget and seed only. Settings that are tuned for each budget form one curve. Labels
+consist of the settings in which the curves differ, and are unique.
 """
 
 import hashlib
@@ -16,25 +16,25 @@ from diffaccel.report.points import Point, normalised
 from diffaccel.text.escape import printable
 
 Leaves = dict[str, str]
-"""Dotted key -> its value as text."""
+"""Values as text by dotted key."""
 
 FIRST = ("tuned", "older", "solver.name", "prior.name")
-"""Leaves that a label gives first, and by their value alone."""
+"""Leaves that come first in a label, as values without keys."""
 SETTINGS = ("prior.", "solver.")
 FILES = ("checkpoint", "init", "path")
-"""Last names of leaves that hold a path, which no label gives that does without."""
+"""Last parts of keys of paths, which a label contains only if it would be ambiguous otherwise."""
 DEPTH = 8
-"""Depth to which nested settings are compared key by key."""
+"""Maximum depth to which nested settings are compared key by key."""
 LONGEST = 32
-"""Characters of a value in a label."""
+"""Maximum number of characters of a value in a label."""
 
 
 class Place(NamedTuple):
-    """Where a point belongs.
+    """Curve of a point.
 
     Attributes:
-        label: Of its curve.
-        replaced: Whether the same measurement comes again: after it in its folder, or before it in another one.
+        label: Label of the curve.
+        replaced: Whether the measurement is repeated later in the same folder or earlier in another folder.
     """
 
     label: str
@@ -43,12 +43,12 @@ class Place(NamedTuple):
 
 @dataclass
 class Curve:
-    """Points that belong together.
+    """Points of one curve.
 
     Attributes:
-        members: Their numbers.
-        shared: Each one's settings, without budget and seed.
-        common: Settings that happen to be equal for all budgets of tuned points.
+        members: Indices of the points.
+        shared: Settings of every point, without budget and seed.
+        common: For tuned points, settings that are equal for all budgets.
     """
 
     members: list[int]
@@ -57,11 +57,14 @@ class Curve:
 
 
 def places_of(points: Sequence[Point], folders: Sequence[str] | None = None) -> list[Place]:
-    """Sort points into curves and name those.
+    """Group points into curves and label the curves.
 
     Args:
-        points: In the order of their measurement, all kinds of lines of points.jsonl.
-        folders: Where each was read; one and the same if not given.
+        points: Points in the order of their measurement, from any version's points.jsonl.
+        folders: Folder of each point; None for a common folder.
+
+    Returns:
+        Curve of each point.
     """
     points = [normalised(point) for point in points]
     folders = folders or [""] * len(points)
@@ -75,11 +78,15 @@ def places_of(points: Sequence[Point], folders: Sequence[str] | None = None) -> 
 
 
 class _Sorter:
-    """Sorts points into curves.
+    """Grouping of points into curves.
+
+    Args:
+        points: Normalised points.
+        folders: Folder of each point.
 
     Attributes:
-        replaced: Numbers of the points that another one of the same measurement replaces.
-        paths: Hash of weights -> the file that a point names for them.
+        replaced: Indices of the points that are replaced by a repeated measurement.
+        paths: Files of weights by the hash of the weights.
     """
 
     def __init__(self, points: Sequence[Point], folders: Sequence[str]) -> None:
@@ -102,24 +109,24 @@ class _Sorter:
         return sorted(found, key=lambda curve: curve.members[0])
 
     def _shared(self, number: int) -> Leaves:
-        """What all points of a curve have in common."""
+        """Settings of a point that are shared by all points of its curve."""
         point, settings = self.points[number], dict(self.settings[number])
         configuration = _leaves(point["configuration"])
-        shared = {"method": _said(point["method"])}
+        shared = {"method": _as_text(point["method"])}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
         elif point["configuration"]:
-            settings.pop("prior.checkpoint", None)  # the weights' hash says it
+            settings.pop("prior.checkpoint", None)  # identified by the hash of the weights
         shared |= settings
-        shared |= {key: _said(point[key]) for key in ("n", "precision") if point[key] is not None}
+        shared |= {key: _as_text(point[key]) for key in ("n", "precision") if point[key] is not None}
         if not point["configuration"]:
             shared["older"] = "older version"
-            shared |= {key: _said(point[key]) for key in ("experiment", "process", "data") if point[key] is not None}
-            if point["key"] is None:  # of weights in training, of which nothing is known
+            shared |= {key: _as_text(point[key]) for key in ("experiment", "process", "data") if point[key] is not None}
+            if point["key"] is None:  # weights in training, which have no hash
                 shared["folder"] = self.folders[number]
         if point["checkpoint"]:
-            shared["checkpoint"] = _said(point["checkpoint"].get("sha256"))
-            self.paths.setdefault(shared["checkpoint"], _said(point["checkpoint"].get("path")))
+            shared["checkpoint"] = _as_text(point["checkpoint"].get("sha256"))
+            self.paths.setdefault(shared["checkpoint"], _as_text(point["checkpoint"].get("path")))
         shared |= configuration
         for kind in ("extractor", "reference"):
             if point[kind]["sha256"] is not None:
@@ -127,35 +134,38 @@ class _Sorter:
         return shared
 
     def _tuned(self, group: Curve) -> list[Curve]:
-        """Split a group of tuned points that do not record by what they were tuned, so that no budget has two."""
+        """Split a group of tuned points into curves with one setting per budget.
+
+        Points don't record the search that tuned them, so points of several searches may be in one group.
+        """
         if "tuned" not in group.shared:
             return [group]
         groups = [group.members]
         if self._ambiguous(group.members):
             by_folder = _split(group.members, lambda number: self.folders[number])
-            groups = self._united([part for members in by_folder for part in self._told_apart(members)])
+            groups = self._merged([part for members in by_folder for part in self._unambiguous(members)])
         return [Curve(members, group.shared, self._common(members)) for members in groups]
 
     def _ambiguous(self, members: Iterable[int]) -> bool:
-        """Whether a budget has several settings."""
+        """Whether the points have several settings for a budget."""
         settings: dict[Any, Leaves] = {}
         return any(
             settings.setdefault(self.points[number]["nfe_budget"], self.settings[number]) != self.settings[number]
             for number in members
         )
 
-    def _told_apart(self, members: list[int]) -> list[list[int]]:
-        """Split by the first key of the settings, solver and prior first, that the points of a budget differ in."""
+    def _unambiguous(self, members: list[int]) -> list[list[int]]:
+        """Split by the first key in which settings of a budget differ, solver and prior first, until none differs."""
         budgets = _split(members, lambda number: self.points[number]["nfe_budget"])
         keys = dict.fromkeys(["solver.name", "prior.name", *(key for each in members for key in self.settings[each])])
         for key in keys:
             if any(len({self.settings[number].get(key) for number in budget}) > 1 for budget in budgets):
                 parts = _split(members, lambda number: self.settings[number].get(key))  # noqa: B023 (called at once)
-                return [part for each in parts for part in self._told_apart(each)]
+                return [part for each in parts for part in self._unambiguous(each)]
         return [members]
 
-    def _united(self, groups: list[list[int]]) -> list[list[int]]:
-        """Put groups together that share budgets and have the same settings at each of them: other seeds."""
+    def _merged(self, groups: list[list[int]]) -> list[list[int]]:
+        """Merge groups that have budgets in common, with the same settings for each (points of other seeds)."""
         kept: list[list[int]] = []
         for group in groups:
             budgets = {self.points[number]["nfe_budget"] for number in group}
@@ -173,7 +183,10 @@ class _Sorter:
         return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
     def _measured_once(self, curve: Curve) -> list[Curve]:
-        """Find repeated measurements, and split a curve whose points differ in something that they don't record."""
+        """Find repeated measurements, and split a curve with several measurements for one budget and seed.
+
+        Such measurements differ in a setting that points don't record.
+        """
         at: dict[Hashable, list[int]] = defaultdict(list)
         for number in curve.members:
             at[self.points[number]["nfe_budget"], self.points[number]["seed"]].append(number)
@@ -193,7 +206,7 @@ class _Sorter:
         return [Curve(same, {**curve.shared, "measured": self._measurement(same[0])}, curve.common) for same in found]
 
     def _repeated(self, numbers: list[int]) -> list[list[int]]:
-        """Put together the points of the same images, or of a folder and the same key."""
+        """Group points of the same images, or of the same folder and key."""
         found: list[list[int]] = []
         for number in numbers:
             for same in found:
@@ -205,9 +218,9 @@ class _Sorter:
         return found
 
     def _same(self, number: int, other: int) -> bool:
-        own, its = self.points[number], self.points[other]
-        alike = self.folders[number] == self.folders[other] and own["key"] is not None and own["key"] == its["key"]
-        return alike or (own["images_sha256"] is not None and own["images_sha256"] == its["images_sha256"])
+        a, b = self.points[number], self.points[other]
+        same_key = self.folders[number] == self.folders[other] and a["key"] is not None and a["key"] == b["key"]
+        return same_key or (a["images_sha256"] is not None and a["images_sha256"] == b["images_sha256"])
 
     def _measurement(self, number: int) -> str:
         point = self.points[number]
@@ -228,12 +241,12 @@ def _leaves(node: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> Le
         if isinstance(value, Mapping) and depth:
             found |= _leaves(value, f"{prefix}{key}.", depth - 1)
         else:
-            found[f"{prefix}{key}"] = _said(value)
+            found[f"{prefix}{key}"] = _as_text(value)
     return found
 
 
-def _said(value: Any) -> str:
-    """A value as text, numbers in their shortest form: equal text is an equal value."""
+def _as_text(value: Any) -> str:
+    """A value as text, with numbers in their shortest form, so that equal values have equal texts."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -242,13 +255,13 @@ def _said(value: Any) -> str:
 
 
 def _labels(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
-    """Name curves by what tells them apart."""
+    """Labels of curves, from the settings in which they differ."""
     named: list[Leaves] = [{} for _ in curves]
     leaves = dict.fromkeys(leaf for curve in curves for leaf in (*FIRST, *curve.shared))
     settings = [leaf for leaf in leaves if leaf in FIRST or leaf in ("n", "precision") or leaf.startswith(SETTINGS)]
     settings = [leaf for leaf in settings if leaf.rpartition(".")[2] not in FILES]
     for leaf in settings:
-        # Keys of other parts differ anyway: only those of the same part are compared.
+        # Only curves with the same part are compared: the keys of other parts differ in any case.
         for group in _split(range(len(curves)), lambda number, leaf=leaf: _context(curves[number], leaf)):  # type: ignore[misc]
             _name(leaf, group, [curve.shared for curve in curves], named)
     everything = [{**curve.common, **curve.shared} for curve in curves]
@@ -266,13 +279,13 @@ def _labels(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
 
 
 def _context(curve: Curve, leaf: str) -> tuple[str | None, ...]:
-    """Names of the parts that a leaf belongs to, from the outermost; a name belongs to what is around its part."""
+    """Names of the parts that contain a leaf, from the outermost; the name of a part is a leaf of the part around."""
     parts = leaf.removesuffix(".name").split(".")[:-1]
     return tuple(curve.shared.get(".".join([*parts[: depth + 1], "name"])) for depth in range(len(parts)))
 
 
 def _name(leaf: str, group: Sequence[int], leaves: Sequence[Leaves], named: Sequence[Leaves]) -> None:
-    """Give a leaf to the names of a group's curves, if it tells them apart."""
+    """Add a leaf to the labels of a group of curves, if the curves differ in it."""
     if len({leaves[number].get(leaf) for number in group}) > 1:
         for number in group:
             if leaf in leaves[number]:
@@ -280,7 +293,7 @@ def _name(leaf: str, group: Sequence[int], leaves: Sequence[Leaves], named: Sequ
 
 
 def _keys(named: Sequence[Leaves]) -> dict[str, str]:
-    """The name of each leaf in labels: of settings the last part alone, where that is unambiguous."""
+    """Key of each leaf in labels: for settings, the last part of the dotted key if this is unambiguous."""
     leaves = dict.fromkeys(leaf for each in named for leaf in each)
     short = {leaf: leaf.removesuffix(".name").rpartition(".")[2] for leaf in leaves if leaf.startswith(SETTINGS)}
     names = list(short.values())
@@ -291,13 +304,13 @@ def _keys(named: Sequence[Leaves]) -> dict[str, str]:
 
 
 def _label(curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str]) -> str:
-    said = [_short(named[leaf], paths) for leaf in FIRST if leaf in named]
-    said += [f"{keys[leaf]}={_short(value, paths)}" for leaf, value in named.items() if leaf not in FIRST]
-    return printable(_cut(curve.shared["method"]) + (f" ({', '.join(said)})" if said else ""))
+    texts = [_short(named[leaf], paths) for leaf in FIRST if leaf in named]
+    texts += [f"{keys[leaf]}={_short(value, paths)}" for leaf, value in named.items() if leaf not in FIRST]
+    return printable(_cut(curve.shared["method"]) + (f" ({', '.join(texts)})" if texts else ""))
 
 
 def _short(value: str, paths: Mapping[str, str]) -> str:
-    """A value as labels show it: weights by their file, hashes and long values cut."""
+    """A value in labels: the file of weights, and hashes and long values shortened."""
     if value in paths:
         return f"{_cut(paths[value].rpartition('/')[2])} {value[:6]}"
     if re.fullmatch("[0-9a-f]{16,}", value):
@@ -311,7 +324,7 @@ def _cut(value: str) -> str:
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    """Number labels that are equal, which two hashes cut alike would be."""
+    """Number equal labels, which shortened hashes may give."""
     seen: dict[str, int] = defaultdict(int)
     found = []
     for label in labels:

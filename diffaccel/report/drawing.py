@@ -1,4 +1,4 @@
-"""Points on disk, and what is drawn from them: tables, curves of quality against evaluations, pictures of samples."""
+"""Plots of quality against NFE, and pictures of samples."""
 
 import textwrap
 import warnings
@@ -22,19 +22,19 @@ from diffaccel.report.files import frechet_key
 from diffaccel.report.points import Point, distance, normalised
 from diffaccel.text.escape import printable
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; its yellow is too faint for a line
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-BESIDE = 8
-"""From this many curves on, the legend is drawn outside the axes."""
+MAX_LEGEND_INSIDE = 8
+"""Maximum number of curves with the legend inside the axes."""
 
-CELL = 64  # pixels that the longer side of a small image is magnified to, about
+CELL = 64  # approximate size in pixels that the longer side of a small image is magnified to
 
 
 class Published(NamedTuple):
-    """A figure from a paper, to be drawn faintly beside ours."""
+    """A published result, drawn in grey for comparison."""
 
     label: str
     nfe: float
@@ -42,7 +42,7 @@ class Published(NamedTuple):
 
 
 def title_of(points: Sequence[Point]) -> str:
-    """Name the data and the reference of points, as far as the first of them does."""
+    """Title with the names of data and reference, as far as the first point has them."""
     first = normalised(points[0])
     return ": ".join(name for name in (first["data"], first["reference"]["name"]) if name)
 
@@ -55,21 +55,21 @@ def plot_curve(
     floor: float | None = None,
     labels: Sequence[str] | None = None,
 ) -> None:
-    """Draw the Frechet distance against evaluations per image, a line per curve, logarithmic axes.
+    """Plot the Frechet distance against NFE per image on logarithmic axes, with a line per curve.
 
-    Several seeds of one budget each have their marker and their error bar (one standard error); the line joins their
-    means. Of the same measurement, the last counts.
+    Each seed of a budget has a marker and an error bar (± one standard error); the line connects the means over seeds.
+    If a measurement is repeated, the last one is plotted.
 
     Args:
-        points: Scored by one extractor. Those without a positive distance or count of evaluations are left out.
-        path: The PNG to write; folders are made.
-        title: Heading.
-        published: Figures of papers, drawn faintly.
-        floor: The distance of as many real images; by default the points' own metric ``<key>_floor``, if they have it.
-        labels: Of each point's curve; by default what tells the points' curves apart.
+        points: Points with the same extractor. Points without a positive distance or NFE are skipped.
+        path: PNG file to write; missing folders are created.
+        title: Title of the plot.
+        published: Published results to draw in grey.
+        floor: Distance of the same number of real images; None for the metric ``<key>_floor`` of the points.
+        labels: Label of each point's curve; None for labels from the settings in which the curves differ.
 
     Raises:
-        UsageError: No points, points of several extractors, or none that can be drawn.
+        UsageError: No points, points of several extractors, or no point that can be plotted.
     """
     key = frechet_key(points)
     series = _series([normalised(point) for point in points], key, labels)
@@ -77,11 +77,11 @@ def plot_curve(
     if not drawn:
         raise UsageError(f"no point has the metric {key!r}: nothing to plot")
     sizes = sorted({point["n"] for point in drawn if point["n"] is not None})
-    many = len(series) > BESIDE
+    many = len(series) > MAX_LEGEND_INSIDE
     figure = Figure(figsize=(11, max(4.6, 0.22 * len(series))) if many else (7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for number, (label, members) in enumerate(series.items()):
-        line = "-" if number < len(COLOURS) else ":"  # the colours begin anew
+        line = "-" if number < len(COLOURS) else ":"  # colours repeat
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
         _draw_series(axes, members, key, f"{label}{_seeds(members)}", MARKERS[number % len(MARKERS)], style)
     _draw_floor(axes, floor, drawn, key)
@@ -96,22 +96,22 @@ def plot_curve(
 
 
 def _series(points: Sequence[Point], key: str, labels: Sequence[str] | None) -> dict[str, list[Point]]:
-    """Group the points that can be drawn into curves, in the order of their first appearance."""
+    """Group the points that can be plotted into curves, in the order of first appearance."""
     chosen = [number for number, point in enumerate(points) if distance(point, key) is not None]
     if labels is None:
         places = places_of([points[number] for number in chosen])
         chosen = [number for number, place in zip(chosen, places, strict=True) if not place.replaced]
-        own = [place.label for place in places if not place.replaced]
+        names = [place.label for place in places if not place.replaced]
     else:
-        own = [labels[number] for number in chosen]
+        names = [labels[number] for number in chosen]
     series: dict[str, list[Point]] = defaultdict(list)
-    for number, label in zip(chosen, own, strict=True):
+    for number, label in zip(chosen, names, strict=True):
         series[label].append(points[number])
     return series
 
 
 def _seeds(members: Sequence[Point]) -> str:
-    """Say how many seeds the means of a curve are of."""
+    """Suffix of a curve's label with the number of seeds, or an empty string for one seed."""
     counts = {len(group) for group in _by_budget(members).values()}
     if counts == {1}:
         return ""
@@ -142,32 +142,32 @@ def _draw_series(
 
 
 def _draw_floor(axes: Axes, floor: float | None, drawn: Sequence[Point], key: str) -> None:
-    """Draw what real images score: a line, or a mark in the legend where a line would squeeze all else."""
+    """Draw the distance of real images as a line, or only in the legend if the line would be far below the points."""
     if floor is None:
         floor = next((value for point in drawn if (value := point["metrics"].get(f"{key}_floor")) is not None), None)
     if floor is None:
         return
     near = 10 * floor > min(point["metrics"][key] for point in drawn)
-    said = f"real images ({floor:.3g}{'' if near else ', below'})"
-    look: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1, "gid": said}
+    label = f"real images ({floor:.3g}{'' if near else ', below'})"
+    style: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1, "gid": label}
     if near:
-        axes.axhline(floor, zorder=1, **look)
+        axes.axhline(floor, zorder=1, **style)
     else:
-        axes.plot([], [], **look)
+        axes.plot([], [], **style)
 
 
 def _legend(axes: Axes, where: Axes | Figure) -> None:
-    """Draw the legend of the lines that have a ``gid``, as it is: matplotlib leaves out labels that begin with _."""
+    """Draw the legend with ``gid`` as the labels of lines, because matplotlib ignores labels that begin with ``_``."""
     place: dict[str, Any] = {"loc": "outside right upper"} if where is not axes else {}
     lines = [line for line in axes.lines if line.get_gid()]
     legend = where.legend(lines, [str(number) for number in range(len(lines))], frameon=False, fontsize=8, **place)
     for text, line in zip(legend.get_texts(), lines, strict=True):
-        text.set_parse_math(False)  # a dollar sign is one
+        text.set_parse_math(False)  # show dollar signs
         text.set_text(_wrapped(str(line.get_gid())))
 
 
 def _wrapped(text: str) -> str:
-    """Text for a drawing: no control characters, lines that fit, and not more than a few."""
+    """Text for a plot, without control characters, wrapped to at most three lines."""
     lines = textwrap.wrap(printable(text), 70)
     return "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
 
@@ -175,7 +175,7 @@ def _wrapped(text: str) -> str:
 def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # drawn as boxes
         figure.savefig(path)
 
 
@@ -195,16 +195,22 @@ def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
 
 
 def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
-    """Logarithmic axes with plain numbers, wide enough for all ``nfes``."""
+    """Set up logarithmic axes with plain numbers.
+
+    Args:
+        axes: Axes of the plot.
+        nfes: All NFE that the axes must include.
+        ticks: Positions of ticks on the NFE axis.
+    """
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(nfes) / 1.25, max(nfes) * 1.25)
-    axes.set_xticks(_apart(ticks))
+    axes.set_xticks(_spaced(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     low, high = axes.get_ylim()
-    if high < 10 * low:  # less than a decade: a power of ten alone would leave the axis without numbers
+    if high < 10 * low:  # less than a decade: there may be no power of ten to label
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.tick_params(axis="y", which="minor", labelsize=8)
     elif high < 1000 * low:
@@ -214,8 +220,8 @@ def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _apart(values: Iterable[float], ratio: float = 1.2) -> list[float]:
-    """Leave out of the sorted values those too close to the one before to be labelled."""
+def _spaced(values: Iterable[float], ratio: float = 1.2) -> list[float]:
+    """Sort values, and drop values whose ratio to the previous one is too small for separate labels."""
     kept: list[float] = []
     for value in sorted(set(values)):
         if not kept or value >= ratio * kept[-1]:
@@ -224,12 +230,12 @@ def _apart(values: Iterable[float], ratio: float = 1.2) -> list[float]:
 
 
 def sample_grid(images: Tensor, path: str | Path, rows: int = 8) -> None:
-    """Write images as one PNG, row by row; small ones are magnified pixel by pixel so that they can be looked at.
+    """Write a grid of images as one PNG, row by row; small images are magnified by an integer factor.
 
     Args:
-        images: (N, C, H, W) uint8, C = 1 or 3.
-        path: The PNG to write; folders are made.
-        rows: Number of rows; cells left over stay white.
+        images: Images, (N, C, H, W) uint8, C = 1 or 3.
+        path: PNG file to write; missing folders are created.
+        rows: Number of rows; empty cells are white.
     """
     scale, gap = max(1, CELL // max(images.shape[-2:])), 2
     columns = -(-len(images) // rows)
@@ -243,13 +249,13 @@ def sample_grid(images: Tensor, path: str | Path, rows: int = 8) -> None:
 
 
 def scatter(points: Tensor, path: str | Path, reference: Tensor | None = None, title: str = "") -> None:
-    """Draw points of the plane, over real ones if these are given.
+    """Draw a scatter plot of points of the plane, optionally on top of real points.
 
     Args:
-        points: (N, 2) or (N, 2, 1, 1), float.
-        path: The PNG to write; folders are made.
-        reference: Real points, of the same shape but for their number.
-        title: Heading.
+        points: Points, (N, 2) or (N, 2, 1, 1), float.
+        path: PNG file to write; missing folders are created.
+        reference: Real points, (M, 2) or (M, 2, 1, 1), float, or None.
+        title: Title of the plot.
     """
     figure = Figure(figsize=(4.6, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Points and curves on disk: JSON lines, one point each, and CSV."""
+"""Files of points and curves: JSON lines, with one point per line, and CSV."""
 
 import csv
 import json
@@ -22,14 +22,14 @@ COLUMNS = (
 
 
 def append_point(path: str | Path, point: Point) -> None:
-    """Append a point as one line of JSON and bring it to the disk before returning.
+    """Append a point as one line of JSON and flush the file to disk.
 
-    Numbers that JSON does not have (NaN, infinity) become null. What a killed run has left of a line is removed first;
-    the file is locked meanwhile, so that several processes may append to it.
+    NaN and infinity, which JSON doesn't support, are written as null. An incomplete last line of a killed run is
+    removed first. The file is locked meanwhile, so that several processes can append to it.
 
     Raises:
-        TypeError: The point holds something that is no JSON, a tensor say.
-        UsageError: The file can't be written; it is then as it was.
+        TypeError: The point contains a value that JSON doesn't support, such as a tensor.
+        UsageError: The file can't be written; it is then unchanged.
     """
     path = Path(path)
     line = json.dumps(_finite(as_given(point)), allow_nan=False).encode() + b"\n"
@@ -53,10 +53,10 @@ def append_point(path: str | Path, point: Point) -> None:
 
 
 def read_points(path: str | Path) -> list[dict[str, Any]]:
-    """Read the points of a file, all but a last line that a killed run has not finished.
+    """Read the points of a file, except an incomplete last line of a killed run.
 
     Raises:
-        UsageError: No such file, or a finished line that is no JSON object.
+        UsageError: The file is missing, or has a complete line that is not a JSON object.
     """
     if not Path(path).is_file():
         raise UsageError(f"no points at {path}: measure some with `diffaccel bench`")
@@ -68,23 +68,23 @@ def read_points(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             point = None
         if not isinstance(point, dict):
-            raise UsageError(f"{path}, line {number}, is no point: remove it")
+            raise UsageError(f"{path}, line {number}, is not a point: remove the line")
         points.append(point)
     return points
 
 
 def _torn(content: bytes) -> bytes:
-    """Return the beginning of a line that the content ends with, if it does."""
+    """Incomplete line at the end of the content, or no bytes."""
     last = content[content.rfind(b"\n") + 1 :]
     try:
         json.loads(last)
     except (ValueError, RecursionError):
         return last
-    return b""  # whole: someone's editor has left out the newline
+    return b""  # complete, without a newline
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None, at any depth."""
+    """Replace NaN and infinity by None, at any depth."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -93,18 +93,18 @@ def _finite(value: Any) -> Any:
 
 
 def write_curve_csv(points: Sequence[Point], path: str | Path) -> None:
-    """Write a table with a row per point: its curve, how it was sampled, what that cost, and every metric."""
+    """Write a table with a row per point: curve, settings of the sampling, cost, and all metrics."""
     points, labels = [normalised(point) for point in points], [place.label for place in places_of(points)]
     metrics = sorted({name for point in points for name in point["metrics"]})
     rows: list[list[Any]] = [["curve", *COLUMNS, "extractor", *metrics]]
     for label, point in zip(labels, points, strict=True):
-        own = (point["metrics"].get(name) for name in metrics)
-        rows.append([label, *(point[name] for name in COLUMNS), point["extractor"]["name"], *own])
+        values = (point["metrics"].get(name) for name in metrics)
+        rows.append([label, *(point[name] for name in COLUMNS), point["extractor"]["name"], *values])
     write_csv(rows, path)
 
 
 def write_csv(rows: Iterable[Iterable[Any]], path: str | Path) -> None:
-    """Write rows as CSV; text that a spreadsheet would take for a formula is escaped."""
+    """Write rows as CSV; text that a spreadsheet would interpret as a formula is escaped."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
@@ -113,15 +113,15 @@ def write_csv(rows: Iterable[Iterable[Any]], path: str | Path) -> None:
 
 
 def frechet_key(points: Iterable[Point]) -> str:
-    """Return the metric that all these points can be compared by: ``fid``, or ``fd_<extractor>``.
+    """Key of the Frechet distance that all points have: ``fid`` or ``fd_<extractor>``.
 
     Raises:
-        UsageError: No points that name an extractor, or points scored by several.
+        UsageError: No point has an extractor's name, or points have different extractors.
     """
     names = {name for point in points if (name := normalised(point)["extractor"]["name"]) is not None}
     keys = sorted("fid" if name == "inception" else f"fd_{name}" for name in names)
     if not keys:
-        raise UsageError("none of these points names the extractor that scored it: bench them again")
+        raise UsageError("none of the points has the name of its extractor: bench them again")
     if len(keys) > 1:
-        raise UsageError(f"one plot needs points of one extractor, these have {keys}: select some")
+        raise UsageError(f"one plot needs points of one extractor, these have {keys}: select points of one")
     return keys[0]

@@ -1,4 +1,4 @@
-"""Generated images as files that other programs read, a batch in memory at a time."""
+"""Files of generated images for other programs, written with one batch in memory at a time."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -10,16 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 ARRAYS = ("images", "arr_0")
-"""Names of the one array in an npz: ours, and the one that ADM's evaluation suite reads."""
+"""Names of the array of images in an npz: for this package, and for ADM's evaluation suite."""
 
 
 def write_png(folder: Path, batches: Iterable[Tensor], n: int) -> None:
-    """Write image i as ``{i:06d}.png``, without loss; grey images stay grey.
+    """Write image i as ``{i:06d}.png``, lossless and grey for grey images.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         batches: Images in order, (b, C, H, W) uint8, with C = 1 or 3.
-        n: Number of images, which sets the digits of a name.
+        n: Number of images, which determines the number of digits of the names.
     """
     digits = max(6, len(str(n - 1)))
     images = (image for batch in batches for image in batch)
@@ -32,10 +32,10 @@ def write_npz(path: Path, batches: Callable[[], Iterator[Tensor]], n: int, label
     """Write images as ``images`` and ``arr_0``, (n, H, W, C), and class labels as ``labels``, (n,).
 
     Args:
-        path: The file.
-        batches: Gives all images in order, (b, C, H, W), each time that it is called.
+        path: File to write.
+        batches: Function that iterates over all images in order, (b, C, H, W); called once per array.
         n: Number of images.
-        labels: Their classes, if they have any.
+        labels: Class labels, (n,), or None.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ARRAYS:

@@ -1,4 +1,4 @@
-"""Points to the run's loggers, on rank zero alone: every logger gets the same figures."""
+"""Logging of points to the loggers of a run, on rank zero."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from diffaccel.report import Point
 from diffaccel.text.terminal import side_output
 
 CALLS = ("log_hyperparams", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
-"""What Lightning and :func:`log_curve` call of a logger."""
+"""Methods of a logger that Lightning and :func:`log_curve` call."""
 COLUMNS = ("method", "solver", "prior", "nfe_budget", "nfe", "nfe_burn_in", "n", "seed", "seconds_per_image")
 
 
 def unfailing(logger: Logger) -> Logger:
-    """Let the first of a logger's calls that fails be one line, and those after it do nothing."""
+    """Print one line at the first call of a logger that fails, and ignore later calls."""
     failed: list[bool] = []
 
     def guard(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,10 +36,16 @@ def unfailing(logger: Logger) -> Logger:
 
 
 def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:
-    """Log the finished curve: a row per point against its NFE; to W&B also the table and the pictures.
+    """Log a complete curve: a row per point against NFE, and for W&B also the table and the pictures.
 
-    W&B draws ``curve/*`` against ``curve/nfe``. Its rows are written once, at the end: repeated ones would share their
-    x values, which one line can't separate.
+    W&B plots ``curve/*`` against ``curve/nfe``. Rows are logged once, at the end, because W&B would plot repeated rows
+    with the same NFE as one line.
+
+    Args:
+        logger: Logger of the run.
+        points: Points of the curve.
+        out: Output folder with the pictures.
+        provenance: Provenance of the run, for W&B's config.
     """
     rows = [
         {
@@ -54,7 +60,7 @@ def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: di
         for i, row in enumerate(rows):
             logger.log_metrics({key: value for key, value in row.items() if value == value}, step=i)
         return
-    import wandb  # late: it takes a second that runs without it needn't wait
+    import wandb  # imported here, because it takes a second
 
     run = logger.experiment
     run.define_metric("curve/nfe", hidden=True)
@@ -73,7 +79,7 @@ def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: di
 
 
 def log_weights(logger: Logger, path: Path, name: str, description: dict[str, Any]) -> None:
-    """Keep a file of weights as an artifact of the run, if the logger keeps any (W&B does)."""
+    """Log a file of weights as an artifact, if the logger supports artifacts (W&B)."""
     if isinstance(logger, WandbLogger):
         import wandb
 
@@ -83,5 +89,5 @@ def log_weights(logger: Logger, path: Path, name: str, description: dict[str, An
 
 
 def budget_name(point: Point) -> str:
-    """The budget, or what an adaptive solver spent without one, for file names."""
+    """Budget of a point for file names; for adaptive solvers, the rounded NFE."""
     return f"{point['nfe_budget'] or round(point['nfe']):g}"

@@ -1,4 +1,4 @@
-"""Points as tables and drawings take them: what a line of points.jsonl lacks, or has of a wrong type, is unknown."""
+"""Normalisation of points from points.jsonl for tables and plots: missing values and wrong types become unknown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
 
 
 def normalised(point: Point) -> dict[str, Any]:
-    """Return a point that has every key, of the right type; what is unknown is None or an empty mapping.
+    """Return a point with every key and the right types, where unknown values are None or an empty mapping.
 
-    A point as this version writes it is returned as it is. One that does not say its budget takes what it spent for it.
+    Points written by this version are unchanged. The budget of a point without one is its NFE.
     """
     found = dict(point)
     found |= {name: _text(point.get(name)) for name in TEXTS}
@@ -28,7 +28,7 @@ def normalised(point: Point) -> dict[str, Any]:
     found["metrics"] = {name: _number(value) for name, value in found["metrics"].items()}
     for name, keys in (("extractor", ("name", "sha256")), ("reference", ("name", "sha256"))):
         found[name] = {**found[name], **{key: _text(found[name].get(key)) for key in keys}}
-    for name in ("floor", "checkpoint"):  # there may be none
+    for name in ("floor", "checkpoint"):  # optional
         found[name] = _mapping(point.get(name)) or None
     if found["floor"]:
         found["floor"]["n"] = _count(found["floor"].get("n"))
@@ -39,7 +39,7 @@ def normalised(point: Point) -> dict[str, Any]:
 
 
 def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Prior and solver by name at least: an older point has nothing else of them."""
+    """Settings of prior and solver, or only their names for points of older versions."""
     parts = {}
     for part in ("prior", "solver"):
         node = _mapping(found["settings"].get(part))
@@ -55,7 +55,7 @@ def _text(value: object) -> str | None:
 def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < 1e300 else None  # an infinite one too; NaN compares false
+    return value if abs(value) < 1e300 else None  # None for infinity and NaN
 
 
 def _count(value: object) -> int | None:
@@ -68,27 +68,37 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def distance(point: Point, key: str) -> float | None:
-    """The Frechet distance of a normalised point if it can be drawn, which takes a count of evaluations too."""
+    """Frechet distance of a normalised point; None if the point can't be plotted, for lack of a distance or NFE."""
     value = point["metrics"].get(key)
     known = value is not None and value > 0 and point["nfe"] is not None and point["nfe"] > 0
     return value if known else None
 
 
 def lacking(point: Point, key: str) -> list[str]:
-    """Names of what a normalised point should say and does not; ``key`` is its distance's."""
+    """Names of the unknown values of a normalised point, among those that every point should have.
+
+    Args:
+        point: Normalised point.
+        key: Key of the Frechet distance.
+    """
     extractor, settings = point["extractor"], point["settings"]
-    said = {
+    values = {
         key: point["metrics"].get(key),
         **{name: point[name] for name in ("nfe", "method", "n", "seed")},
         **{part: settings[part].get("name") for part in ("prior", "solver")},
         "extractor": extractor["name"] and extractor["sha256"],
         "reference": point["reference"]["sha256"],
     }
-    return [name for name, value in said.items() if value is None]
+    return [name for name, value in values.items() if value is None]
 
 
 def undrawn(points: Sequence[Point], key: str) -> list[str]:
-    """Say in a line each how many points are not drawn, and how many are although they don't say all of themselves."""
+    """Lines with the number of points that can't be drawn, and the number of drawn points with unknown values.
+
+    Args:
+        points: Points as read.
+        key: Key of the Frechet distance.
+    """
     hidden, partly = [], []
     for point in map(normalised, points):
         names = lacking(point, key)
@@ -96,10 +106,10 @@ def undrawn(points: Sequence[Point], key: str) -> list[str]:
             hidden.append([name for name in names if name in (key, "nfe")] or [f"a positive {key} and nfe"])
         elif names:
             partly.append(names)
-    said = []
-    for found, end in ((hidden, "not drawn"), (partly, "shown as far as they go")):
+    lines = []
+    for found, end in ((hidden, "not drawn"), (partly, "shown without them")):
         if found:
             names = list(dict.fromkeys(name for each in found for name in each))
             verb = "lacks" if len(found) == 1 else "lack"
-            said.append(f"{len(found)} of {len(points)} points {verb} {' or '.join(names)}: {end}")
-    return said
+            lines.append(f"{len(found)} of {len(points)} points {verb} {' or '.join(names)}: {end}")
+    return lines

@@ -1,4 +1,4 @@
-"""The table of points that a bench prints."""
+"""Table of points on the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from diffaccel.report.points import Point, normalised
 from diffaccel.text.terminal import number, print_lines, wide_console
 
 NEIGHBOURHOODS = ("recall", "coverage")
-"""Metrics that stand beside the distances, if they were computed."""
+"""Optional metrics in additional columns."""
 
 
 def print_points(points: Sequence[Point], name: str, out: Path) -> None:
-    """Print a row for each point, what real images score, and where the files are, last.
+    """Print a row for each point, the scores of real images, and the output folder.
 
     Args:
-        points: Of one extractor and reference.
-        name: Metric key of the Frechet distance.
-        out: Folder of the files.
+        points: Points with the same extractor and reference.
+        name: Key of the Frechet distance.
+        out: Output folder.
     """
     if not points:
         return
@@ -41,7 +41,7 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
     if last.get(f"{name}_floor") is not None:
-        beside = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
+        others = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
         held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
-        print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{beside}")
+        print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")
     print_lines(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")

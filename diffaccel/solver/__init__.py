@@ -1,4 +1,4 @@
-"""Reverse integrators by name, their grids, and the one loop that runs them."""
+"""Solvers of the reverse process, their grids, and the sampling loop."""
 
 from diffaccel.solver import adaptive, bridge, exponential, multistep, onestep, stochastic, unipc
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite

@@ -1,4 +1,4 @@
-"""A solver that chooses its own steps, for each sample apart from the batch."""
+"""Adaptive solver, with a step size of its own for each sample of the batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,38 +6,39 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least, positive
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Solver, Trajectory
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory, ddim_step, log_step
 from diffaccel.solver.grid import Grid, LogSNR
 
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""dy/du of some samples: their indices (A,), their u (A,), their y (A, ...) -> (A, ...)."""
+"""Slope dy/du of some samples: indices in the batch (A,), u (A,), y (A, ...) -> (A, ...)."""
 
 
 def dormand_prince(slope: Slope, y: Tensor, start: float, stop: float, tol: float, max_steps: int) -> Tensor:
     """Integrate dy/du = slope(u, y) by the Dormand-Prince pair of orders 5 and 4.
 
-    Step-size control and initial step are those of scipy's RK45 run on each sample alone, so a sample takes
-    2 + 6 (accepted + rejected steps) evaluations whatever its batch; a finished one is evaluated no more.
+    Step-size control and initial step are those of scipy's RK45, applied to each sample separately. So a sample takes
+    2 + 6 (accepted + rejected steps) evaluations in any batch, and is not evaluated after it has reached ``stop``.
 
     Args:
-        slope: The right-hand side.
+        slope: Right-hand side.
         y: States at ``start``, (B, ...) float64.
-        start: Where u begins.
-        stop: Where it ends, above or below.
-        tol: Relative and absolute tolerance of one step's root-mean-square error.
-        max_steps: Accepted and rejected steps that a sample may take.
+        start: Initial u.
+        stop: Final u, above or below ``start``.
+        tol: Relative and absolute tolerance of the root-mean-square error of a step.
+        max_steps: Maximum number of accepted and rejected steps per sample.
 
     Returns:
-        States at ``stop``, (B, ...); not finite for a sample whose slope was not.
+        States at ``stop``, (B, ...); not finite for samples whose slope was not finite.
 
     Raises:
-        UsageError: ``max_steps`` were not enough.
+        UsageError: A sample did not reach ``stop`` in ``max_steps`` steps.
 
     References:
         Solving Ordinary Differential Equations I (Hairer, Norsett, Wanner, 1993), sections II.4 and II.5
@@ -58,7 +59,7 @@ def dormand_prince(slope: Slope, y: Tensor, start: float, stop: float, tol: floa
         y_next = y_now + expand(h, y) * _combine(_FIFTH_ORDER, k)
         k.append(slope(active, u_next, y_next))
         error = _norm(expand(h, y) * _combine(_ERROR, k), torch.maximum(y_now.abs(), y_next.abs()), tol)
-        accepted = ~(error >= 1)  # NaN too: its sample is left to the caller
+        accepted = ~(error >= 1)  # accepts NaN too: the caller handles NaN in the result
         factor = (0.9 * error**-0.2).clamp(0.2, 10.0)
         factor = torch.where(accepted & rejected[active], factor.clamp_max(1.0), factor)
         step[active], rejected[active] = h * factor, ~accepted
@@ -76,12 +77,12 @@ def _combine(weights: tuple[float, ...], k: list[Tensor]) -> Tensor:
 
 
 def _norm(x: Tensor, size: Tensor, tol: float) -> Tensor:
-    """Root mean square of each sample over its tolerances tol (1 + size): (B,)."""
+    """Root mean square of x / (tol (1 + size)) for each sample, (B,)."""
     return (x / (tol + tol * size)).flatten(1).square().mean(1).sqrt()
 
 
 def _first_step(slope: Slope, y: Tensor, k_1: Tensor, start: float, stop: float, tol: float) -> Tensor:
-    """Signed first step of each sample, (B,): the length at which an Euler step errs by about 1 % of the tolerance."""
+    """Signed first step of each sample, (B,), such that an Euler step's error is about 1 % of the tolerance."""
     length, sign = abs(stop - start), 1.0 if stop > start else -1.0
     d_0, d_1 = _norm(y, y.abs(), tol), _norm(k_1, y.abs(), tol)
     h_0 = torch.where((d_0 < 1e-5) | (d_1 < 1e-5), 1e-6, 0.01 * d_0 / d_1).clamp_max(length)
@@ -109,15 +110,15 @@ _ERROR = (-71 / 57600, 0.0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1
 class RK45(Solver):
     """Adaptive Runge-Kutta on the probability flow dy/du = ln(r) rho eps with y = x / alpha, rho = rho_min r^u.
 
-    u runs from 1 to 0. The reference code steps the whole batch as one ODE; here each sample has its own steps, so it
-    doesn't depend on its batch. The state is float64, the network runs in the precision of x. A sample that starts at
-    infinite ratio takes one DDIM step to ``grid.ratio_cap`` first.
+    u decreases from 1 to 0. The reference code integrates the whole batch as one ODE. Here each sample has its own
+    steps and doesn't depend on its batch. The state is float64; the network runs in the precision of x. A sample that
+    starts at infinite ratio first takes one DDIM step to ``grid.ratio_cap``.
 
     Attributes:
-        grid: Only its ``ratio_min`` and ``ratio_cap`` are used.
-        denoise: Whether a DDIM step from the least level to ratio 0 follows; the reference code has none.
+        grid: Grid that defines ``ratio_min`` and ``ratio_cap``; its spacing is not used.
+        denoise: Whether to end with a DDIM step from ``ratio_min`` to ratio 0; the reference code does not.
         tol: Relative and absolute tolerance, in units of y.
-        max_steps: Steps, rejected ones too, that a sample may take.
+        max_steps: Maximum number of steps per sample, including rejected steps.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix D.4
@@ -132,29 +133,32 @@ class RK45(Solver):
 
     def __post_init__(self) -> None:
         if self.analytic_first is not None:
-            raise UsageError("solver 'rk45' chooses its own steps: there is no analytic_first, leave it out")
+            raise UsageError("solver 'rk45' doesn't support analytic_first: remove it")
         positive("solver 'rk45'", tol=self.tol)
         at_least(1, "solver 'rk45'", max_steps=self.max_steps)
 
+    @override
     def evaluations(self, steps: int) -> NoReturn:
-        """Refuse: the tolerance decides.
+        """Raise an error, because the tolerance determines the number of evaluations.
 
         Raises:
             UsageError: Always.
         """
         raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set solver.tol, and nfe=null")
 
+    @override
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int = 0) -> Tensor:
-        """See :class:`Solver`; ``steps`` counts for nothing."""
+        """See :class:`Solver`; ``steps`` is ignored."""
         return super().__call__(denoiser, x_t, t, noise, steps=2 if self.denoise else 1)
 
+    @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        """Go from ``t`` to ``s`` in as many steps as it takes; to ratio 0, in one DDIM step."""
+        """Integrate from ``t`` to ``s``, in one DDIM step if ``s`` is at ratio 0, otherwise adaptively."""
         process = denoiser.process
         if trajectory.final:
-            return process.transition(denoiser(x_t, t), t, s)[0]
+            return ddim_step(denoiser, x_t, t, s)[1]
         x_t, t = self._from_infinity(denoiser, x_t, t)
-        rho_min, ln_r = process.ratio(s), (process.ratio(t) / process.ratio(s)).log()
+        rho_min, ln_r = process.ratio(s), log_step(process, t, s)
 
         def slope(index: Tensor, u: Tensor, y: Tensor) -> Tensor:
             rho = rho_min[index] * (u * ln_r[index]).exp()
@@ -166,12 +170,11 @@ class RK45(Solver):
         return (expand(process.alpha(s), y) * y).to(x_t)
 
     def _from_infinity(self, denoiser: Denoiser, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the samples at infinite ratio, and no others, to the cap."""
+        """Take samples at infinite ratio to ``grid.ratio_cap``; other samples are unchanged."""
         process = denoiser.process
         index = process.ratio(t).isinf().nonzero()[:, 0]
         if not len(index):
             return x_t, t
         cap = process.time(torch.full_like(t[index], self.grid.ratio_cap))
-        prediction = denoiser.select(index)(x_t[index], t[index])
-        x_cap, _ = process.transition(prediction, t[index], cap)
+        _, x_cap = ddim_step(denoiser.select(index), x_t[index], t[index], cap)
         return x_t.index_copy(0, index, x_cap), t.index_copy(0, index, cap)

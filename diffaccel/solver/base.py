@@ -1,8 +1,8 @@
-"""The one sampling loop.
+"""Base class of the solvers, with the sampling loop.
 
-Every deterministic solver here is written as DDIM's step plus a correction. Both read predictions (x_0, eps) and never
-divide by alpha, so they run on every process from any level: a step from infinite ratio, where a correction has no
-meaning, is DDIM's, and so is the last one to ratio 0.
+The step of each deterministic solver here is DDIM's step plus a correction. Both use predictions (x_0, eps) without
+dividing by alpha, so solvers run on every process from any level. Steps from infinite ratio, where a correction is
+undefined, and the last step to ratio 0 are DDIM's.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -24,7 +25,7 @@ SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS})
 
 
 class Past(NamedTuple):
-    """A prediction made earlier on the trajectory."""
+    """A prediction at an earlier time of the trajectory."""
 
     prediction: Prediction
     t: Tensor
@@ -32,13 +33,13 @@ class Past(NamedTuple):
 
 @dataclass
 class Trajectory:
-    """What a step may know besides its state.
+    """State of the sampling loop that is passed from step to step.
 
     Attributes:
-        noise: The samples' streams.
-        final: Whether this step ends at ratio 0.
-        past: Earlier predictions, newest first; a step keeps what it needs.
-        steps: Number of steps in all.
+        noise: Noise streams of the samples.
+        steps: Total number of steps.
+        final: Whether the current step ends at ratio 0.
+        past: Earlier predictions, newest first. Each solver stores those that its next step needs.
     """
 
     noise: NoiseStreams
@@ -48,11 +49,11 @@ class Trajectory:
 
 
 class AnalyticFirst(Denoiser):
-    """A denoiser whose first prediction is that for N(0, std^2 I) data, which takes no evaluation.
+    """A denoiser whose first prediction is exact for N(0, std^2 I) data and takes no network evaluation.
 
     Args:
-        denoiser: Makes the later ones.
-        std: Deviation of the data.
+        denoiser: Denoiser for all later predictions.
+        std: Standard deviation of the data.
     """
 
     def __init__(self, denoiser: Denoiser, std: float) -> None:
@@ -61,7 +62,8 @@ class AnalyticFirst(Denoiser):
         self.denoiser, self.std = denoiser, std
         self.used = False
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
     ) -> Prediction:
         if self.used:
@@ -74,25 +76,26 @@ class AnalyticFirst(Denoiser):
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """Reverse integrator, from each sample's own level to the data.
+    """Integrator of the reverse process, from the start level of each sample to the data.
 
     Attributes:
-        grid: Where the steps lie.
-        denoise: Whether the last step goes from the grid's least level to ratio 0; if not, it ends at that level.
-        analytic_first: Deviation of the data, to take the first prediction from N(0, analytic_first^2 I) instead of
-            the network, which saves one evaluation; null evaluates. For starts at high levels, where the data are
-            lost in noise (GENIE, arXiv 2210.05475, appendix; 1 there).
-        guidance: Weight of classifier-free guidance by the images' labels, which doubles the evaluations; 0 for none. A
-            prior is never guided.
+        grid: Grid of noise levels between the steps.
+        denoise: Whether the last step goes from the grid's smallest positive ratio to ratio 0; otherwise, sampling
+            ends at that ratio.
+        analytic_first: Standard deviation of the data, to compute the first prediction for N(0, analytic_first^2 I)
+            data instead of by the network, which saves one evaluation. Suits starts at high noise levels (GENIE, arXiv
+            2210.05475, appendix, with a standard deviation of 1). None to use the network.
+        guidance: Weight of classifier-free guidance by the images' labels, which doubles the number of evaluations; 0
+            for no guidance. Priors are not guided.
 
     Raises:
         UsageError: ``analytic_first`` is not positive.
     """
 
     adaptive: ClassVar[bool] = False
-    """Whether the number of evaluations follows from a tolerance, so that no budget can be kept."""
+    """Whether a tolerance determines the number of evaluations, so that the solver can't keep to a budget."""
     any_mean: ClassVar[bool] = False
-    """Whether it needs no more than the process's own transition, so that the mean of x_t need not be alpha x_0."""
+    """Whether the solver supports processes on which the mean of x_t is not alpha x_0."""
 
     grid: Grid = Karras()
     denoise: bool = True
@@ -101,35 +104,46 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         if self.analytic_first is not None and not self.analytic_first > 0:
-            raise UsageError(f"solver: analytic_first is {self.analytic_first}, it must be positive, or null")
+            raise UsageError(f"solver: analytic_first is {self.analytic_first}, it must be positive or null")
 
     @abstractmethod
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        """Go from states ``x_t`` (B, C, H, W) at times ``t`` (B,) to ``s`` (B,), s < t."""
+        """Take one step.
+
+        Args:
+            denoiser: Denoiser with bound labels.
+            x_t: Current states, (B, C, H, W).
+            t: Current times, (B,).
+            s: Target times, (B,), s < t.
+            trajectory: State of the sampling loop.
+
+        Returns:
+            States at ``s``, (B, C, H, W).
+        """
 
     def predictions(self, steps: int) -> int:
-        """Predictions per sample that ``steps`` steps ask for."""
+        """Number of predictions per sample in ``steps`` steps."""
         return steps
 
     def evaluations(self, steps: int) -> int:
-        """Network evaluations per sample that ``steps`` steps take."""
+        """Number of network evaluations per sample in ``steps`` steps."""
         return (self.predictions(steps) - (self.analytic_first is not None)) * (2 if self.guidance else 1)
 
     @property
     def least_steps(self) -> int:
-        """Fewest steps that use the network at all."""
+        """Smallest number of steps with a network evaluation."""
         return 1 if self.evaluations(1) else 2
 
     @property
     def least_evaluations(self) -> int:
-        """Evaluations of ``least_steps`` steps."""
+        """Number of evaluations in ``least_steps`` steps."""
         return self.evaluations(self.least_steps)
 
     def steps_within(self, evaluations: int) -> int:
-        """Return the largest number of steps that takes at most ``evaluations``.
+        """Largest number of steps with at most this many evaluations.
 
         Raises:
-            UsageError: Not even the fewest steps fit.
+            UsageError: ``evaluations`` is less than ``least_evaluations``.
         """
         if evaluations < self.least_evaluations:
             raise UsageError(
@@ -141,40 +155,40 @@ class Solver(ABC):
         return steps
 
     def check(self, process: Process) -> None:
-        """Refuse a process that the steps can't run on.
+        """Check that the solver supports a process.
 
         Raises:
-            UsageError: The mean of its state is not alpha x_0.
+            UsageError: The mean of x_t is not alpha x_0, and the solver requires it.
         """
         if not process.scales_data and (self.analytic_first is not None or not self.any_mean):
             option = "" if self.analytic_first is None else " with analytic_first"
             raise UsageError(
                 f"{type(self).__name__}{option} takes the mean of x_t to be alpha x_0, which it is not on {process}: "
-                "take solver=bridge or ddim without analytic_first, or process.attenuation=constant"
+                "use solver=bridge or ddim without analytic_first, or process.attenuation=constant"
             )
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
-        """Integrate to the data.
+        """Sample from the start states, without gradients.
 
         Args:
-            denoiser: The model, with its condition bound.
-            x_t: States, (B, C, H, W).
-            t: Their times on the denoiser's process, (B,).
-            noise: The samples' streams, B of them.
+            denoiser: Denoiser with bound labels.
+            x_t: Start states, (B, C, H, W).
+            t: Times of the start states on the denoiser's process, (B,).
+            noise: Noise streams of the B samples.
             steps: Number of steps.
 
         Returns:
-            Samples (B, C, H, W) in the units of x_0.
+            Samples (B, C, H, W), in units of x_0.
 
         Raises:
-            UsageError: A start level out of the trained range, a process that :meth:`check` refuses, or NaN from the
-                network.
+            UsageError: A start level is outside the trained range, :meth:`check` rejects the process, or the network
+                returned NaN or infinity.
         """
         return self.integrate(denoiser, x_t, t, noise, steps)
 
     def integrate(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
-        """Do what a call does, and keep the gradients by x_t, for training through the steps."""
+        """Same as a call, with gradients with respect to x_t, for training through the steps."""
         self.check(denoiser.process)
         denoiser.check_range(denoiser.process.ratio(t.double()))
         if self.guidance:
@@ -194,6 +208,22 @@ class Solver(ABC):
         return x_t
 
 
+def ddim_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Prediction, Tensor]:
+    """Predict at ``t`` and take DDIM's deterministic step to ``s``: the prediction and x_s (B, C, H, W)."""
+    prediction = denoiser(x_t, t)
+    return prediction, denoiser.process.transition(prediction, t, s)[0]
+
+
+def eps_step(process: Process, t: Tensor, s: Tensor) -> Tensor:
+    """Coefficient alpha_s (rho_s - rho_t) of a change of eps in x_s, (B,); 0 from infinite ratio."""
+    return where_finite(process.alpha(s) * (process.ratio(s) - process.ratio(t)))
+
+
+def log_step(process: Process, t: Tensor, s: Tensor) -> Tensor:
+    """Step lambda_s - lambda_t = ln(rho_t / rho_s) in lambda = -ln(rho), (B,)."""
+    return (process.ratio(t) / process.ratio(s)).log()
+
+
 def where_finite(coefficient: Tensor) -> Tensor:
-    """Drop a correction (coefficient 0) where it would start from infinite or end at zero ratio."""
+    """Set infinite and NaN coefficients to 0, which drops the correction of a step from infinite or to zero ratio."""
     return torch.where(coefficient.isfinite(), coefficient, torch.zeros_like(coefficient))

@@ -1,9 +1,10 @@
-"""DDM's own step: an analytic attenuation and a Brownian bridge, from one prediction of both."""
+"""DDM's solver: analytic attenuation of the image and a Brownian bridge of the noise."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -16,23 +17,23 @@ from diffaccel.solver.onestep import DDIM
 @SOLVERS.register("bridge")
 @dataclass(frozen=True)
 class Bridge(DDIM):
-    """DDM's step, which keeps the state and adds what lies between t and s.
+    """DDM's step, which adds to the state the change of its mean and of its noise from t to s.
 
         x_s = x_t + H(s; phi) - H(t; phi) - (sigma_t - sqrt(sigma_s^2 - c^2)) eps + c z,    c = eta * posterior_std
 
-    For eta = 1 the factor of eps is (v_t - v_s) / sigma_t, as published. On other processes (alpha_s - alpha_t) x_0
-    stands for H(s) - H(t). Where x_t = alpha_t x_0 + sigma_t eps, as for every denoiser with one head, this is
-    ``ddim``: it differs if two heads disagree, or if x_0 is clamped.
+    For eta = 1 the factor of eps is (v_t - v_s) / sigma_t, as published. On other processes H(s) - H(t) is
+    (alpha_s - alpha_t) x_0. The step equals that of ``ddim`` where x_t = alpha_t x_0 + sigma_t eps, as for every
+    denoiser with one head. It differs if the predictions of two heads are inconsistent, or if x_0 is clamped.
 
     Attributes:
-        eta: 1 is the paper's stochastic step, 0 the deterministic one; in between, see ``ddim``.
-        grid: See :class:`Solver`; the reference's.
-        clamp: Whether x_0 is brought to [-1, 1] first, as the reference does for pixels.
-        reproject: Whether C is taken anew from x_0, as the reference does for constant attenuation; if not, the
-            heads' own phi counts, as it does for the linear one.
+        eta: Stochasticity in [0, 1]: 1 for the paper's stochastic step, 0 for the deterministic step.
+        grid: See :class:`Solver`; the default is the reference code's.
+        clamp: Whether to clamp x_0 to [-1, 1], as the reference code does for pixels.
+        reproject: Whether to compute C from x_0, as the reference code does for constant attenuation. Otherwise the
+            predicted phi is used, as it does for linear attenuation.
 
     Raises:
-        UsageError: ``clamp`` without ``reproject``, which then reads no x_0.
+        UsageError: ``clamp`` without ``reproject``, in which case x_0 is not used.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720, and its reference code
@@ -46,9 +47,10 @@ class Bridge(DDIM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clamp and not self.reproject:
-            raise UsageError("solver 'bridge': clamp changes nothing without reproject: set one of them otherwise")
+            raise UsageError("solver 'bridge': clamp has no effect without reproject: set both or neither")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process, prediction = denoiser.process, denoiser(x_t, t)
         if self.reproject:
             x_0 = prediction.x_0.clamp(-1, 1) if self.clamp else prediction.x_0

@@ -1,7 +1,7 @@
-"""Grids of noise levels, one column per sample, from its own start level down.
+"""Grids of noise levels, which decrease from the start level of each sample.
 
-A grid gives times of shape (steps + 1, B) in float64. With ``denoise`` its last row is ratio 0, reached from
-``ratio_min``; without, it ends at ``ratio_min``.
+A grid returns times of shape (steps + 1, B) in float64. With ``denoise``, the last two rows are at ``ratio_min`` and
+ratio 0. Without, the last row is at ``ratio_min``.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.checks import positive
@@ -21,14 +22,15 @@ GRIDS: Registry["Grid"] = Registry("grid")
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """Levels between a start and the data.
+    """Grid of noise levels between the start and the data.
 
     Attributes:
-        ratio_min: Last positive noise-to-data ratio; half the start's where that is lower.
-        ratio_cap: Ratio that a start above it is spaced from (on the decoupled process t = 1 lies at infinity).
+        ratio_min: Last positive noise-to-data ratio, or half the ratio of the start if this is lower.
+        ratio_cap: Upper bound on the ratio from which levels are spaced, for starts at a higher or infinite ratio (such
+            as t = 1 on the decoupled process).
 
     Raises:
-        UsageError: ``ratio_min`` is not positive, or ``ratio_cap`` not above it.
+        UsageError: Not 0 < ratio_min < ratio_cap.
     """
 
     ratio_min: float = 0.002
@@ -41,10 +43,20 @@ class Grid(ABC):
 
     @abstractmethod
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
-        """Times (L, B) at ``fraction`` (L, 1) of the way between ratios ``start`` and ``stop`` (B,)."""
+        """Interpolate between two noise levels.
+
+        Args:
+            process: Forward process.
+            start: Noise-to-data ratios of the starts, (B,).
+            stop: Noise-to-data ratios of the ends, (B,).
+            fraction: Positions between start (0) and stop (1), (L, 1).
+
+        Returns:
+            Times, (L, B).
+        """
 
     def __call__(self, process: Process, t: Tensor, steps: int, denoise: bool = True) -> Tensor:
-        """Space ``steps`` steps from times ``t`` (B,); returns (steps + 1, B) float64."""
+        """Times of ``steps`` steps that start at times ``t`` (B,), (steps + 1, B) float64."""
         t = t.double()
         start = process.ratio(t)
         levels = steps - 1 if denoise else steps
@@ -62,7 +74,7 @@ class Karras(Grid):
     """Uniform in ratio^(1 / rho).
 
     Raises:
-        UsageError: rho lies outside [0.1, 1000].
+        UsageError: rho is outside [0.1, 1000].
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 5
@@ -73,9 +85,10 @@ class Karras(Grid):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.1 <= self.rho <= 1000:
-            raise UsageError(f"grid 'karras': rho is {self.rho}, it must lie between 0.1 and 1000")
+            raise UsageError(f"grid 'karras': rho is {self.rho}, it must be between 0.1 and 1000")
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = start.clamp_max(self.ratio_cap) ** (1 / self.rho), stop ** (1 / self.rho)
         return process.time((a + fraction * (b - a)) ** self.rho)
 
@@ -85,7 +98,8 @@ class Karras(Grid):
 class LogSNR(Grid):
     """Uniform in ln(ratio): geometric levels."""
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         start = start.clamp_max(self.ratio_cap)
         return process.time(start * (stop / start) ** fraction)
 
@@ -93,16 +107,16 @@ class LogSNR(Grid):
 @GRIDS.register("listed")
 @dataclass(frozen=True)
 class Listed(LogSNR):
-    """Levels at given fractions of the way in ln(ratio), as `diffaccel search` finds them for a number of steps.
+    """Listed levels, as fractions of the distance in ln(ratio), found by `diffaccel search` for a number of steps.
 
-    Relative to the ends, so that a list found from one start is valid from any; joined by straight lines, so that it
+    The fractions are relative to both ends, so a list is valid for any start. They are interpolated linearly, so a list
     is valid for any number of steps.
 
     Attributes:
-        fractions: From 0, the start, up to 1, ``ratio_min``.
+        fractions: Increasing numbers from 0, the start, to 1, ``ratio_min``.
 
     Raises:
-        UsageError: The fractions don't rise from 0 to 1.
+        UsageError: The fractions don't increase from 0 to 1.
     """
 
     fractions: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -111,9 +125,10 @@ class Listed(LogSNR):
         super().__post_init__()
         given = self.fractions
         if len(given) < 2 or given[0] != 0 or given[-1] != 1 or any(a >= b for a, b in pairwise(given)):
-            raise UsageError(f"grid 'listed': fractions is {given}, it must rise from 0 to 1")
+            raise UsageError(f"grid 'listed': fractions is {given}, it must increase from 0 to 1")
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         nodes = torch.tensor(self.fractions, dtype=fraction.dtype, device=fraction.device)
         position = fraction * (len(nodes) - 1)
         below = position.floor().clamp_max(len(nodes) - 2).long()
@@ -124,9 +139,10 @@ class Listed(LogSNR):
 @GRIDS.register("time")
 @dataclass(frozen=True)
 class UniformTime(Grid):
-    """Uniform in the process's own time, which is finite at any ratio: there is no cap."""
+    """Uniform in the time of the process. ``ratio_cap`` is ignored, because time is finite at infinite ratio."""
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
         return a + fraction * (b - a)
 
@@ -134,24 +150,25 @@ class UniformTime(Grid):
 @GRIDS.register("quadratic")
 @dataclass(frozen=True)
 class Quadratic(Grid):
-    """Uniform in the square root of the process's own time, which is finite at any ratio: there is no cap.
+    """Uniform in the square root of the time of the process: DDIM's quadratic sub-sequence, between this grid's ends.
 
-    DDIM's quadratic sub-sequence, between this grid's ends. Where time is the ratio, as on EDM's process, it is
-    Karras's of rho = 2.
+    ``ratio_cap`` is ignored, because time is finite at infinite ratio. On EDM's process, where time is the ratio, the
+    grid equals :class:`Karras` with rho = 2.
 
     Raises:
-        UsageError: ``ratio_min`` lies at a negative time, as low levels of geometric VE do.
+        UsageError: ``ratio_min`` is at a negative time, as low levels of geometric VE are.
 
     References:
         Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, appendix D.2
     """
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
         if (b < 0).any():
             raise UsageError(
-                f"grid 'quadratic': the last level, ratio {stop[b < 0].min().item():.4g}, lies at a negative time on"
-                " this process: raise ratio_min, or take the grid 'karras', 'log_snr' or 'time'"
+                f"grid 'quadratic': the last level, ratio {stop[b < 0].min().item():.4g}, is at a negative time on this"
+                " process: raise ratio_min, or use the grid 'karras', 'log_snr' or 'time'"
             )
         return (a.sqrt() + fraction * (b.sqrt() - a.sqrt())).square()
 
@@ -161,14 +178,15 @@ class Quadratic(Grid):
 class TimeToZero(Grid):
     """Equal steps in time to 0, the last of which stops at ``ratio_min``: the grid of DDM's reference code.
 
-    Its n steps with the least time 1e-4 and a final evaluation are n + 1 here, on the decoupled process; without that
-    evaluation they are n, and the last goes from 1 / n to 0. The later code's grid of n levels is ``time``.
+    The reference's n steps to a smallest time of 1e-4, followed by a final evaluation, are n + 1 steps here, on the
+    decoupled process. Without that evaluation they are n steps, the last one from 1 / n to 0. The grid of n levels in
+    the later code is ``time``.
 
     Attributes:
-        final_evaluation: Whether there is a level ``ratio_min``; if not, that counts for nothing.
+        final_evaluation: Whether there is a level at ``ratio_min``; otherwise ``ratio_min`` is ignored.
 
     Raises:
-        UsageError: The steps are shorter than the time of ``ratio_min``, so that the last would go up.
+        UsageError: The steps are shorter than the time of ``ratio_min``, so that the last step would increase time.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
@@ -177,14 +195,15 @@ class TimeToZero(Grid):
     ratio_min: float = 1e-2 / (1 - 1e-4)  # t = 1e-4 on the decoupled process
     final_evaluation: bool = True
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not self.final_evaluation:
             return process.time(start) * (1 - fraction * (len(fraction) / (len(fraction) + 1)))
         last, levels = process.time(stop), process.time(start) * (1 - fraction)
         if (levels[:-1] <= last).any():
             raise UsageError(
                 f"grid 'ddm': {len(levels)} equal steps in time pass ratio_min {self.ratio_min:.4g} before the last:"
-                " take fewer steps, a lower ratio_min, or the grid 'time'"
+                " use fewer steps, a lower ratio_min, or the grid 'time'"
             )
         return torch.maximum(levels, last)
 
@@ -192,22 +211,23 @@ class TimeToZero(Grid):
 @GRIDS.register("index")
 @dataclass(frozen=True)
 class Indices(Grid):
-    """Indices of a discrete process, evenly spread from the start to 0 and rounded, as DDIM's linear sub-sequence.
+    """Rounded indices of a discrete process, evenly spaced from the start to 0: DDIM's linear sub-sequence.
 
-    The start is always among them: 5 steps from index 99 are evaluated at 99, 74, 50, 25 and 0. ``ratio_min`` and
-    ``ratio_cap`` have no part in it.
+    The start is always included: 5 steps from index 99 are evaluated at 99, 74, 50, 25 and 0. ``ratio_min`` and
+    ``ratio_cap`` are ignored.
 
     Raises:
-        UsageError: The process has no indices, or fewer than steps.
+        UsageError: The process has no indices, or fewer indices than steps.
     """
 
-    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not isinstance(process, DiscreteVariancePreserving):
-            raise UsageError("grid 'index' needs the indices of process=vp_discrete: take it, or another grid")
+            raise UsageError("grid 'index' needs process=vp_discrete: use this process, or another grid")
         top = process.time(start).round()
         if (len(fraction) > top).any():
             raise UsageError(
-                f"grid 'index': more than {int(top.min()) + 1} steps from index {int(top.min())}: lower nfe, or take "
+                f"grid 'index': more than {int(top.min()) + 1} steps from index {int(top.min())}: lower nfe, or use "
                 "another grid"
             )
         return (top * (1 - fraction)).round()

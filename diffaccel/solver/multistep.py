@@ -1,20 +1,21 @@
-"""Solvers that reuse earlier predictions: one evaluation a step."""
+"""Multistep solvers with fixed coefficients: one evaluation per step, and earlier predictions are reused."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, ddim_step, eps_step, log_step, where_finite
 
 
 @SOLVERS.register("dpmpp2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(Solver):
-    """DPM-Solver++(2M): second order in lambda = -ln(rho), data prediction.
+    """DPM-Solver++(2M): second order in lambda = -ln(rho), with data prediction.
 
         x_s = DDIM(x_0) + alpha_s (1 - rho_s / rho_t) h / (2 h_last) (x_0 - x_0_last),    h = lambda_s - lambda_t
 
@@ -22,14 +23,12 @@ class DPMSolverPP2M(Solver):
         DPM-Solver++ (Lu et al., 2022), https://arxiv.org/abs/2211.01095, Algorithm 2
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        process, (prediction, x_s) = denoiser.process, ddim_step(denoiser, x_t, t, s)
         if trajectory.past and not trajectory.final:
             last, u = trajectory.past[0]
-            h = (process.ratio(t) / process.ratio(s)).log()
-            h_last = (process.ratio(u) / process.ratio(t)).log()
+            h, h_last = log_step(process, t, s), log_step(process, u, t)
             weight = where_finite(process.alpha(s) * -torch.expm1(-h) * h / (2 * h_last))
             x_s = x_s + expand(weight, x_s) * (prediction.x_0 - last.x_0)
         trajectory.past = [Past(prediction, t)]
@@ -41,8 +40,8 @@ class DPMSolverPP2M(Solver):
 class IPNDM(Solver):
     """Improved pseudo-numerical method: Adams-Bashforth of up to fourth order on d(x / alpha) / d(rho) = eps.
 
-    The coefficients are those of equal steps, as published, and the start-up raises the order step by step. So it is
-    of order ``max_order`` on levels uniform in rho, given exact starting values, and of second order otherwise.
+    The coefficients are those of equal steps, as published, and the start-up increases the order step by step. The
+    method is of order ``max_order`` on grids uniform in rho given exact starting values, and of second order otherwise.
 
     Attributes:
         max_order: Number of predictions combined, 1 to 4.
@@ -62,16 +61,14 @@ class IPNDM(Solver):
         if self.max_order not in _ADAMS_BASHFORTH:
             raise UsageError(f"solver 'ipndm': max_order is {self.max_order}, it must be 1, 2, 3 or 4")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        prediction, x_s = ddim_step(denoiser, x_t, t, s)
         past = [Past(prediction, t), *trajectory.past][: self.max_order]
         if len(past) > 1 and not trajectory.final:
             weights = _ADAMS_BASHFORTH[len(past)]
             slope = sum(weight * earlier.prediction.eps for weight, earlier in zip(weights, past, strict=True))
-            length = process.alpha(s) * (process.ratio(s) - process.ratio(t))
-            x_s = x_s + expand(length, x_s) * (slope - prediction.eps)
+            x_s = x_s + expand(eps_step(denoiser.process, t, s), x_s) * (slope - prediction.eps)
         trajectory.past = past
         return x_s
 

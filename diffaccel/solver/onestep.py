@@ -1,31 +1,32 @@
-"""Solvers whose step depends on the present state alone."""
+"""One-step solvers, whose step depends on the current state only."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.parts.checks import at_least
 from diffaccel.process import expand
-from diffaccel.solver.base import SOLVERS, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Solver, Trajectory, ddim_step, eps_step
 
 
 @SOLVERS.register("ddim")
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """Denoising diffusion implicit step, x_s = mean + std z of the process's own transition.
+    """Denoising diffusion implicit model, x_s = mean + std z, with the mean and std of the process's transition.
 
-    eta = 0 integrates the probability-flow ODE to first order; eta = 1 is ancestral sampling (DDPM's on a variance
+    eta = 0 integrates the probability-flow ODE to first order. eta = 1 is ancestral sampling (DDPM's on a variance
     preserving process, DDM's on the decoupled one).
 
     Attributes:
         eta: Stochasticity, in [0, 1].
 
     Raises:
-        UsageError: eta lies outside [0, 1].
+        UsageError: eta is outside [0, 1].
 
     References:
         Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502, Eq. 12
@@ -38,9 +39,10 @@ class DDIM(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.eta <= 1:
-            raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must lie in [0, 1]")
+            raise UsageError(f"{type(self).__name__}: eta is {self.eta}, it must be in [0, 1]")
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         mean, std = denoiser.process.transition(denoiser(x_t, t), t, s, self.eta)
         if self.eta == 0:
             return mean
@@ -50,44 +52,44 @@ class DDIM(Solver):
 @SOLVERS.register("euler")
 @dataclass(frozen=True)
 class Euler(Solver):
-    """Euler's method on d(x / alpha) / d(rho) = eps: EDM's Algorithm 1 without its correction.
+    """Euler's method on d(x / alpha) / d(rho) = eps: EDM's Algorithm 1 without the second-order correction.
 
-    The same step as DDIM's with eta = 0, under the name that EDM's users look for.
+    The step is that of :class:`DDIM` with eta = 0; ``euler`` is its name in EDM.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Eq. 4
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
-        return denoiser.process.transition(denoiser(x_t, t), t, s)[0]
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        return ddim_step(denoiser, x_t, t, s)[1]
 
 
 @SOLVERS.register("heun")
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Heun's method on d(x / alpha) / d(rho) = eps: second order, two evaluations a step, one for the last.
+    """Heun's method on d(x / alpha) / d(rho) = eps: second order, two evaluations per step, one in the last step.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1
     """
 
-    def predictions(self, steps: int) -> int:  # noqa: D102
+    @override
+    def predictions(self, steps: int) -> int:
         return 2 * steps - 1 if self.denoise else 2 * steps
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        prediction, x_s = ddim_step(denoiser, x_t, t, s)
         if trajectory.final:
             return x_s
-        half = where_finite(0.5 * process.alpha(s) * (process.ratio(s) - process.ratio(t)))
-        return x_s + expand(half, x_s) * (denoiser(x_s, s).eps - prediction.eps)
+        return x_s + expand(0.5 * eps_step(denoiser.process, t, s), x_s) * (denoiser(x_s, s).eps - prediction.eps)
 
 
 @SOLVERS.register("dpm2")
 @dataclass(frozen=True)
 class DPMSolver2(Heun):
-    """DPM-Solver-2: the midpoint method in lambda = -ln(rho), second order, evaluations as Heun's.
+    """DPM-Solver-2: the midpoint method in lambda = -ln(rho), second order, as many evaluations as Heun's method.
 
         x_s = DDIM(eps) + alpha_s (rho_s - rho_t) (eps_m - eps),    eps_m at rho_m = sqrt(rho_t rho_s)
 
@@ -95,30 +97,29 @@ class DPMSolver2(Heun):
         DPM-Solver (Lu et al., 2022), https://arxiv.org/abs/2206.00927, Algorithm 1
     """
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
-        process = denoiser.process
-        prediction = denoiser(x_t, t)
-        x_s, _ = process.transition(prediction, t, s)
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        process, (prediction, x_s) = denoiser.process, ddim_step(denoiser, x_t, t, s)
         if trajectory.final:
             return x_s
         middle = process.time((process.ratio(t) * process.ratio(s)).sqrt())
         x_m, _ = process.transition(prediction, t, middle)
-        length = where_finite(process.alpha(s) * (process.ratio(s) - process.ratio(t)))
-        return x_s + expand(length, x_s) * (denoiser(x_m, middle).eps - prediction.eps)
+        return x_s + expand(eps_step(process, t, s), x_s) * (denoiser(x_m, middle).eps - prediction.eps)
 
 
 @SOLVERS.register("edm_stochastic")
 @dataclass(frozen=True)
 class StochasticHeun(Heun):
-    """Raise the noise level a little, then take Heun's step from there.
+    """EDM's stochastic sampler: each step first raises the noise level, then takes Heun's step from the raised level.
 
     Attributes:
         S_churn: Total amount of stochasticity; a step raises the ratio by the factor 1 + min(S_churn / steps,
             sqrt(2) - 1).
-        S_min: Least ratio that is raised.
+        S_min: Smallest ratio that is raised.
         S_max: Largest ratio that is raised.
-        S_noise: Scale of the added noise.
-        S_churn_over_N: Divide S_churn by steps + 1, the number of levels with ratio 0, as DLG's reference code does.
+        S_noise: Standard deviation of the added noise, relative to the exact one.
+        S_churn_over_N: Whether to divide S_churn by steps + 1, the number of levels including ratio 0, as DLG's
+            reference code does.
 
     Raises:
         UsageError: A negative value, or S_max below S_min.
@@ -139,7 +140,8 @@ class StochasticHeun(Heun):
         at_least(0, where, S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
         at_least(self.S_min, where, S_max=self.S_max)
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         ratio = process.ratio(t)
         churned = (self.S_min <= ratio) & (ratio <= self.S_max)

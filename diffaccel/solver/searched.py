@@ -1,4 +1,4 @@
-"""Where the steps should lie, found on trajectories of the model itself by dynamic programming."""
+"""Search for the best grid by dynamic programming on trajectories of the model."""
 
 from itertools import pairwise
 
@@ -12,23 +12,24 @@ from diffaccel.solver.grid import Grid, Karras, Listed
 
 
 class FineTrajectory:
-    """Trajectories on many levels, and what one Euler step between any two of the levels gets wrong.
+    """Trajectories on a fine grid, and the error of an Euler step between any two of its levels.
 
     The fine steps are two-step Adams-Bashforth on dy/d(rho) = eps with y = x / alpha, one evaluation each.
 
     Args:
-        denoiser: The model, with its condition bound.
-        x_t: Starts, (B, C, H, W); some hundred are enough, the cost is a mean over them.
-        t: Their times, (B,), at finite ratio.
-        levels: Number of fine steps, the one to ratio 0 included.
-        spacing: How the fine levels are spaced, down to its ``ratio_min``.
+        denoiser: Denoiser with bound labels.
+        x_t: Start states, (B, C, H, W). A few hundred are enough, because the cost is a mean over them.
+        t: Times of the start states, (B,), at finite ratio.
+        levels: Number of fine steps, including the step to ratio 0.
+        spacing: Grid of the fine levels down to its ``ratio_min``; None for :class:`Karras`.
 
     Attributes:
-        ratio: Fine levels, (levels + 1, B) float64, falling to 0.
-        cost: cost[i, j] for i < j: root-mean-square error at level j of one Euler step from level i, (levels + 1,) * 2.
+        ratio: Fine levels, (levels + 1, B) float64, decreasing to 0.
+        cost: Matrix (levels + 1, levels + 1) float64 with, at [i, j] for i < j, the root-mean-square error at level j
+            of one Euler step from level i.
 
     Raises:
-        UsageError: A start at infinite ratio, where y is not defined.
+        UsageError: A start at infinite ratio, where y is undefined.
 
     References:
         On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., 2024),
@@ -43,13 +44,13 @@ class FineTrajectory:
         times = (spacing or Karras())(process, t, levels)
         self.ratio = process.ratio(times)
         if not self.ratio[0].isfinite().all():
-            raise UsageError("a grid can't be searched from an infinite noise-to-data ratio: set prior.ratio_star")
+            raise UsageError("can't search a grid from an infinite noise-to-data ratio: set prior.ratio_star")
         y, slopes = [x_t / expand(process.alpha(t), x_t)], []
         for i, (now, then) in enumerate(pairwise(self.ratio)):
             x, time = process.from_ratio(y[i], now)
             slopes.append(denoiser(x, time).eps)
             step = expand(then - now, x) * slopes[i]
-            if i and i + 1 < levels:  # the last, to ratio 0, is DDIM's as everywhere
+            if i and i + 1 < levels:  # the last step, to ratio 0, is DDIM's, as in every solver
                 change = (then - now).square() / (2 * (now - self.ratio[i - 1]))
                 step = step + expand(change, x) * (slopes[i] - slopes[i - 1])
             y.append(y[i] + step)
@@ -60,24 +61,24 @@ class FineTrajectory:
                 self.cost[i, j] = error.double().square().flatten(1).mean(1).sqrt().mean()
 
     def path(self, steps: int, gamma: float, denoise: bool = True) -> list[int]:
-        """Indices of the ``steps`` + 1 fine levels whose Euler steps cost least, (steps + 1).
+        """Indices of the ``steps`` + 1 fine levels with the lowest total cost of the Euler steps between them.
 
-        Minimises sum_k gamma^k cost_k over the steps k = 0, 1, ... from the start; gamma > 1 minds late errors more,
-        which no later step contracts.
+        Minimises sum_k gamma^k cost_k over the steps k = 0, 1, ... from the start. gamma > 1 gives more weight to late
+        errors, which fewer later steps contract.
 
         Args:
             steps: Number of steps, at least 1.
-            gamma: Weight of a step over that of the one before.
-            denoise: Whether the path ends at ratio 0; if not, at the least positive level.
+            gamma: Ratio of the weights of consecutive steps.
+            denoise: Whether the path ends at ratio 0; otherwise it ends at the smallest positive level.
 
         Raises:
             UsageError: More steps than fine levels.
         """
         last = len(self.cost) - (1 if denoise else 2)
         if steps > last:
-            raise UsageError(f"a grid of {steps} steps can't be searched among {last} levels: take more levels")
+            raise UsageError(f"can't search a grid of {steps} steps among {last} levels: use more levels")
         cost = self.cost[: last + 1, : last + 1]
-        best, choice = cost[:, last], []  # of reaching the end in one step
+        best, choice = cost[:, last], []  # cost of reaching the end in one step
         for _ in range(steps - 1):
             best, following = (cost + gamma * best).min(dim=1)
             choice.append(following)
@@ -87,11 +88,11 @@ class FineTrajectory:
         return [*path, last]
 
     def grid(self, steps: int, gamma: float = 1.15, denoise: bool = True) -> Listed:
-        """Return the best grid for ``steps`` steps, relative to its ends, so that it is valid from any start."""
+        """Best grid of ``steps`` steps, with levels relative to its ends, so that it is valid for any start."""
         path = self.path(steps, gamma, denoise)
-        ratio = self.ratio[path[:-1] if denoise else path]  # positive ones
+        ratio = self.ratio[path[:-1] if denoise else path]  # without ratio 0
         if len(ratio) == 1:
             return Listed()
-        way = (ratio[0] / ratio).log()
-        fractions = (way / way[-1]).mean(1).tolist()
+        distance = (ratio[0] / ratio).log()
+        fractions = (distance / distance[-1]).mean(1).tolist()
         return Listed(ratio_min=float(ratio[-1].mean()), fractions=[0.0, *(round(f, 4) for f in fractions[1:-1]), 1.0])

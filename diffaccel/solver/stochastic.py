@@ -1,7 +1,7 @@
-"""Solvers of score SDEs, and the deterministic twin of one of them.
+"""Solvers of score SDEs, and the ODE form of one of them.
 
-They are written on y = x / alpha, whose law at ratio rho is that of a variance exploding process at sigma = rho, so
-that they run on any process. There x_0 = y - rho eps, and the score is -eps / rho.
+The equations are those of y = x / alpha, whose distribution at ratio rho is that of a variance exploding process at
+sigma = rho, so the solvers run on any process. In terms of y, x_0 = y - rho eps and the score is -eps / rho.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,25 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import Prediction, Process, expand
-from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, where_finite
+from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, log_step, where_finite
 from diffaccel.solver.grid import Grid, LogSNR
 
 
 def _state(process: Process, prediction: Prediction, s: Tensor, noise_left: Tensor) -> Tensor:
-    """State alpha_s (x_0 + noise_left eps); a DDIM step where ``noise_left`` (B,), from infinite ratio, is not finite.
+    """State alpha_s (x_0 + noise_left eps), or the DDIM step from infinite ratio, where ``noise_left`` is not finite.
 
-    Like every step here it is written without y, which is infinite where alpha is 0.
+    The steps here are computed without y, which is infinite where alpha is 0.
+
+    Args:
+        process: Forward process.
+        prediction: Denoiser output at the current state.
+        s: Target times, (B,).
+        noise_left: Coefficients of the noise in y, (B,).
     """
     noise_left = torch.where(noise_left.isfinite(), noise_left, process.ratio(s))
     x_0, eps = prediction
@@ -28,16 +35,31 @@ def _state(process: Process, prediction: Prediction, s: Tensor, noise_left: Tens
 
 
 def _removed(process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """D = rho_t^2 - rho_s^2, the variance of y that a step takes away, (B,)."""
+    """D = rho_t^2 - rho_s^2, the variance of y that a step removes, (B,)."""
     return process.ratio(t).square() - process.ratio(s).square()
+
+
+def _add_noise(process: Process, mean: Tensor, s: Tensor, variance: Tensor, trajectory: Trajectory) -> Tensor:
+    """State mean + alpha_s sqrt(variance) z, without noise in steps to ratio 0 and from infinite ratio.
+
+    Args:
+        process: Forward process.
+        mean: Mean of the step, (B, C, H, W).
+        s: Target times, (B,).
+        variance: Variances of the noise in y, (B,); not finite from infinite ratio.
+        trajectory: State of the sampling loop.
+    """
+    if trajectory.final:
+        return mean
+    return mean + expand(process.alpha(s) * where_finite(variance.sqrt()), mean) * trajectory.noise.normal(mean)
 
 
 @SOLVERS.register("probability_flow")
 @dataclass(frozen=True)
 class ProbabilityFlow(Solver):
-    """Reverse diffusion's predictor in its ODE form: y_s = y_t + D / 2 score.
+    """ODE form of the reverse-diffusion predictor: y_s = y_t + D / 2 score.
 
-    First order. Half of the last level's noise stays in the sample, as in the reference code.
+    The order is 1. Half of the last level's noise remains in the sample, as in the reference code.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
@@ -48,7 +70,8 @@ class ProbabilityFlow(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho = process.ratio(t)
         return _state(process, denoiser(x_t, t), s, rho - _removed(process, t, s) / (2 * rho))
@@ -57,7 +80,7 @@ class ProbabilityFlow(Solver):
 @SOLVERS.register("reverse_diffusion")
 @dataclass(frozen=True)
 class ReverseDiffusion(Solver):
-    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, without noise in the step to ratio 0.
+    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, where the step to ratio 0 adds no noise.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
@@ -68,27 +91,25 @@ class ReverseDiffusion(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho, removed = process.ratio(t), _removed(process, t, s)
-        mean = _state(process, denoiser(x_t, t), s, rho - removed / rho)
-        if trajectory.final:
-            return mean
-        return mean + expand(process.alpha(s) * where_finite(removed.sqrt()), x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, _state(process, denoiser(x_t, t), s, rho - removed / rho), s, removed, trajectory)
 
 
 @SOLVERS.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Solver):
-    """DDPM's sampling: the posterior's mean at the predicted x_0, and noise of one of two fixed variances.
+    """DDPM's ancestral sampling: the posterior mean at the predicted x_0, and noise of one of two fixed variances.
 
-    The mean is that of :class:`ReverseDiffusion`. ``small`` is the posterior's own variance, which makes this DDIM with
-    eta = 1 on a Markov process; ``large`` is beta, the variance of the step up on the variance preserving process of
-    these ratios. No noise is added on the way to ratio 0, nor from infinite ratio.
+    The mean is that of :class:`ReverseDiffusion`. The variance ``small`` is the posterior's, which gives DDIM with
+    eta = 1 on a Markov process. The variance ``large`` is beta of the forward step from s to t on the variance
+    preserving process with these ratios. Steps to ratio 0 and from infinite ratio add no noise.
 
     Attributes:
-        variance: ``small`` or ``large``; the latter suits many steps, the former few.
-        clip: Confine predictions of x_0 to [-1, 1], as DDPM does with images.
+        variance: ``small``, which suits few steps, or ``large``, which suits many.
+        clip: Whether to clamp predictions of x_0 to [-1, 1], as DDPM does for images.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 3.2
@@ -97,7 +118,8 @@ class Ancestral(Solver):
     variance: Literal["small", "large"] = "large"
     clip: bool = False
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         rho_t, rho_s, removed = process.ratio(t), process.ratio(s), _removed(process, t, s)
         prediction = denoiser(x_t, t)
@@ -105,27 +127,24 @@ class Ancestral(Solver):
             x_0 = prediction.x_0.clamp(-1, 1)
             prediction = Prediction(x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t))
         mean = _state(process, prediction, s, rho_t - removed / rho_t)
-        if trajectory.final:
-            return mean
         share = rho_s.square() / rho_t.square() if self.variance == "small" else (1 + rho_s**2) / (1 + rho_t**2)
-        std = process.alpha(s) * where_finite((removed * share).sqrt())  # infinite or NaN from infinite ratio
-        return mean + expand(std, x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, mean, s, removed * share, trajectory)
 
 
 @SOLVERS.register("pc")
 @dataclass(frozen=True)
 class PredictorCorrector(ReverseDiffusion):
-    """Langevin steps at each level, the first included, then reverse diffusion's to the next.
+    """Predictor-corrector sampler: Langevin steps at each level, then a reverse-diffusion step to the next level.
 
         y <- y + a score + sqrt(2 a) z,    a = 2 (snr |z| / |score|)^2,
         that is x <- x + 2 sigma_t q (z - q eps),    q = snr |z| / |eps|
 
-    The norms are each image's own and not the batch's mean, so that no image depends on its batch. The reference
-    code's a has a factor 1 - beta(t) / 1000 on VP, which is left out. Nothing is corrected at infinite ratio.
+    The norms are per image, not means over the batch, so that images don't depend on their batch. The reference code
+    multiplies a by 1 - beta(t) / 1000 on VP; this factor is omitted. States at infinite ratio are not corrected.
 
     Attributes:
         snr: Signal-to-noise ratio of a Langevin step; 0.16 for CIFAR-10.
-        corrector_steps: Langevin steps at each level, one evaluation each.
+        corrector_steps: Number of Langevin steps at each level, including the start level, one evaluation each.
 
     Raises:
         UsageError: snr is not positive, or corrector_steps is negative.
@@ -145,10 +164,12 @@ class PredictorCorrector(ReverseDiffusion):
         if self.corrector_steps < 0:
             raise UsageError(f"solver 'pc': corrector_steps is {self.corrector_steps}, it must be 0 or more")
 
-    def predictions(self, steps: int) -> int:  # noqa: D102
+    @override
+    def predictions(self, steps: int) -> int:
         return steps * (1 + self.corrector_steps)
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         for _ in range(self.corrector_steps):
             eps, z = denoiser(x_t, t).eps, trajectory.noise.normal(x_t)
@@ -163,9 +184,9 @@ class PredictorCorrector(ReverseDiffusion):
 class EulerMaruyama(Solver):
     """Euler-Maruyama on the reverse SDE in h = ln(rho_t / rho_s): y_s = y_t + V score + sqrt(V) z, V = 2 h rho_t^2.
 
-    The reference code takes N steps of length 1 / N from N levels that lie 1 / (N - 1) apart, so each V is (N - 1) / N
-    of the above, and the last step, to ratio 0, repeats the h of the one before without its noise. Kept, to reproduce
-    its figures; ``denoise=False`` gives the plain scheme. A lone step is DDIM's.
+    The reference code takes N steps of length 1 / N from N levels at distances 1 / (N - 1). So each V is (N - 1) / N of
+    the above, and the last step, to ratio 0, has the h of the previous step and adds no noise. Both are kept, to
+    reproduce published results; ``denoise=False`` gives the plain scheme. A single step is DDIM's.
 
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric.
@@ -177,15 +198,12 @@ class EulerMaruyama(Solver):
 
     grid: Grid = LogSNR()
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = denoiser(x_t, t)
-        above, below = (trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)
-        h = (process.ratio(above) / process.ratio(below)).log()
+        h = log_step(process, *((trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)))
         rho = process.ratio(t)
         variance = 2 * h * rho.square() * ((trajectory.steps - 1) / trajectory.steps if self.denoise else 1)
-        mean = _state(process, prediction, s, rho - variance / rho)
-        if trajectory.final:
-            return mean
         trajectory.past = [Past(prediction, t)]
-        return mean + expand(process.alpha(s) * where_finite(variance.sqrt()), x_t) * trajectory.noise.normal(x_t)
+        return _add_noise(process, _state(process, prediction, s, rho - variance / rho), s, variance, trajectory)

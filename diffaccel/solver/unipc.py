@@ -1,25 +1,15 @@
-"""UniPC: a multistep predictor whose next evaluation also corrects the state it was made at."""
+"""UniPC: a multistep predictor-corrector, whose evaluation at a predicted state also corrects that state."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.process import Prediction, Process
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory
-from diffaccel.solver.exponential import add_weighted, correction_weights, data_moments
-
-
-def _weights(process: Process, t: Tensor, s: Tensor, past: list[Past]) -> Tensor:
-    """What each of ``past``, the prediction at t first, adds to a DDIM step from t to s, (n, B).
-
-    The polynomial through x_0 in lambda is integrated exactly; with two predictions by B_2(-h) = e^-h - 1 as published.
-    """
-    nodes = torch.stack([(process.ratio(t) / process.ratio(u)).log() for _, u in past])
-    h = (process.ratio(t) / process.ratio(s)).log()
-    return process.alpha(s) * correction_weights(nodes, data_moments(h, len(past)))
+from diffaccel.solver.exponential import add_weighted, data_weights
 
 
 def _add(x: Tensor, weights: Tensor, past: list[Past]) -> Tensor:
@@ -27,14 +17,15 @@ def _add(x: Tensor, weights: Tensor, past: list[Past]) -> Tensor:
 
 
 class UniPC(Solver):
-    """UniPC of order p with data prediction and B_2(h): one evaluation a step.
+    """UniPC of order p with data prediction and B_2(h): one evaluation per step.
 
-    A step from t to s evaluates at x_t, as predicted by the step before from p predictions; corrects x_t by that
-    evaluation, which completes p + 1; and predicts x_s. The evaluation is not repeated at the corrected state, so its
-    x_0 stays and its eps takes up the change. The last state is not corrected, which would cost an evaluation.
+    A step from t to s evaluates the denoiser at x_t, which the previous step predicted from p predictions. With the new
+    prediction, p + 1 in total, the step corrects x_t, and then predicts x_s. The evaluation is not repeated at the
+    corrected x_t: x_0 is kept, and eps is adapted to the corrected state. The last state is not corrected, because that
+    would require another evaluation.
 
-    Steps are of order p + 1 given exact starting values. The start-up raises p step by step and keeps order 3. The
-    last steps keep the full order too, but for the one to ratio 0, which is DDIM's.
+    The method is of order p + 1 given exact starting values. The start-up increases p step by step, which gives order
+    3. The last steps keep the full order, except for the step to ratio 0, which is DDIM's.
 
     References:
         UniPC (Zhao et al., 2023), https://arxiv.org/abs/2302.04867, Algorithms 1 and 2
@@ -42,22 +33,23 @@ class UniPC(Solver):
 
     order: ClassVar[int]
 
-    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:  # noqa: D102
+    @override
+    def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
         prediction = self._corrected(process, denoiser(x_t, t), t, trajectory.past[: self.order])
         x_s, _ = process.transition(prediction, t, s)
         trajectory.past = past = [Past(prediction, t), *trajectory.past][: self.order]
         if trajectory.final:
             return x_s
-        return _add(x_s, _weights(process, t, s, past), past)
+        return _add(x_s, data_weights(process, t, s, past), past)
 
     def _corrected(self, process: Process, prediction: Prediction, t: Tensor, past: list[Past]) -> Prediction:
-        """Redo the step that led to t from ``past``, with the prediction at t as one of its nodes."""
+        """Correct the state at t: repeat the step from ``past`` to t with the prediction at t as an additional node."""
         if not past:
             return prediction
         u, nodes = past[0].t, [past[0], Past(prediction, t), *past[1:]]
-        change = _weights(process, u, t, nodes)
-        change[[0, *range(2, len(nodes))]] -= _weights(process, u, t, past)
+        change = data_weights(process, u, t, nodes)
+        change[[0, *range(2, len(nodes))]] -= data_weights(process, u, t, past)
         # x_t = alpha_t x_0 + sigma_t eps
         return Prediction(prediction.x_0, _add(prediction.eps, change / process.sigma(t), nodes))
 
@@ -65,7 +57,7 @@ class UniPC(Solver):
 @SOLVERS.register("unipc2")
 @dataclass(frozen=True)
 class UniPC2(UniPC):
-    """:class:`UniPC` of p = 2."""
+    """:class:`UniPC` with p = 2."""
 
     order = 2
 
@@ -73,6 +65,6 @@ class UniPC2(UniPC):
 @SOLVERS.register("unipc3")
 @dataclass(frozen=True)
 class UniPC3(UniPC):
-    """:class:`UniPC` of p = 3."""
+    """:class:`UniPC` with p = 3."""
 
     order = 3

@@ -1,1 +1,1 @@
-"""Text for people: the terminal, escapes, and what a mistaken file is."""
+"""Text for users: terminal output, escapes, and descriptions of files of the wrong kind."""

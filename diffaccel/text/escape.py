@@ -1,4 +1,4 @@
-"""Text from files (labels, names, quoted content) made inert for where it is written: terminal, CSV, Markdown."""
+"""Escapes for text from files (labels, names, quoted content) in terminals, CSV and Markdown."""
 
 import re
 
@@ -6,9 +6,9 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def printable(text: str) -> str:
-    r"""Return text of one line that no terminal acts on, and that any encoding of Unicode can write.
+    r"""Escape text to one line without control sequences, which can be printed in any encoding of Unicode.
 
-    Controls (ESC, CR, BEL), bidirectional overrides, surrogates and all else that is not seen are given as escapes.
+    Control characters (ESC, CR, BEL), bidirectional overrides, surrogates and other invisible characters are escaped.
 
     Example:
         >>> printable("a\x1b[31mb")
@@ -18,16 +18,16 @@ def printable(text: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """Return text that no spreadsheet takes for a formula; numbers are left as they are.
+    """Escape text that a spreadsheet would interpret as a formula; numbers are unchanged.
 
-    An apostrophe marks text in a spreadsheet, which does not show it.
+    The escape is an apostrophe, which marks text in a spreadsheet and is not shown.
     """
     text = printable(text)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") and not NUMBER.fullmatch(text) else text
 
 
 def markdown_cell(text: str) -> str:
-    """Return text that fits a cell of a Markdown table, with nothing in it that formats or is HTML."""
+    """Escape text for a cell of a Markdown table, without formatting and HTML."""
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\|`*$~\[\]])", r"\\\1", text)
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # within a word it does not emphasise
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # not emphasis within a word

@@ -1,28 +1,28 @@
-"""Files that are not what their names say, told by how they begin."""
+"""Detection of files of the wrong kind by their first bytes."""
 
 from pathlib import Path
 
 _UNPACK = "{}: unpack it first"
 _SIGNS = {
-    b"version https://git-lfs": "a git-lfs pointer and not the file itself: run `git lfs pull` in its repository",
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself: run `git lfs pull` in its repository",
     b"\x1f\x8b": _UNPACK.format("a gzip archive"),
     b"BZh": _UNPACK.format("a bzip2 archive"),
     b"\xfd7zXZ": _UNPACK.format("an xz archive"),
     b"\x28\xb5\x2f\xfd": _UNPACK.format("a zstd archive"),
     b"7z\xbc\xaf\x27\x1c": _UNPACK.format("a 7z archive"),
     b"Rar!": _UNPACK.format("a rar archive"),
-    b"\x89HDF": "an HDF5 file, which is not read",
-    b"\x93NUMPY": "a single array of NumPy",
+    b"\x89HDF": "an HDF5 file, which is not supported",
+    b"\x93NUMPY": "a single NumPy array",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
     b"%PDF": "a PDF",
 }
 _HEAD = 1024
-_ANEW = "{}, as a failed download leaves it: get the file anew"
+_AGAIN = "{}, such as a failed download leaves: get the file again"
 
 
 def what_it_is(path: Path) -> str | None:
-    """Say what a file is that can be no binary file of weights or statistics, and what to do; None if it may be one.
+    """Describe a file that can't be a binary file of weights or statistics, with a remedy; None for other files.
 
     Raises:
         OSError: The file can't be read.
@@ -30,7 +30,7 @@ def what_it_is(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
-        return _ANEW.format("empty")
+        return _AGAIN.format("empty")
     for sign, meaning in _SIGNS.items():
         if head.startswith(sign):
             return meaning
@@ -38,7 +38,7 @@ def what_it_is(path: Path) -> str | None:
         return _UNPACK.format("a tar archive")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        return _ANEW.format("a web page")
+        return _AGAIN.format("a web page")
     if len(head) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
-        return _ANEW.format("text")
+        return _AGAIN.format("text")
     return None

@@ -1,4 +1,4 @@
-"""What the terminal shows. Whatever prints does it from here, so that text from files is shown and never acted on."""
+"""Terminal output. Everything is printed through this module, so that text from files is always escaped."""
 
 import math
 import sys
@@ -9,42 +9,44 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typing_extensions import override
 
 from diffaccel.text.escape import printable
 
 T = TypeVar("T")
 
 WIDTH = 130
-"""Least columns of a table: a pipe has 80, which cut the names."""
+"""Minimum width of a table; the default of 80 columns for pipes would cut off names."""
 
 
 class PlainConsole(Console):
-    """Console that shows text as it is: no markup, no emoji codes, control characters as their escapes.
+    """Console that prints text verbatim: without markup and emoji codes, and with control characters escaped.
 
-    This holds for whatever is printed as a string, cells of tables among them.
+    This applies to everything that is printed as a string, including cells of tables.
 
     Args:
-        stderr: Whether to print to stderr; stdout holds results alone.
-        options: Of rich's console.
+        stderr: Whether to print to stderr; stdout is for results only.
+        options: Options of rich's console.
     """
 
     def __init__(self, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
+    @override
     def render_str(self, text: str, **options: Any) -> Text:
-        """Turn a string into what is shown."""
+        """Convert a string to escaped text without markup."""
         shown = "\n".join(printable(line) for line in text.split("\n"))
         return super().render_str(shown, **{**options, "markup": False, "emoji": False, "highlight": False})
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines to stdout, each on one line whatever is in it."""
+    """Print lines to stdout, with control characters escaped."""
     for line in lines:
         print(printable(line))
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, once a run: stdout holds results alone."""
+    """Print a line on stderr, on rank zero; stdout is for results only."""
     show = PlainConsole(stderr=True, soft_wrap=True).print
     if "lightning" in sys.modules:  # without it there is one process, and its import takes seconds
         from lightning.pytorch.utilities import rank_zero_only
@@ -55,10 +57,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def side_output(what: str) -> Iterator[None]:
-    """Turn a failure to write what a run can do without (a log, a picture, a copy) into one line on stderr.
+    """Print one line on stderr if optional output of a run (a log, a picture, a copy) fails.
 
-    Everything but an interrupt is caught, for loggers and drawing raise whatever they like: only such output belongs
-    into the ``with`` block, never the result itself.
+    All exceptions except interrupts are caught, because loggers and plots raise exceptions of many types. The ``with``
+    block must not compute results.
 
     Args:
         what: Name of the output, for the message.
@@ -67,30 +69,30 @@ def side_output(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        said = f"diffaccel: {what} failed ({reason:.200}); the results are not affected"
-        PlainConsole(stderr=True, soft_wrap=True).print(printable(said))
+        message = f"diffaccel: {what} failed ({reason:.200}); the results are not affected"
+        PlainConsole(stderr=True, soft_wrap=True).print(printable(message))
 
 
 def wide_console(least: int = WIDTH) -> PlainConsole:
-    """Make a console on stdout that is wide enough for a table of so many columns."""
+    """Make a console on stdout with a width of at least ``least`` characters, for wide tables."""
     console = PlainConsole()
     console.width = max(console.width, WIDTH, least)
     return console
 
 
 def description_column(template: str = "{task.description}") -> TextColumn:
-    """Make a column of a progress bar whose text is not markup; descriptions go through ``printable``."""
+    """Make a column of a progress bar without markup; callers escape descriptions by :func:`printable`."""
     return TextColumn(template, markup=False)
 
 
 def track(items: Iterable[T], description: str, total: float, shown: bool = True) -> Iterable[T]:
-    """Yield the items, with a bar on stderr that is gone at the end.
+    """Iterate over items with a progress bar on stderr, which is removed at the end.
 
     Args:
-        items: What to go through.
-        description: Stands before the bar.
+        items: Items to iterate over.
+        description: Text before the bar.
         total: Number of items.
-        shown: Whether to show it, if stderr is a terminal.
+        shown: Whether to show the bar if stderr is a terminal.
     """
     console = PlainConsole(stderr=True)
     columns = (description_column(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -100,11 +102,11 @@ def track(items: Iterable[T], description: str, total: float, shown: bool = True
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Round to significant digits; "-" for what is not known."""
+    """Format a number with significant digits; "-" for None and NaN."""
     return "-" if value is None or value != value else f"{value:.{digits}g}"
 
 
 def human(number: float, unit: str) -> str:
-    """1234567, 'FLOP' -> '1.23 MFLOP'."""
+    """Format a number with an SI prefix: 1234567, 'FLOP' -> '1.23 MFLOP'."""
     power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
     return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}{unit}"
