@@ -1,7 +1,12 @@
 """Registries: constructors are schemas, mistakes get one sentence, plugins come by entry point."""
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -9,6 +14,7 @@ import pytest
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts import registry as module
+from diffaccel.parts.catalogue import CATALOGUE
 from diffaccel.parts.registry import Registry
 
 
@@ -323,9 +329,60 @@ def test_further_positional_arguments_are_no_key(solvers: Registry[Any]) -> None
     assert solvers.build({"name": "several", "scale": 3}) == ((), 3.0)
 
 
+def registered() -> dict[str, list[str]]:
+    """Registry -> names of diffaccel's own parts, by the decorators of its source."""
+    found: dict[str, list[str]] = {}
+    for file in Path(module.__file__).parents[1].rglob("*.py"):
+        for registry, name in re.findall(r"^@([A-Z]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
+            found.setdefault(registry, []).append(name)
+    return found
+
+
+FRESH = """\
+import importlib, json, os, sys
+import torch, lightning  # once, which takes seconds; nothing of diffaccel
+status = 0
+for place, names in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if os.fork() == 0:
+        module, registry = place.split(":")
+        found = getattr(importlib.import_module(module), registry)
+        for name in names:
+            found[name]  # the first lookup of this interpreter
+        assert set(found) == set(names), place
+        os._exit(0)
+    status |= os.wait()[1]
+sys.exit(bool(status))
+"""
+
+
+def test_built_in_parts_are_found_whatever_was_imported() -> None:
+    own = registered()
+    places = {place: sorted(own[place.partition(":")[2]]) for place in CATALOGUE.values()}
+    assert len(places) == len(own), "a registry is in no catalogue"
+    subprocess.run([sys.executable, "-c", FRESH, json.dumps(places)], check=True, timeout=300)
+
+
+def test_modules_of_built_in_parts_are_imported_by_the_first_lookup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_parts").mkdir()
+    for file in ("own_parts/__init__", "own_parts/one", "own_alone"):
+        (tmp_path / f"{file}.py").write_text("")
+    parts: Registry[Any] = Registry("solver", builtins=["own_parts", "own_alone"])
+    own = {"own_parts", "own_parts.one", "own_alone"}
+    assert not own & set(sys.modules)
+    assert "absent" not in parts
+    assert own <= set(sys.modules), "a package's modules too"
+    for name in own:
+        monkeypatch.delitem(sys.modules, name)
+    assert "absent" not in parts and not own & set(sys.modules), "once"
+
+
 def test_group_follows_the_kind() -> None:
     assert Registry("solver").group == "diffaccel.solvers"
-    assert Registry("process", group="diffaccel.processes").group == "diffaccel.run.processes"
+    assert Registry("process", group="diffaccel.processes").group == "diffaccel.processes"
 
 
 def test_suggestions() -> None:

@@ -124,7 +124,7 @@ class Source(ABC):
         """
 
 
-SOURCES: Registry[Source] = Registry("source")
+SOURCES: Registry[Source] = Registry("source", builtins=["diffaccel.data.arrays", "diffaccel.data.files"])
 
 
 def path_of(split: Split, path: str, test_path: str | None) -> str:

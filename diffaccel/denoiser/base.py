@@ -160,4 +160,4 @@ class GuidedDenoiser(ConditionedDenoiser):
         return Prediction(*(a + self.weight * (a - b) for a, b in zip(given, free, strict=True)))
 
 
-DENOISERS: Registry[Denoiser] = Registry("denoiser")
+DENOISERS: Registry[Denoiser] = Registry("denoiser", builtins=["diffaccel.denoiser", "diffaccel.pretrained.denoisers"])

@@ -24,7 +24,7 @@ class Levels(Protocol):
         ...
 
 
-LEVELS: Registry[Levels] = Registry("level")
+LEVELS: Registry[Levels] = Registry("level", builtins=["diffaccel.denoiser.levels"])
 
 
 @LEVELS.register("lognormal")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities")
+DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities", builtins=["diffaccel.density"])
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Extractor(nn.Module, ABC):
         """Extract features, (N, C, H, W) uint8 -> (N, dim) in the precision of the weights."""
 
 
-EXTRACTORS: Registry[Extractor] = Registry("extractor")
+EXTRACTORS: Registry[Extractor] = Registry("extractor", builtins=["diffaccel.features.extractors"])
 
 
 @EXTRACTORS.register("identity")

@@ -21,7 +21,7 @@ from diffaccel.training.ema import of_network
 from diffaccel.training.module import Phase, TrainedModule, Training
 from diffaccel.weights import tensors_sha256
 
-METHODS: Registry["Diffusion"] = Registry("method")
+METHODS: Registry["Diffusion"] = Registry("method", builtins=["diffaccel.methods"])
 
 
 def nearest(budgets: Collection[int], nfe: float) -> int:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-CRITICS: Registry["Critic"] = Registry("critic")
+CRITICS: Registry["Critic"] = Registry("critic", builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"])
 
 GROUP = 4  # samples that share a minibatch deviation, at most
 MAPPING_LAYERS, MAPPING_RATE = 8, 0.01

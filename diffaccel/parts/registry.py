@@ -7,10 +7,12 @@ annotations, their defaults are its defaults. Nothing is imported because a file
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar, cast
 
 from omegaconf import OmegaConf
@@ -33,6 +35,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         kind: What the parts are, for error messages.
         group: Entry-point group that adds to them; ``diffaccel.<kind>s`` if not given.
         nested: Parts of a part: key -> their registry, so that ``solver: {name: heun, grid: {name: karras}}`` is built.
+        builtins: Modules that register diffaccel's own parts, or packages of such modules; the first lookup imports
+            them, so that the registry is complete whatever was imported before.
 
     Example:
         >>> solvers = Registry("solver")
@@ -41,10 +45,15 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     """
 
     def __init__(
-        self, kind: str, group: str | None = None, nested: Mapping[str, "Registry[Any]"] | None = None
+        self,
+        kind: str,
+        group: str | None = None,
+        nested: Mapping[str, "Registry[Any]"] | None = None,
+        builtins: Collection[str] = (),
     ) -> None:
         self.kind, self.group, self.nested = kind, group or f"diffaccel.{kind}s", dict(nested or {})
         self._factories: dict[str, Callable[..., T]] = {}
+        self._modules = list(builtins)  # those still to be imported
         self._plugins_loaded = False
         self._installed: list[EntryPoint] | None = None
         self._origins: dict[str, str] = {}  # plugins by the names of their parts
@@ -66,8 +75,16 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
 
         return decorate
 
+    def _load_builtins(self) -> None:
+        """Import the modules of diffaccel's own parts, once; one of them may look up a part meanwhile."""
+        while self._modules:
+            name = self._modules.pop()
+            for module in iter_modules(getattr(import_module(name), "__path__", ()), f"{name}."):
+                import_module(module.name)
+
     def _load_plugins(self) -> None:
         """Add what installed packages bring, once; one that is broken is noted, and stops nothing else."""
+        self._load_builtins()
         if self._plugins_loaded:
             return
         self._plugins_loaded = True
@@ -113,6 +130,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             return []
 
     def __getitem__(self, name: str) -> Callable[..., T]:
+        if name not in self._factories:
+            self._load_builtins()
         if name not in self._factories:
             self._load_plugins()
         if name not in self._factories:

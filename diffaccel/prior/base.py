@@ -15,7 +15,7 @@ from diffaccel.parts.registry import Registry
 from diffaccel.process import expand
 from diffaccel.solver import Solver
 
-PRIORS: Registry["Prior"] = Registry("prior")
+PRIORS: Registry["Prior"] = Registry("prior", builtins=["diffaccel.prior"])
 
 Group = list[range]
 """Batches of image indices that one process makes one after the other: the rounds of a group of chains."""

@@ -14,7 +14,7 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import Count, at_least, positive
 from diffaccel.parts.registry import Registry
 
-POSTERIORS: Registry["LevelPosterior"] = Registry("posterior")
+POSTERIORS: Registry["LevelPosterior"] = Registry("posterior", builtins=["diffaccel.prior.posterior"])
 
 Update = Literal["argmax", "sample", "mean"]
 

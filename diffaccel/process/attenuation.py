@@ -15,7 +15,7 @@ from torch import Tensor
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
 
-ATTENUATIONS: Registry["Attenuation"] = Registry("attenuation")
+ATTENUATIONS: Registry["Attenuation"] = Registry("attenuation", builtins=["diffaccel.process.attenuation"])
 
 
 class Attenuation(ABC):

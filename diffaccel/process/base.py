@@ -117,4 +117,6 @@ class Process(ABC):
         return self.mean(prediction, s) + expand(remaining, prediction.eps) * prediction.eps, std
 
 
-PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS})
+PROCESSES: Registry[Process] = Registry(
+    "process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS}, builtins=["diffaccel.process"]
+)

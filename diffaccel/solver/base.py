@@ -20,7 +20,7 @@ from diffaccel.parts.registry import Registry
 from diffaccel.process import Prediction, Process, expand
 from diffaccel.solver.grid import GRIDS, Grid, Karras
 
-SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS})
+SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS}, builtins=["diffaccel.solver"])
 
 
 class Past(NamedTuple):

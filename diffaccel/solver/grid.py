@@ -16,7 +16,7 @@ from diffaccel.parts.checks import positive
 from diffaccel.parts.registry import Registry
 from diffaccel.process import DiscreteVariancePreserving, Process
 
-GRIDS: Registry["Grid"] = Registry("grid")
+GRIDS: Registry["Grid"] = Registry("grid", builtins=["diffaccel.solver.grid"])
 
 
 @dataclass(frozen=True)

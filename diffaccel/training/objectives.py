@@ -21,7 +21,9 @@ from diffaccel.process import expand
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.training.module import Phase
 
-OBJECTIVES: Registry["Objective"] = Registry("objective")
+OBJECTIVES: Registry["Objective"] = Registry(
+    "objective", builtins=["diffaccel.training.moment_matching", "diffaccel.training.objectives"]
+)
 
 Given = Callable[[Batch], Denoiser]
 """The frozen denoiser with a batch's labels bound."""

@@ -1,0 +1,38 @@
+"""All registries by the key of an experiment, or of a part, that names one of their parts; imported when needed."""
+
+from importlib import import_module
+from typing import Any, cast
+
+from diffaccel.errors import UsageError, suggest
+from diffaccel.parts.registry import Registry
+
+CATALOGUE = {
+    "method": "diffaccel.methods.base:METHODS",
+    "data": "diffaccel.data.source:SOURCES",
+    "process": "diffaccel.process.base:PROCESSES",
+    "attenuation": "diffaccel.process.attenuation:ATTENUATIONS",
+    "network": "diffaccel.nn.unet:NETWORKS",
+    "denoiser": "diffaccel.denoiser.base:DENOISERS",
+    "levels": "diffaccel.denoiser.levels:LEVELS",
+    "posterior": "diffaccel.prior.posterior:POSTERIORS",
+    "prior": "diffaccel.prior.base:PRIORS",
+    "density": "diffaccel.density.base:DENSITIES",
+    "solver": "diffaccel.solver.base:SOLVERS",
+    "grid": "diffaccel.solver.grid:GRIDS",
+    "critic": "diffaccel.nn.critic:CRITICS",
+    "objective": "diffaccel.training.objectives:OBJECTIVES",
+    "extractor": "diffaccel.features.extractors:EXTRACTORS",
+}
+"""Group -> ``module:name`` of its registry."""
+
+
+def registry_of(group: str) -> Registry[Any]:
+    """Return the registry of a group.
+
+    Raises:
+        UsageError: There is no such group.
+    """
+    if group not in CATALOGUE:
+        raise UsageError(f"no group of parts is called {group!r}{suggest(group, CATALOGUE)}")
+    module, _, name = CATALOGUE[group].partition(":")
+    return cast(Registry[Any], getattr(import_module(module), name))
