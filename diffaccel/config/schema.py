@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from diffaccel.methods.base import nearest
 from diffaccel.methods.small_t import Tradeoff
+from diffaccel.metrics.base import STANDARD
 from diffaccel.parts import overrides
 from diffaccel.parts.trees import merge
 from diffaccel.training.module import Training
@@ -81,6 +82,8 @@ class Config:
     """Statistics that images are compared with (npz, from ``diffaccel reference``)."""
     floor: str | None = None
     """Statistics of held-out real images, for the floor."""
+    metrics: list[Any] = field(default_factory=lambda: list(STANDARD))
+    """Metrics of a point: names, or mappings with a ``name`` and keys; ``frechet`` must be among them."""
     nfe: list[float] = field(default_factory=lambda: [10.0])
     """Budgets: most evaluations per image, one point each; null for an adaptive solver, which keeps to none."""
     n: int = 5000

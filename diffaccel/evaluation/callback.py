@@ -25,6 +25,7 @@ from diffaccel.evaluation.sampling import ImageKind, evaluations_per_image, prog
 from diffaccel.evaluation.scores import KEPT, Real, Scores, digests
 from diffaccel.features.extractors import Extractor
 from diffaccel.methods import Diffusion
+from diffaccel.metrics.base import STANDARD, Metric, build_metrics, measure
 from diffaccel.metrics.reference import Reference
 from diffaccel.prior import Group, Plan
 from diffaccel.prior.diagnostics import summarise
@@ -74,6 +75,7 @@ class Evaluator(L.Callback):
         keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
         keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
         likelihood: Measures bits per dimension beside each point, if asked for.
+        metrics: Metrics of a point; the standard ones if not given.
     """
 
     def __init__(
@@ -95,10 +97,12 @@ class Evaluator(L.Callback):
         keep_images: bool = False,
         likelihood: BitsPerDim | None = None,
         truncate: bool = False,
+        metrics: Sequence[Metric] | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.real = extractor, Real(reference, floor)
         self.out, self.provenance, self.settings = out, provenance, settings
+        self.metrics = build_metrics(STANDARD) if metrics is None else list(metrics)
         self.kind = ImageKind(discrete, truncate)
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
@@ -296,6 +300,8 @@ class Evaluator(L.Callback):
         settings, reference, floor = self.settings(budget), self.real.reference, self.real.floor
         ranks = max(trainer.world_size, 1 + max(scores.images_by_rank))  # a run of more processes may have begun it
         self.shown, self.features = scores.shown, scores.features
+        made = scores.made(self.extractor.metric_name)
+        measured = measure(self.metrics, made, self.real, in_training=self.identity is None)
         return {
             **self.provenance,
             "prior": settings["prior"]["name"],
@@ -320,8 +326,8 @@ class Evaluator(L.Callback):
             "seed": self.seed,
             "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
             "images_by_rank": [scores.images_by_rank[rank] for rank in range(ranks)],
-            "metrics": scores.metrics(self.extractor.metric_name, all_of_them=self.identity is not None),
-            "memorisation": self._memorisation(scores),
+            "metrics": measured.values,
+            **measured.details,
             "extractor": {"name": self.extractor.name, "sha256": self.extractor.sha256, "dim": self.extractor.dim},
             "reference": {
                 "name": reference.provenance["label"],
@@ -337,13 +343,6 @@ class Evaluator(L.Callback):
             "versions": versions(),
             "git": git_commit(),
         }
-
-    def _memorisation(self, scores: Scores) -> dict[str, Any] | None:
-        found = scores.memorisation() if self.identity is not None else None
-        if found is None:
-            return None
-        pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
-        return {"share": found.share, "threshold": found.threshold, "closest": [list(pair) for pair in pairs]}
 
     # What it leaves
 

@@ -15,6 +15,7 @@ from diffaccel.experiment.loading import (
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.methods import Diffusion
+from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.reference import Reference, check_same_data, load_reference
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
@@ -79,6 +80,7 @@ def build_evaluator(config: Config, method: Diffusion, measured: bool = True) ->
         keep_images=config.keep_images,
         likelihood=likelihood,
         truncate=config.truncate,
+        metrics=build_metrics(config.metrics),
         discrete=source.has_images(),
     )
 

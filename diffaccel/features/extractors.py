@@ -26,6 +26,11 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+def distance_key(extractor: str) -> str:
+    """Key of the Frechet distance in the features of an extractor of this name; ``fid`` is Inception's alone."""
+    return "fid" if extractor == "inception" else f"fd_{extractor}"
+
+
 class Extractor(nn.Module, ABC):
     """Images -> features, frozen: always in eval mode, without gradients, outside autocast.
 
@@ -41,8 +46,8 @@ class Extractor(nn.Module, ABC):
 
     @property
     def metric_name(self) -> str:
-        """Key of the Frechet distance in these features; ``fid`` is Inception's alone."""
-        return f"fd_{self.name}"
+        """Key of the Frechet distance in these features."""
+        return distance_key(self.name)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +124,7 @@ class Inception(Extractor):
     @property
     def metric_name(self) -> str:
         """``fid``."""
-        return "fid"
+        return distance_key("inception")
 
     def features(self, images: Tensor) -> Tensor:
         """Extract pool3 features; grey images are repeated to three channels."""

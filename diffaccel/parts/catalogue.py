@@ -22,6 +22,7 @@ CATALOGUE = {
     "critic": "diffaccel.nn.critic:CRITICS",
     "objective": "diffaccel.training.objectives:OBJECTIVES",
     "extractor": "diffaccel.features.extractors:EXTRACTORS",
+    "metric": "diffaccel.metrics.base:METRICS",
 }
 """Group -> ``module:name`` of its registry."""
 
