@@ -54,7 +54,8 @@ def open_ended(rate: float = 0.1, **rest: Any) -> tuple[float, dict[str, Any]]:
 def solvers() -> Registry[Any]:
     grids: Registry[Any] = Registry("grid")
     grids.register("karras")(Grid)
-    solvers: Registry[Any] = Registry("solver", nested={"grid": grids})
+    grids.base(Grid)
+    solvers: Registry[Any] = Registry("solver")
     solvers.register("heun")(Heun)
     solvers.register("churned")(Churned)
     solvers.register("network")(network)

@@ -160,4 +160,7 @@ class GuidedDenoiser(ConditionedDenoiser):
         return Prediction(*(a + self.weight * (a - b) for a, b in zip(given, free, strict=True)))
 
 
-DENOISERS: Registry[Denoiser] = Registry("denoiser", builtins=["diffaccel.denoiser", "diffaccel.pretrained.denoisers"])
+DENOISERS: Registry[Denoiser] = Registry(
+    "denoiser", builtins=["diffaccel.denoiser", "diffaccel.pretrained.denoisers"], context=["process", "network"]
+)
+DENOISERS.base(Denoiser)

@@ -25,6 +25,7 @@ class Levels(Protocol):
 
 
 LEVELS: Registry[Levels] = Registry("level", builtins=["diffaccel.denoiser.levels"])
+LEVELS.base(Levels)
 
 
 @LEVELS.register("lognormal")

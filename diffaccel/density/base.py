@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities", builtins=["diffaccel.density"])
+DENSITIES: Registry["Density"] = Registry(
+    "density", group="diffaccel.densities", builtins=["diffaccel.density"], context=["shape", "ratio"]
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class TrainingImages:
             yield index, torch.cat([images, images.flip(-1)]) if self.flip else images
 
 
+@DENSITIES.base
 class Density(nn.Module, ABC):
     """A law of y at the noise-to-data ratio ``ratio``, the same on every process.
 

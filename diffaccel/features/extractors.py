@@ -74,6 +74,7 @@ class Extractor(nn.Module, ABC):
 
 
 EXTRACTORS: Registry[Extractor] = Registry("extractor", builtins=["diffaccel.features.extractors"])
+EXTRACTORS.base(Extractor)
 
 
 @EXTRACTORS.register("identity")

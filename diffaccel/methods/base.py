@@ -21,7 +21,11 @@ from diffaccel.training.ema import of_network
 from diffaccel.training.module import Phase, TrainedModule, Training
 from diffaccel.weights import tensors_sha256
 
-METHODS: Registry["Diffusion"] = Registry("method", builtins=["diffaccel.methods"])
+METHODS: Registry["Diffusion"] = Registry(
+    "method",
+    builtins=["diffaccel.methods"],
+    context=["denoiser", "prior", "solver", "levels", "training", "shape", "seed"],
+)
 
 
 def nearest(budgets: Collection[int], nfe: float) -> int:
@@ -29,6 +33,7 @@ def nearest(budgets: Collection[int], nfe: float) -> int:
     return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
 
 
+@METHODS.base
 @METHODS.register("edm")
 @METHODS.register("edm_best")
 @METHODS.register("ddpm")

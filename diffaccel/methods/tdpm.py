@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class TruncatedDiffusion(Diffusion):
         training: Training,
         shape: tuple[int, int, int],
         seed: int = 0,
-        critic: dict[str, Any] = {"name": "stylegan2"},  # noqa: B006 (read only; a mapping, for YAML)
+        critic: Annotated[dict[str, Any], CRITICS] = {"name": "stylegan2"},  # noqa: B006 (read only; a mapping, for YAML)
         frozen: bool = False,
         generator_lr: float = 0.1,
         critic_lr: float = 12.5,
@@ -75,7 +75,7 @@ class TruncatedDiffusion(Diffusion):
         critic_since: int = 0,
         gamma: float = 0.01,
         r1_every: int = 16,
-        objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
+        objectives: Annotated[list[dict[str, Any]], OBJECTIVES] = [],  # noqa: B006 (read only; a list, for YAML)
     ) -> None:
         super().__init__(denoiser, prior, solver, levels, training, shape, seed)
         positive("method 'tdpm'", generator_lr=generator_lr, critic_lr=critic_lr)

@@ -83,6 +83,7 @@ def spread(rows: Tensor, m: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, m, dtype=torch.float64).round().long()]
 
 
+@METRICS.base
 class Metric(ABC):
     """A score of generated images; its constructor's parameters are its keys.
 

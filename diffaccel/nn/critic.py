@@ -22,7 +22,11 @@ from torch.nn import functional as F
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-CRITICS: Registry["Critic"] = Registry("critic", builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"])
+CRITICS: Registry["Critic"] = Registry(
+    "critic",
+    builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"],
+    context=["shape", "classes", "denoiser", "ratio"],
+)
 
 GROUP = 4  # samples that share a minibatch deviation, at most
 MAPPING_LAYERS, MAPPING_RATE = 8, 0.01
@@ -173,6 +177,7 @@ class CriticHead(nn.Module):
         return einsum(out, mapped, "b width, b width -> b") / math.sqrt(mapped.shape[1])
 
 
+@CRITICS.base
 class Critic(nn.Module, ABC):
     """Samples -> logits of being real, in the precision of the weights whatever autocast says.
 

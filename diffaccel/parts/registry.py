@@ -2,14 +2,20 @@
 
 A part's constructor is its schema: the keys that a YAML file may set are its parameters, their types are its
 annotations, their defaults are its defaults. Nothing is imported because a file says so: names are looked up.
+
+Annotations also say what else there is to know of a key:
+
+- ``Path`` or ``Path | None``: a path, relative to the file that sets it.
+- ``str``, ``str | None`` or ``Literal``: text, whatever it looks like on the command line.
+- The abstract class of a kind of parts (``Grid``): a part, which is built before its owner.
+- ``Annotated[dict[str, Any], SOLVERS]``: a part that its owner builds from the mapping; ``Annotated[list[...], ...]``:
+  several.
 """
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pkgutil import iter_modules
@@ -19,13 +25,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffaccel.errors import UsageError, suggest
-from diffaccel.parts.checks import check_annotated, conform, plain_type
+from diffaccel.parts.checks import check_annotated, conform
 from diffaccel.parts.overrides import as_plain, refuse_references
+from diffaccel.parts.schema import options, schema_of
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Base = TypeVar("Base")
+
+_REGISTRIES: dict[type, "Registry[Any]"] = {}
+"""Abstract class -> registry of its parts."""
 
 
 class Registry(Mapping[str, Callable[..., T]], Generic[T]):
@@ -34,7 +45,9 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     Args:
         kind: What the parts are, for error messages.
         group: Entry-point group that adds to them; ``diffaccel.<kind>s`` if not given.
-        nested: Parts of a part: key -> their registry, so that ``solver: {name: heun, grid: {name: karras}}`` is built.
+        context: Parameters that the program gives and no file sets: the process of a denoiser, say.
+        extra: Keys that a file may set besides the parameters, with their annotations; who builds the part takes them
+            out of its node.
         builtins: Modules that register diffaccel's own parts, or packages of such modules; the first lookup imports
             them, so that the registry is complete whatever was imported before.
 
@@ -48,10 +61,12 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         self,
         kind: str,
         group: str | None = None,
-        nested: Mapping[str, "Registry[Any]"] | None = None,
         builtins: Collection[str] = (),
+        context: Collection[str] = (),
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self.kind, self.group, self.nested = kind, group or f"diffaccel.{kind}s", dict(nested or {})
+        self.kind, self.group = kind, group or f"diffaccel.{kind}s"
+        self.context, self.extra = frozenset(context), dict(extra or {})
         self._factories: dict[str, Callable[..., T]] = {}
         self._modules = list(builtins)  # those still to be imported
         self._plugins_loaded = False
@@ -59,6 +74,11 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         self._origins: dict[str, str] = {}  # plugins by the names of their parts
         self._broken: dict[str, str] = {}  # plugins that bring nothing, and why
         self._said: set[str] = set()
+
+    def base(self, abstract: Base) -> Base:
+        """Decorate the abstract class of this kind: a parameter annotated with it is a part of this registry."""
+        _REGISTRIES[cast(type, abstract)] = self
+        return abstract
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
         """Decorate a class or function so that YAML files can name it.
@@ -140,7 +160,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return self._factories[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._factories or name in set(self)
+        self._load_builtins()
+        return isinstance(name, str) and (name in self._factories or name in set(self))
 
     def __iter__(self) -> Iterator[str]:
         self._load_plugins()
@@ -149,6 +170,12 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     def __len__(self) -> int:
         self._load_plugins()
         return len(self._factories)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a mapping's would import everything
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def keys_of(self, name: str) -> frozenset[str]:
         """Return the keys that a part of this name has, those of its own parts among them.
@@ -180,6 +207,55 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             what = "annotations don't evaluate" if eval_str else "constructor can't be inspected"
             raise UsageError(f"{self._where(name)}: its {what} ({printable(repr(error)):.200})") from None
 
+    def annotations(self, name: str) -> dict[str, Any]:
+        """Return the keys that a file may set of the part of this name, with their annotations.
+
+        Raises:
+            UsageError: An unknown name, or a part whose constructor can't be inspected.
+        """
+        parameters = self._parameters(name, eval_str=True).values()
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        own = {one.name: one.annotation for one in parameters if one.kind not in variadic}
+        return {key: annotation for key, annotation in own.items() if key not in self.context} | self.extra
+
+    def annotation(self, key: str, name: object = None) -> Any:
+        """Return the annotation of a key: of the part of this name, else of the first that has the key; None if none.
+
+        Args:
+            key: The key.
+            name: Name of the part; None, or one that is not known, if that is still open.
+        """
+        for one in [name] if name in self else [*self]:
+            with suppress(UsageError):
+                if key in (found := self.annotations(str(one))):
+                    return found[key]
+        return None
+
+    def parts_of(self, name: str) -> dict[str, "Registry[Any]"]:
+        """Return the parts of a part that are built before it: key -> registry; none if it can't be inspected."""
+        with suppress(UsageError):
+            found = {key: _built(annotation) for key, annotation in self.annotations(name).items()}
+            return {key: registry for key, registry in found.items() if registry is not None}
+        return {}
+
+    def normal(self, node: Any) -> Any:
+        """Return a part's node with a mapping for each part in it that is given by its name, at any depth."""
+        if isinstance(node, str):
+            return {"name": node}
+        if not isinstance(node, Mapping):
+            return node
+        whole = dict(node)
+        for key, value in node.items():
+            if (registry := part_of(self.annotation(key, node.get("name")))) is not None:
+                several = isinstance(value, list)
+                whole[key] = [registry.normal(one) for one in value] if several else registry.normal(value)
+        return whole
+
+    @property
+    def nested(self) -> dict[str, "Registry[Any]"]:
+        """Parts of all parts: key -> registry."""
+        return {key: registry for name in self for key, registry in self.parts_of(name).items()}
+
     def _where(self, name: str) -> str:
         """Name a part for messages, with the package that brings it."""
         origin = self._origins.get(name)
@@ -203,7 +279,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """
         parameters = inspect.signature(self[node["name"]]).parameters.values()
         whole = {one.name: one.default for one in parameters if one.default is not one.empty} | dict(node)
-        for key, registry in self.nested.items():
+        for key, registry in self.parts_of(node["name"]).items():
             if key in whole and not isinstance(whole[key], Mapping):
                 whole[key] = registry.node_of(whole[key])
             if isinstance(whole.get(key), Mapping) and "name" in whole[key]:
@@ -227,20 +303,21 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         Raises:
             UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
         """
-        node = {"name": node} if isinstance(node, str) else dict(node)
+        node = dict(self.normal(node))
         name = node.pop("name", None)
         if name is None:
             raise UsageError(f"{self.kind}: the key 'name' is missing{suggest('', self)}")
         factory, accepted = self[name], self._parameters(name)
-        for key, registry in self.nested.items():
-            if key in accepted and node.get(key, "") is None:
+        parts = {key: part for key, part in self.parts_of(name).items() if key not in context}
+        for key, registry in parts.items():
+            if node.get(key, "") is None:
                 del node[key]  # the default
-            if key in node and key in accepted:
+            if key in node:
                 context[key] = registry.build(registry.named(node.pop(key), accepted[key].default))
         self._say_ignored(name)
         where = self._where(name)
         parameters = self._parameters(name, eval_str=True)
-        schema = _schema(factory, parameters, frozenset(context) | frozenset(self.nested), where)
+        schema = schema_of(factory, parameters, frozenset(context) | frozenset(parts), where)
         for key in node:
             if key not in schema.__dataclass_fields__:
                 raise UsageError(f"{where} has no key {key!r}{self._remedy(str(key), schema.__dataclass_fields__)}")
@@ -257,10 +334,17 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None
         check_annotated(where, values, {key: parameter.annotation for key, parameter in parameters.items()})
-        return factory(**values, **{key: value for key, value in context.items() if key in accepted})
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        return factory(**values, **{key: value for key, value in context.items() if takes_all or key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
-        """Name a part that is given by its keys alone: that of the default, whose keys they are."""
+        """Name a part that is given by its keys alone: that of the default, whose keys they are.
+
+        Raises:
+            UsageError: It is neither a name nor a mapping.
+        """
+        if not isinstance(node, str | Mapping):
+            raise UsageError(f"{self.kind}={node!r}: give a name, or a mapping of keys to values")
         if isinstance(node, str) or "name" in node:
             return node
         names = [name for name, factory in self._factories.items() if factory is type(default)]
@@ -272,46 +356,22 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return f"; it is a key of {', '.join(others)}" if others else suggest(key, known)
 
 
+def part_of(annotation: Any) -> Registry[Any] | None:
+    """Return the registry of the part, or the parts, that a parameter of this annotation takes; None for a value."""
+    if (registry := _built(annotation)) is not None:
+        return registry
+    marks = (mark for one in options(annotation) for mark in getattr(one, "__metadata__", ()))
+    return next((mark for mark in marks if isinstance(mark, Registry)), None)
+
+
+def _built(annotation: Any) -> Registry[Any] | None:
+    """The registry of a parameter that takes a part itself, not its mapping."""
+    own = (_REGISTRIES.get(one) for one in options(annotation) if isinstance(one, type))
+    return next((registry for registry in own if registry is not None), None)
+
+
 def _origin(plugin: EntryPoint) -> str:
     """Where a plugin comes from, for messages."""
     package = getattr(getattr(plugin, "dist", None), "name", None)
     said = f"plugin {plugin.name!r} ({getattr(plugin, 'value', '?')})"
     return printable(f"{said} of package {package!r}" if package else said)
-
-
-def _schema(
-    factory: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], hidden: frozenset[str], where: str
-) -> Any:
-    """Make a dataclass of the parameters that a file may set.
-
-    Raises:
-        UsageError: A parameter that no key can be given to.
-    """
-    fields = []
-    for parameter in parameters.values():
-        if parameter.name in hidden or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise UsageError(f"{where}: its parameter {parameter.name!r} is positional only, so no key can set it")
-        default: Any = dataclasses.field(default=parameter.default)
-        if parameter.default is parameter.empty:
-            default = dataclasses.field(default="???")
-        elif isinstance(parameter.default, list | dict | tuple):
-            default = dataclasses.field(default_factory=partial(copy.copy, parameter.default))
-        elif (make := _default_factory(factory, parameter.name)) is not None:
-            default = dataclasses.field(default_factory=make)
-        annotation = Any if parameter.annotation is parameter.empty else plain_type(parameter.annotation)
-        fields.append((parameter.name, annotation, default))
-    try:
-        return dataclasses.make_dataclass("Part", fields)
-    except ValueError as error:
-        raise UsageError(f"{where}: its defaults make no schema ({printable(str(error))})") from None
-
-
-def _default_factory(factory: Callable[..., Any], name: str) -> Callable[[], Any] | None:
-    """What makes a dataclass field's default, which its signature doesn't show."""
-    if not dataclasses.is_dataclass(factory):
-        return None
-    makers = {field.name: field.default_factory for field in dataclasses.fields(factory)}
-    make = makers.get(name, dataclasses.MISSING)
-    return None if make is dataclasses.MISSING else make

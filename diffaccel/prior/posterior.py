@@ -1,6 +1,7 @@
 """p(level | y): how a Langevin-Gibbs chain finds the noise level of its state."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +15,12 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import Count, at_least, positive
 from diffaccel.parts.registry import Registry
 
-POSTERIORS: Registry["LevelPosterior"] = Registry("posterior", builtins=["diffaccel.prior.posterior"])
+POSTERIORS: Registry["LevelPosterior"] = Registry(
+    "posterior",
+    builtins=["diffaccel.prior.posterior"],
+    context=["denoiser", "shape"],
+    extra={"checkpoint": Path | None},
+)
 
 Update = Literal["argmax", "sample", "mean"]
 
@@ -34,6 +40,7 @@ def geometric_levels(count: int = 1000, ratio_min: float = 0.02, ratio_max: floa
     return ratio_min * (ratio_max / ratio_min) ** torch.linspace(1.0, 0.001, count, dtype=torch.float64)
 
 
+@POSTERIORS.base
 class LevelPosterior(nn.Module, ABC):
     """q(k | y) over K noise levels.
 

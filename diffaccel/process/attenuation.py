@@ -18,6 +18,7 @@ from diffaccel.parts.registry import Registry
 ATTENUATIONS: Registry["Attenuation"] = Registry("attenuation", builtins=["diffaccel.process.attenuation"])
 
 
+@ATTENUATIONS.base
 class Attenuation(ABC):
     """An attenuation rate h(t; phi).
 

@@ -19,6 +19,7 @@ from diffaccel.process import DiscreteVariancePreserving, Process
 GRIDS: Registry["Grid"] = Registry("grid", builtins=["diffaccel.solver.grid"])
 
 
+@GRIDS.base
 @dataclass(frozen=True)
 class Grid(ABC):
     """Levels between a start and the data.
