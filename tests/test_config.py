@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from diffaccel.config import EXPERIMENTS, Config, load, merge, parse_overrides, to_yaml
+from diffaccel.config import EXPERIMENTS, Config, load, parse_overrides, to_yaml
 from diffaccel.errors import UsageError
+from diffaccel.parts.trees import merge
 
 BASE = """\
 data: {name: toy, n: 100}

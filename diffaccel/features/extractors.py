@@ -112,7 +112,7 @@ class Inception(Extractor):
         https://github.com/toshas/torch-fidelity
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         # imported late: it takes seconds, which runs with another extractor needn't wait
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -135,9 +135,9 @@ class Inception(Extractor):
         return self.network(images)[0]
 
 
-def _inception_weights(path: str | None) -> bytes:
+def _inception_weights(path: Path | None) -> bytes:
     """Read the weights file, checked."""
-    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    file = path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if path is None and not file.is_file():
         _download_inception(file)
     if not file.is_file():
@@ -245,7 +245,7 @@ class Small(Extractor):
         UsageError: The file is missing or broken.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.network, self.metadata = load_classifier(path)
         self.network.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions

@@ -17,6 +17,7 @@ from diffaccel.errors import UsageError
 from diffaccel.methods.base import METHODS, Diffusion
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import positive
+from diffaccel.parts.schema import FILE
 from diffaccel.prior import DensityPrior, Prior
 from diffaccel.prior.density import full_precision
 from diffaccel.solver import Solver
@@ -218,7 +219,7 @@ class Tradeoff:
 
     T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     """Times of the experiment's process."""
-    densities: dict[float, str] = field(default_factory=dict)
+    densities: dict[float, str] = field(default_factory=dict, metadata=FILE)
     """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
     images: int = 512
     """Test images that the bound is taken of."""

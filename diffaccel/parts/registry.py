@@ -150,18 +150,18 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             return []
 
     def __getitem__(self, name: str) -> Callable[..., T]:
-        if name not in self._factories:
-            self._load_builtins()
-        if name not in self._factories:
-            self._load_plugins()
-        if name not in self._factories:
+        if name not in self:
             broken = "".join(f"; {origin}: {reason}" for origin, reason in self._broken.items())
             raise UsageError(f"no {self.kind} is called {name!r}{suggest(str(name), self._factories)}{broken}")
         return self._factories[name]
 
     def __contains__(self, name: object) -> bool:
-        self._load_builtins()
-        return isinstance(name, str) and (name in self._factories or name in set(self))
+        if not isinstance(name, str):  # a file may hold anything
+            return False
+        for load in (self._load_builtins, self._load_plugins):
+            if name not in self._factories:
+                load()
+        return name in self._factories
 
     def __iter__(self) -> Iterator[str]:
         self._load_plugins()
@@ -225,11 +225,20 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             key: The key.
             name: Name of the part; None, or one that is not known, if that is still open.
         """
-        for one in [name] if name in self else [*self]:
+        for one in self._candidates(name):
             with suppress(UsageError):
-                if key in (found := self.annotations(str(one))):
+                if key in (found := self.annotations(one)):
                     return found[key]
         return None
+
+    def _candidates(self, name: object) -> Iterator[str]:
+        """The name if it is a part's; else all names, those of plugins last, which are imported only then."""
+        if isinstance(name, str) and name in self:
+            yield name
+            return
+        self._load_builtins()
+        yield from list(self._factories)
+        yield from self
 
     def parts_of(self, name: str) -> dict[str, "Registry[Any]"]:
         """Return the parts of a part that are built before it: key -> registry; none if it can't be inspected."""
@@ -246,6 +255,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             return node
         whole = dict(node)
         for key, value in node.items():
+            if key == "name" or not isinstance(value, str | Mapping | list):
+                continue
             if (registry := part_of(self.annotation(key, node.get("name")))) is not None:
                 several = isinstance(value, list)
                 whole[key] = [registry.normal(one) for one in value] if several else registry.normal(value)
@@ -303,6 +314,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         Raises:
             UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
         """
+        if not isinstance(node, str | Mapping):
+            raise UsageError(f"{self.kind}={node!r}: give a name, or a mapping of keys to values")
         node = dict(self.normal(node))
         name = node.pop("name", None)
         if name is None:
@@ -338,14 +351,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return factory(**values, **{key: value for key, value in context.items() if takes_all or key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
-        """Name a part that is given by its keys alone: that of the default, whose keys they are.
-
-        Raises:
-            UsageError: It is neither a name nor a mapping.
-        """
-        if not isinstance(node, str | Mapping):
-            raise UsageError(f"{self.kind}={node!r}: give a name, or a mapping of keys to values")
-        if isinstance(node, str) or "name" in node:
+        """Name a part that is given by its keys alone: that of the default, whose keys they are."""
+        if not isinstance(node, Mapping) or "name" in node:
             return node
         names = [name for name, factory in self._factories.items() if factory is type(default)]
         return {"name": names[0], **node} if names else node

@@ -13,6 +13,11 @@ from diffaccel.errors import UsageError
 from diffaccel.parts.checks import plain_type
 from diffaccel.text.escape import printable
 
+FILE = {"path": "file"}
+"""Metadata of a dataclass's field that holds a path, or a mapping to paths, relative to the file that sets it."""
+PLACE = {"path": "place"}
+"""Metadata of one that holds a path relative to the working directory."""
+
 
 def options(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the annotation alone."""
