@@ -11,6 +11,7 @@ from diffaccel.errors import UsageError
 from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import FILE, is_path, is_text, options
+from diffaccel.parts.trees import merge
 
 
 def holds_path(key: str) -> bool:
@@ -54,10 +55,17 @@ def name_parts(tree: dict[str, Any]) -> None:
         nodes[key] = registry_of(key).normal(nodes[key])
 
 
-def map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
-    """Replace each path of a tree that is relative to its file, in place; those of parts' parts among them."""
+def map_paths(tree: dict[str, Any], change: Callable[[str], str], below: Mapping[str, Any] | None = None) -> None:
+    """Replace each path of a tree that is relative to its file, in place; those of parts' parts among them.
+
+    Args:
+        tree: The tree.
+        change: Gives the new path.
+        below: What the tree will be laid over, which names the parts whose names the tree leaves out.
+    """
     for nodes, key, _ in _parts(tree):
-        _map_part(registry_of(key), nodes[key], change)
+        whole = merge({key: (below or {}).get(key)}, {key: tree.get(key, {})} if nodes is not tree else {})
+        _map_part(registry_of(key), nodes[key], change, merge(whole, {key: nodes[key]})[key])
     _map_fields(Config, tree, change)
 
 
@@ -99,16 +107,18 @@ def _check_part(registry: Registry[Any], node: Any, where: str) -> None:
                 _check_part(inner, one, f"{where}.{key}")
 
 
-def _map_part(registry: Registry[Any], node: Any, change: Callable[[str], str]) -> None:
+def _map_part(registry: Registry[Any], node: Any, change: Callable[[str], str], whole: Any) -> None:
     for key, value in node.items() if isinstance(node, dict) else ():
         if key == "name" or not isinstance(value, str | dict | list):
             continue
-        annotation = registry.annotation(key, node.get("name"))
+        annotation = registry.annotation(key, whole.get("name"))
         if isinstance(value, str) and is_path(annotation):
             node[key] = change(value)
-        elif (inner := part_of(annotation)) is not None:
-            for one in value if isinstance(value, list) else [value]:
-                _map_part(inner, one, change)
+        elif (inner := part_of(annotation)) is not None and isinstance(value, list):
+            for one in value:
+                _map_part(inner, one, change, one)
+        elif inner is not None:
+            _map_part(inner, value, change, whole[key])
 
 
 def _map_fields(schema: Any, tree: Any, change: Callable[[str], str]) -> None:

@@ -154,15 +154,21 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
     name_parts(own)
     refuse_references(own, file, given)
     base = own.pop("base", None)
-    map_paths(own, lambda path: os.path.normpath(file.parent / Path(path).expanduser()))
+
+    def resolve(path: str) -> str:
+        return os.path.normpath(file.parent / Path(path).expanduser())
+
     if base is None:
+        map_paths(own, resolve)
         return own
     parent = file.parent / str(base)
     if not parent.is_file():
         raise UsageError(f"{file}: its base {parent} does not exist")
     if parent.resolve() in above or parent.samefile(file):
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
-    return merge(read(parent, (*above, file.resolve()), given), own)
+    below = read(parent, (*above, file.resolve()), given)
+    map_paths(own, resolve, below)
+    return merge(below, own)
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
