@@ -59,7 +59,13 @@ class MixtureDenoiser(Denoiser):
 
 @DENOISERS.register("mixture")
 def mixture(process: Process, means: list[list[float]], std: float, weights: list[float]) -> MixtureDenoiser:
-    """Exact denoiser of 2-D toy points, (2, 1, 1) each: means (K, 2), one standard deviation, weights (K,).
+    """Exact denoiser of 2-D toy points, (2, 1, 1) each, from a mixture of K Gaussians.
+
+    Args:
+        process: Forward process.
+        means: Means of the Gaussians, (K, 2).
+        std: Standard deviation of each.
+        weights: Their weights, (K,), positive; they need not sum to 1.
 
     Raises:
         UsageError: No means, a mean without two coordinates, or weights that are not positive or not one per mean.

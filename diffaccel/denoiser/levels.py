@@ -33,6 +33,10 @@ LEVELS.base(Levels)
 class LogNormal:
     """ln(rho) ~ N(mean, std^2), cut to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
 
+    Attributes:
+        mean: Mean of ln(rho).
+        std: Standard deviation of ln(rho).
+
     Raises:
         UsageError: std is not positive.
     """

@@ -26,6 +26,26 @@ CATALOGUE = {
 }
 """Group -> ``module:name`` of its registry."""
 
+DESCRIPTIONS = {
+    "method": "published methods: how parts are trained and put together",
+    "data": "sources of images",
+    "process": "forward processes",
+    "attenuation": "how the decoupled process attenuates images",
+    "network": "networks of denoisers and generators",
+    "denoiser": "preconditionings of a network, and exact denoisers",
+    "levels": "distributions of the noise levels that training draws",
+    "posterior": "estimates of the noise level of a state, for chains",
+    "prior": "distributions of the states that sampling starts from",
+    "density": "tractable densities of noisy images, for the prior `density`",
+    "solver": "reverse integrators",
+    "grid": "spacings of the noise levels of a solver",
+    "critic": "critics that train implicit priors",
+    "objective": "further objectives of implicit priors",
+    "extractor": "feature networks that score images",
+    "metric": "metrics of a point",
+}
+"""Group -> what its parts are."""
+
 
 def registry_of(group: str) -> Registry[Any]:
     """Return the registry of a group.

@@ -267,6 +267,18 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """Parts of all parts: key -> registry."""
         return {key: registry for name in self for key, registry in self.parts_of(name).items()}
 
+    def plugin_of(self, name: str) -> str | None:
+        """Return the plugin, with its package, that brings the part of this name; None for one of diffaccel's own."""
+        return self._origins.get(name)
+
+    def schema(self, name: str) -> Any:
+        """Return a dataclass whose fields are the keys of a part, with their types and defaults.
+
+        Raises:
+            UsageError: An unknown name, or a part whose constructor makes no schema.
+        """
+        return schema_of(self[name], self._parameters(name, eval_str=True), self.context, self._where(name))
+
     def _where(self, name: str) -> str:
         """Name a part for messages, with the package that brings it."""
         origin = self._origins.get(name)

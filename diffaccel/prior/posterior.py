@@ -128,14 +128,29 @@ def classifier(
     width: Count = 32,
     normalise: bool = True,
 ) -> ClassifierPosterior:
-    """Build a noise classifier over ``count`` geometric levels (see :class:`NoiseLevelClassifier`)."""
+    """Build a noise classifier over geometric levels (see :class:`NoiseLevelClassifier`).
+
+    Args:
+        shape: Image shape (C, H, W).
+        count: Number of levels.
+        ratio_min: Lowest level, a noise-to-data ratio.
+        ratio_max: Highest level.
+        width: Channels of the first convolution; doubled by each next one.
+        normalise: Whether a state is divided by its root mean square, and the logarithm of that added as a channel.
+    """
     network = NoiseLevelClassifier(shape, count, width, normalise)
     return ClassifierPosterior(network, geometric_levels(count, ratio_min, ratio_max))
 
 
 @POSTERIORS.register("exact")
 def exact(denoiser: Denoiser, count: Count = 1000, ratio_min: float = 0.02, ratio_max: float = 100.0) -> ExactPosterior:
-    """Build the exact posterior of an exact denoiser.
+    """Build the exact posterior of an exact denoiser over geometric levels.
+
+    Args:
+        denoiser: Exact denoiser.
+        count: Number of levels.
+        ratio_min: Lowest level, a noise-to-data ratio.
+        ratio_max: Highest level.
 
     Raises:
         UsageError: The denoiser is a network.

@@ -62,6 +62,9 @@ class Grid(ABC):
 class Karras(Grid):
     """Uniform in ratio^(1 / rho).
 
+    Attributes:
+        rho: Exponent; larger values put more levels near the data.
+
     Raises:
         UsageError: rho lies outside [0.1, 1000].
 
