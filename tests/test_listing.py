@@ -2,15 +2,20 @@
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diffaccel.__main__ import main
 from diffaccel.errors import UsageError
+from diffaccel.metrics import Moments
+from diffaccel.metrics.base import METRICS, Made, Real, build_metrics
+from diffaccel.metrics.reference import Reference
 from diffaccel.parts.catalogue import CATALOGUE, DESCRIPTIONS, registry_of
 from diffaccel.parts.docstrings import documented_keys, entries, first_line, first_paragraph, references
 from diffaccel.solver import SOLVERS, Grid, Solver
@@ -141,3 +146,21 @@ def test_groups_are_listed_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
     with pytest.raises(UsageError):
         list_parts("none")
+
+
+def test_the_readme_names_the_entry_points_of_every_group():
+    page = (Path(__file__).parent.parent / "README.md").read_text()
+    assert {group for group in CATALOGUE if registry_of(group).group not in page} == set()
+
+
+def test_the_readmes_metric_is_one():
+    page = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(from diffaccel.metrics.*?)^```", page, re.M | re.S)
+    try:
+        exec(code, {"__name__": "readme"})
+        (metric,) = build_metrics(["frechet", "my_metric"])[1:]
+        made = Made(2, torch.tensor([[1.0], [3.0]]), None, "fd")  # type: ignore[arg-type]
+        real = Real(Reference(Moments(2, torch.zeros(1), torch.eye(1)), torch.ones(3, 1).half(), {}), None)
+        assert metric(made, real) == {"my_metric": 1.0}
+    finally:
+        METRICS._factories.pop("my_metric", None)
