@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts import registry as module
 from diffaccel.parts.catalogue import CATALOGUE
-from diffaccel.parts.registry import Registry
+from diffaccel.parts.registry import Registry, part_of
+from diffaccel.parts.schema import is_path, is_text
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,33 @@ def test_context_is_given_and_hidden(solvers: Registry[Any]) -> None:
     assert solvers.build({"name": "heun"}, shape=(3, 8, 8)) == Heun()
     with pytest.raises(UsageError, match="solver 'network' has no key 'shape'"):
         solvers.build({"name": "network", "shape": [1, 2, 3]}, shape=(3, 8, 8))
+
+
+def test_a_constructor_that_passes_the_rest_on_gets_the_whole_context() -> None:
+    """So that a subclass needn't repeat what its base is given; no file can set what is context."""
+    parts: Registry[Any] = Registry("method", context=["shape", "seed"])
+    parts.register("open_ended")(open_ended)
+    assert parts.build({"name": "open_ended", "rate": 1}, shape=(1, 2, 2), seed=3) == (
+        1.0,
+        {"shape": (1, 2, 2), "seed": 3},
+    )
+    assert parts.keys_of("open_ended") == set(parts.annotations("open_ended")) == {"rate"}
+    parts.register("network")(network)
+    assert set(parts.annotations("network")) == {"widths", "depth"}
+    with pytest.raises(UsageError, match="method 'open_ended' has no key 'seed'"):
+        parts.build({"name": "open_ended", "seed": 1}, shape=(1, 2, 2), seed=3)
+
+
+def test_annotations_say_what_is_a_path_a_text_and_a_part(solvers: Registry[Any]) -> None:
+    assert is_path(Path) and is_path(Path | None) and not is_path(str) and not is_path(None)
+    assert is_text(str) and is_text(str | None) and is_text(Literal["a", "b"]) and not is_text(Literal[1])
+    assert not any(map(is_text, (Path, float, None, list[str], str | float)))
+    grids = solvers.parts_of("heun")["grid"]
+    assert part_of(Grid) is part_of(Grid | None) is grids and part_of(float) is part_of(None) is None
+    assert part_of(Annotated[dict[str, Any], solvers] | None) is solvers
+    assert solvers.annotation("grid") is Grid and solvers.annotation("clip", "churned") == float | None
+    assert solvers.annotation("clip", "heun") is None, "another part's"
+    assert solvers.annotation("clip", "absent") == float | None, "of any part"
 
 
 def test_mutable_defaults_are_not_shared(solvers: Registry[Any]) -> None:

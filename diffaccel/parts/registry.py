@@ -35,6 +35,9 @@ T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Base = TypeVar("Base")
 
+VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+"""Kinds of parameters that are no keys."""
+
 _REGISTRIES: dict[type, "Registry[Any]"] = {}
 """Abstract class -> registry of its parts."""
 
@@ -183,7 +186,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         Raises:
             UsageError: An unknown name, or a part whose constructor can't be inspected.
         """
-        return frozenset(self._parameters(name))
+        return frozenset(key for key, one in self._parameters(name).items() if one.kind not in VARIADIC)
 
     def known_keys(self) -> frozenset[str]:
         """Return the keys of all parts; one whose constructor can't be inspected has none."""
@@ -214,8 +217,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             UsageError: An unknown name, or a part whose constructor can't be inspected.
         """
         parameters = self._parameters(name, eval_str=True).values()
-        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        own = {one.name: one.annotation for one in parameters if one.kind not in variadic}
+        own = {one.name: one.annotation for one in parameters if one.kind not in VARIADIC}
         return {key: annotation for key, annotation in own.items() if key not in self.context} | self.extra
 
     def annotation(self, key: str, name: object = None) -> Any:
@@ -321,7 +323,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
 
         Args:
             node: ``{"name": ..., key: value, ...}``, plain values as a YAML file holds them; or a name alone.
-            context: Arguments that no file can give (the process of a denoiser, say); their names are no YAML keys.
+            context: Arguments that no file can give (the process of a denoiser, say); their names are no YAML keys. A
+                constructor gets those that it has parameters for, one with ``**`` all of them.
 
         Raises:
             UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
