@@ -25,6 +25,8 @@ diffaccel: which way of sampling in few steps is best, on your data, at your bud
   diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC says what it is
   diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
   diffaccel reference EXPERIMENT                    write statistics of the data, which bench compares with
+  diffaccel list GROUP                              list the parts of a group (solver, prior ...); alone, the groups
+  diffaccel explain GROUP NAME                      a part's keys, defaults and sources (explain solver heun)
 
 EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
 (`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
@@ -134,8 +136,27 @@ def convert(words: list[str]) -> None:
     convert(words)
 
 
-PATH_VERBS: dict[str, Callable[[list[str]], None]] = {"compare": compare, "convert": convert}
-"""Commands on files and folders instead of an experiment."""
+def list_parts(words: list[str]) -> None:
+    """Print the groups of parts, or the parts of one."""
+    from diffaccel.verbs.listing import show_list
+
+    show_list(words)
+
+
+def explain(words: list[str]) -> None:
+    """Print what a part is, its keys and its references."""
+    from diffaccel.verbs.listing import show_explanation
+
+    show_explanation(words)
+
+
+PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
+    "compare": compare,
+    "convert": convert,
+    "list": list_parts,
+    "explain": explain,
+}
+"""Commands that take no experiment."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffaccel.features.fitting import fit_extractor
 from diffaccel.methods import METHODS
 from diffaccel.nn import NETWORKS
 from diffaccel.nn.critic import CRITICS
+from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.overrides import ALIASES, one_experiment, paths_and_options
 from diffaccel.parts.registry import Registry
 from diffaccel.prior import PRIORS
@@ -33,7 +34,7 @@ from diffaccel.solver import GRIDS, SOLVERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert")
+VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "list", "explain")
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 
@@ -91,6 +92,14 @@ def my_solver() -> Iterator[None]:
     SOLVERS._factories.pop("my_solver")
 
 
+def check_named(verb: str, words: Sequence[str]) -> None:
+    """Check that ``list`` and ``explain`` are given groups and parts that exist, or the words for them in general."""
+    group, *name = words
+    assert len(name) == (verb == "explain")
+    if group != "GROUP":
+        assert all(one in registry_of(group) for one in name)
+
+
 def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solver: None):
     built = set()
     seen = {words[:2] for words in commands}
@@ -101,6 +110,9 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if verb in ("compare", "convert"):
             paths, _ = paths_and_options(words, ["out", "reference", *pretrained.OPTIONS], verb, ["inspect", "again"])
             assert paths, words
+            continue
+        if verb in ("list", "explain"):
+            check_named(verb, words)
             continue
         config = load(*one_experiment(words, KEYS, FLAGS))
         if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
@@ -209,7 +221,9 @@ def test_commands_in_messages_are_the_programs():
         for command in re.findall(r"`diffaccel ([^`]*)`", text):
             verb, *words = shlex.split(command.replace("{}", "digits/edm").replace("EXPERIMENT", "digits/edm"))
             assert verb in (*VERBS, "help", "VERB"), (where, command)
-            if words and verb in VERBS and verb not in ("compare", "convert"):
+            if verb in ("list", "explain"):
+                check_named(verb, words)
+            elif words and verb in VERBS and verb not in ("compare", "convert"):
                 load(*one_experiment(words, KEYS, FLAGS))
 
 

@@ -1,13 +1,17 @@
 """Configuration: what lies over what, where paths point, and that every mistake is one sentence."""
 
 import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 
 from diffaccel.config import EXPERIMENTS, Config, load, parse_overrides, to_yaml
+from diffaccel.data import SOURCES, ArrayImages, Source
 from diffaccel.errors import UsageError
 from diffaccel.parts.trees import merge
+from diffaccel.solver import SOLVERS, Grid, Karras, LogSNR, Solver
 
 BASE = """\
 data: {name: toy, n: 100}
@@ -117,6 +121,67 @@ def test_names_under_experiments_are_found():
     assert load(None, ["method=edm", "data=toy"]) == by_name
     assert load(None, ["method=edm", "data=toy", "data.n=7"]).data == {**by_name.data, "n": 7}
     assert load(None, ["--data=toy", "--method=edm", "--nfe=5"]).nfe == [5.0], "hyphens are ignored"
+
+
+# Keys of parts that others bring: their annotations say what they hold
+
+
+class Shelf(Source):
+    """A source with keys of its own names; ``path`` is no path here."""
+
+    def __init__(self, place: Path, title: str = "", path: str = "", spare: Path | None = None) -> None:
+        self.place, self.title, self.path, self.spare, self.label = place, title, path, spare, title
+
+    def split(self, name: str) -> ArrayImages:  # type: ignore[override]
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Twice(Solver):
+    """A solver that holds solvers: one that it builds itself, several of them, and a grid that is built for it."""
+
+    first: Annotated[dict[str, Any], SOLVERS] = field(default_factory=lambda: {"name": "heun"})
+    rest: Annotated[list[Any], SOLVERS] = field(default_factory=list)
+    second: Grid = Karras()
+
+    def step(self, denoiser: Any, x_t: Any, t: Any, s: Any, trajectory: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_a_key_annotated_as_a_path_is_one_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SOURCES._factories, "shelf", Shelf)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("data: {name: shelf, place: a/b}\nshape: [2, 1, 1]\nmethod: edm\n")
+    own = "base: ../base.yaml\ndata: {path: as/is, spare: c}\nsolver: euler\n"  # the name is the base's
+    (tmp_path / "sub" / "own.yaml").write_text(own)
+    data = load(str(tmp_path / "sub" / "own.yaml"), ["data.title=1e3"]).data
+    assert data["place"] == str(tmp_path / "a" / "b") and data["spare"] == str(tmp_path / "sub" / "c")
+    assert (data["path"], data["title"]) == ("as/is", "1e3")
+    config = load(str(tmp_path / "sub" / "own.yaml"), ["data.place=007", "data.spare=null"])
+    assert (config.data["place"], config.data["spare"]) == ("007", None), "a path is text, relative to here"
+    assert SOURCES.build({**data, "place": "x"}).place == Path("x")  # type: ignore[attr-defined]
+    written = parse_overrides(["data=shelf", f"data.place={tmp_path}/p"])["data"]
+    assert written == {"name": "shelf", "place": f"{tmp_path}/p"}
+
+
+def test_a_key_annotated_as_a_part_is_one_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SOLVERS._factories, "twice", Twice)
+    (tmp_path / "a.yaml").write_text(
+        "method: edm\nshape: [2, 1, 1]\ndata: toy\nsolver: {name: twice, first: euler, rest: [heun, {name: ddim}]}\n"
+    )
+    solver = load(str(tmp_path / "a.yaml"), ["solver.second=log_snr", "solver.first.grid=log_snr"]).solver
+    assert solver == {
+        "name": "twice",
+        "first": {"name": "euler", "grid": {"name": "log_snr"}},
+        "rest": [{"name": "heun"}, {"name": "ddim"}],
+        "second": {"name": "log_snr"},
+    }
+    built = SOLVERS.build(solver)
+    assert isinstance(built, Twice) and built.second == LogSNR() and built.first == solver["first"]
+    assert load(str(tmp_path / "a.yaml"), ["solver.first=heun"]).solver["first"] == {"name": "heun"}
+    for word in ("solver.first=3", "solver.rest=[3]", "solver.second={name: 3}"):
+        with pytest.raises(UsageError, match=rf"^solver\.{word[7:12]}\w*"):
+            load(str(tmp_path / "a.yaml"), [word])
 
 
 # The command line's words

@@ -27,7 +27,9 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator, Real
 from diffaccel.evaluation.callback import EvaluationCallback
 from diffaccel.features.extractors import Identity, Inception
+from diffaccel.metrics.base import METRICS
 from diffaccel.metrics.reference import load_reference
+from diffaccel.parts.registry import Registry
 from diffaccel.prior import ExactPosterior, LangevinGibbsPrior, Plan
 from diffaccel.report import read_points
 from diffaccel.run import launch
@@ -146,6 +148,43 @@ def test_overspending_is_an_error(tmp_path: Path):
     with pytest.raises(UsageError, match=r"nfe=10 was overspent: 11 evaluations"):
         measure(tmp_path, "toy/edm", steps=11)
     assert not (tmp_path / "points.jsonl").exists()
+
+
+MINE = """\
+from diffaccel.metrics.base import Metric
+
+class Mine(Metric):
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def __call__(self, made, real):
+        return {"mine": self.scale * made.n}
+"""
+
+
+def test_a_metric_of_a_plugin_package_is_computed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "mine-1.0.dist-info").mkdir()
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    (tmp_path / "mine-1.0.dist-info" / "entry_points.txt").write_text("[diffaccel.metrics]\nmine = mine:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in Registry("metric", builtins=["diffaccel.metrics.standard"]).__dict__.items():
+        monkeypatch.setattr(METRICS, name, {**METRICS._factories} if name == "_factories" else value)
+
+    def bench(*words: str) -> list[dict[str, Any]]:
+        assert main(["bench", "toy/edm", "nfe=4", *QUICK, f"out={tmp_path / 'out'}", *words]) == 0
+        return read_points(tmp_path / "out" / "points.jsonl")
+
+    standard = bench()[0]
+    assert "mine" not in standard["metrics"]
+    for _ in range(2):  # the second finds the first's
+        points = bench("metrics=[frechet, {name: mine, scale: 2}]")
+        assert len(points) == 2
+    assert points[1]["metrics"] == {
+        **{key: value for key, value in standard["metrics"].items() if key.startswith("fd_")}, "mine": 120,
+    }  # fmt: skip
+    assert points[1]["key"] != standard["key"] and points[1]["images_sha256"] == standard["images_sha256"]
+    assert "memorisation" in standard and "memorisation" not in points[1]
 
 
 # What a point's images depend on

@@ -1,15 +1,22 @@
 """Registries: constructors are schemas, mistakes get one sentence, plugins come by entry point."""
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts import registry as module
-from diffaccel.parts.registry import Registry
+from diffaccel.parts.catalogue import CATALOGUE
+from diffaccel.parts.registry import Registry, part_of
+from diffaccel.parts.schema import is_path, is_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ def open_ended(rate: float = 0.1, **rest: Any) -> tuple[float, dict[str, Any]]:
 def solvers() -> Registry[Any]:
     grids: Registry[Any] = Registry("grid")
     grids.register("karras")(Grid)
-    solvers: Registry[Any] = Registry("solver", nested={"grid": grids})
+    grids.base(Grid)
+    solvers: Registry[Any] = Registry("solver")
     solvers.register("heun")(Heun)
     solvers.register("churned")(Churned)
     solvers.register("network")(network)
@@ -85,6 +93,33 @@ def test_context_is_given_and_hidden(solvers: Registry[Any]) -> None:
     assert solvers.build({"name": "heun"}, shape=(3, 8, 8)) == Heun()
     with pytest.raises(UsageError, match="solver 'network' has no key 'shape'"):
         solvers.build({"name": "network", "shape": [1, 2, 3]}, shape=(3, 8, 8))
+
+
+def test_a_constructor_that_passes_the_rest_on_gets_the_whole_context() -> None:
+    """So that a subclass needn't repeat what its base is given; no file can set what is context."""
+    parts: Registry[Any] = Registry("method", context=["shape", "seed"])
+    parts.register("open_ended")(open_ended)
+    assert parts.build({"name": "open_ended", "rate": 1}, shape=(1, 2, 2), seed=3) == (
+        1.0,
+        {"shape": (1, 2, 2), "seed": 3},
+    )
+    assert parts.keys_of("open_ended") == set(parts.annotations("open_ended")) == {"rate"}
+    parts.register("network")(network)
+    assert set(parts.annotations("network")) == {"widths", "depth"}
+    with pytest.raises(UsageError, match="method 'open_ended' has no key 'seed'"):
+        parts.build({"name": "open_ended", "seed": 1}, shape=(1, 2, 2), seed=3)
+
+
+def test_annotations_say_what_is_a_path_a_text_and_a_part(solvers: Registry[Any]) -> None:
+    assert is_path(Path) and is_path(Path | None) and not is_path(str) and not is_path(None)
+    assert is_text(str) and is_text(str | None) and is_text(Literal["a", "b"]) and not is_text(Literal[1])
+    assert not any(map(is_text, (Path, float, None, list[str], str | float)))
+    grids = solvers.parts_of("heun")["grid"]
+    assert part_of(Grid) is part_of(Grid | None) is grids and part_of(float) is part_of(None) is None
+    assert part_of(Annotated[dict[str, Any], solvers] | None) is solvers
+    assert solvers.annotation("grid") is Grid and solvers.annotation("clip", "churned") == float | None
+    assert solvers.annotation("clip", "heun") is None, "another part's"
+    assert solvers.annotation("clip", "absent") == float | None, "of any part"
 
 
 def test_mutable_defaults_are_not_shared(solvers: Registry[Any]) -> None:
@@ -323,9 +358,60 @@ def test_further_positional_arguments_are_no_key(solvers: Registry[Any]) -> None
     assert solvers.build({"name": "several", "scale": 3}) == ((), 3.0)
 
 
+def registered() -> dict[str, list[str]]:
+    """Registry -> names of diffaccel's own parts, by the decorators of its source."""
+    found: dict[str, list[str]] = {}
+    for file in Path(module.__file__).parents[1].rglob("*.py"):
+        for registry, name in re.findall(r"^@([A-Z]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
+            found.setdefault(registry, []).append(name)
+    return found
+
+
+FRESH = """\
+import importlib, json, os, sys
+import torch, lightning  # once, which takes seconds; nothing of diffaccel
+status = 0
+for place, names in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if os.fork() == 0:
+        module, registry = place.split(":")
+        found = getattr(importlib.import_module(module), registry)
+        for name in names:
+            found[name]  # the first lookup of this interpreter
+        assert set(found) == set(names), place
+        os._exit(0)
+    status |= os.wait()[1]
+sys.exit(bool(status))
+"""
+
+
+def test_built_in_parts_are_found_whatever_was_imported() -> None:
+    own = registered()
+    places = {place: sorted(own[place.partition(":")[2]]) for place in CATALOGUE.values()}
+    assert len(places) == len(own), "a registry is in no catalogue"
+    subprocess.run([sys.executable, "-c", FRESH, json.dumps(places)], check=True, timeout=300)
+
+
+def test_modules_of_built_in_parts_are_imported_by_the_first_lookup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_parts").mkdir()
+    for file in ("own_parts/__init__", "own_parts/one", "own_alone"):
+        (tmp_path / f"{file}.py").write_text("")
+    parts: Registry[Any] = Registry("solver", builtins=["own_parts", "own_alone"])
+    own = {"own_parts", "own_parts.one", "own_alone"}
+    assert not own & set(sys.modules)
+    assert "absent" not in parts
+    assert own <= set(sys.modules), "a package's modules too"
+    for name in own:
+        monkeypatch.delitem(sys.modules, name)
+    assert "absent" not in parts and not own & set(sys.modules), "once"
+
+
 def test_group_follows_the_kind() -> None:
     assert Registry("solver").group == "diffaccel.solvers"
-    assert Registry("process", group="diffaccel.processes").group == "diffaccel.run.processes"
+    assert Registry("process", group="diffaccel.processes").group == "diffaccel.processes"
 
 
 def test_suggestions() -> None:

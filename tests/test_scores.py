@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Chunk
-from diffaccel.evaluation.scores import BLOCKS, Real, Scores, blocks_of, spread
+from diffaccel.evaluation.scores import BLOCKS, Scores, blocks_of
 from diffaccel.metrics import Moments
+from diffaccel.metrics.base import METRICS, STANDARD, Made, Measured, Metric, Real, build_metrics, measure, spread
 from diffaccel.metrics.reference import Reference
 from diffaccel.sampling import to_uint8
 
@@ -37,19 +39,24 @@ def scores(features: Tensor, real: Real, chains: int | None = None) -> Scores:
     return found
 
 
+def measured(found: Scores, *names: str) -> Measured:
+    """The values of metrics by name."""
+    return measure(build_metrics(["frechet", *names]), found.made("fd"), found.real)
+
+
 def test_the_floor_is_that_of_as_many_images():
     """(mean - 0)^2 + (std - 1)^2, of rows 0, 4 and 8 of the nine that are kept: mean 4, variance 32 / 2."""
     floor = reference(3.0, 1.0, torch.arange(9.0)[:, None])
     real = Real(reference(0.0, 1.0, torch.randn(20, 1)), floor)
-    few, many = (scores(torch.randn(n, 1), real).metrics("fd", False)["fd_floor"] for n in (3, 12))
+    few, many = (measured(scores(torch.randn(n, 1), real)).values["fd_floor"] for n in (3, 12))
     assert few == pytest.approx(4**2 + (4 - 1) ** 2)
     assert many == pytest.approx(3**2 + 0**2), "more than are kept: all of the split"
-    assert "fd_floor" not in scores(torch.randn(3, 1), Real(real.reference, None)).metrics("fd", False)
+    assert "fd_floor" not in measured(scores(torch.randn(3, 1), Real(real.reference, None))).values
 
 
 def test_the_distance_is_the_closed_form_of_one_feature():
     real = Real(reference(2.0, 3.0, torch.randn(20, 1)), None)
-    found = scores(torch.tensor([[-1.0], [0.0], [1.0]]), real).metrics("fd", False)
+    found = measured(scores(torch.tensor([[-1.0], [0.0], [1.0]]), real)).values
     assert found["fd"] == pytest.approx(2**2 + (3 - 1) ** 2)
 
 
@@ -57,7 +64,7 @@ def test_neighbourhoods_of_held_out_images_stand_beside():
     """Copies of real images lie among them, held-out ones from elsewhere do not."""
     rows = torch.arange(20.0)[:, None]
     real = Real(reference(0.0, 1.0, rows), reference(0.0, 1.0, rows + 500))
-    found = scores(rows, real)._manifold()
+    found = measured(scores(rows, real), "manifold").values
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
     assert (found["precision_real"], found["recall_real"], found["coverage_real"]) == (0, 0, 0)
 
@@ -66,10 +73,11 @@ def test_copies_are_those_of_training_images():
     """Held-out images are 5 off, so that half of what is generated here is close, and the other half is not."""
     training, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5
     real = Real(reference(0.0, 1.0, training), reference(0.0, 1.0, held_out))
-    found = scores(torch.cat([training + 4, training + 3000]), real).memorisation()
-    assert found is not None and (found.share, found.threshold) == (0.5, 5)
+    found = measured(scores(torch.cat([training + 4, training + 3000]), real), "memorisation").details["memorisation"]
+    assert (found["share"], found["threshold"]) == (0.5, 5)
+    assert len(found["closest"]) == 8 and all(a == b and d == 4 for a, b, d in found["closest"])
     few = Real(real.reference, reference(0.0, 1.0, held_out[:99]))
-    assert scores(training, few).memorisation() is None
+    assert measured(scores(training, few), "memorisation").details == {"memorisation": None}
 
 
 def test_rounding_and_truncation():
@@ -99,4 +107,49 @@ def test_what_batches_took_adds_up():
     assert found.evaluations == {"denoiser": 25} and found.flops == {"denoiser": 100.0}
     assert found.seconds.tolist() == [1.0, 0.5] and found.images_by_rank == {0: 5}
     assert found.features.flatten().tolist() == [0, 0, 0, 3, 3]
-    assert math.isnan(found.metrics("fd", False)["fd_inf"]) is False
+    assert math.isnan(measured(found).values["fd_inf"]) is False
+
+
+class Spread(Metric):
+    """Standard deviation of all images' features, and whether there are many.
+
+    Args:
+        scale: Factor on it.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, made: Made, real: Real) -> dict[str, float]:
+        return {"spread": self.scale * float(made.moments().covariance.sqrt())}
+
+    def details(self, made: Made, real: Real) -> dict[str, object]:
+        return {"many": made.n > 2}
+
+
+def test_a_metric_under_a_name_of_its_own_is_computed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METRICS._factories, "spread", Spread)
+    found = scores(torch.tensor([[-1.0], [0.0], [1.0]]), Real(reference(0.0, 1.0, torch.randn(20, 1)), None))
+    metrics = build_metrics(["frechet", {"name": "spread", "scale": 3}])
+    both = measure(metrics, found.made("fd"), found.real)
+    assert both.values.keys() == {"fd", "fd_inf", "fd_se", "spread"} and both.details == {"many": True}
+    assert both.values["spread"] == pytest.approx(3.0)
+    quick = measure(metrics, found.made("fd"), found.real, in_training=True)
+    assert quick.values.keys() == {"fd", "fd_inf", "fd_se"}, "it is not marked for evaluations in training"
+    with pytest.raises(UsageError, match="two metrics give 'spread', one of them Spread"):
+        measure([*metrics, Spread()], found.made("fd"), found.real)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["kid"], "add 'frechet'"),
+        (["frechet", "kld"], "no metric is called 'kld'; did you mean 'kid'"),
+        (["frechet", {"name": "kid", "rows": 3}], "metric 'kid' has no key 'rows'"),
+        ([3], "give a name"),
+    ],
+)
+def test_metrics_that_can_not_be_built(names: list[object], message: str):
+    with pytest.raises(UsageError, match=message):
+        build_metrics(names)  # type: ignore[arg-type]
+    assert len(build_metrics(STANDARD)) == 4

@@ -1,17 +1,17 @@
 """Experiments: the schema of their keys, and how files and command line are merged."""
 
-from diffaccel.config.loader import EXPERIMENTS, as_written, find, holds_path, load, parse_overrides, read, to_yaml
-from diffaccel.config.schema import FLAGS, KEYS, PATHS, PRECISIONS, TEXTS, TUNABLE, Config, Search, Tradeoff
+from diffaccel.config.keys import holds_path
+from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, parse_overrides, read, to_yaml
+from diffaccel.config.schema import FLAGS, KEYS, PARTS, PRECISIONS, TUNABLE, Config, Search, Tradeoff
 
 __all__ = [
     "Config",
     "EXPERIMENTS",
     "FLAGS",
     "KEYS",
-    "PATHS",
+    "PARTS",
     "PRECISIONS",
     "Search",
-    "TEXTS",
     "TUNABLE",
     "Tradeoff",
     "as_written",

@@ -8,7 +8,7 @@ keys. Paths in a file are relative to that file, paths on the command line to th
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,20 +16,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf's parser
 
-from diffaccel.config.schema import PATHS, PRECISIONS, TEXTS, TUNABLE, Config
+from diffaccel.config.keys import check_parts, holds_path, holds_text, map_paths, name_parts
+from diffaccel.config.schema import PRECISIONS, TUNABLE, Config
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts import overrides
 from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
-from diffaccel.parts.trees import PARTS, merge
+from diffaccel.parts.trees import merge
 
 _INSTALLED = Path(__file__).parents[1] / "experiments"  # in a wheel only: a clone has them at the top level
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
-
-
-def holds_path(key: str) -> bool:
-    """Whether the value of a dotted key is a path."""
-    return key.rpartition(".")[2] in (*PATHS, "out", "resume") or key.startswith("tradeoff.densities.")
 
 
 def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
@@ -56,7 +52,7 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
     _check_keys(tree)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
-    _check_parts(tree)
+    check_parts(tree)
     if "shape" not in tree:
         raise UsageError(f"{experiment}: the key 'shape' is missing: give [channels, height, width]")
     config = _typed(tree, experiment)
@@ -139,33 +135,24 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
     if not isinstance(tree, dict):
         raise UsageError(f"{file} holds no mapping of keys to values")
     own = merge({}, {str(key): value for key, value in tree.items()})
+    name_parts(own)
     refuse_references(own, file, given)
     base = own.pop("base", None)
-    _map_paths(own, lambda path: os.path.normpath(file.parent / Path(path).expanduser()))
+
+    def resolve(path: str) -> str:
+        return os.path.normpath(file.parent / Path(path).expanduser())
+
     if base is None:
+        map_paths(own, resolve)
         return own
     parent = file.parent / str(base)
     if not parent.is_file():
         raise UsageError(f"{file}: its base {parent} does not exist")
     if parent.resolve() in above or parent.samefile(file):
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
-    return merge(read(parent, (*above, file.resolve()), given), own)
-
-
-def _map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
-    """Replace each path of a tree, in place, those of budgets and of parts' parts among them."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _map_paths(value, change)
-        elif isinstance(value, list):
-            for item in value:
-                if isinstance(item, dict):
-                    _map_paths(item, change)
-        elif key in PATHS and isinstance(value, str):
-            tree[key] = change(value)
-    densities = tree.get("densities")  # of tradeoff: time -> file
-    if isinstance(densities, dict):
-        densities.update({T: change(path) for T, path in densities.items() if isinstance(path, str)})
+    below = read(parent, (*above, file.resolve()), given)
+    map_paths(own, resolve, below)
+    return merge(below, own)
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
@@ -174,8 +161,9 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     Raises:
         UsageError: A word that is no setting, or whose value can't be read.
     """
-    tree = overrides.parse(list(words), holds_path, TEXTS)
-    _map_paths(tree, lambda path: path if isinstance(path, FromEnvironment) else os.path.expanduser(path))
+    tree = overrides.parse(list(words), holds_path, holds_text)
+    name_parts(tree)
+    map_paths(tree, lambda path: path if isinstance(path, FromEnvironment) else os.path.expanduser(path))
     return tree
 
 
@@ -200,17 +188,6 @@ def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
         entries[budget] = merge(entry, own)
 
 
-def _check_parts(tree: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse parts that are neither a name nor a mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            _check_parts(value, f"{prefix}{key}.")
-        elif key == "training" or (key in PARTS and (value is not None or not prefix)):
-            raise UsageError(f"{prefix}{key}={value!r}: give a name, or a mapping of keys to values")
-        if key in PARTS and isinstance(value, Mapping) and not isinstance(value.get("name", ""), str):
-            raise UsageError(f"{prefix}{key}.name={value['name']!r} is no name")
-
-
 def _check(config: Config) -> None:
     """Refuse what no run can mean."""
     for key, part in (("method", config.method), ("data", config.data)):
@@ -229,5 +206,5 @@ def to_yaml(config: Config, folder: Path = Path()) -> str:
     tree = as_written(config)
     if tree["nfe"] == [math.inf]:
         tree["nfe"] = None
-    _map_paths(tree, lambda path: path if os.path.isabs(path) or "${" in path else os.path.relpath(path, folder))
+    map_paths(tree, lambda path: path if os.path.isabs(path) or "${" in path else os.path.relpath(path, folder))
     return OmegaConf.to_yaml(OmegaConf.create(tree))

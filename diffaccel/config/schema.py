@@ -7,16 +7,16 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from diffaccel.metrics.base import STANDARD
 from diffaccel.parts import overrides
+from diffaccel.parts.catalogue import CATALOGUE
+from diffaccel.parts.schema import FILE, PLACE
 from diffaccel.parts.trees import merge
 from diffaccel.sampling import nearest
 from diffaccel.training.plan import Training
 
-PATHS = ("checkpoint", "init", "reference", "floor", "path", "test_path", "root")
-"""Keys that hold a path wherever they stand, resolved against the file that sets them."""
-
-TUNABLE = ("prior", "solver")
-"""Parts that ``by_nfe`` may set."""
+BY_NFE = {"by_nfe": True}
+"""Metadata of a part that ``by_nfe`` may set."""
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 """Lightning's short names."""
@@ -43,7 +43,7 @@ class Tradeoff:
 
     T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     """Times of the experiment's process."""
-    densities: dict[float, str] = field(default_factory=dict)
+    densities: dict[float, str] = field(default_factory=dict, metadata=FILE)
     """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
     images: int = 512
     """Test images that the bound is taken of."""
@@ -74,9 +74,9 @@ class Config:
     """Noise levels to train at."""
     posterior: dict[str, Any] = field(default_factory=dict)
     """What a chain asks for its noise level."""
-    prior: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"})
+    prior: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"}, metadata=BY_NFE)
     """Law of the starting states."""
-    solver: dict[str, Any] = field(default_factory=lambda: {"name": "heun"})
+    solver: dict[str, Any] = field(default_factory=lambda: {"name": "heun"}, metadata=BY_NFE)
     """Reverse integrator."""
     by_nfe: dict[int, Any] = field(default_factory=dict)
     """Budget -> ``{prior: ..., solver: ...}`` laid over the above from that budget on; the lowest also below it."""
@@ -87,16 +87,18 @@ class Config:
     """What `diffaccel search` tries."""
     training: Training = field(default_factory=Training)
     """How to train."""
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, metadata=FILE)
     """Weights of the denoiser: safetensors, or a checkpoint of ``fit``."""
-    init: str | None = None
+    init: str | None = field(default=None, metadata=FILE)
     """Weights that a fit begins the denoiser with, in place of random ones; of the same kinds of files."""
     extractor: dict[str, Any] = field(default_factory=lambda: {"name": "inception"})
     """Feature network that scores."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FILE)
     """Statistics that images are compared with (npz, from ``diffaccel reference``)."""
-    floor: str | None = None
+    floor: str | None = field(default=None, metadata=FILE)
     """Statistics of held-out real images, for the floor."""
+    metrics: list[Any] = field(default_factory=lambda: list(STANDARD))
+    """Metrics of a point: names, or mappings with a ``name`` and keys; ``frechet`` must be among them."""
     nfe: list[float] = field(default_factory=lambda: [10.0])
     """Budgets: most evaluations per image, one point each; null for an adaptive solver, which keeps to none."""
     n: int = 5000
@@ -126,9 +128,9 @@ class Config:
     """``wandb``, ``csv``, ``tensorboard`` or ``none``."""
     wandb_mode: str | None = None
     """``offline`` needs no account; ``online`` uploads; ``disabled``. By default WANDB_MODE, or offline."""
-    out: str | None = None
+    out: str | None = field(default=None, metadata=PLACE)
     """Folder to write to; runs/<data>/<method> by default."""
-    resume: str | None = None
+    resume: str | None = field(default=None, metadata=PLACE)
     """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
     tweedie_ratio: float | None = None
     """Noise-to-data ratio of one more denoising step after the solver; null for none. DLG's reference takes 0.02
@@ -180,14 +182,20 @@ class Config:
 
     def at(self, nfe: float) -> dict[str, dict[str, Any]]:
         """Prior and solver at a budget."""
-        own = {"prior": self.prior, "solver": self.solver}
+        own = {part: getattr(self, part) for part in TUNABLE}
         if not self.by_nfe:
             return own
         return merge(own, self.by_nfe[nearest(self.by_nfe, nfe)])
 
 
-TEXTS = ("precision", "accelerator", "logger", "wandb_mode", "format", "data.label", "method.metric")
-"""Keys whose value on the command line is text, whatever it looks like."""
+PARTS = tuple(item.name for item in dataclasses.fields(Config) if item.name in CATALOGUE)
+"""Keys that hold a part."""
+
+SECTIONS = tuple(item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type))
+"""Keys that hold a mapping with keys of its own."""
+
+TUNABLE = tuple(item.name for item in dataclasses.fields(Config) if "by_nfe" in item.metadata)
+"""Those that ``by_nfe`` may set."""
 
 KEYS = frozenset(item.name for item in dataclasses.fields(Config)) | overrides.ALIASES.keys()
 """Keys that need no part's name before them."""

@@ -1,6 +1,7 @@
 """Sources in memory: digits, npz arrays, CIFAR-10, toy points."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,8 @@ class Npz(Source):
 
     discrete = True
 
-    def __init__(self, path: str, test_path: str | None = None, label: str | None = None) -> None:
-        self.path, self.test_path = path, test_path
+    def __init__(self, path: Path, test_path: Path | None = None, label: str | None = None) -> None:
+        self.path, self.test_path = str(path), None if test_path is None else str(test_path)
         self.label = label or os.path.basename(path)
 
     @override
@@ -176,8 +177,8 @@ class Cifar10(Source):
 
     discrete, fixed_shape = True, (3, 32, 32)
 
-    def __init__(self, root: str, download: bool = False, label: str | None = None) -> None:
-        self.root, self.download = root, download
+    def __init__(self, root: Path, download: bool = False, label: str | None = None) -> None:
+        self.root, self.download = str(root), download
         self.label = label or "CIFAR-10"
 
     @override

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -215,13 +216,14 @@ class FileSource(Source):
 
     def __init__(
         self,
-        path: str,
-        test_path: str | None = None,
+        path: Path,
+        test_path: Path | None = None,
         image_size: int | None = None,
         labels: bool = True,
         label: str | None = None,
     ) -> None:
-        self.path, self.test_path, self.image_size, self.labels = path, test_path, image_size, labels
+        self.path, self.test_path = str(path), None if test_path is None else str(test_path)
+        self.image_size, self.labels = image_size, labels
         self.label = label or os.path.basename(os.path.normpath(path))
 
     @abstractmethod

@@ -128,7 +128,8 @@ class Source(ABC):
         """
 
 
-SOURCES: Registry[Source] = Registry("source")
+SOURCES: Registry[Source] = Registry("source", builtins=["diffaccel.data.arrays", "diffaccel.data.files"])
+SOURCES.base(Source)
 
 
 def path_of(split: Split, path: str, test_path: str | None) -> str:

@@ -171,4 +171,7 @@ class GuidedDenoiser(ConditionedDenoiser):
         return Prediction(*(a + self.weight * (a - b) for a, b in zip(conditional, unconditional, strict=True)))
 
 
-DENOISERS: Registry[Denoiser] = Registry("denoiser")
+DENOISERS: Registry[Denoiser] = Registry(
+    "denoiser", builtins=["diffaccel.denoiser", "diffaccel.pretrained.denoisers"], context=["process", "network"]
+)
+DENOISERS.base(Denoiser)

@@ -24,13 +24,18 @@ class Levels(Protocol):
         ...
 
 
-LEVELS: Registry[Levels] = Registry("level")
+LEVELS: Registry[Levels] = Registry("level", builtins=["diffaccel.denoiser.levels"])
+LEVELS.base(Levels)
 
 
 @LEVELS.register("lognormal")
 @dataclass(frozen=True)
 class LogNormal:
     """ln(rho) ~ N(mean, std^2), clamped to the denoiser's range (EDM, arXiv 2206.00364, Table 1).
+
+    Attributes:
+        mean: Mean of ln(rho).
+        std: Standard deviation of ln(rho).
 
     Raises:
         UsageError: std is not positive.

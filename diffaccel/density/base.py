@@ -15,7 +15,9 @@ from typing_extensions import override
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-DENSITIES: Registry["Density"] = Registry("density", group="diffaccel.densities")
+DENSITIES: Registry["Density"] = Registry(
+    "density", group="diffaccel.densities", builtins=["diffaccel.density"], context=["shape", "ratio"]
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TrainingImages:
             yield index, torch.cat([images, images.flip(-1)]) if self.flip else images
 
 
+@DENSITIES.base
 class Density(nn.Module, ABC):
     """Density of y at a noise-to-data ratio. It is valid on every forward process.
 

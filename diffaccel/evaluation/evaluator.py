@@ -15,11 +15,12 @@ from diffaccel.collective import World, failing_together
 from diffaccel.evaluation.bits import BitsPerDim
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.pictures import comparable, draw_curve, draw_samples
-from diffaccel.evaluation.point import describe_judges, describe_memorisation, describe_point
+from diffaccel.evaluation.point import describe_judges, describe_point
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import identity_hash
 from diffaccel.evaluation.scores import KEPT, Real, Scores
 from diffaccel.features.extractors import Extractor
+from diffaccel.metrics.base import STANDARD, Metric, build_metrics, measure
 from diffaccel.metrics.reference import Reference
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report import append_point, read_points
@@ -67,6 +68,7 @@ class Evaluator:
         keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
         keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
         likelihood: Measures bits per dimension beside each point, if asked for.
+        metrics: Metrics of a point; the standard ones if not given.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Evaluator:
         keep_features: bool = True,
         keep_images: bool = False,
         likelihood: BitsPerDim | None = None,
+        metrics: Sequence[Metric] | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.extractor, self.real = extractor, Real(reference, floor)
         self.out, self.provenance, self.settings = out, provenance, settings
+        self.metrics = build_metrics(STANDARD) if metrics is None else list(metrics)
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
@@ -233,6 +237,7 @@ class Evaluator:
         """Describe the point. Every process gets here: it holds collectives."""
         self.shown, self.discrete, self.features = scores.shown, sampler.kind.discrete, scores.features
         settings, final = self.settings(budget), self.identity is not None
+        measured = measure(self.metrics, scores.made(self.extractor.metric_name), self.real, in_training=not final)
         point = {
             **self.provenance,
             "prior": settings["prior"]["name"],
@@ -240,8 +245,8 @@ class Evaluator:
             "settings": settings,
             "seed": self.seed,
             **describe_point(sampler, plan, budget, n, scores, world),
-            "metrics": scores.metrics(self.extractor.metric_name, all_of_them=final),
-            "memorisation": describe_memorisation(scores) if final else None,
+            "metrics": measured.values,
+            **measured.details,
             **describe_judges(self.extractor, self.real, n),
         }
         return {**point, "key": self.key(budget)} if final else point

@@ -80,12 +80,3 @@ def describe_judges(extractor: Extractor, real: Real, n: int) -> dict[str, Any]:
         },
         "floor": floor and {"n": floor.moments_of(n).n, "sha256": floor.sha256},
     }
-
-
-def describe_memorisation(scores: Scores) -> dict[str, Any] | None:
-    """Describe the images closest to training images; None with too few held-out images to compare with."""
-    found = scores.memorisation()
-    if found is None:
-        return None
-    pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
-    return {"share": found.share, "threshold": found.threshold, "closest": [list(pair) for pair in pairs]}

@@ -1,4 +1,4 @@
-"""From batches of images to the metrics of a point, summed over the processes."""
+"""From batches of images to what the metrics of a point are computed from, summed over the processes."""
 
 import hashlib
 from collections import Counter
@@ -9,27 +9,13 @@ from torch import Tensor
 
 from diffaccel.collective import all_gather, all_reduce
 from diffaccel.evaluation.partial import Chunk
-from diffaccel.metrics import (
-    FrechetDistance,
-    KernelDistance,
-    KernelReference,
-    Manifold,
-    Memorisation,
-    Neighbours,
-    frechet_distance,
-    manifold_scores,
-    memorised,
-)
-from diffaccel.metrics.reference import Reference
+from diffaccel.metrics import FrechetDistance
+from diffaccel.metrics.base import Made, Real
 
 BLOCKS = 10
 """Blocks of the jackknife."""
 KEPT = 10_000
 """Images whose features are kept, the first ones: for what is not made of sums. It bounds memory."""
-
-
-COMPARED = 5_000
-"""Most images of a kind whose neighbourhoods are compared: time goes as their square."""
 
 
 def digests(images: Tensor) -> Tensor:
@@ -41,35 +27,6 @@ def digests(images: Tensor) -> Tensor:
 def blocks_of(indices: Tensor, chains: int | None) -> Tensor:
     """Jackknife block of each image, (B,): images of one chain are correlated, so a block holds whole chains."""
     return (indices % chains if chains else indices) % BLOCKS
-
-
-class Real:
-    """The real images that points are compared with, and what of them is the same for every point.
-
-    Args:
-        reference: Training images.
-        floor: Held-out images, for the value beside each metric; or None.
-    """
-
-    def __init__(self, reference: Reference, floor: Reference | None) -> None:
-        self.reference, self.floor = reference, floor
-        self.features = reference.features.float()
-        self.held_out = floor.features.float() if floor else self.features[:0]
-        self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
-        self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
-
-    def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
-        """Neighbourhoods of m training images, and what as many held-out ones score among them."""
-        if m not in self._manifolds:
-            neighbours = Neighbours(spread(self.features, m))
-            held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
-            self._manifolds[m] = neighbours, held_out
-        return self._manifolds[m]
-
-
-def spread(rows: Tensor, m: int) -> Tensor:
-    """Take m rows, evenly spread over all."""
-    return rows[torch.linspace(0, len(rows) - 1, m, dtype=torch.float64).round().long()]
 
 
 class Scores:
@@ -144,37 +101,6 @@ class Scores:
             self.images_by_rank.update(images)
             self.traces |= traces
 
-    def metrics(self, name: str, all_of_them: bool) -> dict[str, float]:
-        """Compute the metrics; collective, after :meth:`reduce`.
-
-        Args:
-            name: Of the Frechet distance.
-            all_of_them: Whether to compare neighbourhoods too, which takes seconds.
-        """
-        frechet, floor = self.frechet.compute(), self.real.floor
-        metrics = {name: float(frechet.fd), f"{name}_inf": float(frechet.fd_inf), f"{name}_se": float(frechet.se)}
-        if floor is not None:
-            metrics[f"{name}_floor"] = float(frechet_distance(floor.moments_of(self.n), self.real.reference.moments))
-        if self.real.kernel is not None:
-            kernel = KernelDistance(self.features.shape[1], self.real.kernel, sync_on_compute=False)
-            kernel.update(self.features, 0)
-            metrics["kid"] = float(kernel.compute())
-        if all_of_them:
-            metrics |= self._manifold()
-        return metrics
-
-    def _manifold(self) -> dict[str, float]:
-        """Precision, recall, density, coverage; with the suffix ``_real`` those of held-out images in their place."""
-        sizes = [COMPARED, len(self.features), len(self.real.features)]
-        m = min(sizes + [len(self.real.held_out)] * (self.real.floor is not None))
-        if m < 10:
-            return {}
-        neighbours, real = self.real.manifold(m)
-        found = manifold_scores(self.features[:m], neighbours)._asdict()
-        return found | ({f"{key}_real": value for key, value in real._asdict().items()} if real else {})
-
-    def memorisation(self) -> Memorisation | None:
-        """Look for copies of training images; None with too few images held out to say what is close."""
-        if len(self.real.held_out) < 100:
-            return None
-        return memorised(self.features[:COMPARED], self.real.features, self.real.held_out[:COMPARED])
+    def made(self, distance: str) -> Made:
+        """Return what metrics see of the images, after :meth:`reduce`; ``distance`` names the Frechet distance."""
+        return Made(self.n, self.features, self.frechet, distance)

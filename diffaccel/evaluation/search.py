@@ -124,6 +124,7 @@ def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
 
 def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a part without the keys that the one of its name doesn't have, its own parts likewise."""
+    node = registry.normal(node)
     keys = registry.keys_of(node["name"])
     known = {key: value for key, value in node.items() if key == "name" or key in keys}
     for key, nested in registry.nested.items():

@@ -12,6 +12,7 @@ from diffaccel.experiment.identity import by_content, describe_configuration, id
 from diffaccel.experiment.loading import describe_checkpoint
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
+from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.reference import Reference, check_same_data, load_reference
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
@@ -101,6 +102,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
+        metrics=build_metrics(config.metrics),
     )
 
 

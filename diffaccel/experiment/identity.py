@@ -11,6 +11,7 @@ from diffaccel import __version__
 from diffaccel.config import Config
 from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
+from diffaccel.metrics.base import STANDARD
 from diffaccel.metrics.reference import Reference
 from diffaccel.pretrained import files_sha256
 
@@ -23,6 +24,8 @@ def identify(
     scores["floor"] = floor and floor.sha256
     if config.likelihood:
         scores["likelihood"] = config.likelihood_n
+    if config.metrics != list(STANDARD):
+        scores["metrics"] = config.metrics
     images = identify_images(config)
     return lambda budget: Identity(images(budget), scores)
 

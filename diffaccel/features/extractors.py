@@ -27,6 +27,11 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+def distance_key(extractor: str) -> str:
+    """Key of the Frechet distance in the features of an extractor of this name; ``fid`` is Inception's alone."""
+    return "fid" if extractor == "inception" else f"fd_{extractor}"
+
+
 class Extractor(nn.Module, ABC):
     """Frozen map from images to features, always in eval mode, without gradients and without autocast.
 
@@ -42,8 +47,8 @@ class Extractor(nn.Module, ABC):
 
     @property
     def metric_name(self) -> str:
-        """Key of the Frechet distance of these features; ``fid`` is reserved for Inception."""
-        return f"fd_{self.name}"
+        """Key of the Frechet distance in these features."""
+        return distance_key(self.name)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +74,8 @@ class Extractor(nn.Module, ABC):
         """Extract features, (N, C, H, W) uint8 -> (N, dim) in the precision of the weights."""
 
 
-EXTRACTORS: Registry[Extractor] = Registry("extractor")
+EXTRACTORS: Registry[Extractor] = Registry("extractor", builtins=["diffaccel.features.extractors"])
+EXTRACTORS.base(Extractor)
 
 
 @EXTRACTORS.register("identity")
@@ -108,7 +114,7 @@ class Inception(Extractor):
         https://github.com/toshas/torch-fidelity
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         # imported here, because it takes seconds
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -121,8 +127,8 @@ class Inception(Extractor):
     @property
     @override
     def metric_name(self) -> str:
-        """Key of the Frechet distance, ``fid``."""
-        return "fid"
+        """``fid``."""
+        return distance_key("inception")
 
     @override
     def features(self, images: Tensor) -> Tensor:
@@ -133,9 +139,9 @@ class Inception(Extractor):
         return self.network(images)[0]
 
 
-def _inception_weights(path: str | None) -> bytes:
+def _inception_weights(path: Path | None) -> bytes:
     """Read the weights file and check its SHA-256."""
-    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    file = path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if path is None and not file.is_file():
         _download_inception(file)
     if not file.is_file():
@@ -243,7 +249,7 @@ class Small(Extractor):
         UsageError: The file is missing or damaged.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.network, self.metadata = load_classifier(path)
         self.network.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions

@@ -20,9 +20,14 @@ from diffaccel.training.module import Phase, TrainedModule
 from diffaccel.training.plan import Training
 from diffaccel.weights import tensors_sha256
 
-METHODS: Registry["Diffusion"] = Registry("method")
+METHODS: Registry["Diffusion"] = Registry(
+    "method",
+    builtins=["diffaccel.methods"],
+    context=["denoiser", "prior", "solver", "levels", "training", "shape", "seed"],
+)
 
 
+@METHODS.base
 @METHODS.register("diffusion")
 class Diffusion(TrainedModule):
     """Baselines: whatever process, denoiser, prior and solver the experiment names.

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class TruncatedDiffusion(Diffusion):
 
     def __init__(
         self,
-        critic: dict[str, Any] = {"name": "stylegan2"},  # noqa: B006 (read only; a mapping, for YAML)
+        critic: Annotated[dict[str, Any], CRITICS] = {"name": "stylegan2"},  # noqa: B006 (read only; a mapping, for YAML)
         frozen: bool = False,
         generator_lr: float = 0.1,
         critic_lr: float = 12.5,
@@ -61,7 +61,7 @@ class TruncatedDiffusion(Diffusion):
         critic_since: int = 0,
         gamma: float = 0.01,
         r1_every: int = 16,
-        objectives: list[dict[str, Any]] = [],  # noqa: B006 (read only; a list, for YAML)
+        objectives: Annotated[list[dict[str, Any]], OBJECTIVES] = [],  # noqa: B006 (read only; a list, for YAML)
         **parts: Any,
     ) -> None:
         super().__init__(**parts)

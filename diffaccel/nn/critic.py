@@ -23,7 +23,11 @@ from typing_extensions import override
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
-CRITICS: Registry["Critic"] = Registry("critic")
+CRITICS: Registry["Critic"] = Registry(
+    "critic",
+    builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"],
+    context=["shape", "classes", "denoiser", "ratio"],
+)
 
 GROUP = 4  # maximum number of samples in a group of the minibatch standard deviation
 MAPPING_LAYERS, MAPPING_RATE = 8, 0.01
@@ -176,6 +180,7 @@ class CriticHead(nn.Module):
         return einsum(out, mapped, "b width, b width -> b") / math.sqrt(mapped.shape[1])
 
 
+@CRITICS.base
 class Critic(nn.Module, ABC):
     """Map from samples to logits of being real, in the precision of the weights, without autocast.
 

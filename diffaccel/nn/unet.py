@@ -15,7 +15,7 @@ from diffaccel.nn.decouple import Decouple
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.parts.registry import Registry
 
-NETWORKS: Registry[nn.Module] = Registry("network")
+NETWORKS: Registry[nn.Module] = Registry("network", builtins=["diffaccel.nn"], context=["shape"])
 
 
 class NoiseEmbedding(nn.Module):

@@ -31,15 +31,18 @@ class Range:
         above = self.low < value if self.ends[0] == "(" else self.low <= value
         return above and (value < self.high if self.ends[1] == ")" else value <= self.high)
 
-    def __str__(self) -> str:
+    @property
+    def rule(self) -> str:
+        """The range in words."""
         positive = (self.low, self.ends[0]) == (0, "(")
         if self.high == math.inf:
-            rule = "positive" if positive else f"{self.low:,} or more"
-        elif positive:
-            rule = f"positive and at most {self.high:,}"
-        else:
-            rule = f"from {self.low:,} to {'below ' * (self.ends[1] == ')')}{self.high:,}"
-        return f"it must be {rule}{self.why and f' ({self.why})'}"
+            return "positive" if positive else f"{self.low:,} or more"
+        if positive:
+            return f"positive and at most {self.high:,}"
+        return f"from {self.low:,} to {'below ' * (self.ends[1] == ')')}{self.high:,}"
+
+    def __str__(self) -> str:
+        return f"it must be {self.rule}{self.why and f' ({self.why})'}"
 
 
 COUNT, LENGTH, SHARE, POSITIVE = Range(1, 10**6), Range(1, 10**12), Range(0, 1), Range(0, ends="(]")

@@ -203,13 +203,15 @@ def paths_and_options(
     return [os.path.expanduser(path) for path in paths], options
 
 
-def parse(words: Collection[str], holds_path: Callable[[str], bool], texts: Collection[str]) -> dict[str, Any]:
+def parse(
+    words: Collection[str], holds_path: Callable[[str], bool], holds_text: Callable[[str, str], bool]
+) -> dict[str, Any]:
     """Read ``key=value`` words.
 
     Args:
         words: Settings, as :func:`sort_words` takes them.
         holds_path: Whether a key's value is a path, which is taken as it is but for a ``~`` at its start.
-        texts: Other keys whose value is taken as it is.
+        holds_text: Whether another key's value, the second argument, is taken as it is.
 
     Returns:
         The tree that they make, a later word over an earlier one.
@@ -229,7 +231,7 @@ def parse(words: Collection[str], holds_path: Callable[[str], bool], texts: Coll
         value: Any
         if holds_path(key):
             value = None if text in ("", "null", "none", "None") else os.path.expanduser(text)
-        elif key in texts:
+        elif holds_text(key, text):
             value = _unquoted(text) or None
         else:
             value = _value(word, text)

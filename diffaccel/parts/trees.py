@@ -3,12 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-PARTS = (
-    *("method", "data", "process", "network", "denoiser", "levels", "posterior", "prior", "solver", "extractor"),
-    *("grid", "init_solver", "attenuation", "density", "critic"),  # parts of parts
-)
-"""Keys that hold a part; a bare string there is its name."""
-
 
 def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the values of nested mappings and lists, each with the keys that lead to it."""
@@ -21,15 +15,18 @@ def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole."""
+    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole.
+
+    Text over a mapping, or under one, is the name of a part.
+    """
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
         if key == "by_nfe" and not value:  # drops them, as null does; laid key by key it would say nothing
             before = None
-        if key in PARTS and isinstance(value, str):
+        if isinstance(value, str) and isinstance(before, Mapping):
             value = {"name": value}
-        if key in PARTS and isinstance(before, str):
+        if isinstance(before, str) and isinstance(value, Mapping):
             before = {"name": before}
         if key == "data" and isinstance(value, Mapping) and isinstance(before, Mapping) and _moves(before, value):
             before = {name: item for name, item in before.items() if name != "label"}

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from diffaccel.parts.registry import Registry
 from diffaccel.process import expand
 from diffaccel.solver import Solver
 
-PRIORS: Registry["Prior"] = Registry("prior")
+PRIORS: Registry["Prior"] = Registry(
+    "prior",
+    builtins=["diffaccel.prior"],
+    context=["denoiser", "shape", "posterior"],
+    extra={"checkpoint": Path | None, "init": Path | None},
+)
 
 Group = list[range]
 """Batches of image indices that one process makes one after the other: the rounds of a group of chains."""
@@ -38,6 +44,7 @@ class Plan:
     chain_steps: int = 0
 
 
+@PRIORS.base
 class Prior(nn.Module, ABC):
     """Makes starting states. A prior may use the denoiser (a chain needs its score) and keep state between calls."""
 

@@ -1,7 +1,7 @@
 """Density priors: sampling starts from a likelihood-trained law of the noisy data (small T, arXiv 2206.05173)."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class DensityPrior(Prior):
         self,
         denoiser: Denoiser,
         shape: tuple[int, int, int],
-        density: dict[str, Any] = {"name": "gaussian"},  # noqa: B006 (read only; a mapping, for YAML)
+        density: Annotated[dict[str, Any], DENSITIES] = {"name": "gaussian"},  # noqa: B006 (read only; a mapping, for YAML)
         ratio_star: float | None = None,
         T: float | None = None,
     ) -> None:

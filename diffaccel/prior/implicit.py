@@ -1,6 +1,6 @@
 """Implicit priors: a generator makes the state at the start level in one evaluation (TDPM, arXiv 2202.09671)."""
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class ImplicitPrior(Prior):
         K: int | None = None,
         prior_level_offset: int = 0,
         told: float = 1.0,
-        network: dict[str, Any] = {},  # noqa: B006 (read only; a mapping, for YAML)
+        network: Annotated[dict[str, Any], NETWORKS] = {},  # noqa: B006 (read only; a mapping, for YAML)
         shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()

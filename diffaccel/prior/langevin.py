@@ -5,7 +5,7 @@ p(sigma | y). Each state is by construction a sample at its own level, which is 
 so levels are kept low and the integration is short.
 """
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class LangevinGibbsPrior(ChainPrior):
         share: float = 0.5,
         skips: int | None = None,
         init_steps: int = 19,
-        init_solver: dict[str, Any] | None = None,
+        init_solver: Annotated[dict[str, Any], SOLVERS] | None = None,
         renoise: float = 1.0,
         warmup: list[Any] = [[10, 2.0], [10, None]],  # noqa: B006 (read only; a list, for YAML)
         restart_every: int | None = None,

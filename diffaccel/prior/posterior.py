@@ -1,6 +1,7 @@
 """p(level | y): how a Langevin-Gibbs chain finds the noise level of its state."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +15,12 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import Count, at_least, positive
 from diffaccel.parts.registry import Registry
 
-POSTERIORS: Registry["LevelPosterior"] = Registry("posterior")
+POSTERIORS: Registry["LevelPosterior"] = Registry(
+    "posterior",
+    builtins=["diffaccel.prior.posterior"],
+    context=["denoiser", "shape"],
+    extra={"checkpoint": Path | None},
+)
 
 Update = Literal["argmax", "sample", "mean"]
 
@@ -34,6 +40,7 @@ def geometric_levels(count: int = 1000, ratio_min: float = 0.02, ratio_max: floa
     return ratio_min * (ratio_max / ratio_min) ** torch.linspace(1.0, 0.001, count, dtype=torch.float64)
 
 
+@POSTERIORS.base
 class LevelPosterior(nn.Module, ABC):
     """q(k | y) over K noise levels.
 
@@ -121,14 +128,29 @@ def classifier(
     width: Count = 32,
     normalise: bool = True,
 ) -> ClassifierPosterior:
-    """Build a noise classifier over ``count`` geometric levels (see :class:`NoiseLevelClassifier`)."""
+    """Build a noise classifier over geometric levels (see :class:`NoiseLevelClassifier`).
+
+    Args:
+        shape: Image shape (C, H, W).
+        count: Number of levels.
+        ratio_min: Lowest level, a noise-to-data ratio.
+        ratio_max: Highest level.
+        width: Channels of the first convolution; doubled by each next one.
+        normalise: Whether a state is divided by its root mean square, and the logarithm of that added as a channel.
+    """
     network = NoiseLevelClassifier(shape, count, width, normalise)
     return ClassifierPosterior(network, geometric_levels(count, ratio_min, ratio_max))
 
 
 @POSTERIORS.register("exact")
 def exact(denoiser: Denoiser, count: Count = 1000, ratio_min: float = 0.02, ratio_max: float = 100.0) -> ExactPosterior:
-    """Build the exact posterior of an exact denoiser.
+    """Build the exact posterior of an exact denoiser over geometric levels.
+
+    Args:
+        denoiser: Exact denoiser.
+        count: Number of levels.
+        ratio_min: Lowest level, a noise-to-data ratio.
+        ratio_max: Highest level.
 
     Raises:
         UsageError: The denoiser is a network.

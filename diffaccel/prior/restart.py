@@ -1,7 +1,7 @@
 """A chain at one level that goes up by noise and comes down by a solver: restarts, shared between images."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class RestartPrior(ChainPrior):
         self,
         ratio_star: float = 1.0,
         ratio_up: float = 8.0,
-        solver: dict[str, Any] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
         chains: int = 500,
         share: float = 0.5,
         skips: int | None = None,

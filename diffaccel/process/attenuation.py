@@ -16,9 +16,10 @@ from typing_extensions import override
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
 
-ATTENUATIONS: Registry["Attenuation"] = Registry("attenuation")
+ATTENUATIONS: Registry["Attenuation"] = Registry("attenuation", builtins=["diffaccel.process.attenuation"])
 
 
+@ATTENUATIONS.base
 class Attenuation(ABC):
     """An attenuation rate h(t; phi).
 

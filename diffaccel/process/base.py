@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
-from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.process.prediction import Prediction
 
 
@@ -122,4 +121,5 @@ class Process(ABC):
         return self.mean(prediction, s) + expand(remaining, prediction.eps) * prediction.eps, std
 
 
-PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", nested={"attenuation": ATTENUATIONS})
+PROCESSES: Registry[Process] = Registry("process", group="diffaccel.processes", builtins=["diffaccel.process"])
+PROCESSES.base(Process)

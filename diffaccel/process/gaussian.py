@@ -17,6 +17,10 @@ from diffaccel.process.base import PROCESSES, Process, require
 class VariancePreserving(Process):
     """VP with linear beta: B(t) = beta_0 t + (beta_1 - beta_0) t^2 / 2, alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
 
+    Attributes:
+        beta_0: Rate beta at t = 0.
+        beta_1: Rate beta at t = 1.
+
     Raises:
         UsageError: Not 0 <= beta_0 <= beta_1 < infinity, or beta_1 is 0.
 
@@ -92,6 +96,10 @@ class CosineVariancePreserving(Process):
     """VP with alpha = cos(u) / cos(u_0), u = pi/2 (t + s) / (1 + s).
 
     alpha reaches 0 at t = 1. ``t_max`` is slightly lower, so that a prediction of eps still determines x_0 in float32.
+
+    Attributes:
+        offset: Shift s of the schedule, which keeps the noise near t = 0 from vanishing.
+        t_max: Largest time.
 
     Raises:
         UsageError: ``offset`` is negative or infinite, or ``t_max`` is not between 0 and 1.
@@ -228,6 +236,10 @@ class DiscreteVariancePreserving(Process):
 class VarianceExploding(Process):
     """VE with geometric sigma: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t; ratio 0 is at t = -inf.
 
+    Attributes:
+        sigma_min: Standard deviation of the noise at t = 0.
+        sigma_max: Standard deviation of the noise at t = 1.
+
     Raises:
         UsageError: Not 0 < sigma_min < sigma_max < infinity.
 
@@ -274,6 +286,9 @@ class VarianceExploding(Process):
 @dataclass(frozen=True)
 class EDMVarianceExploding(Process):
     """EDM's VE: alpha = 1, sigma = t, so that time is the noise level.
+
+    Attributes:
+        sigma_max: Largest standard deviation of the noise.
 
     Raises:
         UsageError: ``sigma_max`` is not positive and finite.

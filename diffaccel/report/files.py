@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import UsageError
+from diffaccel.features.extractors import distance_key
 from diffaccel.parts.overrides import as_given
 from diffaccel.report.curves import places_of
 from diffaccel.report.points import Point, normalised
@@ -113,15 +114,21 @@ def write_csv(rows: Iterable[Iterable[Any]], path: str | Path) -> None:
 
 
 def frechet_key(points: Iterable[Point]) -> str:
-    """Key of the Frechet distance that all points have: ``fid`` or ``fd_<extractor>``.
+    """Return the metric that all these points can be compared by: their Frechet distance.
 
     Raises:
         UsageError: No point has an extractor's name, or points have different extractors.
     """
-    names = {name for point in points if (name := normalised(point)["extractor"]["name"]) is not None}
-    keys = sorted("fid" if name == "inception" else f"fd_{name}" for name in names)
+    keys = sorted({key for point in points if (key := _distance_of(normalised(point))) is not None})
     if not keys:
         raise UsageError("none of the points has the name of its extractor: bench them again")
     if len(keys) > 1:
         raise UsageError(f"one plot needs points of one extractor, these have {keys}: select points of one")
     return keys[0]
+
+
+def _distance_of(point: Point) -> str | None:
+    """The point's metric that is extrapolated; of an old point that has none, the one that its extractor gives."""
+    if (extractor := point["extractor"]["name"]) is None:
+        return None
+    return next((name for name in point["metrics"] if f"{name}_inf" in point["metrics"]), distance_key(extractor))

@@ -19,9 +19,9 @@ from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
 from diffaccel.process import Prediction, Process, expand
-from diffaccel.solver.grid import GRIDS, Grid, Karras
+from diffaccel.solver.grid import Grid, Karras
 
-SOLVERS: Registry["Solver"] = Registry("solver", nested={"grid": GRIDS})
+SOLVERS: Registry["Solver"] = Registry("solver", builtins=["diffaccel.solver"])
 
 
 class Past(NamedTuple):
@@ -74,6 +74,7 @@ class AnalyticFirst(Denoiser):
         return Prediction(expand(alpha * self.std**2 / variance, x_t) * x_t, expand(sigma / variance, x_t) * x_t)
 
 
+@SOLVERS.base
 @dataclass(frozen=True)
 class Solver(ABC):
     """Integrator of the reverse process, from the start level of each sample to the data.

@@ -17,9 +17,10 @@ from diffaccel.parts.checks import positive
 from diffaccel.parts.registry import Registry
 from diffaccel.process import DiscreteVariancePreserving, Process
 
-GRIDS: Registry["Grid"] = Registry("grid")
+GRIDS: Registry["Grid"] = Registry("grid", builtins=["diffaccel.solver.grid"])
 
 
+@GRIDS.base
 @dataclass(frozen=True)
 class Grid(ABC):
     """Grid of noise levels between the start and the data.
@@ -72,6 +73,9 @@ class Grid(ABC):
 @dataclass(frozen=True)
 class Karras(Grid):
     """Uniform in ratio^(1 / rho).
+
+    Attributes:
+        rho: Exponent; larger values put more levels near the data.
 
     Raises:
         UsageError: rho is outside [0.1, 1000].

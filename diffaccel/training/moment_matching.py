@@ -1,7 +1,7 @@
 """Matching the moments of a frozen encoder's features: a Frechet distance that a generator is trained by."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class MomentMatching(Objective):
         memory: int = 10_000,
         ratio: float | None = None,
         real_states: int = 100_000,
-        solver: dict[str, Any] = {"name": "ddim"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "ddim"},  # noqa: B006 (read only; a mapping, for YAML)
         steps: int = 1,
         rows: int = 1,
         filters: int = 0,

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from diffaccel.process import expand
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.training.module import Phase
 
-OBJECTIVES: Registry["Objective"] = Registry("objective")
+OBJECTIVES: Registry["Objective"] = Registry(
+    "objective", builtins=["diffaccel.training.moment_matching", "diffaccel.training.objectives"]
+)
 
 Given = Callable[[Batch], Denoiser]
 """The frozen denoiser with a batch's labels bound."""
 
 
+@OBJECTIVES.base
 class Objective(nn.Module, ABC):
     """One or more phases of training that a frozen denoiser, the teacher, gives a generator.
 
@@ -88,7 +91,7 @@ class OdePair(Objective):
 
     def __init__(
         self,
-        solver: dict[str, Any] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
         steps: int = 8,
         pairs: int | None = None,
         lr: float = 1.0,

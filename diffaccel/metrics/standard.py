@@ -1,0 +1,100 @@
+"""The metrics that every bench computes unless ``metrics`` names others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffaccel.metrics.base import METRICS, Made, Metric, Real
+from diffaccel.metrics.frechet import frechet_distance
+from diffaccel.metrics.kernel import KernelDistance
+from diffaccel.metrics.manifold import manifold_scores
+from diffaccel.metrics.memorisation import memorised
+
+COMPARED = 5_000
+"""Most images of a kind whose neighbourhoods are compared: time goes as their square."""
+
+
+@METRICS.register("frechet")
+class FrechetMetric(Metric):
+    """Frechet distance, its limit for n to infinity, its standard error, and the distance of held-out images.
+
+    Keys of the point: ``fd_<extractor>`` (``fid`` of Inception features), and the same with ``_inf``, ``_se``,
+    ``_floor``.
+
+    References:
+        GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500
+        Effectively Unbiased FID and Inception Score (Chong & Forsyth, 2020), https://arxiv.org/abs/1911.07023
+    """
+
+    in_training = True
+
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+        name, found = made.distance, made.sums.compute()
+        values = {name: float(found.fd), f"{name}_inf": float(found.fd_inf), f"{name}_se": float(found.se)}
+        if real.floor is not None:
+            floor = frechet_distance(real.floor.moments_of(made.n), real.reference.moments)
+            values[f"{name}_floor"] = float(floor)
+        return values
+
+
+@METRICS.register("kid")
+class KernelMetric(Metric):
+    """Kernel distance (KID) of the first 10,000 images.
+
+    Key of the point: ``kid``.
+
+    References:
+        Demystifying MMD GANs (Binkowski et al., 2018), https://arxiv.org/abs/1801.01401
+    """
+
+    in_training = True
+
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+        if real.kernel is None:
+            return {}
+        kernel = KernelDistance(made.features.shape[1], real.kernel, sync_on_compute=False)
+        kernel.update(made.features, 0)
+        return {"kid": float(kernel.compute())}
+
+
+@METRICS.register("manifold")
+class ManifoldMetric(Metric):
+    """Precision, recall, density and coverage of the first 5,000 images; with ``_real``, those of held-out images.
+
+    References:
+        Improved Precision and Recall Metric for Assessing Generative Models (Kynkaanniemi et al., 2019),
+            https://arxiv.org/abs/1904.06991
+        Reliable Fidelity and Diversity Metrics for Generative Models (Naeem et al., 2020),
+            https://arxiv.org/abs/2002.09797
+    """
+
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+        sizes = [COMPARED, len(made.features), len(real.features)]
+        m = min(sizes + [len(real.held_out)] * (real.floor is not None))
+        if m < 10:
+            return {}
+        neighbours, held_out = real.manifold(m)
+        found = manifold_scores(made.features[:m], neighbours)._asdict()
+        return found | ({f"{key}_real": value for key, value in held_out._asdict().items()} if held_out else {})
+
+
+@METRICS.register("memorisation")
+class MemorisationMetric(Metric):
+    """Share of generated images that are copies of training images, and the closest pairs.
+
+    Key of the point: ``memorisation``; null with fewer than 100 held-out images, which say what is close.
+
+    References:
+        A Non-Parametric Test to Detect Data-Copying in Generative Models (Meehan et al., 2020),
+            https://arxiv.org/abs/2004.05675
+    """
+
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+        return {}
+
+    def details(self, made: Made, real: Real) -> Mapping[str, Any]:  # noqa: D102
+        if len(real.held_out) < 100:
+            return {"memorisation": None}
+        found = memorised(made.features[:COMPARED], real.features, real.held_out[:COMPARED])
+        pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
+        closest = [list(pair) for pair in pairs]
+        return {"memorisation": {"share": found.share, "threshold": found.threshold, "closest": closest}}

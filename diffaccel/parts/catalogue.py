@@ -1,0 +1,59 @@
+"""All registries by the key of an experiment, or of a part, that names one of their parts; imported when needed."""
+
+from importlib import import_module
+from typing import Any, cast
+
+from diffaccel.errors import UsageError, suggest
+from diffaccel.parts.registry import Registry
+
+CATALOGUE = {
+    "method": "diffaccel.methods.base:METHODS",
+    "data": "diffaccel.data.source:SOURCES",
+    "process": "diffaccel.process.base:PROCESSES",
+    "attenuation": "diffaccel.process.attenuation:ATTENUATIONS",
+    "network": "diffaccel.nn.unet:NETWORKS",
+    "denoiser": "diffaccel.denoiser.base:DENOISERS",
+    "levels": "diffaccel.denoiser.levels:LEVELS",
+    "posterior": "diffaccel.prior.posterior:POSTERIORS",
+    "prior": "diffaccel.prior.base:PRIORS",
+    "density": "diffaccel.density.base:DENSITIES",
+    "solver": "diffaccel.solver.base:SOLVERS",
+    "grid": "diffaccel.solver.grid:GRIDS",
+    "critic": "diffaccel.nn.critic:CRITICS",
+    "objective": "diffaccel.training.objectives:OBJECTIVES",
+    "extractor": "diffaccel.features.extractors:EXTRACTORS",
+    "metric": "diffaccel.metrics.base:METRICS",
+}
+"""Group -> ``module:name`` of its registry."""
+
+DESCRIPTIONS = {
+    "method": "published methods: how parts are trained and put together",
+    "data": "sources of images",
+    "process": "forward processes",
+    "attenuation": "how the decoupled process attenuates images",
+    "network": "networks of denoisers and generators",
+    "denoiser": "preconditionings of a network, and exact denoisers",
+    "levels": "distributions of the noise levels that training draws",
+    "posterior": "estimates of the noise level of a state, for chains",
+    "prior": "distributions of the states that sampling starts from",
+    "density": "tractable densities of noisy images, for the prior `density`",
+    "solver": "reverse integrators",
+    "grid": "spacings of the noise levels of a solver",
+    "critic": "critics that train implicit priors",
+    "objective": "further objectives of implicit priors",
+    "extractor": "feature networks that score images",
+    "metric": "metrics of a point",
+}
+"""Group -> what its parts are."""
+
+
+def registry_of(group: str) -> Registry[Any]:
+    """Return the registry of a group.
+
+    Raises:
+        UsageError: There is no such group.
+    """
+    if group not in CATALOGUE:
+        raise UsageError(f"no group of parts is called {group!r}{suggest(group, CATALOGUE)}")
+    module, _, name = CATALOGUE[group].partition(":")
+    return cast(Registry[Any], getattr(import_module(module), name))

@@ -1,0 +1,77 @@
+"""A constructor's parameters as a schema, and what their annotations say."""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from diffaccel.errors import UsageError
+from diffaccel.parts.checks import plain_type
+from diffaccel.text.escape import printable
+
+FILE = {"path": "file"}
+"""Metadata of a dataclass's field that holds a path, or a mapping to paths, relative to the file that sets it."""
+PLACE = {"path": "place"}
+"""Metadata of one that holds a path relative to the working directory."""
+
+
+def options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def is_path(annotation: Any) -> bool:
+    """Whether a parameter of this annotation takes a path."""
+    return Path in map(plain_type, options(annotation))
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a parameter of this annotation takes text, but for None."""
+    own = [plain_type(one) for one in options(annotation) if one is not NoneType]
+    return bool(own) and all(one is str or _names_texts(one) for one in own)
+
+
+def _names_texts(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and all(isinstance(one, str) for one in get_args(annotation))
+
+
+def schema_of(
+    factory: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], hidden: frozenset[str], where: str
+) -> Any:
+    """Make a dataclass of the parameters that a file may set.
+
+    Raises:
+        UsageError: A parameter that no key can be given to.
+    """
+    fields = []
+    for parameter in parameters.values():
+        if parameter.name in hidden or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UsageError(f"{where}: its parameter {parameter.name!r} is positional only, so no key can set it")
+        default: Any = dataclasses.field(default=parameter.default)
+        if parameter.default is parameter.empty:
+            default = dataclasses.field(default="???")
+        elif isinstance(parameter.default, list | dict | tuple):
+            default = dataclasses.field(default_factory=partial(copy.copy, parameter.default))
+        elif (make := _default_factory(factory, parameter.name)) is not None:
+            default = dataclasses.field(default_factory=make)
+        annotation = Any if parameter.annotation is parameter.empty else plain_type(parameter.annotation)
+        fields.append((parameter.name, annotation, default))
+    try:
+        return dataclasses.make_dataclass("Part", fields)
+    except ValueError as error:
+        raise UsageError(f"{where}: its defaults make no schema ({printable(str(error))})") from None
+
+
+def _default_factory(factory: Callable[..., Any], name: str) -> Callable[[], Any] | None:
+    """What makes a dataclass field's default, which its signature doesn't show."""
+    if not dataclasses.is_dataclass(factory):
+        return None
+    makers = {field.name: field.default_factory for field in dataclasses.fields(factory)}
+    make = makers.get(name, dataclasses.MISSING)
+    return None if make is dataclasses.MISSING else make

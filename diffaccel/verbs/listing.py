@@ -1,0 +1,234 @@
+"""Parts by name: which there are, and what their constructors and docstrings say of them."""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from rich.table import Table
+
+from diffaccel.errors import UsageError
+from diffaccel.parts.catalogue import CATALOGUE, DESCRIPTIONS, registry_of
+from diffaccel.parts.checks import FILLED, Range
+from diffaccel.parts.docstrings import documented_keys, first_line, first_paragraph, references
+from diffaccel.parts.registry import Registry, part_of
+from diffaccel.parts.schema import options
+from diffaccel.text.escape import printable
+from diffaccel.text.terminal import print_lines, wide_console
+
+LIST_USAGE = "list takes a group of parts at most: `diffaccel list solver`"
+EXPLAIN_USAGE = "explain takes a group and a name: `diffaccel explain solver heun`"
+
+
+EXTRA = {
+    "checkpoint": "Weights of the part's own networks.",
+    "init": "Weights that a fit begins these networks with.",
+}
+"""Keys that are no parameters -> what they are."""
+
+
+class Listed(NamedTuple):
+    """One line of a list.
+
+    Attributes:
+        name: A group, or a part of one.
+        what: What it is, in one line.
+        plugin: The plugin that brings the part; None for one of diffaccel's own.
+    """
+
+    name: str
+    what: str
+    plugin: str | None = None
+
+
+class Key(NamedTuple):
+    """A key of a part.
+
+    Attributes:
+        name: The key.
+        type: Values that it takes, in words.
+        default: As a file would have it; None if the key must be set.
+        what: What its docstring says.
+    """
+
+    name: str
+    type: str
+    default: str | None
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A part: everything that its constructor and its docstring say.
+
+    Attributes:
+        group: Its group.
+        name: Its name.
+        what: First paragraph of its docstring.
+        source: Where it is defined, ``module.Class``.
+        plugin: The plugin that brings it; None for one of diffaccel's own.
+        keys: Its keys, in the constructor's order.
+        references: Lines of its references.
+        experiments: Shipped experiments that use it.
+    """
+
+    group: str
+    name: str
+    what: str
+    source: str
+    plugin: str | None
+    keys: list[Key]
+    references: list[str]
+    experiments: list[str]
+
+
+def list_parts(group: str | None = None) -> list[Listed]:
+    """List the groups of parts, or the parts of one.
+
+    Raises:
+        UsageError: There is no such group.
+    """
+    if group is None:
+        return [Listed(name, DESCRIPTIONS[name]) for name in CATALOGUE]
+    registry = registry_of(group)
+    return [Listed(name, first_line(registry[name]), registry.plugin_of(name)) for name in sorted(registry)]
+
+
+def explain(group: str, name: str) -> Explanation:
+    """Explain a part.
+
+    Raises:
+        UsageError: There is no such group or part, or the part's constructor can't be inspected.
+    """
+    registry = registry_of(group)
+    factory: Any = registry[name]
+    return Explanation(
+        group,
+        name,
+        first_paragraph(factory),
+        f"{factory.__module__}.{factory.__qualname__}",
+        registry.plugin_of(name),
+        _keys(registry, name),
+        references(factory),
+        _experiments(group, name),
+    )
+
+
+def _keys(registry: Registry[Any], name: str) -> list[Key]:
+    said, annotations = documented_keys(registry[name]), registry.annotations(name)
+    found = []
+    for item in dataclasses.fields(registry.schema(name)):
+        factory = item.default_factory
+        default = item.default if factory is dataclasses.MISSING else factory()
+        shown = None if default == "???" else _value(default, part_of(annotations[item.name]))
+        found.append(Key(item.name, _type(annotations[item.name]), shown, said.get(item.name, "")))
+    return found + [Key(key, _type(kind), "null", EXTRA[key]) for key, kind in registry.extra.items()]
+
+
+def _type(annotation: Any) -> str:
+    """Describe an annotation."""
+    own = [one for one in options(annotation) if one is not NoneType]
+    end = " or null" if len(own) < len(options(annotation)) else ""
+    return " or ".join(_one_type(one) for one in own) + end
+
+
+def _one_type(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if (registry := part_of(annotation)) is not None:
+        several = get_origin(getattr(annotation, "__origin__", None)) is list
+        return f"list of {registry.kind}s" if several else registry.kind
+    if marks := getattr(annotation, "__metadata__", ()):
+        rules = [mark.rule for mark in marks if isinstance(mark, Range)]
+        return ", ".join([_type(arguments[0]), *rules, *(["one or more"] if FILLED in marks else [])])
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, arguments))
+    if get_origin(annotation) is list:
+        return f"list of {_type(arguments[0])}"
+    if get_origin(annotation) is dict or annotation is dict:
+        return "mapping"
+    words = {str: "text", Path: "path", bool: "true or false", Any: "anything", inspect.Parameter.empty: "anything"}
+    return words.get(annotation) or str(getattr(annotation, "__name__", annotation))
+
+
+def _value(value: Any, registry: Registry[Any] | None) -> str:
+    """Write a default as a YAML file would have it, in one line."""
+    if registry is not None and (node := registry.node_of(value)) is not None:
+        value = node
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_value(item, None)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item, None) for item in value) + "]"
+    if isinstance(value, float):
+        return f".{value}" if math.isinf(value) else f"{value:.6g}"
+    return (value if value else "''") if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _experiments(group: str, name: str) -> list[str]:
+    """Names of the shipped experiments in which a part stands under its group's key."""
+    from diffaccel.config import EXPERIMENTS, read  # late: seconds, which a list needn't wait for
+
+    found = []
+    for file in sorted(EXPERIMENTS.glob("*/*.yaml")):
+        if file.stem != "base" and _uses(read(file), group, name):
+            found.append(file.relative_to(EXPERIMENTS).with_suffix("").as_posix())
+    return found
+
+
+def _uses(tree: Any, group: str, name: str) -> bool:
+    if isinstance(tree, list):
+        return any(_uses(one, group, name) for one in tree)
+    if not isinstance(tree, Mapping):
+        return False
+    part = tree.get(group)
+    return (isinstance(part, Mapping) and part.get("name") == name) or any(
+        _uses(one, group, name) for one in tree.values()
+    )
+
+
+# The command line's
+
+
+def show_list(words: list[str]) -> list[Listed]:
+    """Print the groups of parts, or the parts of the group that is named; returns what was printed.
+
+    Raises:
+        UsageError: An unknown group, or more than one.
+    """
+    if len(words) > 1:
+        raise UsageError(LIST_USAGE)
+    found = list_parts(*words)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for one in found:
+        table.add_row(printable(one.name), printable(one.what) + (f" [{one.plugin}]" if one.plugin else ""))
+    wide_console().print(table)
+    if not words:
+        print_lines("`diffaccel list GROUP` lists the parts of one, `diffaccel explain GROUP NAME` explains a part")
+    return found
+
+
+def show_explanation(words: list[str]) -> Explanation:
+    """Print what a part is, its keys, its references and the experiments that use it; returns what was printed.
+
+    Raises:
+        UsageError: An unknown group or name, or not one of each.
+    """
+    if len(words) != 2:
+        raise UsageError(EXPLAIN_USAGE)
+    found = explain(*words)
+    origin = f", {found.plugin}" if found.plugin else ""
+    print_lines(*map(printable, (f"{found.group} {found.name} ({found.source}{origin})", "", found.what, "")))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("key", "type", "default", ""):
+        table.add_column(head, vertical="top")
+    for key in found.keys:
+        table.add_row(*map(printable, (key.name, key.type, key.default or "(required)", key.what)))
+    if found.keys:
+        wide_console().print(table)
+    for head, lines in (("References", found.references), ("Experiments", [", ".join(found.experiments)])):
+        if any(lines):
+            print_lines("", f"{head}:", *(printable(f"  {line}") for line in lines))
+    return found
