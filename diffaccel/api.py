@@ -1,6 +1,7 @@
 """What a notebook calls: models, scores, and the commands as functions."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def load(source: str | Path, **settings: Any) -> Model:
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings as the words of a command line."""
+    """Write settings as the words of a command line; an infinite budget, that of an adaptive solver, is null there."""
+    if settings.get("nfe") == math.inf:
+        settings = {**settings, "nfe": None}
     return [f"{key}={_text(value)}" for key, value in settings.items()]
 
 
@@ -120,19 +123,49 @@ def reference(experiment: str | Path, **settings: Any) -> dict[str, Path]:
     return _run("reference", experiment, settings)
 
 
-def compare(folders: Sequence[str | Path], out: str | Path = "runs/compare", reference: str | None = None) -> Path:
-    """Put points of several runs side by side; returns the page. See ``diffaccel compare``."""
+def compare(
+    folders: str | Path | Sequence[str | Path], out: str | Path = "runs/compare", reference: str | Path | None = None
+) -> Path:
+    """Put points of several runs side by side; returns the page. See ``diffaccel compare``.
+
+    Args:
+        folders: Folders of runs, or their points.jsonl; the others' points are paired with those of the first.
+        out: Folder of the page.
+        reference: File of the reference statistics, where the folders' config.yaml doesn't lead to it.
+
+    Raises:
+        UsageError: No points, points that were scored differently, or a folder that can't be written to.
+    """
+    from diffaccel.storage import check_target
+    from diffaccel.text.terminal import PlainConsole
     from diffaccel.verbs import compare as comparison
 
-    page = Path(out)
+    sources = [folders] if isinstance(folders, str | Path) else folders
+    page = Path(out).expanduser()
     comparison.check_out(page)
-    comparison.write(comparison.compare([str(folder) for folder in folders], reference), page)
+    check_target(page / "index.html")
+    note = PlainConsole(stderr=True, soft_wrap=True).print
+    named = None if reference is None else str(reference)
+    comparison.write(comparison.compare([str(Path(one).expanduser()) for one in sources], named, note), page)
     return page / "index.html"
 
 
-def convert(source: str | Path, target: str | Path, **options: Any) -> Path:
-    """Write another program's checkpoint as safetensors; returns the file. See ``diffaccel convert``."""
-    from diffaccel import pretrained
+def convert(source: str | Path, target: str | Path, again: bool = False, **options: Any) -> Path:
+    """Write another program's checkpoint as safetensors; returns the file. See ``diffaccel convert``.
 
-    pretrained.convert(Path(source), Path(target), **options)
-    return Path(target)
+    Args:
+        source: A file, or a folder of diffusers.
+        target: The new file, whose name ends in ``.safetensors``.
+        again: Whether to replace a file that is there.
+        options: What the file doesn't say: ``weights`` (``ema`` or ``raw``), ``size``, ``sigma_max``.
+
+    Raises:
+        UsageError: The source is refused, or the target exists or can't be written.
+    """
+    from diffaccel import pretrained
+    from diffaccel.run.targets import check_new
+
+    file = Path(target).expanduser()
+    check_new([file], again)
+    pretrained.convert(Path(source).expanduser(), file, **options)
+    return file

@@ -15,6 +15,7 @@ from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.base import measure as compute
 from diffaccel.metrics.reference import load_reference
+from diffaccel.parts.checks import whole_number
 
 
 @torch.no_grad()
@@ -30,6 +31,9 @@ def measure(
     Raises:
         UsageError: An unknown data set, statistics of another extractor, or images of another shape or type.
     """
+    if not isinstance(images, Tensor):
+        raise UsageError(f"measure: images are a {type(images).__name__}: give a tensor (torch.from_numpy makes one)")
+    batch_size = whole_number("batch_size", batch_size)
     judge, real, shape = _judges(reference, floor, extractor)
     if images.ndim != 4 or len(images) < 2 or (shape is not None and tuple(images.shape[1:]) != shape):
         wanted = "(n, C, H, W)" if shape is None else f"(n, {', '.join(map(str, shape))})"

@@ -4,6 +4,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from diffaccel.errors import UsageError
@@ -146,6 +147,34 @@ def check(config: Any) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) and abs(value) >= 1e15 else str(value)
+
+
+def whole_number(key: str, value: Any) -> int:
+    """Return an argument of a function if it is an integer, of any library, in the range of the key of its name.
+
+    Raises:
+        UsageError: It is something else, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UsageError(f"{key}={value!r}: give a whole number")
+    number = int(value)
+    if number not in RANGES[key]:
+        raise UsageError(f"{key}={_shown(number)}: {RANGES[key]}")
+    return number
+
+
+def real_number(key: str, value: Any, infinite: bool = False) -> float:
+    """Return an argument of a function if it is a number in the range of the key of its name, or infinite if it may be.
+
+    Raises:
+        UsageError: It is something else, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{key}={value!r}: give a number")
+    number = float(value)
+    if number not in RANGES[key] and not (infinite and number == math.inf):
+        raise UsageError(f"{key}={number:g}: {RANGES[key]}{', or math.inf' if infinite else ''}")
+    return number
 
 
 def check_finite(tree: Mapping[str, Any], where: object) -> None:

@@ -13,6 +13,11 @@ NUMBERS = (
 COUNTS = ("n", "seed", "chains")
 MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
 
+STANDARD = ("kid", "precision", "recall", "density", "coverage", "bits_per_dim")
+"""Metrics that tables place themselves."""
+DERIVED = ("_inf", "_se", "_floor", "_real")
+"""Ends of the names of values that belong to a metric: its limit, standard error, and value of held-out images."""
+
 
 def normalised(point: Point) -> dict[str, Any]:
     """Return a point with every key and the right types, where unknown values are None or an empty mapping.
@@ -65,6 +70,20 @@ def _count(value: object) -> int | None:
 
 def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
+
+
+def further_metrics(points: Sequence[Point], key: str) -> list[str]:
+    """Names of the metrics besides the standard ones, in order: tables have a column for each.
+
+    Args:
+        points: Normalised points.
+        key: Key of the Frechet distance.
+    """
+    names = list(
+        dict.fromkeys(name for point in points for name, value in point["metrics"].items() if value is not None)
+    )
+    own = {key, *STANDARD, *(f"{name}{end}" for name in (*names, key) for end in DERIVED)}
+    return [name for name in names if name not in own]
 
 
 def distance(point: Point, key: str) -> float | None:

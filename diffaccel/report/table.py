@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from diffaccel.report.points import Point, normalised
+from diffaccel.report.points import Point, further_metrics, normalised
 from diffaccel.text.terminal import number, print_lines, wide_console
 
 NEIGHBOURHOODS = ("recall", "coverage")
@@ -26,7 +26,8 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     points = [normalised(point) for point in points]
     n, last = points[-1]["n"], points[-1]["metrics"]
     likelihood = ("bits_per_dim", "bits_per_dim_se")
-    shown = [key for key in (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood) if key in last]
+    standard = (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood)
+    shown = [key for key in standard if key in last] + further_metrics(points, name)
     heads = {name: f"{name}@{number(n, 12)}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):

@@ -5,8 +5,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from diffaccel.errors import UsageError
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+"""What networks can sample in."""
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Precision -> data type of autocast."""
+
+
+def check_precision(precision: str) -> str:
+    """Return a precision if it is one.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
+    return precision
 
 
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[None]:

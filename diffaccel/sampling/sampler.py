@@ -6,106 +6,27 @@ It needs no trainer. Every command, the evaluation during training and a noteboo
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.nfe import EvaluationCounter, counted_apart
+from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import real_number, whole_number
 from diffaccel.prior import PRIORS, ChainPrior, ChainState, Group, Plan, Prior
+from diffaccel.sampling.arguments import check_part, checked_shape
+from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
-from diffaccel.sampling.precision import arithmetic
+from diffaccel.sampling.precision import arithmetic, check_precision
+from diffaccel.sampling.settings import Setting, Tweedie, nearest
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
-
-
-def nearest(budgets: Collection[int], nfe: float) -> int:
-    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
-    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
-
-
-class Setting(NamedTuple):
-    """What samples at a budget."""
-
-    prior: Prior
-    solver: Solver
-
-
-@dataclass(frozen=True)
-class Tweedie:
-    """One more denoising step after the solver, x + e^2 score(x, e).
-
-    Attributes:
-        ratio: Noise-to-data ratio e of the step.
-        counted: Whether the step is an evaluation of the budget; otherwise it is counted apart, as ``tweedie``.
-
-    References:
-        Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which takes 0.02 (CIFAR-10)
-        or 0.002 (CelebA-HQ) in units of [-1, 1] and doesn't count the step
-    """
-
-    ratio: float
-    counted: bool = True
-
-    def __call__(self, denoiser: Denoiser, x_0: Tensor) -> Tensor:
-        """Denoise images (B, C, H, W)."""
-        ratio = torch.full((len(x_0),), self.ratio, dtype=torch.float64, device=x_0.device)
-        x_t, t = denoiser.process.from_ratio(x_0, ratio)
-        with nullcontext() if self.counted else counted_apart("tweedie"):
-            return denoiser(x_t, t).x_0
-
-
-@dataclass
-class Sampled:
-    """A batch of generated images, and what it took.
-
-    Attributes:
-        indices: Of the images, (b,) int64.
-        images: As they are scored, (b, C, H, W): uint8, or float32 where the data are no images.
-        evaluations: Samples by network, burn-in included.
-        burn_in: The part of them spent in burn-in.
-        flops: Of one sample by network.
-        seconds: Time for making the images.
-        trace: What a chain recorded in this round.
-        state: The state of the chains after the batch; None for independent images.
-    """
-
-    indices: Tensor
-    images: Tensor
-    evaluations: dict[str, int]
-    burn_in: dict[str, int]
-    flops: dict[str, float]
-    seconds: float
-    trace: list[dict[str, Any]]
-    state: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Cost of the images of one call.
-
-    Attributes:
-        n: Number of images.
-        nfe: Network evaluations per image, burn-in included.
-        nfe_burn_in: The part of them spent in burn-in.
-        evaluations: Evaluations by network, of all images.
-        gflops_per_image: FLOPs of all networks, auxiliary ones included, in 10^9.
-        seconds_per_image: Wall-clock time of prior and solver.
-    """
-
-    n: int
-    nfe: float
-    nfe_burn_in: float
-    evaluations: dict[str, int]
-    gflops_per_image: float
-    seconds_per_image: float
 
 
 class Sampler:
@@ -118,19 +39,33 @@ class Sampler:
         solver: Reverse integrator, likewise; DPM-Solver++(2M) if not given.
         shape: Image shape (C, H, W); a :class:`Model` has its own.
         by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty if one setting
-            serves all budgets.
-        tweedie: A last denoising step; None for no such step.
-        kind: Conversion of the output to images.
-        precision: Arithmetic of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`.
-        batch_size: Images a batch; no image depends on it beyond rounding.
+            serves all budgets. The prior and the solver given with a :class:`Model` replace those of its budgets.
+        tweedie: A last denoising step; None for no such step, or for the model's.
+        kind: Conversion of the output to images; rounding to uint8 if not given.
+        precision: Arithmetic of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`; ``32-true`` if not
+            given. ``64-true`` converts the weights, which the samplers of a model share.
+        batch_size: Images a batch, 100 if not given; no image depends on it beyond rounding.
 
     Raises:
-        UsageError: An unknown name or key, or a denoiser without a shape.
+        UsageError: An unknown name or key, an object of another type, a denoiser without a shape, a shape that is not
+            the model's, or a value out of range.
 
     Attributes:
         tuned: Whether ``by_nfe`` was searched for these very weights.
         spent: Cost of the latest call, a :class:`Spent`; None before the first.
     """
+
+    denoiser: Denoiser
+    shape: tuple[int, int, int]
+    prior: Prior
+    solver: Solver
+    by_nfe: dict[int, Setting]
+    tweedie: Tweedie | None
+    kind: ImageKind
+    precision: str
+    batch_size: int
+    tuned: bool
+    spent: Spent | None
 
     def __init__(
         self,
@@ -140,24 +75,43 @@ class Sampler:
         shape: tuple[int, int, int] | None = None,
         by_nfe: Mapping[int, Setting] | None = None,
         tweedie: Tweedie | None = None,
-        kind: ImageKind = ImageKind(),  # noqa: B008 (frozen)
-        precision: str = "32-true",
-        batch_size: int = 100,
+        kind: ImageKind | None = None,
+        precision: str | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        check_part("prior", prior, Prior)
+        check_part("solver", solver, Solver)
         if isinstance(model, Model):
             vars(self).update(vars(_derived(model, prior, solver)))
-            return
+            if shape is not None and checked_shape(shape) != self.shape:
+                raise UsageError(f"Sampler: shape={shape}, and {model.name} makes images of {self.shape}: leave it out")
+        else:
+            self._assemble(model, prior, solver, shape)
+        self.by_nfe = self.by_nfe if by_nfe is None else dict(by_nfe)
+        self.tweedie, self.kind = tweedie or self.tweedie, kind or self.kind
+        self.precision = self.precision if precision is None else check_precision(precision)
+        if batch_size is not None:
+            self.batch_size = whole_number("batch_size", batch_size)
+
+    def _assemble(
+        self, model: Denoiser, prior: Prior | Part, solver: Solver | Part, shape: tuple[int, int, int] | None
+    ) -> None:
+        """Put parts together, with default settings.
+
+        Raises:
+            UsageError: See the class.
+        """
+        if not isinstance(model, Denoiser):
+            raise UsageError(f"Sampler: {model!r} is neither a model nor a denoiser: da.load({model!r}) loads a model")
         if shape is None:
             raise UsageError("Sampler: a denoiser alone doesn't tell the images' shape: give shape=(C, H, W)")
-        self.denoiser, self.shape = model, shape
+        self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = (
-            prior if isinstance(prior, Prior) else PRIORS.build(prior or "gaussian", denoiser=model, shape=shape)
+            prior if isinstance(prior, Prior) else PRIORS.build(prior or "gaussian", denoiser=model, shape=self.shape)
         )
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
-        self.by_nfe = dict(by_nfe or {})
-        self.tweedie, self.kind, self.precision, self.batch_size = tweedie, kind, precision, batch_size
-        self.tuned = False
-        self.spent: Spent | None = None
+        self.by_nfe, self.tuned, self.spent = {}, False, None
+        self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
 
     def __call__(
         self, n: int, nfe: float = 10, seed: int = 0, labels: Sequence[int] | None = None, batch_size: int | None = None
@@ -175,15 +129,20 @@ class Sampler:
             (n, C, H, W) on the CPU: uint8, or float32 where the data are no images. ``spent`` holds their cost.
 
         Raises:
-            UsageError: The budget is below the minimum, labels don't fit the network, or a value is NaN.
+            UsageError: A number is out of range, the budget is below the minimum, labels don't fit the network, or a
+                value of an image is NaN.
         """
+        n, seed, nfe = whole_number("n", n), whole_number("seed", seed), real_number("nfe", nfe, infinite=True)
+        batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
+        if self.precision == "64-true":
+            self.to(self.device)  # converts the weights
         plan = self.plan(nfe, n)
         given = self._checked(plan, labels, n)
         images = torch.zeros(n, *self.shape, dtype=self.kind.dtype)
         evaluations, burn_in = Counter[str](), Counter[str]()
         flops: dict[str, float] = {}
         seconds = 0.0
-        for group in plan.prior.schedule(n, batch_size or self.batch_size):
+        for group in plan.prior.schedule(n, batch_size):
             for made in self.batches(plan, group, seed, labels=given):
                 images[made.indices] = made.images.cpu()
                 evaluations.update(made.evaluations)
@@ -390,10 +349,15 @@ class Sampler:
         if not self.classes or isinstance(plan.prior, ChainPrior):
             reason = "the network has no classes" if not self.classes else "a chain samples without labels"
             raise UsageError(f"labels: {reason}: leave them out")
-        given = torch.as_tensor(labels, device=self.device)
-        if given.shape != (n,) or given.is_floating_point() or not ((given >= 0) & (given < self.classes)).all():
-            raise UsageError(f"labels: give {n} whole numbers from 0 to {self.classes - 1}, one for each image")
-        return given
+        problem = UsageError(f"labels: give {n} whole numbers from 0 to {self.classes - 1}, one for each image")
+        try:
+            given = torch.as_tensor(labels, device=self.device)
+        except (TypeError, ValueError, RuntimeError):  # no numbers at all, or of several shapes
+            raise problem from None
+        whole = given.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+        if given.shape != (n,) or not whole or not ((given >= 0) & (given < self.classes)).all():
+            raise problem
+        return given.long()
 
     def _require_null_class(self) -> None:
         """Refuse chains, which change classes, on a network that was never trained without labels."""
@@ -405,9 +369,15 @@ class Sampler:
 
 
 def _derived(model: Model, prior: Prior | Part, solver: Solver | Part) -> Sampler:
-    """Return a model's sampler with some parts of it, by name or as objects, in place of its own."""
+    """Return a model's sampler with some parts of it, by name or as objects, in place of its own at every budget."""
     made = model.derive(*(None if isinstance(part, Prior | Solver) else part for part in (prior, solver)))
-    if isinstance(prior, Prior) or isinstance(solver, Solver):
-        own = solver if isinstance(solver, Solver) else made.solver
-        made = made.using(prior if isinstance(prior, Prior) else made.prior, own)
-    return made
+    if not isinstance(prior, Prior) and not isinstance(solver, Solver):
+        return made
+
+    def laid_over(setting: Setting) -> Setting:
+        own = solver if isinstance(solver, Solver) else setting.solver
+        return Setting(prior if isinstance(prior, Prior) else setting.prior, own)
+
+    own = laid_over(Setting(made.prior, made.solver))
+    by_nfe = {budget: laid_over(setting) for budget, setting in made.by_nfe.items()}
+    return made.using(own.prior, own.solver, by_nfe)

@@ -26,7 +26,7 @@ from diffaccel.metrics.reference import read_reference
 from diffaccel.report import frechet_key, plot_curve, read_points, title_of, write_csv
 from diffaccel.report.curves import places_of
 from diffaccel.report.logs import budget_name
-from diffaccel.report.points import Point, distance, normalised, undrawn
+from diffaccel.report.points import Point, distance, further_metrics, normalised, undrawn
 from diffaccel.text.escape import markdown_cell, printable
 from diffaccel.text.terminal import number, print_lines, wide_console
 
@@ -315,6 +315,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return column heads and a line of text per row."""
     key = frechet_key([row.point for row in rows])
     shown = [name for name in SHOWN if any(row.point["metrics"].get(name) is not None for row in rows)]
+    shown += further_metrics([row.point for row in rows], key)
     heads = ["run", "budget", "nfe", "n", "seed", key, "se", f"{key}_inf", *shown, "difference", "its se", "s/image"]
     lines = []
     for row in rows:

@@ -1,0 +1,52 @@
+"""Records of what images took."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Sampled:
+    """A batch of generated images, and what it took.
+
+    Attributes:
+        indices: Of the images, (b,) int64.
+        images: As they are scored, (b, C, H, W): uint8, or float32 where the data are no images.
+        evaluations: Samples by network, burn-in included.
+        burn_in: The part of them spent in burn-in.
+        flops: Of one sample by network.
+        seconds: Time for making the images.
+        trace: What a chain recorded in this round.
+        state: The state of the chains after the batch; None for independent images.
+    """
+
+    indices: Tensor
+    images: Tensor
+    evaluations: dict[str, int]
+    burn_in: dict[str, int]
+    flops: dict[str, float]
+    seconds: float
+    trace: list[dict[str, Any]]
+    state: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cost of the images of one call.
+
+    Attributes:
+        n: Number of images.
+        nfe: Network evaluations per image, burn-in included.
+        nfe_burn_in: The part of them spent in burn-in.
+        evaluations: Evaluations by network, of all images.
+        gflops_per_image: FLOPs of all networks, auxiliary ones included, in 10^9.
+        seconds_per_image: Wall-clock time of prior and solver.
+    """
+
+    n: int
+    nfe: float
+    nfe_burn_in: float
+    evaluations: dict[str, int]
+    gflops_per_image: float
+    seconds_per_image: float

@@ -1,0 +1,50 @@
+"""What samples at a budget, and the step after it."""
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.nfe import counted_apart
+from diffaccel.prior import Prior
+from diffaccel.solver import Solver
+
+
+def nearest(budgets: Collection[int], nfe: float) -> int:
+    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
+    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
+
+
+class Setting(NamedTuple):
+    """What samples at a budget."""
+
+    prior: Prior
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Tweedie:
+    """One more denoising step after the solver, x + e^2 score(x, e).
+
+    Attributes:
+        ratio: Noise-to-data ratio e of the step.
+        counted: Whether the step is an evaluation of the budget; otherwise it is counted apart, as ``tweedie``.
+
+    References:
+        Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which takes 0.02 (CIFAR-10)
+        or 0.002 (CelebA-HQ) in units of [-1, 1] and doesn't count the step
+    """
+
+    ratio: float
+    counted: bool = True
+
+    def __call__(self, denoiser: Denoiser, x_0: Tensor) -> Tensor:
+        """Denoise images (B, C, H, W)."""
+        ratio = torch.full((len(x_0),), self.ratio, dtype=torch.float64, device=x_0.device)
+        x_t, t = denoiser.process.from_ratio(x_0, ratio)
+        with nullcontext() if self.counted else counted_apart("tweedie"):
+            return denoiser(x_t, t).x_0

@@ -1,0 +1,432 @@
+"""The library from a notebook: what ``import diffaccel`` offers, and that it is what the command line measures."""
+
+import doctest
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign import VE, random_network, score_sde_content
+from test_guidance import CLASSES, SHAPE, network
+from torch import Tensor
+
+import diffaccel as da
+from diffaccel.denoiser import KarrasDenoiser
+from diffaccel.evaluation.scores import digests
+from diffaccel.nfe import EvaluationCounter
+from diffaccel.prior import ExactPosterior, GaussianPrior, LangevinGibbsPrior, geometric_levels
+from diffaccel.process import EDMVarianceExploding
+from diffaccel.report import read_points
+from diffaccel.solver import SOLVERS
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "experiments" / "digits" / "weights"
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def sha256(images: Tensor) -> str:
+    """Hash as ``images_sha256`` of a point."""
+    return hashlib.sha256(digests(images).numpy().tobytes()).hexdigest()
+
+
+def fresh(code: str) -> str:
+    """Run code in an interpreter of its own and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# The package
+
+
+def test_the_example_of_the_package_runs():
+    found = doctest.testmod(da)
+    assert found.attempted > 4 and not found.failed
+
+
+def test_all_names_are_there_and_a_usage_error_is_a_value_error():
+    assert set(da.__all__) <= set(dir(da)) and all(hasattr(da, name) for name in da.__all__)
+    assert issubclass(da.UsageError, ValueError)
+    with pytest.raises(AttributeError, match="bensh"):
+        da.bensh  # noqa: B018
+    assert (Path(da.__file__).parent / "py.typed").is_file()
+
+
+def test_the_import_is_light():
+    heavy = "torch", "lightning", "omegaconf", "torchmetrics", "wandb", "matplotlib", "numpy", "rich"
+    assert fresh(f"import sys, diffaccel; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+SAMPLING = """\
+import sys
+import diffaccel as da
+for name in ("digits/edm", "digits/dlg", "digits/tdpm", "digits/small_t", "digits/ddm", "toy/edm"):
+    images = da.Sampler(da.load(name))(100, nfe=20)
+    assert len(images) == 100 and images.float().std() > 0, name
+print([name for name in ("lightning", "torchmetrics", "wandb", "matplotlib") if name in sys.modules])
+"""
+
+
+def test_sampling_loads_no_trainer_and_no_plots():
+    assert fresh(SAMPLING) == "[]"
+
+
+def test_types_are_checked(tmp_path: Path):
+    """A user's type checker sees the package's annotations through its lazy names."""
+    user = tmp_path / "user.py"
+    user.write_text(
+        'import diffaccel as da\nsampler = da.Sampler(da.load("digits/edm"), solver=3)\nsampler("ten").sum()\n'
+    )
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--follow-imports=silent", str(user)]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    errors = [line for line in done.stdout.splitlines() if "error" in line]
+    assert len(errors) == 2, done.stdout + done.stderr
+    assert "user.py:2" in errors[0] and '"solver"' in errors[0] and "user.py:3" in errors[1] and "int" in errors[1]
+
+
+# The sampler makes what bench measures
+
+DLG: dict[str, Any] = {"nfe": 20, "n": 200, "seed": 4, "precision": "32-true", "logger": "none"}
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A bench's point of each experiment."""
+    folder = tmp_path_factory.mktemp("points")
+    return {name: da.bench(name, **DLG, out=folder / name)[0] for name in ("digits/dlg", "digits/edm")}
+
+
+@pytest.mark.parametrize("name", ["digits/dlg", "digits/edm"])
+def test_images_and_scores_are_those_of_the_bench(name: str, points: dict[str, dict[str, Any]]):
+    point = points[name]
+    sampler = da.Sampler(da.load(name, precision="32-true"))
+    images = sampler(DLG["n"], nfe=DLG["nfe"], seed=DLG["seed"])
+    assert images.dtype == torch.uint8 and sha256(images) == point["images_sha256"]
+    assert da.measure(images, reference="digits") == point["metrics"]
+    spent = sampler.spent
+    assert spent is not None and spent.n == DLG["n"]
+    assert (spent.nfe, spent.nfe_burn_in, spent.evaluations) == tuple(
+        point[key] for key in ("nfe", "nfe_burn_in", "evaluations")
+    )
+    assert spent.gflops_per_image == point["gflops_per_image"]
+
+
+def test_parts_by_name_are_the_keys_of_an_experiment(tmp_path: Path):
+    (point,) = da.bench(
+        "digits/edm", solver="ddim", **{"prior.ratio_star": 20}, n=60, nfe=6, out=tmp_path, logger="none"
+    )
+    model = da.load("digits/edm", solver="heun")
+    keyed = da.Sampler(model, prior={"name": "gaussian", "ratio_star": 20}, solver="ddim")
+    built = da.Sampler(model, prior=GaussianPrior(20.0), solver=SOLVERS.build("ddim"))
+    for sampler in (keyed, built):
+        assert sha256(sampler(60, nfe=6)) == point["images_sha256"]
+    assert sha256(da.Sampler(model)(60, nfe=6)) != point["images_sha256"]
+
+
+@pytest.mark.parametrize("name", ["digits/edm", "digits/dlg"])
+def test_spent_is_what_the_networks_evaluated(name: str):
+    sampler = da.Sampler(da.load(name))
+    with EvaluationCounter(sampler.evaluated_networks()) as counter:
+        sampler(150, nfe=17)
+    assert sampler.spent is not None
+    assert sampler.spent.evaluations["denoiser"] == counter.evaluations["denoiser"]
+    assert sampler.spent.nfe == counter.evaluations["denoiser"] / 150 <= 17
+    assert sampler.spent.nfe_burn_in == counter.burn_in["denoiser"] / 150
+
+
+BY_NFE = {3: {"solver": {"name": "ddim"}, "prior": {"ratio_star": 20}}, 8: {"solver": {"name": "heun"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "budgets"),
+    [("digits/edm", {"by_nfe": BY_NFE}, (2, 5, 9)), ("toy/tdpm", {}, (2, 3, 6)), ("digits/dlg", {}, (10, 30))],
+)
+def test_a_budget_is_an_argument(name: str, settings: dict[str, Any], budgets: tuple[int, ...]):
+    model, n = da.load(name, **settings), 100
+    alone = {nfe: da.Sampler(model)(n, nfe=nfe, seed=1) for nfe in budgets}
+    assert len({sha256(images) for images in alone.values()}) == len(budgets)
+    for order in permutations(budgets):
+        sampler = da.Sampler(model)
+        for nfe in order:
+            assert torch.equal(sampler(n, nfe=nfe, seed=1), alone[nfe])
+
+
+def test_settings_by_budget_give_way_to_the_parts_that_are_given():
+    model = da.load("digits/edm", by_nfe=BY_NFE)
+    prior, solver = GaussianPrior(10.0), SOLVERS.build("euler")
+    named = da.Sampler(model, solver="euler")
+    for sampler in (named, da.Sampler(model, solver=solver)):
+        assert {budget: type(setting.solver) for budget, setting in sampler.by_nfe.items()} == {
+            3: type(solver),
+            8: type(solver),
+        }
+        assert sampler.setting(3).prior.ratio_star == 20 and sampler.setting(8).prior.ratio_star is None  # type: ignore[union-attr]
+    assert torch.equal(named(20, nfe=4), da.Sampler(model, solver=solver)(20, nfe=4))
+    given = da.Sampler(model, prior=prior)
+    assert all(setting.prior is prior for setting in given.by_nfe.values())
+    assert type(given.setting(3).solver) is not type(given.setting(8).solver)
+
+
+def test_a_models_own_settings_may_be_replaced():
+    model = da.load("digits/edm")
+    plain = da.Sampler(model)(20, nfe=4)
+    sampler = da.Sampler(model, batch_size=7, precision="bf16-mixed")
+    assert (sampler.batch_size, sampler.precision) == (7, "bf16-mixed")
+    assert not torch.equal(sampler(20, nfe=4), plain)
+    assert da.Sampler(model, shape=(1, 8, 8)).shape == (1, 8, 8)
+    with pytest.raises(da.UsageError, match=r"shape=\(3, 8, 8\).* \(1, 8, 8\)"):
+        da.Sampler(model, shape=(3, 8, 8))
+
+
+def test_double_precision_needs_no_further_call():
+    double = da.Sampler(da.load("digits/edm", precision="64-true"))(20, nfe=4)
+    single = da.Sampler(da.load("digits/edm"))(20, nfe=4)
+    assert (double.int() - single.int()).abs().max() <= 1
+
+
+# Labels
+
+
+def by_class(classes: int = CLASSES) -> da.Sampler:
+    return da.Sampler(KarrasDenoiser(network(classes), EDMVarianceExploding()), "gaussian", "ddim", SHAPE)
+
+
+def test_labels_are_the_images_classes():
+    sampler = by_class()
+    balanced = sampler(6, nfe=4)
+    assert torch.equal(sampler(6, nfe=4, labels=[0, 1, 2, 0, 1, 2]), balanced)
+    assert torch.equal(sampler(6, nfe=4, labels=torch.arange(6) % 3), balanced)  # type: ignore[arg-type]
+    assert torch.equal(sampler(6, nfe=4, labels=np.arange(6) % 3, batch_size=4), sampler(6, nfe=4, batch_size=4))  # type: ignore[arg-type]
+    ones = sampler(6, nfe=4, labels=[1] * 6)
+    assert torch.equal(ones[1], balanced[1]) and not torch.equal(ones[0], balanced[0])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1], [0, 1, 3], [0, -1, 2], [0.0, 1.0, 2.0], ["cat", "dog", "cat"], 1, [[0, 1, 2]], [True, False, True]],
+    ids=str,
+)
+def test_wrong_labels_are_refused(labels: Any):
+    with pytest.raises(da.UsageError, match="labels: give 3 whole numbers from 0 to 2, one for each image"):
+        by_class()(3, nfe=4, labels=labels)
+
+
+def test_labels_of_a_network_without_classes_or_of_a_chain_are_refused():
+    with pytest.raises(da.UsageError, match="labels: the network has no classes"):
+        by_class(0)(3, nfe=4, labels=[0, 0, 0])
+    posterior = ExactPosterior(None, geometric_levels(50))  # type: ignore[arg-type]
+    chained = da.Sampler(by_class().denoiser, LangevinGibbsPrior(posterior, chains=4), "ddim", SHAPE)
+    with pytest.raises(da.UsageError, match="labels: a chain samples without labels"):
+        chained(400, nfe=60, labels=[0] * 400)
+
+
+# Models from anywhere
+
+
+def test_a_file_of_weights_describes_itself():
+    images = da.Sampler(da.load(WEIGHTS / "edm.safetensors"))(20, nfe=6)
+    assert torch.equal(images, da.Sampler(da.load("digits/edm"))(20, nfe=6))
+    with pytest.raises(da.UsageError, match="which has no settings"):
+        da.load(WEIGHTS / "edm.safetensors", precision="32-true")
+    with pytest.raises(da.UsageError, match="digits/edm"):
+        da.load("digits/edn")
+    with pytest.raises(da.UsageError, match="feature|extractor"):
+        da.load(WEIGHTS / "extractor.safetensors")
+
+
+TINY = {"network.widths": [8], "network.attention": [], "network.embedding": 16}
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny fit."""
+    out = tmp_path_factory.mktemp("fit")
+    keys = {"images": 128, "training.batch_size": 64, "training.warmup": 0, "n": 20, "nfe": 4, "reference": None}
+    assert da.fit("digits/edm", **TINY, **keys, logger="none", out=out) == out
+    return out
+
+
+def test_what_a_fit_leaves_is_a_model(fitted: Path):
+    state, weights = (da.load(fitted / name) for name in ("last.ckpt", "ema.safetensors"))
+    images = da.Sampler(state)(20, nfe=4)
+    assert torch.equal(images, da.Sampler(weights)(20, nfe=4))
+    named = da.load("digits/edm", **TINY, checkpoint=fitted / "ema.safetensors")
+    assert torch.equal(images, da.Sampler(named)(20, nfe=4))
+
+
+def test_converted_checkpoints_are_models(tmp_path: Path):
+    source, target = tmp_path / "score_sde.pth", tmp_path / "ours.safetensors"
+    torch.save(score_sde_content(random_network(1, **VE), random_network(2, **VE)), source)
+    assert da.convert(source, target, sigma_max=50.0) == target and target.is_file()
+    images = [da.Sampler(da.load(path))(4, nfe=3) for path in (source, target)]
+    assert torch.equal(*images) and images[0].shape == (4, 3, 32, 32)
+    with pytest.raises(da.UsageError, match="exists: again=true"):
+        da.convert(source, target)
+    assert da.convert(source, target, again=True) == target
+    with pytest.raises(da.UsageError, match="safetensors"):
+        da.convert(source, tmp_path / "ours.pt")
+
+
+# Commands return what they make
+
+
+def test_bench_returns_the_points_of_the_file(tmp_path: Path):
+    found = da.bench("toy/edm", nfe=[4, 8], n=60, out=tmp_path, logger="none")
+    assert [point["nfe_budget"] for point in found] == [4, 8]
+    assert found == read_points(tmp_path / "points.jsonl")
+    assert da.bench("toy/edm", nfe=[4, 8], n=60, out=tmp_path, logger="none") == found, "measured before"
+    assert da.bench("toy/edm", nfe=[4, 8], n=60, out=tmp_path, logger="none", dry_run=True) == []
+
+
+def test_an_infinite_budget_is_that_of_an_adaptive_solver(tmp_path: Path):
+    (point,) = da.bench("toy/edm", solver="rk45", nfe=math.inf, n=20, out=tmp_path, logger="none")
+    sampler = da.Sampler(da.load("toy/edm"), solver="rk45")
+    images = sampler(20, nfe=math.inf)
+    assert point["nfe_budget"] is None and sha256(images) == point["images_sha256"]
+    assert sampler.spent is not None and sampler.spent.nfe == point["nfe"] > 10
+    with pytest.raises(da.UsageError, match="nfe is not set"):
+        da.Sampler(da.load("toy/edm"))(20, nfe=math.inf)
+
+
+def test_commands_return_the_paths_they_write(tmp_path: Path):
+    keys: dict[str, Any] = {"n": 40, "logger": "none"}
+    (folder,) = da.sample("digits/edm", nfe=4, out=tmp_path / "sample", format="npz", **keys)
+    images = np.load(folder / "images.npz")["images"]
+    assert torch.equal(torch.from_numpy(images).permute(0, 3, 1, 2), da.Sampler(da.load("digits/edm"))(40, nfe=4))
+    files = da.reference("digits/edm", out=tmp_path / "reference", limit=100)
+    assert files.keys() == {"train", "test"} and all(path.is_file() for path in files.values())
+    points = [
+        da.bench("digits/edm", nfe=4, solver=solver, out=tmp_path / solver, **keys) for solver in ("ddim", "dpmpp2m")
+    ]
+    assert all(points)
+    page = da.compare([tmp_path / "ddim", str(tmp_path / "dpmpp2m")], out=tmp_path / "page")
+    assert page == tmp_path / "page" / "index.html" and page.is_file()
+    assert len((page.parent / "compare.csv").read_text().splitlines()) == 3
+    assert da.compare(tmp_path / "ddim", out=tmp_path / "one").is_file(), "a folder alone"
+    measured = da.measure(torch.from_numpy(images).permute(0, 3, 1, 2), files["train"], extractor=None)
+    assert measured.keys() >= {"fd_digits", "kid"}
+
+
+# Mistakes are one sentence
+
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"n": 0}, "n=0: it must be 1 or more|n=0: it must be from 1"),
+    ({"n": -1}, "n=-1: it must be"),
+    ({"n": 2.5}, "n=2.5: give a whole number"),
+    ({"n": "ten"}, "n='ten': give a whole number"),
+    ({"n": True}, "n=True: give a whole number"),
+    ({"nfe": 0}, "nfe=0: it must be positive"),
+    ({"nfe": -3}, "nfe=-3: it must be positive"),
+    ({"nfe": 0.5}, "nfe=0.5 is below the minimum of 1"),
+    ({"nfe": "x"}, "nfe='x': give a number"),
+    ({"nfe": math.nan}, "nfe=nan: it must be"),
+    ({"nfe": None}, "nfe=None: give a number"),
+    ({"nfe": [5, 10]}, r"nfe=\[5, 10\]: give a number"),
+    ({"seed": -1}, "seed=-1: it must be"),
+    ({"seed": 1.5}, "seed=1.5: give a whole number"),
+    ({"batch_size": 0}, "batch_size=0: it must be"),
+    ({"batch_size": 2.5}, "batch_size=2.5: give a whole number"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> da.Model:
+    return da.load("digits/edm")
+
+
+def one_sentence(error: pytest.ExceptionInfo[da.UsageError]) -> None:
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "said"), BAD_CALLS, ids=str)
+def test_a_bad_argument_of_a_call_is_refused(model: da.Model, given: dict[str, Any], said: str):
+    with pytest.raises(da.UsageError, match=said) as error:
+        da.Sampler(model)(**{"n": 4, "nfe": 3, **given})
+    one_sentence(error)
+
+
+KINDS = [{"n": np.int64(4)}, {"nfe": 3.0}, {"nfe": 3.5}, {"nfe": np.float64(3)}, {"seed": np.int32(0)}]
+
+
+@pytest.mark.parametrize("given", KINDS, ids=str)
+def test_any_kind_of_number_will_do(model: da.Model, given: dict[str, Any]):
+    expected = da.Sampler(model)(4, nfe=3)
+    assert torch.equal(da.Sampler(model)(**{"n": 4, "nfe": 3, **given}), expected)
+
+
+BAD_SAMPLERS: list[tuple[dict[str, Any], str]] = [
+    ({"prior": "gausian"}, "no prior is called 'gausian'; did you mean 'gaussian'"),
+    ({"solver": "huen"}, "no solver is called 'huen'; did you mean 'heun'"),
+    ({"prior": {"name": "gaussian", "ratio": 3}}, "prior 'gaussian' has no key 'ratio'"),
+    ({"solver": {"name": "ddim", "etta": 1}}, "solver 'ddim' has no key 'etta'"),
+    ({"prior": SOLVERS.build("heun")}, "prior: Heun.* is no prior"),
+    ({"solver": GaussianPrior()}, "solver: GaussianPrior.* is no solver"),
+    ({"prior": 3}, "prior: 3 is no prior"),
+    ({"solver": ["heun"]}, r"solver: \['heun'\] is no solver"),
+    ({"solver": type(SOLVERS.build("heun"))}, "is no solver"),
+    ({"batch_size": 0}, "batch_size=0: it must be"),
+    ({"precision": "double"}, "precision='double' is none of .*64-true"),
+]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["model", "denoiser"])
+@pytest.mark.parametrize(("given", "said"), BAD_SAMPLERS, ids=str)
+def test_a_bad_part_is_refused(model: da.Model, alone: bool, given: dict[str, Any], said: str):
+    with pytest.raises(da.UsageError, match=said) as error:
+        da.Sampler(model.denoiser if alone else model, **({"shape": (1, 8, 8)} if alone else {}), **given)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8, 8), (1, 0, 8), (1.0, 8.0, 8.5), 8, "188"], ids=str)
+def test_a_bad_shape_is_refused(model: da.Model, shape: Any):
+    with pytest.raises(da.UsageError, match=r"shape=.*: give \(C, H, W\)") as error:
+        da.Sampler(model.denoiser, shape=shape)
+    one_sentence(error)
+
+
+def test_a_model_by_its_name_is_refused_with_what_loads_it():
+    with pytest.raises(da.UsageError, match=r"da.load\('digits/edm'\)"):
+        da.Sampler("digits/edm")  # type: ignore[arg-type]
+    with pytest.raises(da.UsageError, match="doesn't tell the images' shape"):
+        da.Sampler(by_class().denoiser)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"images": [[1]]}, "images are a list: give a tensor"),
+        ({"images": np.zeros((4, 1, 8, 8), np.uint8)}, "images are a ndarray: give a tensor"),
+        ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"shape \(4, 8, 8\), not \(n, 1, 8, 8\)"),
+        ({"images": torch.zeros(4, 1, 8, 8).double()}, "torch.float64: give uint8"),
+        ({"batch_size": 0}, "batch_size=0: it must be"),
+        ({"reference": "digit"}, "did you mean 'digits'"),
+        ({"extractor": "incepton"}, "did you mean 'inception'"),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_of_measure_is_refused(given: dict[str, Any], said: str):
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(da.UsageError, match=said) as error:
+        da.measure(**{"images": images, "reference": "digits", **given})
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"nfe": 0}, "nfe"), ({"n": -1}, "n=-1"), ({"solvr": "heun"}, "did you mean 'solver'"), ({"nfe": "x"}, "nfe")],
+    ids=str,
+)
+def test_a_bad_setting_of_a_command_is_refused(tmp_path: Path, keys: dict[str, Any], said: str):
+    with pytest.raises(da.UsageError, match=said) as error:
+        da.bench("toy/edm", **keys, out=tmp_path, logger="none")
+    one_sentence(error)
