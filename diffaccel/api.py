@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from diffaccel.errors import UsageError
@@ -50,9 +52,26 @@ def words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    """Write a value as a command line has it: a text bare, anything else as YAML in one line."""
     if isinstance(value, str | Path):
         return str(value)
-    return json.dumps(value, default=str)  # which is YAML, too
+    if isinstance(value, Mapping | list | tuple):
+        # JSON has no keys but texts, and no infinity.
+        return yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf).strip()
+    return ".inf" if value == math.inf else json.dumps(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Bring paths, tuples, and numbers of other libraries to what YAML has, at any depth."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return str(value)
 
 
 def measure(
@@ -69,14 +88,16 @@ def measure(
         reference: Statistics of the data: a data set's name under experiments/ (``digits``), whose extractor and floor
             are then the defaults; or a file of ``diffaccel reference``.
         floor: Statistics of held-out images; none for a file, unless given.
-        extractor: Feature network, by name and keys; for a file of statistics the one that made them.
+        extractor: Feature network, by name and keys. For a file of statistics, the one that made them if that has no
+            weights of its own to name (``inception``, ``identity``).
         batch_size: Images a batch of the extractor.
 
     Returns:
         Metric -> value, by the keys of a point's ``metrics``.
 
     Raises:
-        UsageError: An unknown data set, statistics of another extractor, or images of another shape or type.
+        UsageError: An unknown data set, statistics of another extractor, an extractor that must be given, or images of
+            another shape or type.
     """
     from diffaccel.evaluation.measure import measure as score
 

@@ -18,6 +18,8 @@ from test_guidance import CLASSES, SHAPE, network
 from torch import Tensor
 
 import diffaccel as da
+from diffaccel.api import words
+from diffaccel.config import load
 from diffaccel.denoiser import KarrasDenoiser
 from diffaccel.evaluation.scores import digests
 from diffaccel.nfe import EvaluationCounter
@@ -149,7 +151,7 @@ BY_NFE = {3: {"solver": {"name": "ddim"}, "prior": {"ratio_star": 20}}, 8: {"sol
 
 @pytest.mark.parametrize(
     ("name", "settings", "budgets"),
-    [("digits/edm", {"by_nfe": BY_NFE}, (2, 5, 9)), ("toy/tdpm", {}, (2, 3, 6)), ("digits/dlg", {}, (10, 30))],
+    [("digits/edm", {"by_nfe": BY_NFE}, (2, 5, 9)), ("toy/tdpm", {}, (2, 3, 6)), ("digits/dlg", {}, (20, 30))],
 )
 def test_a_budget_is_an_argument(name: str, settings: dict[str, Any], budgets: tuple[int, ...]):
     model, n = da.load(name, **settings), 100
@@ -258,8 +260,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_fit_leaves_is_a_model(fitted: Path):
     state, weights = (da.load(fitted / name) for name in ("last.ckpt", "ema.safetensors"))
-    images = da.Sampler(state)(20, nfe=4)
-    assert torch.equal(images, da.Sampler(weights)(20, nfe=4))
+    rounded, exported = state.denoiser.state_dict(), weights.denoiser.state_dict()
+    assert rounded.keys() == exported.keys()
+    assert all(torch.equal(rounded[key].bfloat16().float(), exported[key]) for key in exported), "weights are in bf16"
+    assert da.Sampler(state)(20, nfe=4).shape == (20, 1, 8, 8)
+    images = da.Sampler(weights)(20, nfe=4)
     named = da.load("digits/edm", **TINY, checkpoint=fitted / "ema.safetensors")
     assert torch.equal(images, da.Sampler(named)(20, nfe=4))
 
@@ -313,8 +318,26 @@ def test_commands_return_the_paths_they_write(tmp_path: Path):
     assert page == tmp_path / "page" / "index.html" and page.is_file()
     assert len((page.parent / "compare.csv").read_text().splitlines()) == 3
     assert da.compare(tmp_path / "ddim", out=tmp_path / "one").is_file(), "a folder alone"
-    measured = da.measure(torch.from_numpy(images).permute(0, 3, 1, 2), files["train"], extractor=None)
-    assert measured.keys() >= {"fd_digits", "kid"}
+    made, extractor = (
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        {"name": "small", "path": WEIGHTS / "extractor.safetensors"},
+    )
+    assert da.measure(made, files["train"], files["test"], extractor).keys() >= {"fd_digits", "fd_digits_floor", "kid"}
+    with pytest.raises(da.UsageError, match="was made with the extractor 'digits': give it with its keys"):
+        da.measure(made, files["train"])
+
+
+def test_settings_are_what_a_command_line_sets():
+    """Values of any kind, by whatever type a notebook has them."""
+    given = {"nfe": np.int64(4), "checkpoint": WEIGHTS / "edm.safetensors", "limit": None, "tweedie_counted": False}
+    nested = {"prior": {"name": "gaussian", "ratio_star": np.float32(0.5)}, "by_nfe": {3: {"solver": {"name": "ddim"}}}}
+    numbers = {"solver.grid.ratio_min": 1e-5, "denoiser.ratio_max": math.inf, "network.widths": (32, 48)}
+    config = load("digits/edm", words({**given, **nested, **numbers}))
+    assert config.nfe == [4] and config.checkpoint == str(WEIGHTS / "edm.safetensors") and config.limit is None
+    assert config.tweedie_counted is False and config.prior["ratio_star"] == 0.5
+    assert config.by_nfe[3]["solver"]["name"] == "ddim"
+    assert config.by_nfe[3]["solver"]["grid"]["ratio_min"] == 1e-5 and config.denoiser["ratio_max"] == math.inf
+    assert config.network["widths"] == [32, 48]
 
 
 # Mistakes are one sentence

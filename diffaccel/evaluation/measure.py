@@ -14,7 +14,7 @@ from diffaccel.evaluation.scores import Real, Scores, digests
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.base import measure as compute
-from diffaccel.metrics.reference import load_reference
+from diffaccel.metrics.reference import load_reference, read_reference
 from diffaccel.parts.checks import whole_number
 
 
@@ -65,6 +65,18 @@ def _judges(
             raise UsageError(f"reference={reference}: no statistics are shipped: `diffaccel reference` makes some")
         reference, shape = keys["reference"], tuple(keys["shape"])
         floor, extractor = floor or keys.get("floor"), extractor or keys.get("extractor")
-    built = EXTRACTORS.build(extractor or "inception")
+    built = EXTRACTORS.build(extractor or _extractor_of(Path(reference)))
     real = Real(load_reference(str(reference), built), load_reference(str(floor), built) if floor else None)
     return built, real, shape
+
+
+def _extractor_of(reference: Path) -> str:
+    """Name the extractor that made a file of statistics.
+
+    Raises:
+        UsageError: Its name alone doesn't build it.
+    """
+    name = str(read_reference(reference).provenance["extractor"]["name"])
+    if name not in EXTRACTORS or EXTRACTORS.required(name):
+        raise UsageError(f"{reference} was made with the extractor {name!r}: give it with its keys as extractor=")
+    return name
