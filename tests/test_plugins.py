@@ -84,7 +84,8 @@ ENTRY_POINTS = {"solvers": "repeated", "priors": "walk", "metrics": "feature_nor
 CLASSES = {"repeated": "Repeated", "walk": "Walk", "feature_norm": "FeatureNorm", "wandering": "Wandering"}
 
 CHAIN = {"chains": 10, "carry": False, "eta": 1.0, "share": 0.3, "init_steps": 4, "warmup": [[2, None]]}
-COMMON: dict[str, Any] = {"n": 200, "nfe": [9], "seed": 3, "training": {"images": 256, "lr": 0.002, "batch_size": 64}}
+TRAINING = {"lr": 0.002, "batch_size": 64, "decay": 0.0}  # a rate that doesn't depend on where the fit ends
+COMMON: dict[str, Any] = {"n": 200, "nfe": [9], "seed": 3, "training": TRAINING}
 FIRST, SECOND = 256, 512
 """Images of the fit that is cut short, and of the whole one."""
 QUICK = ["logger=none", "threads=1"]
