@@ -88,8 +88,8 @@ def measure(
         reference: Statistics of the data: a data set's name under experiments/ (``digits``), whose extractor and floor
             are then the defaults; or a file of ``diffaccel reference``.
         floor: Statistics of held-out images; none for a file, unless given.
-        extractor: Feature network, by name and keys. For a file of statistics, the one that made them if that has no
-            weights of its own to name (``inception``, ``identity``).
+        extractor: Feature network, by name and keys; for a file of statistics the one that made them, if its name alone
+            builds it (``inception``).
         batch_size: Images a batch of the extractor.
 
     Returns:

@@ -12,7 +12,15 @@ import pytest
 import yaml
 
 from diffaccel.__main__ import main
+from diffaccel.config import load
+from diffaccel.errors import UsageError
+from diffaccel.experiment.identity import identify_images
+from diffaccel.features.extractors import Identity
+from diffaccel.features.jpeg import AsJPEG
+from diffaccel.metrics.base import METRICS, build_metrics
+from diffaccel.metrics.standard import FrechetMetric
 from diffaccel.report import read_points
+from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import open_weights
 
 ROOT = Path(__file__).parents[1]
@@ -112,11 +120,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BASES = ROOT / "experiments" / "digits"
 FRECHET = ("fd_digits_inf", "fd_digits_se", "fd_digits_floor")
-METRICS = ["frechet", "kid", {"name": "feature_norm", "power": 2.0}]
+COMPUTED = ["frechet", "kid", {"name": "feature_norm", "power": 2.0}]
 OWN = {
     "method": {"name": "wandering", "remark": "by another package"},
     "prior": {"name": "walk", **CHAIN, "init_solver": {"name": "repeated", "times": 1}},
-    "metrics": METRICS,
+    "metrics": COMPUTED,
 }
 OURS = {"prior": {"name": "chain", **CHAIN, "init_solver": {"name": "ddim"}}}
 EXPERIMENTS: dict[str, dict[str, Any]] = {"own": OWN, "ours": OURS}
@@ -232,3 +240,44 @@ def test_a_plugins_points_are_compared(folder: Path, benched: dict[str, Path], r
     assert "dlg" in ours["run"] and "wandering" in own["run"]
     assert float(own["difference"]) == 0.0
     assert float(own["feature_norm"]) > 0 and ours["feature_norm"] == ""
+
+
+# What counts is what a part is, not its name
+
+
+class Tabled(Solver):
+    """Reads a file."""
+
+    def __init__(self, table: Path | None = None) -> None: ...
+
+    def step(self, denoiser: Any, x_t: Any, t: Any, s: Any, trajectory: Any) -> Any:
+        return x_t
+
+
+def test_a_file_that_a_plugins_part_reads_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A point is measured anew once the file is another, and is the same where the same file lies elsewhere."""
+    monkeypatch.setitem(SOLVERS._factories, "tabled", Tabled)
+
+    def identity(file: Path, content: str) -> dict[str, Any]:
+        file.write_text(content)
+        return identify_images(load("digits/edm", ["solver=tabled", f"solver.table={file}"]))(5)
+
+    first = identity(tmp_path / "a", "1")
+    assert first == identity(tmp_path / "b", "1") != identity(tmp_path / "a", "2")
+    (tmp_path / "folder").mkdir()
+    named = identify_images(load("digits/edm", ["solver=tabled", f"solver.table={tmp_path / 'folder'}"]))(5)
+    assert named["settings"]["solver"]["table"] == str(tmp_path / "folder")
+
+
+def test_a_distance_under_another_name_is_one_that_tables_show(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METRICS._factories, "my_frechet", type("MyFrechet", (FrechetMetric,), {}))
+    assert [type(metric).__name__ for metric in build_metrics(["my_frechet", "kid"])] == ["MyFrechet", "KernelMetric"]
+    with pytest.raises(UsageError, match="add 'frechet'"):
+        build_metrics(["kid"])
+
+
+def test_points_by_another_name_are_not_compressed():
+    points = type("Points", (Identity,), {})(2)
+    points.name = "points"
+    with pytest.raises(UsageError, match="an extractor of images"):
+        AsJPEG(points, 75)

@@ -115,7 +115,7 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     if not config.likelihood:
         return None
     sampler.prior.start_ratio(sampler.denoiser)
-    identity = {**identify_parts(config), "data": config.data, "prior": by_content(config.prior)}
+    identity = {**identify_parts(config), "data": config.data, "prior": by_content("prior", config.prior)}
     return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
 
 

@@ -12,6 +12,9 @@ from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
 from diffaccel.metrics.reference import Reference
+from diffaccel.parts.catalogue import registry_of
+from diffaccel.parts.registry import Registry, part_of
+from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
 
 
@@ -24,7 +27,7 @@ def identify(
     if config.likelihood:
         scores["likelihood"] = config.likelihood_n
     if config.metrics != list(STANDARD):
-        scores["metrics"] = config.metrics
+        scores["metrics"] = [one if isinstance(one, str) else by_content("metric", one) for one in config.metrics]
     images = identify_images(config)
     return lambda budget: Identity(images(budget), scores)
 
@@ -34,7 +37,7 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
     parts = identify_parts(config)
 
     def at(budget: float) -> dict[str, Any]:
-        settings = {part: by_content(node) for part, node in config.at(budget).items()}
+        settings = {part: by_content(part, node) for part, node in config.at(budget).items()}
         return {**parts, "budget": budget, "settings": settings}
 
     return at
@@ -42,21 +45,31 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
 
 def identify_parts(config: Config) -> dict[str, Any]:
     """Collect the parts and settings that determine images, but for budget, prior and solver."""
-    parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
-    keys = (*parts, *arithmetic, "n", "seed", "batch_size")
+    keys = ("method", "shape", "precision", "compile", "channels_last", "n", "seed", "batch_size")
     return {
         **{key: getattr(config, key) for key in keys},
+        **{part: by_content(part, getattr(config, part)) for part in ("process", "network", "denoiser", "posterior")},
         **({"truncate": True} if config.truncate else {}),
         **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),
-        "posterior": by_content(config.posterior),
         "version": __version__,
     }
 
 
-def by_content(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part whose weights go by what is in the file and not by where it lies."""
-    return {key: _content(value) if key in ("checkpoint", "init") else value for key, value in node.items()}
+def by_content(part: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part's node with the hash of each file that it names, its own parts' included, and not the path."""
+    return _by_content(registry_of(part), node)
+
+
+def _by_content(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(node)
+    for key, value in node.items():
+        annotation = registry.annotation(key, node.get("name"))
+        if isinstance(value, str) and is_path(annotation) and (key in registry.extra or Path(value).is_file()):
+            found[key] = _content(value)  # a checkpoint may be a folder of diffusers; what other folders hold is open
+        elif isinstance(value, Mapping) and (inner := part_of(annotation)) is not None:
+            found[key] = _by_content(inner, value)
+    return found
 
 
 def _content(path: str | None) -> str | None:

@@ -10,7 +10,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import reduce, repeat
@@ -39,11 +39,13 @@ class Extractor(nn.Module, ABC):
         name: Name in tables and metric keys.
         sha256: Hash of the weights file, or of no bytes for an extractor without weights.
         dim: Number of features.
+        of_images: Whether it reads uint8 images only, which JPEG can compress.
     """
 
     name: str
     sha256: str
     dim: int
+    of_images: ClassVar[bool] = True
 
     @property
     def metric_name(self) -> str:
@@ -85,6 +87,8 @@ class Identity(Extractor):
     Args:
         dim: Number of values per image, C H W.
     """
+
+    of_images = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -46,12 +46,12 @@ class AsJPEG(Extractor):
         quality: Quality of JPEG, 1 to 100; PIL's default is 75.
 
     Raises:
-        UsageError: The quality is out of range, or the extractor is ``identity``.
+        UsageError: The quality is out of range, or the extractor is not of images.
     """
 
     def __init__(self, extractor: Extractor, quality: int) -> None:
         super().__init__()
-        if not 1 <= quality <= 100 or extractor.name == "identity":
+        if not 1 <= quality <= 100 or not extractor.of_images:
             raise UsageError(
                 f"jpeg={quality} with the extractor {extractor.name!r}: set jpeg to 1 to 100 and use an extractor of "
                 "images, or set jpeg=null"

@@ -86,9 +86,11 @@ class Metric(ABC):
 
     Attributes:
         in_training: Whether the evaluations during training, and those of a search, compute it too.
+        gives_distance: Whether it gives the Frechet distance under ``made.distance``, which tables and curves show.
     """
 
     in_training: ClassVar[bool] = False
+    gives_distance: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
@@ -119,15 +121,16 @@ def build_metrics(nodes: Iterable[Mapping[str, Any] | str]) -> list[Metric]:
     """Build metrics from their names, or from mappings of a ``name`` and keys.
 
     Raises:
-        UsageError: An unknown metric or key, or no ``frechet``, which tables and curves are drawn from.
+        UsageError: An unknown metric or key, or none that gives the Frechet distance (``frechet`` does).
     """
     nodes = list(nodes)
     for node in nodes:
         if not isinstance(node, str | Mapping):
             raise UsageError(f"metrics: {node!r} is no metric: give a name, or a mapping with a name")
-    if not {"frechet"} & {node if isinstance(node, str) else node.get("name") for node in nodes}:
+    metrics = [METRICS.build(node) for node in nodes]
+    if not any(metric.gives_distance for metric in metrics):
         raise UsageError("metrics: add 'frechet', the distance that tables and curves show")
-    return [METRICS.build(node) for node in nodes]
+    return metrics
 
 
 def measure(metrics: Iterable[Metric], made: Made, real: Real, in_training: bool = False) -> Measured:

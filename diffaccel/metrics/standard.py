@@ -25,7 +25,7 @@ class FrechetMetric(Metric):
         Effectively Unbiased FID and Inception Score (Chong & Forsyth, 2020), https://arxiv.org/abs/1911.07023
     """
 
-    in_training = True
+    in_training = gives_distance = True
 
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
         name, found = made.distance, made.sums.compute()
