@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 METHODS: Registry["Diffusion"] = Registry(
     "method",
     builtins=["diffaccel.methods"],
-    context=["sampler", "levels", "training", "seed"],
-    extra={"label": str | None},
+    context=[
+        *("sampler", "levels", "training", "seed"),
+        *("data", "device", "bf16", "state_path", "resume", "console"),  # of the fit of an extractor
+    ],
+    extra={"label": str | None, "metric": str | None},
 )
