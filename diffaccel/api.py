@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.errors import UsageError
-from diffaccel.report.points import Point
 from diffaccel.sampling import Model
 
 
@@ -35,7 +34,7 @@ def load(source: str | Path, **settings: Any) -> Model:
         return build_checkpoint(path)
 
     def again(given: Mapping[str, Any]) -> Any:
-        config = load_config(str(source), words({**settings, **given}))
+        config = load_config(str(source), words({**settings, **given}), trains=False)
         settle(config)
         return config
 
@@ -87,7 +86,7 @@ def _run(verb: str, experiment: str | Path, settings: Mapping[str, Any]) -> Any:
     return run(verb, str(experiment), words(settings))
 
 
-def bench(experiment: str | Path, **settings: Any) -> list[Point]:
+def bench(experiment: str | Path, **settings: Any) -> list[dict[str, Any]]:
     """Measure points of the quality-versus-NFE curve; see ``diffaccel bench``.
 
     Example:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.config import STANDARD
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.evaluation.scores import BLOCKS, Scores, blocks_of
 from diffaccel.metrics import Moments
-from diffaccel.metrics.base import METRICS, STANDARD, Made, Measured, Metric, Real, build_metrics, measure, spread
+from diffaccel.metrics.base import METRICS, Made, Measured, Metric, Real, build_metrics, measure, spread
 from diffaccel.metrics.reference import Reference
 from diffaccel.sampling import to_uint8
 

@@ -2,7 +2,7 @@
 
 from diffaccel.config.keys import holds_path
 from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, parse_overrides, read, to_yaml
-from diffaccel.config.schema import FLAGS, KEYS, PARTS, PRECISIONS, TUNABLE, Config, Search, Tradeoff
+from diffaccel.config.schema import FLAGS, KEYS, PARTS, PRECISIONS, STANDARD, TUNABLE, Config, Search, Tradeoff
 
 __all__ = [
     "Config",
@@ -11,6 +11,7 @@ __all__ = [
     "KEYS",
     "PARTS",
     "PRECISIONS",
+    "STANDARD",
     "Search",
     "TUNABLE",
     "Tradeoff",

@@ -28,7 +28,12 @@ _INSTALLED = Path(__file__).parents[1] / "experiments"  # in a wheel only: a clo
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
 
 
-def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[str, Any] | None = None) -> Config:
+def load(
+    experiment: str | None,
+    settings: Iterable[str] = (),
+    instead: Mapping[str, Any] | None = None,
+    trains: bool = True,
+) -> Config:
     """Read an experiment and apply overrides.
 
     Args:
@@ -36,6 +41,8 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
             overrides.
         settings: ``key=value`` words, see :mod:`diffaccel.parts.overrides`; keys may be dotted.
         instead: Keys of a command that does without the experiment's own values; the settings are laid over them.
+        trains: Whether the keys of the method are kept. Sampling needs none of them, and to check them takes Lightning,
+            which takes seconds to import.
 
     Returns:
         The typed configuration.
@@ -43,11 +50,11 @@ def load(experiment: str | None, settings: Iterable[str] = (), instead: Mapping[
     Raises:
         UsageError: A missing or unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    given = parse_overrides(settings)
+    given = parse_overrides(settings, trains)
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    tree = merge(merge(read(file, given=given), instead or {}), given)
+    tree = merge(merge(read(file, given=given, trains=trains), instead or {}), given)
     check_finite(tree, experiment)
     _check_keys(tree)
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
@@ -117,13 +124,16 @@ def _nearby(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read(
+    file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | None = None, trains: bool = True
+) -> dict[str, Any]:
     """Read a YAML file over its ``base``, with paths resolved.
 
     Args:
         file: The file.
         above: The files that it is a base of.
         given: What the command line sets.
+        trains: See :func:`load`.
 
     Raises:
         UsageError: Not YAML, not a mapping, a reference, or a base that doesn't exist or is based on this file.
@@ -135,6 +145,7 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
     if not isinstance(tree, dict):
         raise UsageError(f"{file} holds no mapping of keys to values")
     own = merge({}, {str(key): value for key, value in tree.items()})
+    _drop_training(own, trains)
     name_parts(own)
     refuse_references(own, file, given)
     base = own.pop("base", None)
@@ -150,18 +161,25 @@ def read(file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | No
         raise UsageError(f"{file}: its base {parent} does not exist")
     if parent.resolve() in above or parent.samefile(file):
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
-    below = read(parent, (*above, file.resolve()), given)
+    below = read(parent, (*above, file.resolve()), given, trains)
     map_paths(own, resolve, below)
     return merge(below, own)
 
 
-def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+def _drop_training(tree: dict[str, Any], trains: bool) -> None:
+    """Leave the method's name and label alone, in place, if nothing is trained."""
+    if not trains and isinstance(method := tree.get("method"), Mapping):
+        tree["method"] = {key: value for key, value in method.items() if key in ("name", "label")}
+
+
+def parse_overrides(words: Iterable[str], trains: bool = True) -> dict[str, Any]:
     """Turn ``key=value`` words into a tree.
 
     Raises:
         UsageError: A word that is no setting, or whose value can't be read.
     """
     tree = overrides.parse(list(words), holds_path, holds_text)
+    _drop_training(tree, trains)
     name_parts(tree)
     map_paths(tree, lambda path: path if isinstance(path, FromEnvironment) else os.path.expanduser(path))
     return tree

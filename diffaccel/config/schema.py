@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffaccel.metrics.base import STANDARD
 from diffaccel.parts import overrides
 from diffaccel.parts.catalogue import CATALOGUE
 from diffaccel.parts.schema import FILE, PLACE
@@ -17,6 +16,9 @@ from diffaccel.training.plan import Training
 
 BY_NFE = {"by_nfe": True}
 """Metadata of a part that ``by_nfe`` may set."""
+
+STANDARD = ("frechet", "kid", "manifold", "memorisation")
+"""Names of the metrics that are computed unless ``metrics`` names others."""
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 """Lightning's short names."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from diffaccel.collective import World, failing_together
+from diffaccel.config import STANDARD
 from diffaccel.evaluation.bits import BitsPerDim
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.pictures import comparable, draw_curve, draw_samples
@@ -20,7 +21,7 @@ from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import identity_hash
 from diffaccel.evaluation.scores import KEPT, Real, Scores
 from diffaccel.features.extractors import Extractor
-from diffaccel.metrics.base import STANDARD, Metric, build_metrics, measure
+from diffaccel.metrics.base import Metric, build_metrics, measure
 from diffaccel.metrics.reference import Reference
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report import append_point, read_points

@@ -31,7 +31,7 @@ from diffaccel.process import PROCESSES
 from diffaccel.sampling import ImageKind, Model, Part, Sampler, Setting, Tweedie
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.text.terminal import say
-from diffaccel.weights import assign_weights
+from diffaccel.weights import assign_weights, open_weights
 
 if TYPE_CHECKING:
     from diffaccel.methods import Diffusion
@@ -86,6 +86,26 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
         return made.eval()
 
     return Model(config.experiment, denoiser, own.shape, derive)
+
+
+def build_checkpoint(path: Path) -> Model:
+    """Build the model of a checkpoint that describes itself, on the process that it was trained on.
+
+    Raises:
+        UsageError: The file is damaged, hostile, or no denoiser's, or its header doesn't determine the network.
+    """
+    found = Pretrained.of(open_weights(path))
+    network = NETWORKS.build(found.network, shape=found.shape)
+    process = PROCESSES.build(found.process)
+    denoiser = DENOISERS.build(found.denoiser, process=process, network=network)
+    assign_weights(found.tensors, network, f"the weights of {path}")
+    denoiser.eval()
+
+    def derive(prior: Part, solver: Part) -> Sampler:
+        low = max(denoiser.ratio_range[0], 0.002)
+        return Sampler(denoiser, prior, solver or {"name": "dpmpp2m", "grid": {"ratio_min": low}}, found.shape).eval()
+
+    return Model(str(path), denoiser, found.shape, derive)
 
 
 def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Diffusion":

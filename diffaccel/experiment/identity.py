@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import __version__
-from diffaccel.config import Config
+from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
-from diffaccel.metrics.base import STANDARD
 from diffaccel.metrics.reference import Reference
 from diffaccel.pretrained import files_sha256
 

@@ -11,20 +11,14 @@ from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.denoiser.levels import Levels
 from diffaccel.errors import UsageError
+from diffaccel.methods.registry import METHODS
 from diffaccel.noise import NoiseStreams
-from diffaccel.parts.registry import Registry
 from diffaccel.prior import Prior
 from diffaccel.sampling import Sampler
 from diffaccel.training.ema import of_network
 from diffaccel.training.module import Phase, TrainedModule
 from diffaccel.training.plan import Training
 from diffaccel.weights import tensors_sha256
-
-METHODS: Registry["Diffusion"] = Registry(
-    "method",
-    builtins=["diffaccel.methods"],
-    context=["denoiser", "prior", "solver", "levels", "training", "shape", "seed"],
-)
 
 
 @METHODS.base

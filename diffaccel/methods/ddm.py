@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
 from diffaccel.errors import UsageError
 from diffaccel.features.perceptual import build_lpips
-from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.base import Diffusion
+from diffaccel.methods.registry import METHODS
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least
 from diffaccel.process import Decoupled

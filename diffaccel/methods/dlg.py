@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.errors import UsageError
-from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.base import Diffusion
+from diffaccel.methods.registry import METHODS
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ChainPrior, ClassifierPosterior, LangevinGibbsPrior
 from diffaccel.training.module import Phase

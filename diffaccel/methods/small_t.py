@@ -11,7 +11,8 @@ from diffaccel.collective import failing_together
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.density import Density, NormalDensity, TrainingImages
 from diffaccel.errors import UsageError
-from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.base import Diffusion
+from diffaccel.methods.registry import METHODS
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import positive
 from diffaccel.prior import DensityPrior

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
-from diffaccel.methods.base import METHODS, Diffusion
+from diffaccel.methods.base import Diffusion
+from diffaccel.methods.registry import METHODS
 from diffaccel.metrics.states import compare_states
 from diffaccel.nn.critic import CRITICS, Critic, r1_penalty
 from diffaccel.noise import NoiseStreams

@@ -23,9 +23,6 @@ from diffaccel.parts.registry import Registry
 
 METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.standard"])
 
-STANDARD = ("frechet", "kid", "manifold", "memorisation")
-"""Names of the metrics that are computed unless ``metrics`` names others."""
-
 
 @dataclass(frozen=True)
 class Made:

@@ -7,7 +7,7 @@ from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.registry import Registry
 
 CATALOGUE = {
-    "method": "diffaccel.methods.base:METHODS",
+    "method": "diffaccel.methods.registry:METHODS",
     "data": "diffaccel.data.source:SOURCES",
     "process": "diffaccel.process.base:PROCESSES",
     "attenuation": "diffaccel.process.attenuation:ATTENUATIONS",

@@ -232,6 +232,8 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             key: The key.
             name: Name of the part; None, or one that is not known, if that is still open.
         """
+        if key == "name" or key in self.extra:
+            return self.extra.get(key, str)
         for one in self._candidates(name):
             with suppress(UsageError):
                 if key in (found := self.annotations(one)):

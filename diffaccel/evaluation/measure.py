@@ -1,0 +1,66 @@
+"""Scores of images from anywhere, as a bench computes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.config import EXPERIMENTS, STANDARD, read
+from diffaccel.errors import UsageError, suggest
+from diffaccel.evaluation.partial import Chunk
+from diffaccel.evaluation.scores import Real, Scores, digests
+from diffaccel.features.extractors import EXTRACTORS, Extractor
+from diffaccel.metrics.base import build_metrics
+from diffaccel.metrics.base import measure as compute
+from diffaccel.metrics.reference import load_reference
+
+
+@torch.no_grad()
+def measure(
+    images: Tensor,
+    reference: str | Path,
+    floor: str | Path | None = None,
+    extractor: str | Mapping[str, Any] | None = None,
+    batch_size: int = 100,
+) -> dict[str, float]:
+    """Score images (n, C, H, W), n >= 2; see :func:`diffaccel.measure`.
+
+    Raises:
+        UsageError: An unknown data set, statistics of another extractor, or images of another shape or type.
+    """
+    judge, real, shape = _judges(reference, floor, extractor)
+    if images.ndim != 4 or len(images) < 2 or (shape is not None and tuple(images.shape[1:]) != shape):
+        wanted = "(n, C, H, W)" if shape is None else f"(n, {', '.join(map(str, shape))})"
+        raise UsageError(f"measure: images have shape {tuple(images.shape)}, not {wanted} with n of 2 or more")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise UsageError(f"measure: images are {images.dtype}: give uint8, or float32 for toy points")
+    scores = Scores(len(images), judge.dim, (1,), 0, images.dtype, real, None, images.device)
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        indices = torch.arange(first, first + len(batch))
+        features = judge(batch).float().cpu()
+        shown = batch[:0, :, 0, 0]
+        scores.add(Chunk(indices, features, digests(batch), shown, None, judge.sha256, 0, {}, {}, {}, 0.0, 0.0))
+    scores.reduce()
+    return compute(build_metrics(STANDARD), scores.made(judge.metric_name), real).values
+
+
+def _judges(
+    reference: str | Path, floor: str | Path | None, extractor: str | Mapping[str, Any] | None
+) -> tuple[Extractor, Real, tuple[int, ...] | None]:
+    """Build the extractor and read the statistics that images are scored by, and the shape they should have."""
+    shape = None
+    if not Path(reference).is_file():
+        known = sorted(file.parent.name for file in EXPERIMENTS.glob("*/base.yaml"))
+        if str(reference) not in known:
+            raise UsageError(f"reference={reference} is neither a file nor a data set{suggest(str(reference), known)}")
+        keys = read(EXPERIMENTS / str(reference) / "base.yaml")
+        if "reference" not in keys:
+            raise UsageError(f"reference={reference}: no statistics are shipped: `diffaccel reference` makes some")
+        reference, shape = keys["reference"], tuple(keys["shape"])
+        floor, extractor = floor or keys.get("floor"), extractor or keys.get("extractor")
+    built = EXTRACTORS.build(extractor or "inception")
+    real = Real(load_reference(str(reference), built), load_reference(str(floor), built) if floor else None)
+    return built, real, shape
