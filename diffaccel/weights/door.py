@@ -135,6 +135,7 @@ class Format(ABC):
 
 
 FORMATS: Registry[Format] = Registry("format", builtins=["diffaccel.weights.formats", "diffaccel.pretrained"])
+FORMATS.base(Format)
 
 
 def open_weights(path: Path | str, **options: Any) -> Weights:
