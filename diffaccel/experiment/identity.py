@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffaccel import __version__
 from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
 from diffaccel.metrics.reference import Reference
 from diffaccel.pretrained import files_sha256
+from diffaccel.version import __version__
 
 
 def identify(
