@@ -172,7 +172,7 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
     assert both["mixture", 0.6] != pytest.approx(both["mixture", 0.4], abs=1e-3)
     capsys.readouterr()
     for words, message in (
-        ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to theirs"),
+        ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to that of the weights"),
         ([own, "tradeoff.densities={0.6: none.safetensors}"], "none.safetensors"),
     ):
         assert main(["tradeoff", "toy/small_t", *quick, *words, f"out={tmp_path / 'bad'}"]) == 2
