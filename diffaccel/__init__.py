@@ -16,8 +16,7 @@ Names are imported when they are first used: ``import diffaccel`` alone takes a 
 from typing import TYPE_CHECKING
 
 from diffaccel.parts.lazy import lazy
-
-__version__ = "0.1.0"
+from diffaccel.version import __version__
 
 if TYPE_CHECKING:
     from diffaccel.api import bench, compare, convert, fit, load, measure, reference, sample, search, tradeoff

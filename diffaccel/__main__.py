@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_lines(*HELP.splitlines())
         return 0
     if words[0] in ("version", "--version"):
-        from diffaccel import __version__
+        from diffaccel.version import __version__
 
         print_lines(f"diffaccel {__version__}")
         return 0

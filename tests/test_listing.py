@@ -50,7 +50,7 @@ def test_groups_and_parts_are_listed():
     solvers = {one.name: one for one in list_parts("solver")}
     assert solvers.keys() == set(SOLVERS)
     assert solvers["heun"].what.startswith("Heun's method") and solvers["heun"].plugin is None
-    assert solvers["unipc2"].what == "`UniPC` of p = 2.", "no roles of reStructuredText"
+    assert solvers["unipc2"].what == "`UniPC` with p = 2.", "no roles of reStructuredText"
 
 
 def test_heun_is_explained():

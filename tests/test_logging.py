@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_evaluator import wandb_records
 
 from diffaccel.__main__ import main
-from diffaccel.methods import Diffusion
+from diffaccel.methods import Diffusion, TrainedModule
 from diffaccel.report import read_points
+from diffaccel.sampling import Sampler
 from diffaccel.training.ema import EMA
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -61,16 +62,25 @@ def test_budgets_are_measured_on_schedule_with_the_averaged_weights(tmp_path: Pa
         update(self, images, images_seen)
         average.update({name: value.clone() for name, value in self.average.items()})
 
-    def spy(self: Evaluator, trainer: Any, method: Diffusion, budget: float, plan: Any, n: int | None = None) -> Any:
+    methods: list[Diffusion] = []
+    start = TrainedModule.on_fit_start
+
+    def note(self: TrainedModule) -> None:
+        start(self)
+        methods.append(self)
+
+    def spy(self: Evaluator, sampler: Sampler, budget: float, plan: Any, n: int | None = None, **named: Any) -> Any:
+        (method,) = methods
         assert method.ema is not None and not method.training
         for name, value in method.denoiser.network.named_parameters():
             assert torch.equal(value, average[f"denoiser.{name}"]), "the average as of the last step"
         raw = method.ema.average  # which it holds while the average is in the network
         assert not all(torch.equal(raw[name], value) for name, value in average.items())
         seen.append((method.images_seen, n or self.n))
-        return measure(self, trainer, method, budget, plan, n)
+        return measure(self, sampler, budget, plan, n, **named)
 
     monkeypatch.setattr(EMA, "update", record)
+    monkeypatch.setattr(TrainedModule, "on_fit_start", note)
     monkeypatch.setattr(Evaluator, "measure", spy)
     assert fit(tmp_path, *SCHEDULE, "logger=csv") == 0
     assert seen == [(images, 40) for images in (96, 192, 288, 320) for _ in "35"] + [(320, 60)] * 2
@@ -157,7 +167,7 @@ def test_wandb_has_configuration_table_and_weights(tmp_path: Path):
     for record in records:
         for update in [*record.run.config.update, *record.config.update]:
             config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
-    assert config["training"]["images"] == 320 and config["method"]["name"] == "edm"
+    assert config["training"]["images"] == 320 and config["method"]["label"] == "edm"
     assert config["provenance"]["experiment"] == "digits/edm"
     assert any("points" in row or "points._type" in row for row in rows), "the table"
     kept = {record.request.log_artifact.artifact.name or record.artifact.name for record in records}

@@ -44,7 +44,7 @@ def test_a_file_whose_name_begins_like_a_setting(tmp_path: Path, monkeypatch: py
     (tmp_path / "lr=0.1" / "edm.yaml").write_text("method: diffusion\ndata: toy\nshape: [2, 1, 1]\n")
     monkeypatch.chdir(tmp_path)
     assert sort_words(["lr=0.1/edm.yaml", "n=3"]) == (["lr=0.1/edm.yaml"], ["n=3"])
-    assert load("lr=0.1/edm.yaml").method_name == "edm"
+    assert load("lr=0.1/edm.yaml").method_name == "diffusion"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
 from diffaccel.process import (
     PROCESSES,
     CosineVariancePreserving,
@@ -20,6 +22,7 @@ from diffaccel.process import (
     VariancePreserving,
     expand,
 )
+from diffaccel.solver.onestep import DDIM
 
 ALL = [
     VariancePreserving(),
@@ -260,3 +263,23 @@ def test_unknown_clock_and_yaml() -> None:
         Decoupled(clock="t3")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="'t3'"):
         PROCESSES.build({"name": "decoupled", "clock": "t3"})
+
+
+@pytest.mark.parametrize(
+    "process", [VariancePreserving(), EDMVarianceExploding(), Decoupled()], ids=lambda p: type(p).__name__
+)
+def test_a_number_stands_for_a_batch_of_equal_times(process: Process):
+    x = torch.randn(3, 1, 4, 4)
+    t = process.time(2.0)
+    batch = torch.full((3,), 2.0, dtype=torch.float64)
+    assert torch.equal(t.expand(3), process.time(batch))
+    assert torch.equal(process.alpha(t.item()), process.alpha(t)) and torch.equal(
+        process.sigma(t.item()), process.sigma(t)
+    )
+    for found, expected in zip(process.from_ratio(x, 2.0), process.from_ratio(x, batch), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(process.marginal(x, t.item(), x), process.marginal(x, t.expand(3), x))
+    denoiser = GaussianDenoiser(torch.zeros(1, 4, 4), 0.25, process)
+    assert torch.equal(denoiser(x, t.item()).x_0, denoiser(x, t.expand(3)).x_0)
+    noise, solver = NoiseStreams(0, range(3)), DDIM()
+    assert torch.equal(solver(denoiser, x, t.item(), noise, 4), solver(denoiser, x, t.expand(3), noise, 4))

@@ -359,10 +359,10 @@ def test_further_positional_arguments_are_no_key(solvers: Registry[Any]) -> None
 
 
 def registered() -> dict[str, list[str]]:
-    """Registry -> names of diffaccel's own parts, by the decorators of its source."""
+    """Registry -> names of diffaccel's own parts, by its source."""
     found: dict[str, list[str]] = {}
     for file in Path(module.__file__).parents[1].rglob("*.py"):
-        for registry, name in re.findall(r"^@([A-Z]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
+        for registry, name in re.findall(r"^@?([A-Z]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
             found.setdefault(registry, []).append(name)
     return found
 

@@ -43,7 +43,7 @@ def test_a_fit_without_steps_sees_each_point_once_and_says_its_level(mixture: Pa
     assert story["ratio_star"] == pytest.approx(2.0283, abs=1e-4)
     assert sorted(read_weights(mixture)[0]["weights"].tolist()) == pytest.approx(sorted(TOY), abs=0.2)
     assert main(["sample", "toy/small_t", "prior.T=0.3", f"prior.checkpoint={mixture}", "n=4"]) == 2
-    assert "are of ratio_star 2.02832, the experiment's prior starts at 1.23415" in capsys.readouterr().err
+    assert "are for ratio_star 2.02832, but the experiment's prior starts at 1.23415" in capsys.readouterr().err
 
 
 def test_a_fit_goes_on_from_where_it_was_stopped(tmp_path: Path, capsys):
@@ -172,7 +172,7 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
     assert both["mixture", 0.6] != pytest.approx(both["mixture", 0.4], abs=1e-3)
     capsys.readouterr()
     for words, message in (
-        ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to theirs"),
+        ([own, f"tradeoff.densities={{0.7: {late}}}"], "set prior.T or prior.ratio_star to that of the weights"),
         ([own, "tradeoff.densities={0.6: none.safetensors}"], "none.safetensors"),
     ):
         assert main(["tradeoff", "toy/small_t", *quick, *words, f"out={tmp_path / 'bad'}"]) == 2
@@ -185,11 +185,11 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):
     measure, calls = Evaluator.measure, []
 
-    def interrupted(*given):
+    def interrupted(*given, **named):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(*given)
+        return measure(*given, **named)
 
     monkeypatch.setattr(Evaluator, "measure", interrupted)
     words = ["nfe=4", "n=100", f"prior.checkpoint={mixture}", "tradeoff.T=[0.2]", "tradeoff.images=20"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_origin
 
 from diffaccel.config.schema import PARTS, SECTIONS, TUNABLE, Config
 from diffaccel.errors import UsageError
@@ -46,7 +46,8 @@ def _in_schema(schema: Any, names: list[str]) -> Any:
     item = own[names[0]]
     if is_dataclass(item.type):
         return _in_schema(item.type, names[1:])
-    return Path if "path" in item.metadata else item.type
+    paths = "path" in item.metadata and (len(names) > 1 or get_origin(item.type) is not dict)  # each of a mapping's
+    return Path if paths else item.type
 
 
 def name_parts(tree: dict[str, Any]) -> None:

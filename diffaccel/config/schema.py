@@ -190,7 +190,9 @@ class Config:
         return merge(own, self.by_nfe[nearest(self.by_nfe, nfe)])
 
 
-PARTS = tuple(item.name for item in dataclasses.fields(Config) if item.name in CATALOGUE)
+PARTS = tuple(
+    item.name for item in dataclasses.fields(Config) if item.name in CATALOGUE and item.type == dict[str, Any]
+)
 """Keys that hold a part."""
 
 SECTIONS = tuple(item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type))

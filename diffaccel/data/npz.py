@@ -49,6 +49,8 @@ class ArrayFile:
                     )
             with zipfile.ZipFile(path) as archive:
                 self._members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        except UsageError:  # a ValueError, too
+            raise
         except (*_BROKEN, zipfile.BadZipFile) as error:
             raise self._broken(error) from None
         self.names = list(self._members)
@@ -61,6 +63,8 @@ class ArrayFile:
         """
         try:
             return self._read(name)
+        except UsageError:  # a ValueError, too
+            raise
         except (*_BROKEN, zipfile.BadZipFile, zlib.error) as error:
             raise self._broken(error) from None
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
-from diffaccel.process import Prediction, Process
+from diffaccel.process import Prediction, Process, batch_of
 
 
 def augment_args(augment: Tensor | None) -> tuple[Tensor, ...]:
@@ -37,6 +37,10 @@ class Denoiser(nn.Module, ABC):
     """Provenance of weights imported from another codebase (format, EMA or raw, units, SHA-256), or None."""
     any_process = False
     """Whether the weights are valid on every process, because the network depends on the noise-to-data ratio alone."""
+
+    def __call__(self, x_t: Tensor, t: Tensor | float, *labels: Tensor | None, **named: Tensor | None) -> Prediction:
+        """Predict the image and the noise; see :meth:`forward`. A time given as a number holds for the whole batch."""
+        return super().__call__(x_t, batch_of(t, x_t), *labels, **named)
 
     @abstractmethod
     def forward(

@@ -88,7 +88,8 @@ class DecoupledDenoiser(NetworkDenoiser):
                              f"{', '.join(get_args(Preconditioning))}")  # fmt: skip
         if preconditioning == "reference" and process.clock != "t":
             raise UsageError(
-                "denoiser 'decoupled': preconditioning=reference needs process.clock=t: use preconditioning=later"
+                "denoiser 'decoupled': denoiser.preconditioning=reference needs process.clock=t: use "
+                "denoiser.preconditioning=later"
             )
         require(0 < sigma_data < math.inf, f"denoiser.sigma_data={sigma_data:g}: set the data's standard deviation")
         require(0 < noise_scale < math.inf, f"denoiser.noise_scale={noise_scale:g}: set a positive number")

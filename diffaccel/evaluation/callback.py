@@ -36,7 +36,7 @@ class EvaluationCallback(L.Callback):
         self.evaluator.extractor.to(pl_module.device)
         with pl_module.averaged_weights():
             for budget in self.evaluator.budgets:
-                point = self.evaluator.measure(sampler, budget, sampler.plan(budget, n), n, _world(trainer))
+                point = self.evaluator.measure(sampler, budget, sampler.plan(budget, n), n, world=_world(trainer))
                 for name, value in {**point["metrics"], "nfe": point["nfe"]}.items():
                     if value == value:  # a few images have no extrapolation
                         pl_module.log(f"eval/nfe_{budget:03g}/{name}", value)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffaccel import __version__
 from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
@@ -16,6 +15,7 @@ from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
+from diffaccel.version import __version__
 
 
 def identify(

@@ -145,7 +145,7 @@ class Inception(Extractor):
 
 def _inception_weights(path: Path | None) -> bytes:
     """Read the weights file and check its SHA-256."""
-    file = path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if path is None and not file.is_file():
         _download_inception(file)
     if not file.is_file():

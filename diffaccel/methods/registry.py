@@ -1,15 +1,15 @@
 """Methods by name. The methods themselves need Lightning, which is imported when one is looked up."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from diffaccel.parts.registry import Registry
 
-if TYPE_CHECKING:
-    from diffaccel.methods.base import Diffusion
-
-METHODS: Registry["Diffusion"] = Registry(
+METHODS: Registry[Any] = Registry(
     "method",
     builtins=["diffaccel.methods"],
-    context=["sampler", "levels", "training", "seed"],
-    extra={"label": str | None},
+    context=[
+        *("sampler", "levels", "training", "seed"),
+        *("data", "device", "bf16", "state_path", "resume", "console"),  # of the fit of an extractor
+    ],
+    extra={"label": str | None, "metric": str | None},
 )

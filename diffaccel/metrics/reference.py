@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffaccel import __version__
 from diffaccel.collective import failing_together
 from diffaccel.data.npz import ArrayFile
 from diffaccel.errors import UsageError
 from diffaccel.features.extractors import Extractor
 from diffaccel.metrics import Moments, MomentSums, check_features
+from diffaccel.version import __version__
 
 REMEDY = "make it with `diffaccel reference EXPERIMENT`, and name the new file with reference= (or floor=)"
 FLOAT16_MAX = torch.finfo(torch.float16).max

@@ -4,6 +4,7 @@ The tensors have the names of EDM's files, which can therefore be loaded without
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
+Builder = Callable[..., nn.Module]
 Filter = Literal["fir", "box"]
 TAPS: dict[str, tuple[float, ...]] = {"fir": (1.0, 3.0, 3.0, 1.0), "box": (1.0, 1.0)}
 """Taps of the separable resampling filters."""
@@ -240,38 +242,52 @@ class NCSNpp(nn.Module):
             return Block(before, after, 4 * width, dropout, resample, attends)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        widths = [width * multiplier for multiplier in multipliers]
+        attended = [rows // 2**level in attention for level in range(len(widths))]
+        skips = self._build_encoder(block, channels, width, widths, attended, filter)
+        self._build_decoder(block, channels, widths, attended, skips, decoder)
+        self._initialise()
+
+    def _build_encoder(
+        self, block: Builder, channels: int, width: int, widths: list[int], attended: list[bool], filter: Filter
+    ) -> list[int]:
+        """Build the way down; return the channels of each connection to the way up."""
         hidden, skips, pyramid = width, [width], channels
-        for level, (size, multiplier) in enumerate(zip(self.sizes, multipliers, strict=True)):
+        for level, (size, after) in enumerate(zip(self.sizes, widths, strict=True)):
             if level == 0:
                 self.enc[f"{size}_conv"] = nn.Conv2d(channels, width, 3, padding=1)
             else:
                 self.enc[f"{size}_down"] = block(hidden, hidden, self.down)
-                if encoder == "residual":
+                if self.encoder == "residual":
                     self.enc[f"{size}_aux_residual"] = BlurredConv(pyramid, hidden, filter)
                     pyramid = hidden
-                elif encoder == "skip":
+                elif self.encoder == "skip":
                     self.enc[f"{size}_aux_skip"] = nn.Conv2d(channels, hidden, 1)
                 skips.append(hidden)
-            for index in range(blocks):
-                attends = rows // 2**level in attention
-                self.enc[f"{size}_block{index}"] = block(hidden, width * multiplier, attends=attends)
-                hidden = width * multiplier
+            for index in range(self.blocks):
+                self.enc[f"{size}_block{index}"] = block(hidden, after, attends=attended[level])
+                hidden = after
                 skips.append(hidden)
+        return skips
+
+    def _build_decoder(
+        self, block: Builder, channels: int, widths: list[int], attended: list[bool], skips: list[int], decoder: str
+    ) -> None:
+        """Build the way up, whose blocks use up ``skips``."""
+        hidden = widths[-1]
         for level, size in reversed(list(enumerate(self.sizes))):
             if level == len(self.sizes) - 1:
                 self.dec[f"{size}_in0"] = block(hidden, hidden, attends=True)
                 self.dec[f"{size}_in1"] = block(hidden, hidden)
             else:
                 self.dec[f"{size}_up"] = block(hidden, hidden, self.up)
-            for index in range(blocks + 1):
-                attends = index == blocks and rows // 2**level in attention
-                after = width * multipliers[level]
-                self.dec[f"{size}_block{index}"] = block(hidden + skips.pop(), after, attends=attends)
-                hidden = after
+            for index in range(self.blocks + 1):
+                attends = index == self.blocks and attended[level]
+                self.dec[f"{size}_block{index}"] = block(hidden + skips.pop(), widths[level], attends=attends)
+                hidden = widths[level]
             if decoder == "skip" or level == 0:
                 self.dec[f"{size}_aux_norm"] = _norm(hidden)
                 self.dec[f"{size}_aux_conv"] = nn.Conv2d(hidden, channels, 3, padding=1)
-        self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -23,6 +23,7 @@ CATALOGUE = {
     "objective": "diffaccel.training.objectives:OBJECTIVES",
     "extractor": "diffaccel.features.extractors:EXTRACTORS",
     "metric": "diffaccel.metrics.base:METRICS",
+    "format": "diffaccel.weights.door:FORMATS",
 }
 """Group -> ``module:name`` of its registry."""
 
@@ -43,6 +44,7 @@ DESCRIPTIONS = {
     "objective": "further objectives of implicit priors",
     "extractor": "feature networks that score images",
     "metric": "metrics of a point",
+    "format": "formats of files of weights",
 }
 """Group -> what its parts are."""
 

@@ -101,7 +101,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     def _load_builtins(self) -> None:
         """Import the modules of diffaccel's own parts, once; one of them may look up a part meanwhile."""
         while self._modules:
-            name = self._modules.pop()
+            name = self._modules.pop(0)
             for module in iter_modules(getattr(import_module(name), "__path__", ()), f"{name}."):
                 import_module(module.name)
 

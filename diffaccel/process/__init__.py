@@ -1,6 +1,6 @@
 """Forward processes and the predictions that denoisers make on them."""
 
-from diffaccel.process.base import PROCESSES, Process, expand, require
+from diffaccel.process.base import PROCESSES, Process, batch_of, expand, require
 from diffaccel.process.decoupled import Decoupled
 from diffaccel.process.gaussian import (
     CosineVariancePreserving,
@@ -24,6 +24,7 @@ __all__ = [
     "SubVariancePreserving",
     "VarianceExploding",
     "VariancePreserving",
+    "batch_of",
     "expand",
     "require",
 ]

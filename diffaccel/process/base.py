@@ -6,6 +6,9 @@ grid.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,13 @@ from diffaccel.process.prediction import Prediction
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """Cast a (B,) coefficient to the dtype and device of ``x``, and reshape it to broadcast over ``x`` (B, ...)."""
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def batch_of(value: Tensor | float, x: Tensor) -> Tensor:
+    """Repeat a time or level given as a number for each sample of ``x`` (B, ...); a (B,) tensor stays as it is."""
+    if isinstance(value, Tensor) and value.ndim:
+        return value
+    return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(len(x))
 
 
 def require(condition: bool, message: str) -> None:
@@ -34,10 +44,28 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _of_number(coefficient: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor | float], Tensor]:
+    @wraps(coefficient)
+    def call(process: Any, t: Tensor | float) -> Tensor:
+        return coefficient(process, t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64))
+
+    return call
+
+
 class Process(ABC):
-    """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``."""
+    """A Gaussian forward process, from data at ratio 0 to noise at ``t_max``.
+
+    Times and levels may be given as numbers, which stand for a batch of equal values.
+    """
 
     t_max: float = 1.0
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let coefficients take a number in place of a tensor."""
+        super().__init_subclass__(**keywords)
+        for name in ("alpha", "sigma", "time", "drift", "diffusion"):
+            if name in vars(cls):
+                setattr(cls, name, _of_number(vars(cls)[name]))
 
     @property
     def scales_data(self) -> bool:
@@ -65,16 +93,17 @@ class Process(ABC):
         """Diffusion g(t) of dx = f(t) x dt + g(t) dw, where g^2 = alpha^2 d(rho^2)/dt."""
 
     def ratio(self, t: Tensor) -> Tensor:
-        """Noise-to-data ratio sigma / alpha; infinite where alpha is 0."""
+        """Noise-to-data ratio sigma / alpha at time ``t``; infinite where alpha is 0."""
         return self.sigma(t) / self.alpha(t)
 
-    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Diffuse ``x_0`` (B, C, H, W) to time ``t`` (B,) with noise ``eps``."""
+    def marginal(self, x_0: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:
+        """Diffuse ``x_0`` (B, C, H, W) to time ``t``, (B,) or a number, with noise ``eps``."""
+        t = batch_of(t, x_0)
         return expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
 
-    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert ``y = x / alpha`` (B, C, H, W) at ``ratio`` (B,) to a state and a time of this process: (x_t, t)."""
-        t = self.time(ratio)
+    def from_ratio(self, y: Tensor, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Convert ``y = x / alpha`` (B, C, H, W) at ``ratio``, (B,) or a number, to a state and its time: (x_t, t)."""
+        t = self.time(batch_of(ratio, y))
         return expand(self.alpha(t), y) * y, t
 
     def posterior_std(self, t: Tensor, s: Tensor) -> Tensor:

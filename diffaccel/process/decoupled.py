@@ -116,12 +116,12 @@ class Decoupled(Process):
         return DecoupledPrediction(x_0, prediction.eps, self.attenuation.parameters(x_0, free))
 
     @override
-    def marginal(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def marginal(self, x_0: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:
         self._require_scaled("losses that don't draw them: use method=ddm")
         return super().marginal(x_0, t, eps)
 
     @override
-    def from_ratio(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def from_ratio(self, y: Tensor, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
         self._require_scaled("x / alpha: use prior=gaussian without ratio_star and solver=ddim or solver=bridge")
         return super().from_ratio(y, ratio)
 

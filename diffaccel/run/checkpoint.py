@@ -10,13 +10,13 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from diffaccel import __version__
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion
 from diffaccel.report.logs import log_weights
 from diffaccel.storage import check_room, check_target, write_whole
 from diffaccel.text.terminal import side_output
+from diffaccel.version import __version__
 from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")

@@ -147,7 +147,9 @@ class RK45(Solver):
         raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set solver.tol, and nfe=null")
 
     @override
-    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int = 0) -> Tensor:
+    def __call__(
+        self, denoiser: Denoiser, x_t: Tensor, t: Tensor | float, noise: NoiseStreams, steps: int = 0
+    ) -> Tensor:
         """See :class:`Solver`; ``steps`` is ignored."""
         return super().__call__(denoiser, x_t, t, noise, steps=2 if self.denoise else 1)
 

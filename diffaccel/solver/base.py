@@ -18,7 +18,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
-from diffaccel.process import Prediction, Process, expand
+from diffaccel.process import Prediction, Process, batch_of, expand
 from diffaccel.solver.grid import Grid, Karras
 
 SOLVERS: Registry["Solver"] = Registry("solver", builtins=["diffaccel.solver"])
@@ -169,13 +169,13 @@ class Solver(ABC):
             )
 
     @torch.no_grad()
-    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor | float, noise: NoiseStreams, steps: int) -> Tensor:
         """Sample from the start states, without gradients.
 
         Args:
             denoiser: Denoiser with bound labels.
             x_t: Start states, (B, C, H, W).
-            t: Times of the start states on the denoiser's process, (B,).
+            t: Times of the start states on the denoiser's process, (B,), or a number.
             noise: Noise streams of the B samples.
             steps: Number of steps.
 
@@ -186,7 +186,7 @@ class Solver(ABC):
             UsageError: A start level is outside the trained range, :meth:`check` rejects the process, or the network
                 returned NaN or infinity.
         """
-        return self.integrate(denoiser, x_t, t, noise, steps)
+        return self.integrate(denoiser, x_t, batch_of(t, x_t), noise, steps)
 
     def integrate(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams, steps: int) -> Tensor:
         """Same as a call, with gradients with respect to x_t, for training through the steps."""

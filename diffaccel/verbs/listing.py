@@ -27,6 +27,8 @@ EXPLAIN_USAGE = "explain takes a group and a name: `diffaccel explain solver heu
 EXTRA = {
     "checkpoint": "Weights of the part's own networks.",
     "init": "Weights that a fit begins these networks with.",
+    "metric": "Name of the features in metrics; of the method `extractor` alone.",
+    "label": "Name in points and tables; the method's own by default.",
 }
 """Keys that are no parameters -> what they are."""
 

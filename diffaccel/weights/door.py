@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from diffaccel.weights.files import file_sha256
 from diffaccel.weights.header import check_types, name_of
 from diffaccel.weights.pickles import open_file, refuse
 from diffaccel.weights.torchfile import is_torch, read_torch
-
-BUILTINS = ["diffaccel.pretrained"]
-"""Modules that register further formats; imported with the first file, so that no reader lacks one."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,8 @@ class Format(ABC):
         """
 
 
-FORMATS: Registry[Format] = Registry("format")
+FORMATS: Registry[Format] = Registry("format", builtins=["diffaccel.weights.formats", "diffaccel.pretrained"])
+FORMATS.base(Format)
 
 
 def open_weights(path: Path | str, **options: Any) -> Weights:
@@ -151,8 +148,6 @@ def open_weights(path: Path | str, **options: Any) -> Weights:
     Raises:
         UsageError: The file is missing, damaged, hostile, or of no known format.
     """
-    while BUILTINS:
-        import_module(BUILTINS.pop(0))
     file = File(Path(path))
     for name in reversed(list(FORMATS)):
         format_ = FORMATS[name]()

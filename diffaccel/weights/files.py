@@ -85,6 +85,8 @@ def _opened(path: Path) -> Iterator[Any]:
             raise UsageError(f"weights {path} are not read: the file is {found}")
         with safe_open(path, framework="pt") as file:
             yield file
+    except UsageError:  # a ValueError, too
+        raise
     except OSError as error:
         raise UsageError(f"weights {path} can't be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:  # the last two: JSON that is none, or no mapping

@@ -72,6 +72,8 @@ def damage(origin: str) -> Iterator[None]:
     """
     try:
         yield
+    except UsageError:  # a ValueError, too
+        raise
     except DAMAGED as error:
         reason = str(error).splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise refuse(origin, f"it is truncated or damaged ({reason})") from None
