@@ -30,7 +30,11 @@ def load(source: str | Path, **settings: Any) -> Model:
     from diffaccel.experiment.build import build_checkpoint, build_model
     from diffaccel.run.machine import settle
 
+    if not isinstance(source, str | Path):
+        raise UsageError(f"load: {source!r:.80} is neither a name nor a path: give digits/edm, say, or a file")
     path = Path(source).expanduser()
+    if left := next((name for name in ("ema.safetensors", "last.ckpt") if (path / name).is_file()), None):
+        raise UsageError(f"{source} is the folder of a fit: load one of its files, {path / left} for example")
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         if settings:
             raise UsageError(f"{source} is a checkpoint, which has no settings: name an experiment, and checkpoint=")
@@ -71,7 +75,9 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    return str(value)
+    if isinstance(value, str | Path):
+        return str(value)
+    raise UsageError(f"{value!r:.80} is no setting: give a number, a text, a list, or a mapping as a YAML file has it")
 
 
 def measure(

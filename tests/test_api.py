@@ -397,6 +397,12 @@ BAD_SAMPLERS: list[tuple[dict[str, Any], str]] = [
     ({"prior": 3}, "prior: 3 is no prior"),
     ({"solver": ["heun"]}, r"solver: \['heun'\] is no solver"),
     ({"solver": type(SOLVERS.build("heun"))}, "is no solver"),
+    ({"by_nfe": {3: "ddim"}}, "by_nfe=.*: give budgets"),
+    ({"by_nfe": 3}, "by_nfe=3: give budgets"),
+    ({"tweedie": 0.02}, "tweedie=0.02: give an object of type Tweedie"),
+    ({"kind": "png"}, "kind='png': give an object of type ImageKind"),
+    ({"prior": "chain"}, "prior 'chain' .*reads noise levels|prior 'chain' needs something that reads noise levels"),
+    ({"prior": {"name": "implicit", "ratio_star": 1.0}}, "network of its own|names no weights for its prior"),
     ({"batch_size": 0}, "batch_size=0: it must be"),
     ({"precision": "double"}, "precision='double' is none of .*64-true"),
 ]
@@ -432,6 +438,7 @@ def test_a_model_by_its_name_is_refused_with_what_loads_it():
         ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"shape \(4, 8, 8\), not \(n, 1, 8, 8\)"),
         ({"images": torch.zeros(4, 1, 8, 8).double()}, "torch.float64: give uint8"),
         ({"batch_size": 0}, "batch_size=0: it must be"),
+        ({"reference": None}, "reference=None: give a data set's name"),
         ({"reference": "digit"}, "did you mean 'digits'"),
         ({"extractor": "incepton"}, "did you mean 'inception'"),
     ],
@@ -442,6 +449,35 @@ def test_a_bad_argument_of_measure_is_refused(given: dict[str, Any], said: str):
     with pytest.raises(da.UsageError, match=said) as error:
         da.measure(**{"images": images, "reference": "digits", **given})
     one_sentence(error)
+
+
+def test_toy_points_are_measured_as_the_bench_does(tmp_path: Path):
+    (point,) = da.bench("toy/edm", nfe=6, n=150, out=tmp_path, logger="none")
+    sampler = da.Sampler(da.load("toy/edm"))
+    points = sampler(150, nfe=6)
+    assert points.dtype == torch.float32 and sha256(points) == point["images_sha256"]
+    assert da.measure(points, "toy", batch_size=sampler.batch_size) == point["metrics"]
+
+
+def test_a_source_that_is_no_model_is_refused(fitted: Path, tmp_path: Path):
+    for source, said in (
+        (5, "neither a name nor a path"),
+        (fitted, "folder of a fit: load one of its files, .*ema.safetensors"),
+        (tmp_path, "refused"),
+        (ROOT / "README.md", "it is text"),
+    ):
+        with pytest.raises(da.UsageError, match=said) as error:
+            da.load(source)  # type: ignore[arg-type]
+        one_sentence(error)
+    for keys, said in (
+        ({"checkpoint": "no.safetensors"}, "do not exist"),
+        ({"solvr": 1}, "'solver'"),
+        ({"solver": object()}, "is no setting: give a number"),
+        ({"by_nfe": {3: {"solver": object()}}}, "is no setting"),
+    ):
+        with pytest.raises(da.UsageError, match=said) as error:
+            da.load("digits/edm", **keys)
+        one_sentence(error)
 
 
 @pytest.mark.parametrize(

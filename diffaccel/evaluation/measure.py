@@ -40,13 +40,12 @@ def measure(
         raise UsageError(f"measure: images have shape {tuple(images.shape)}, not {wanted} with n of 2 or more")
     if images.dtype not in (torch.uint8, torch.float32):
         raise UsageError(f"measure: images are {images.dtype}: give uint8, or float32 for toy points")
-    scores = Scores(len(images), judge.dim, (1,), 0, images.dtype, real, None, images.device)
+    scores = Scores(len(images), judge.dim, tuple(images.shape[1:]), 0, images.dtype, real, None, images.device)
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
         indices = torch.arange(first, first + len(batch))
         features = judge(batch).float().cpu()
-        shown = batch[:0, :, 0, 0]
-        scores.add(Chunk(indices, features, digests(batch), shown, None, judge.sha256, 0, {}, {}, {}, 0.0, 0.0))
+        scores.add(Chunk(indices, features, digests(batch), batch[:0], None, judge.sha256, 0, {}, {}, {}, 0.0, 0.0))
     scores.reduce()
     return compute(build_metrics(STANDARD), scores.made(judge.metric_name), real).values
 
@@ -56,6 +55,8 @@ def _judges(
 ) -> tuple[Extractor, Real, tuple[int, ...] | None]:
     """Build the extractor and read the statistics that images are scored by, and the shape they should have."""
     shape = None
+    if not isinstance(reference, str | Path):
+        raise UsageError(f"reference={reference!r:.80}: give a data set's name, or a file of statistics")
     if not Path(reference).is_file():
         known = sorted(file.parent.name for file in EXPERIMENTS.glob("*/base.yaml"))
         if str(reference) not in known:

@@ -82,6 +82,7 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
             return own.using(own.prior, by_nfe=own.by_nfe)
         other = again(given)
         made = own.using(build_prior(other, other.prior, posterior, denoiser), SOLVERS.build(other.solver))
+        check_trained(other, made)
         set_budgets(other, made, posterior, load=True)
         return made.eval()
 

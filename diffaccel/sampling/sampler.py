@@ -18,8 +18,8 @@ from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
-from diffaccel.prior import PRIORS, ChainPrior, ChainState, Group, Plan, Prior
-from diffaccel.sampling.arguments import check_part, checked_shape
+from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
+from diffaccel.sampling.arguments import build_prior, check_part, check_settings, checked_shape
 from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
@@ -81,6 +81,7 @@ class Sampler:
     ) -> None:
         check_part("prior", prior, Prior)
         check_part("solver", solver, Solver)
+        check_settings(by_nfe, tweedie, kind)
         if isinstance(model, Model):
             vars(self).update(vars(_derived(model, prior, solver)))
             if shape is not None and checked_shape(shape) != self.shape:
@@ -106,9 +107,7 @@ class Sampler:
         if shape is None:
             raise UsageError("Sampler: a denoiser alone doesn't tell the images' shape: give shape=(C, H, W)")
         self.denoiser, self.shape = model, checked_shape(shape)
-        self.prior = (
-            prior if isinstance(prior, Prior) else PRIORS.build(prior or "gaussian", denoiser=model, shape=self.shape)
-        )
+        self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
         self.by_nfe, self.tuned, self.spent = {}, False, None
         self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
