@@ -89,6 +89,9 @@ def measure(
 ) -> dict[str, float]:
     """Score images as a bench does.
 
+    Standard errors and limits treat the images as independent. A bench keeps those of one chain together, which differs
+    only where the number of chains is no multiple of 10.
+
     Args:
         images: (n, C, H, W), uint8; toy points are float32.
         reference: Statistics of the data: a data set's name under experiments/ (``digits``), whose extractor and floor
