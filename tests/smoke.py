@@ -28,8 +28,15 @@ QUICK = ["logger=csv", "threads=1"]
 CRITIC = {"name": "mlp", "width": 16, "depth": 1}  # takes images of any size
 
 METHODS: dict[str, dict[str, Any]] = {
-    "edm": {"process": "edm", "denoiser": "karras", "levels": "lognormal", "solver": "dpmpp2m"},
+    "edm": {
+        "method": {"name": "diffusion", "label": "edm"},
+        "process": "edm",
+        "denoiser": "karras",
+        "levels": "lognormal",
+        "solver": "dpmpp2m",
+    },
     "ddpm": {
+        "method": {"name": "diffusion", "label": "ddpm"},
         "process": "vp",
         "denoiser": {"name": "eps", "ratio_min": 0.01},
         "levels": "uniform",
