@@ -61,22 +61,22 @@ class MixtureDenoiser(Denoiser):
 
 @DENOISERS.register("mixture")
 def mixture(process: Process, means: list[list[float]], std: float, weights: list[float]) -> MixtureDenoiser:
-    """Exact denoiser of 2-D toy points, each of shape (2, 1, 1).
+    """Exact denoiser of toy points of D coordinates, each of shape (D, 1, 1).
 
     Args:
         process: Forward process.
-        means: Component means, (K, 2).
+        means: Component means, (K, D).
         std: Standard deviation within a component.
-        weights: Component weights, (K,), positive.
+        weights: Component weights, (K,), positive; they need not sum to 1.
 
     Raises:
-        UsageError: No means, a mean without two coordinates, or weights that are not positive or not one per mean.
+        UsageError: No means, means of different lengths, or weights that are not positive or not one per mean.
     """
-    if not means or any(len(mean) != 2 for mean in means) or len(weights) != len(means) or not min(weights) > 0:
-        raise UsageError(
-            f"denoiser 'mixture': means are {means} and weights {weights}: set one or more pairs of coordinates, and a "
-            "positive weight for each"
-        )
+    lengths = {len(mean) for mean in means}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UsageError("denoiser 'mixture': denoiser.means: set one or more means of as many coordinates each")
+    if len(weights) != len(means) or not min(weights) > 0:
+        raise UsageError(f"denoiser 'mixture': denoiser.weights: set {len(means)} positive numbers, one for each mean")
     points = torch.tensor(means, dtype=torch.float32)[:, :, None, None]
     return MixtureDenoiser(points, std**2, torch.tensor(weights, dtype=torch.float32), process)
 
