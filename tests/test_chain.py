@@ -357,7 +357,7 @@ def test_chain_outside_the_trained_range_is_an_error():
         ({"select": "first"}, "select is 'first'"),
         ({"share": 0.0}, "share is 0.0"),
         ({"share": 1.0}, "share is 1.0"),
-        ({"skips": 0}, "skips is 0"),
+        ({"chain_steps": 0}, "chain_steps is 0"),
         ({"restart_every": 0}, "restart_every is 0"),
         ({"init_steps": 0}, "init_steps is 0"),
         ({"renoise": -0.5}, "renoise is -0.5"),

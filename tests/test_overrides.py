@@ -156,10 +156,10 @@ def test_values_as_people_write_them(word: str, key: str, value: object):
 
 
 def test_numbers_of_parts_too():
-    config = load("digits/dlg", ["images=2e6", "chains=1e2", "network.widths=8,16", "prior.skips=none"])
+    config = load("digits/dlg", ["images=2e6", "chains=1e2", "network.widths=8,16", "prior.chain_steps=none"])
     assert config.training.images == 2_000_000 and type(config.training.images) is int
     method = experiment.build_method(config, load=False)
-    assert method.prior.chains == 100 and type(method.prior.chains) is int and method.prior.skips is None  # type: ignore[union-attr]
+    assert method.prior.chains == 100 and type(method.prior.chains) is int and method.prior.chain_steps is None  # type: ignore[union-attr]
 
 
 def test_precision_in_a_file_may_be_a_number(tmp_path: Path):

@@ -49,7 +49,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "nfe_sequential": sequential if math.isfinite(sequential) else None,
         "nfe_equivalent": flops / one if one else None,
         "evaluations": dict(scores.evaluations),
-        "plan": {"steps": plan.steps, "skips": plan.chain_steps},
+        "plan": {"steps": plan.steps, "chain_steps": plan.chain_steps},
         "chains": chains,
         "chain": summarise([scores.traces[first] for first in sorted(scores.traces)]),
         "gflops_per_image": flops / 1e9,

@@ -20,11 +20,12 @@ from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.collective import World
 from diffaccel.config import TUNABLE, Search
-from diffaccel.errors import UsageError, suggest
+from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.overrides import as_given
 from diffaccel.parts.registry import Registry
+from diffaccel.parts.schema import suggest_key
 from diffaccel.parts.trees import merge
 from diffaccel.prior import PRIORS, ChainPrior, Prior
 from diffaccel.report import append_point, read_points
@@ -68,7 +69,7 @@ def check_space(space: Mapping[str, Any]) -> None:
         while registry is not None and path:
             known = {"name"} | registry.known_keys()
             if path[0] not in known:
-                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest(path[0], known)}")
+                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest_key(path[0], known)}")
             if path == ["name"]:
                 for name in values:
                     registry[name]  # an unknown one is an error

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import check_annotated, conform
 from diffaccel.parts.overrides import as_plain, refuse_references
-from diffaccel.parts.schema import options, schema_of
+from diffaccel.parts.schema import options, schema_of, suggest_key
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole
 
@@ -382,7 +382,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     def _remedy(self, key: str, known: Iterable[str]) -> str:
         """Say which parts have a key that another one lacks."""
         others = [name for name in self if key in self._keys(name)]
-        return f"; it is a key of {', '.join(others)}" if others else suggest(key, known)
+        return f"; it is a key of {', '.join(others)}" if others else suggest_key(key, known)
 
 
 def part_of(annotation: Any) -> Registry[Any] | None:

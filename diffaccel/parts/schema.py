@@ -3,13 +3,13 @@
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from diffaccel.errors import UsageError
+from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import plain_type
 from diffaccel.text.escape import printable
 
@@ -17,6 +17,21 @@ FILE = {"path": "file"}
 """Metadata of a dataclass's field that holds a path, or a mapping to paths, relative to the file that sets it."""
 PLACE = {"path": "place"}
 """Metadata of one that holds a path relative to the working directory."""
+
+RENAMED = {"told": "level_scale", "skips": "chain_steps"}
+"""Old names of keys -> their present names."""
+
+
+def suggest_key(key: str, known: Iterable[str]) -> str:
+    """End of a message about an unknown key: its present name if it was renamed, else the most similar known key.
+
+    Args:
+        key: Unknown key.
+        known: Known keys.
+    """
+    known = set(known)
+    renamed = RENAMED.get(key)
+    return f"; {key!r} is now called {renamed!r}" if renamed in known else suggest(key, known)
 
 
 def options(annotation: Any) -> tuple[Any, ...]:

@@ -64,7 +64,7 @@ class ChainPrior(Prior):
     Args:
         chains: Number of parallel chains, fixed whatever the batch or world size.
         share: Part of an image's evaluations that the chain gets, the solver the rest.
-        skips: Evaluations of the chain an image, instead of ``share``.
+        chain_steps: Evaluations of the chain an image, instead of ``share``.
         init_steps: Steps of the solver that makes the first states from pure noise.
         init_solver: That solver.
         restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
@@ -78,7 +78,7 @@ class ChainPrior(Prior):
         self,
         chains: int,
         share: float,
-        skips: int | None,
+        chain_steps: int | None,
         init_steps: int,
         init_solver: Solver,
         restart_every: int | None,
@@ -87,10 +87,13 @@ class ChainPrior(Prior):
         super().__init__()
         require(chains >= 1, f"chains is {chains}, it must be 1 or more")
         require(0 < share < 1, f"share is {share}, it must lie between 0 and 1")
-        require(skips is None or 1 <= skips <= MOST, f"skips is {skips}, it must be from 1 to {MOST}")
+        require(
+            chain_steps is None or 1 <= chain_steps <= MOST,
+            f"chain_steps is {chain_steps}, it must be from 1 to {MOST}",
+        )
         require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, not 1 or more")
         require(1 <= init_steps <= MOST, f"init_steps is {init_steps}, it must be from 1 to {MOST}")
-        self.chains, self.share, self.skips = chains, share, skips
+        self.chains, self.share, self.chain_steps = chains, share, chain_steps
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted
 
@@ -128,23 +131,23 @@ class ChainPrior(Prior):
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:  # noqa: D102
         if math.isinf(budget):
-            if self.skips is None:
-                raise UsageError("without a budget the chain's length must be given: set prior.skips")
-            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.skips)
+            if self.chain_steps is None:
+                raise UsageError("without a budget the chain's length must be given: set prior.chain_steps")
+            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.chain_steps)
         overhead = self.burn_in_evaluations(n) / n if self.burn_in_counted else 0.0
         available = int(budget - overhead - extra + 1e-9)
-        least = (self.skips or 1) + solver.least_evaluations
+        least = (self.chain_steps or 1) + solver.least_evaluations
         if available < least:
             minimum = math.ceil((least + extra + overhead) * 100 - 1e-6) / 100  # rounded up, so that it is enough
-            parts = f"{self.skips or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
+            parts = f"{self.chain_steps or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
             raise UsageError(
                 f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
                 f"burn-in with {self.chains} chains for n={n}): raise nfe or n, or take fewer chains"
             )
-        wanted = self.skips or max(1, round(self.share * available))
+        wanted = self.chain_steps or max(1, round(self.share * available))
         steps = solver.steps_within(max(solver.least_evaluations, available - wanted))
         # What the solver can't use (an even budget for Heun's odd one) goes to the chain, unless its length is set.
-        return Plan(self, solver, steps, self.skips or available - solver.evaluations(steps))
+        return Plan(self, solver, steps, self.chain_steps or available - solver.evaluations(steps))
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
         """Start a group's chains: integrate pure noise, add some noise back, warm up."""

@@ -38,8 +38,9 @@ class ImplicitPrior(Prior):
             go from index K - 1 to 0. K = 0 is a GAN.
         prior_level_offset: The generator's states are those of index K - 1 + offset. With 1, as in TDPM's reference
             code, the first denoising step takes them for less noisy than they are.
-        told: Level that sampling takes the states for, over that level. A generator's states lack detail, and a little
-            below 1 a denoiser removes less of what they have; the fewer evaluations are left, the more that matters.
+        level_scale: Factor on the noise level of the states that is reported to the solver. A generator's states lack
+            detail; with a factor slightly below 1, the denoiser removes less of the detail that they have. This matters
+            more the fewer evaluations remain.
         network: A network to be the generator for ``separate`` and ``diffuse`` instead of the denoiser's copy, so that
             the denoiser may be exact: a name and keys. Its output is the state in units of variance preserving
             processes, or the image.
@@ -47,7 +48,7 @@ class ImplicitPrior(Prior):
 
     Raises:
         UsageError: The denoiser is exact and there is no ``network``; a value out of range; no ``token``; K on a
-            process without indices, or with ``told``.
+            process without indices, or with ``level_scale``.
 
     References:
         Truncated Diffusion Probabilistic Models (Zheng et al., 2023), https://arxiv.org/abs/2202.09671
@@ -65,7 +66,7 @@ class ImplicitPrior(Prior):
         token: float | None = None,
         K: int | None = None,
         prior_level_offset: int = 0,
-        told: float = 1.0,
+        level_scale: float = 1.0,
         network: Annotated[dict[str, Any], NETWORKS] = {},  # noqa: B006 (read only; a mapping, for YAML)
         shape: tuple[int, int, int] | None = None,
     ) -> None:
@@ -78,12 +79,12 @@ class ImplicitPrior(Prior):
             )
         self.kind, self.ratio_init, self.K = generator, ratio_init, K
         self.ratio_star, self.ratio_made = _levels(denoiser.process, ratio_star, K, prior_level_offset)
-        if not told > 0 or (told != 1 and K is not None):
+        if not level_scale > 0 or (level_scale != 1 and K is not None):
             raise UsageError(
-                f"prior 'implicit': told is {told:g}: give a positive one, and none beside K, where prior_level_offset "
-                "does the like by whole indices"
+                f"prior 'implicit': level_scale is {level_scale:g}, it must be positive, and 1 if K is set: set "
+                "prior_level_offset instead to shift the level by whole indices"
             )
-        self.ratio_star *= told
+        self.ratio_star *= level_scale
         # With an offset the reference hands the state over as it is in units of variance preserving processes.
         self.handed = ((1 + self.ratio_star**2) / (1 + self.ratio_made**2)) ** 0.5 if prior_level_offset else 1.0
         copies = generator != "shared" and not network
@@ -137,7 +138,7 @@ class ImplicitPrior(Prior):
         if self.ratio_made != other.ratio_made:
             raise UsageError(
                 f"by_nfe: the generator makes states at ratio_star {other.ratio_made:.6g}, and a budget starts at "
-                f"{self.ratio_made:.6g}: change prior.told there, not prior.ratio_star"
+                f"{self.ratio_made:.6g}: change prior.level_scale there, not prior.ratio_star"
             )
         self.own, self.made = other.own, other.made
 

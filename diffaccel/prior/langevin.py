@@ -66,7 +66,7 @@ class LangevinGibbsPrior(ChainPrior):
         select: ``minimum`` takes the least noisy state of the window (reference), ``last`` the last one, which is an
             unbiased draw of the chain.
         share: Part of an image's evaluations that the chain gets, the solver the rest.
-        skips: Langevin-Gibbs steps an image, instead of ``share``.
+        chain_steps: Langevin-Gibbs steps an image, instead of ``share``.
         init_steps: Steps of the solver that makes the first states from pure noise.
         init_solver: That solver; EDM's stochastic one by default.
         renoise: Deviation of the noise added to the first samples.
@@ -93,7 +93,7 @@ class LangevinGibbsPrior(ChainPrior):
         carry: bool = True,
         select: str = "minimum",
         share: float = 0.5,
-        skips: int | None = None,
+        chain_steps: int | None = None,
         init_steps: int = 19,
         init_solver: Annotated[dict[str, Any], SOLVERS] | None = None,
         renoise: float = 1.0,
@@ -102,7 +102,7 @@ class LangevinGibbsPrior(ChainPrior):
         burn_in_counted: bool = True,
     ) -> None:
         solver = SOLVERS.build(init_solver) if init_solver else StochasticHeun(Karras(0.02), S_max=2.0, S_min=0.1)
-        super().__init__(chains, share, skips, init_steps, solver, restart_every, burn_in_counted)
+        super().__init__(chains, share, chain_steps, init_steps, solver, restart_every, burn_in_counted)
         require(eta > 0, f"eta is {eta}, it must be positive")
         require(update in ("argmax", "sample", "mean"), f"update is {update!r}: take argmax, sample or mean")
         require(select in ("minimum", "last"), f"select is {select!r}: take minimum or last")

@@ -28,7 +28,7 @@ class RestartPrior(ChainPrior):
         solver: For the way down, and first from pure noise; its grid's ``ratio_min`` and ``denoise`` are set here.
         chains: Number of parallel chains, fixed whatever the batch or world size.
         share: Part of an image's evaluations that the chain gets, the solver from ``ratio_star`` to the data the rest.
-        skips: Evaluations of the chain an image, instead of ``share``.
+        chain_steps: Evaluations of the chain an image, instead of ``share``.
         init_steps: Steps from pure noise to the first states.
         restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
 
@@ -46,7 +46,7 @@ class RestartPrior(ChainPrior):
         solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
         chains: int = 500,
         share: float = 0.5,
-        skips: int | None = None,
+        chain_steps: int | None = None,
         init_steps: int = 8,
         restart_every: int | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class RestartPrior(ChainPrior):
         down = dataclasses.replace(
             down, grid=dataclasses.replace(down.grid, ratio_min=ratio_star), denoise=False, analytic_first=None
         )
-        super().__init__(chains, share, skips, init_steps, down, restart_every)
+        super().__init__(chains, share, chain_steps, init_steps, down, restart_every)
         self.ratio_star, self.ratio_up = ratio_star, ratio_up
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
