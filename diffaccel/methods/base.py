@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
@@ -97,7 +98,8 @@ class Diffusion(TrainedModule):
 
     # Training
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         if not isinstance(self.denoiser, NetworkDenoiser):
             raise UsageError("this experiment's denoiser is exact: there is nothing to train")
         if self.training_plan.augment and not getattr(self.denoiser.network, "takes_augment", False):
@@ -114,7 +116,8 @@ class Diffusion(TrainedModule):
         trained = isinstance(self.denoiser, NetworkDenoiser) and not self.frozen
         return {"denoiser": self.denoiser.network} if trained else {}
 
-    def averaged(self) -> nn.Module | None:  # noqa: D102
+    @override
+    def averaged(self) -> nn.Module | None:
         networks = self.trained_networks()
         return nn.ModuleDict(networks) if networks else None
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.errors import UsageError
@@ -48,10 +49,12 @@ class DenoisingLangevinGibbs(Diffusion):
             raise UsageError("this experiment has no noise classifier: there is nothing to train")
         return posterior
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         return [Phase("classifier", self.classifier.network.parameters(), self.classifier_loss)]
 
-    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:  # noqa: D102
+    @override
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
         return {"classifier": (self.classifier.network.state_dict(), {"kind": "classifier"})}
 
     def describe_fit(self, data: DataModule) -> list[str]:

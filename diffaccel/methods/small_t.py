@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.collective import failing_together
 from diffaccel.data import Batch, DataModule, to_float
@@ -99,7 +100,8 @@ class SmallTimeDiffusion(Diffusion):
         """The denoiser's; a density sees no labels."""
         return 0 if self.frozen else self.classes
 
-    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def trained_networks(self) -> dict[str, nn.Module]:
         return super().trained_networks() | ({"density": self.density} if list(self.density.parameters()) else {})
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
@@ -133,7 +134,8 @@ class TruncatedDiffusion(Diffusion):
         image_level = isinstance(self.prior, ImplicitPrior) and self.prior.ratio_star == 0
         return isinstance(self.denoiser, NetworkDenoiser) and not self.frozen and not image_level
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         found = super().phases() if self.trains_denoiser else []
         if not isinstance(self.prior, ImplicitPrior):
             if not found:
@@ -155,7 +157,8 @@ class TruncatedDiffusion(Diffusion):
             found.append(game)
         return found
 
-    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def trained_networks(self) -> dict[str, nn.Module]:
         shared = isinstance(self.prior, ImplicitPrior) and self.prior.kind == "shared"
         own = {"denoiser": self.denoiser.network} if self.trains_denoiser or shared else {}
         return {**own, **self.prior.networks()}

@@ -36,11 +36,17 @@ class Splits(Protocol):
     limit: int | None
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """Name of the split."""
+
     @property
-    def label(self) -> str: ...  # noqa: D102
+    def label(self) -> str:
+        """Name of the data set."""
+
     @property
-    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:

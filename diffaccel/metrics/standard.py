@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from diffaccel.metrics.base import METRICS, Made, Metric, Real
 from diffaccel.metrics.frechet import frechet_distance
 from diffaccel.metrics.kernel import KernelDistance
@@ -27,7 +29,8 @@ class FrechetMetric(Metric):
 
     in_training = True
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         name, found = made.distance, made.sums.compute()
         values = {name: float(found.fd), f"{name}_inf": float(found.fd_inf), f"{name}_se": float(found.se)}
         if real.floor is not None:
@@ -48,7 +51,8 @@ class KernelMetric(Metric):
 
     in_training = True
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         if real.kernel is None:
             return {}
         kernel = KernelDistance(made.features.shape[1], real.kernel, sync_on_compute=False)
@@ -67,7 +71,8 @@ class ManifoldMetric(Metric):
             https://arxiv.org/abs/2002.09797
     """
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         sizes = [COMPARED, len(made.features), len(real.features)]
         m = min(sizes + [len(real.held_out)] * (real.floor is not None))
         if m < 10:
@@ -88,10 +93,12 @@ class MemorisationMetric(Metric):
             https://arxiv.org/abs/2004.05675
     """
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         return {}
 
-    def details(self, made: Made, real: Real) -> Mapping[str, Any]:  # noqa: D102
+    @override
+    def details(self, made: Made, real: Real) -> Mapping[str, Any]:
         if len(real.held_out) < 100:
             return {"memorisation": None}
         found = memorised(made.features[:COMPARED], real.features, real.held_out[:COMPARED])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -178,7 +179,8 @@ class GaussianPrior(Prior):
             raise UsageError(f"prior 'gaussian': ratio_star is {ratio_star}, it must be positive")
         self.ratio_star = ratio_star
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         t = self._start(denoiser, len(noise))
@@ -196,10 +198,12 @@ class GaussianPrior(Prior):
             t = process.time(top)
         return t
 
-    def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def start_ratio(self, denoiser: Denoiser) -> float:
         return denoiser.process.ratio(self._start(denoiser, 1)).item()
 
-    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         sigma = denoiser.process.sigma(self._start(denoiser, 1))
         square = x_t.flatten(1).double().square().sum(1)
         return -0.5 * (square / sigma.square() + x_t[0].numel() * (2 * math.pi * sigma.square()).log())

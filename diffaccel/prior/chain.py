@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -123,13 +124,15 @@ class ChainPrior(Prior):
             groups.append([indices for indices in rounds if indices])
         return groups
 
-    def burn_in_evaluations(self, n: int) -> int:  # noqa: D102
+    @override
+    def burn_in_evaluations(self, n: int) -> int:
         rounds = -(-n // self.chains)
         # Chains without an image in the last round do not start anew for it.
         starts = range(0, rounds, self.restart_every or rounds)
         return self.burn_in_per_chain * sum(min(self.chains, n - start * self.chains) for start in starts)
 
-    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:  # noqa: D102
+    @override
+    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
         if math.isinf(budget):
             if self.chain_steps is None:
                 raise UsageError("without a budget the chain's length must be given: set prior.chain_steps")
@@ -155,7 +158,8 @@ class ChainPrior(Prior):
         self._begin(denoiser, state)
         return state
 
-    def restore(  # noqa: D102
+    @override
+    def restore(
         self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...], saved: Mapping[str, Any]
     ) -> ChainState:
         state = self._empty(denoiser, seed, group, shape)
@@ -174,7 +178,8 @@ class ChainPrior(Prior):
         state.rounds = 0
 
     @torch.no_grad()
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         chains: ChainState = state

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.density import DENSITIES, Density
@@ -58,17 +59,21 @@ class DensityPrior(Prior):
         self.density: Density = DENSITIES.build(density, shape=shape, ratio=ratio_star)
         self.evaluations = self.density.evaluations
 
-    def networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def networks(self) -> dict[str, nn.Module]:
         return {"density": self.density} if self.evaluations else {}
 
-    def share_weights(self, other: Prior) -> None:  # noqa: D102
+    @override
+    def share_weights(self, other: Prior) -> None:
         assert isinstance(other, DensityPrior)
         self.density = other.density.at(self.ratio_star)
 
-    def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def start_ratio(self, denoiser: Denoiser) -> float:
         return self.ratio_star
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         if not self.density.fitted:

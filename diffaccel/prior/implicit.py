@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -122,10 +123,12 @@ class ImplicitPrior(Prior):
         """The generator's, which is the denoiser's network unless it has one of its own."""
         return getattr(self.generator or denoiser.network, "classes", 0)
 
-    def networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def networks(self) -> dict[str, nn.Module]:
         return {} if self.generator is None else {"generator": self.generator}
 
-    def highest_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def highest_ratio(self, denoiser: Denoiser) -> float:
         return self.ratio_star
 
     def share_weights(self, other: Prior) -> None:
@@ -155,7 +158,8 @@ class ImplicitPrior(Prior):
         plan = super().plan(solver, budget, n, extra)
         return Plan(self, solver, min(plan.steps, self.K)) if self.K and isinstance(solver.grid, Indices) else plan
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

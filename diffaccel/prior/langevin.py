@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -117,7 +118,8 @@ class LangevinGibbsPrior(ChainPrior):
         return {"classifier": self.posterior.network} if isinstance(self.posterior, ClassifierPosterior) else {}
 
     @property
-    def burn_in_per_chain(self) -> int:  # noqa: D102
+    @override
+    def burn_in_per_chain(self) -> int:
         return super().burn_in_per_chain + sum(steps for steps, _ in self.warmup)
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:

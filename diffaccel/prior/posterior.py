@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
@@ -94,7 +95,8 @@ class ClassifierPosterior(LevelPosterior):
         super().__init__(levels)
         self.network = network
 
-    def logits(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def logits(self, y: Tensor) -> Tensor:
         return self.network(y)
 
     def loss(self, x_0: Tensor, index: Tensor, eps: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ class ExactPosterior(LevelPosterior):
         super().__init__(levels)
         self._denoiser = [denoiser]  # not a submodule: it belongs to the method
 
-    def logits(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def logits(self, y: Tensor) -> Tensor:
         return self._denoiser[0].log_prob(y.double(), self.levels)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
 
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -51,7 +52,8 @@ class Checkpointer(L.Callback):
         self._saved = self._started = time.monotonic()
         self._before = 0.0  # seconds trained in the runs that this one goes on from
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -59,7 +61,8 @@ class Checkpointer(L.Callback):
         assert isinstance(pl_module, Diffusion)
         checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **stands_on(pl_module)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["seconds"]
 
     def _seconds(self) -> float:
@@ -93,10 +96,12 @@ class Checkpointer(L.Callback):
                     "go on with the settings that it had, or choose another out= (init=FILE begins with its weights)"
                 )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = self._started = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: D102
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Diffusion)
         if pl_module.steps % 10:
             return

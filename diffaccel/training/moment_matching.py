@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.collective import all_reduce
 from diffaccel.data import Batch
@@ -97,7 +98,8 @@ class MomentMatching(Objective):
         self.memory, self.ratio, self.real_states, self.steps = memory, ratio, real_states, steps
         self.rows, self.filters = rows, filters
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+    @override
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
         self.encoder = Encoder(denoiser, self.ratio or prior.ratio_made, "objective 'moments'", "remove it")
         sizes = self.encoder.sizes(shape)
         if self.rows > (smallest := min(height for _, height, _ in sizes)):
@@ -115,7 +117,8 @@ class MomentMatching(Objective):
         generator = torch.Generator().manual_seed(0)
         self.bank = nn.ModuleList(RandomFilters(channels, self.filters, generator) for channels, _, _ in sizes)
 
-    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
         generator = prior.generator
         assert generator is not None
 
@@ -195,7 +198,8 @@ class RandomFilters(nn.Module):
         self.register_buffer("weight", weight, persistent=False)  # drawn anew with the same seed
         self.register_buffer("bias", torch.randn(count, generator=generator) / 2, persistent=False)
 
-    def forward(self, m: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, m: Tensor) -> Tensor:
         unit = F.layer_norm(m.movedim(1, -1), (m.shape[1],)).movedim(-1, 1)  # channels differ in scale by orders
         return F.relu(F.conv2d(unit, self.weight, self.bias, padding=2, dilation=2)).to(m).mean((2, 3))
 

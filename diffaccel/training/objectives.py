@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
@@ -105,7 +106,8 @@ class OdePair(Objective):
         self.solver: Solver = SOLVERS.build(solver)
         self.steps, self.pairs = steps, pairs
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+    @override
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
         if prior.kind != "separate" or not 0 < 2 * prior.ratio_made <= prior.ratio_init:
             raise UsageError(
                 "objective 'ode_pair' follows the generator's noise from ratio_init down to ratio_star: set "
@@ -116,7 +118,8 @@ class OdePair(Objective):
             self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
             self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
 
-    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
         generator = prior.generator
         assert generator is not None
 
@@ -201,7 +204,8 @@ class DistributionMatching(Objective):
             raise UsageError("objective 'distribution_matching': scale_min and scale_max must be positive")
         self.scale_min, self.scale_max, self.fake_lr = scale_min, scale_max, fake_lr
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+    @override
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
         if not isinstance(denoiser, NetworkDenoiser):
             raise UsageError("objective 'distribution_matching' learns the generator's law with a copy of the denoiser"
                              "'s network, and this denoiser is exact: remove it")  # fmt: skip
@@ -210,7 +214,8 @@ class DistributionMatching(Objective):
         self.fake = denoiser.copy().requires_grad_(True)
         denoiser.check_range(torch.tensor([math.hypot(prior.ratio_made, self.scale_max)]))
 
-    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
         generator = prior.generator
         assert generator is not None
 
