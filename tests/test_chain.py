@@ -335,7 +335,7 @@ class Broken(Denoiser):
 
 def test_nan_in_a_chain_is_an_error():
     prior = LangevinGibbsPrior(Scripted(torch.ones(3, 4)), chains=4)
-    with pytest.raises(UsageError, match=r"chain turned to NaN .*prior\.eta"):
+    with pytest.raises(UsageError, match=r"state is NaN or infinite: .*prior\.eta"):
         prior(Broken(), NoiseStreams(0, range(4)), (3, 8, 8), 3, fresh_state(4))
 
 

@@ -153,9 +153,9 @@ def test_T_is_a_time_of_the_process():
     assert DensityPrior(network(EDMVarianceExploding()), SHAPE, T=2.0).ratio_star == 2.0
     assert DensityPrior(network(), SHAPE, ratio_star=2.0).ratio_star == 2.0
     for options in ({}, {"T": 0.4, "ratio_star": 2.0}):
-        with pytest.raises(UsageError, match="not both"):
+        with pytest.raises(UsageError, match="either ratio_star or T"):
             DensityPrior(network(), SHAPE, **options)
-    with pytest.raises(UsageError, match="not positive"):
+    with pytest.raises(UsageError, match="must be positive and finite"):
         DensityPrior(network(), SHAPE, T=0.0)
 
 
