@@ -99,7 +99,9 @@ def test_another_extractor_is_refused(saved):
     other = Identity(2)
     other.sha256 = "0" * 64
     for extractor in (other, Identity(3)):
-        with pytest.raises(UsageError, match="was made with the extractor identity .*diffaccel reference EXPERIMENT"):
+        with pytest.raises(
+            UsageError, match="was computed with the extractor identity .*diffaccel reference EXPERIMENT"
+        ):
             load_reference(saved[1], extractor)
 
 

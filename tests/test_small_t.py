@@ -296,9 +296,9 @@ def test_what_is_left_on_disk():
 
 def test_what_does_not_go_together_is_refused():
     exact = MixtureDenoiser(torch.zeros(1, *SHAPE), 0.1, process=VariancePreserving())
-    with pytest.raises(UsageError, match="denoiser is exact"):
+    with pytest.raises(UsageError, match="denoiser of this experiment is exact"):
         small_t(exact, frozen=False).phases()
-    with pytest.raises(UsageError, match="none that the denoiser knows"):
+    with pytest.raises(UsageError, match="outside the denoiser.s range"):
         small_t(T=1.0)
     method = small_t()
     method.prior = GaussianPrior()

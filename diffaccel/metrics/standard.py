@@ -1,4 +1,4 @@
-"""The metrics that every bench computes unless ``metrics`` names others."""
+"""Standard metrics, which every bench computes by default."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ from diffaccel.metrics.manifold import manifold_scores
 from diffaccel.metrics.memorisation import memorised
 
 COMPARED = 5_000
-"""Most images of a kind whose neighbourhoods are compared: time goes as their square."""
+"""Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
 
 
 @METRICS.register("frechet")
 class FrechetMetric(Metric):
     """Frechet distance, its limit for n to infinity, its standard error, and the distance of held-out images.
 
-    Keys of the point: ``fd_<extractor>`` (``fid`` of Inception features), and the same with ``_inf``, ``_se``,
+    Keys of the point: ``fd_<extractor>`` (``fid`` for Inception features), and the same with ``_inf``, ``_se`` and
     ``_floor``.
 
     References:
@@ -62,7 +62,7 @@ class KernelMetric(Metric):
 
 @METRICS.register("manifold")
 class ManifoldMetric(Metric):
-    """Precision, recall, density and coverage of the first 5,000 images; with ``_real``, those of held-out images.
+    """Precision, recall, density and coverage of the first 5,000 images and, with ``_real``, of held-out images.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models (Kynkaanniemi et al., 2019),
@@ -84,9 +84,9 @@ class ManifoldMetric(Metric):
 
 @METRICS.register("memorisation")
 class MemorisationMetric(Metric):
-    """Share of generated images that are copies of training images, and the closest pairs.
+    """Fraction of generated images that are copies of training images, and the closest pairs.
 
-    Key of the point: ``memorisation``; null with fewer than 100 held-out images, which say what is close.
+    Key of the point: ``memorisation``; null with fewer than 100 held-out images, which define the threshold.
 
     References:
         A Non-Parametric Test to Detect Data-Copying in Generative Models (Meehan et al., 2020),
