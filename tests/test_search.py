@@ -251,7 +251,7 @@ def test_winners_of_other_budgets_stay(tmp_path: Path, capsys):
     assert "another winner" not in capsys.readouterr().err
     content = (tmp_path / "best.yaml").read_text()
     assert main(["search", "toy/ddpm", *words, "nfe=[5]"]) == 2
-    assert "best.yaml is not of a search of" in capsys.readouterr().err.replace("\n", " ")
+    assert "best.yaml is not from a search of" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "best.yaml").read_text() == content
     other = (tmp_path / "best.yaml").read_text().replace("name: ", "name: no_", 1)  # as after another search
     (tmp_path / "best.yaml").write_text(other)

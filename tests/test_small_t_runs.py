@@ -179,7 +179,10 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
         assert message in capsys.readouterr().err.replace("\n", " ")
     everywhere = load("digits/small_t").prior["checkpoint"]
     assert main(["tradeoff", "digits/small_t", *quick, f"tradeoff.densities={{0.6: {everywhere}}}"]) == 2
-    assert "holds at every level: remove tradeoff.densities" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "is defined at every level, without further fits: remove tradeoff.densities"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):
