@@ -126,8 +126,7 @@ class Evaluator:
                         self.console.print(f"nfe {budget:g}: measured before (set again=true to measure it again)")
                     if not batches_left:
                         continue
-                    self.measure(sampler, budget, plan, world=world)  # from the batches on disk: features and plots
-                    are missing
+                    self.measure(sampler, budget, plan, world=world)  # features and plots are missing
                 else:
                     self.points.append(self._new(sampler, budget, plan, world))
                 if world.first:
@@ -185,7 +184,7 @@ class Evaluator:
         return identity_hash({**found.images, **found.scores})
 
     def _partial(self, budget: float) -> Partial:
-        """Partial results of a point, in a folder named by its key or, if images are kept, by the hash of their identity."""
+        """Partial results of a point, in a folder named by its key or, if images are kept, the hash of their identity."""
         if self.identity is None:
             return Partial(None)
         images = self.out / "images" / identity_hash(self.identity(budget).images)
