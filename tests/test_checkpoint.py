@@ -298,6 +298,6 @@ def test_averages_of_other_networks_are_refused(whole: Path, tmp_path: Path, cap
     torch.save(content, tmp_path / "other.ckpt")
     words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", f"resume={tmp_path / 'other.ckpt'}"]
     assert main(words) == 2
-    assert "holds averages of other networks" in " ".join(capsys.readouterr().err.split())
+    assert "contains averages of other networks" in " ".join(capsys.readouterr().err.split())
     assert main(["bench", "digits/edm", f"checkpoint={tmp_path / 'other.ckpt'}", "n=10", "logger=none"]) == 2
     assert "holds no averaged denoiser" in " ".join(capsys.readouterr().err.split())

@@ -170,7 +170,7 @@ def test_a_renamed_key_is_refused_with_its_present_name(word: str, key: str):
 
 
 def test_a_denoiser_without_the_network_that_it_needs():
-    with pytest.raises(UsageError, match="'karras' needs a network"):
+    with pytest.raises(UsageError, match="'karras' requires a network"):
         experiment.build_method(load("toy/edm", ["denoiser=karras"]), load=False)
 
 

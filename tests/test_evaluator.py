@@ -145,7 +145,7 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
 
 
 def test_overspending_is_an_error(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"nfe=10 was overspent: 11 evaluations"):
+    with pytest.raises(UsageError, match=r"nfe=10 was exceeded: 11 evaluations"):
         measure(tmp_path, "toy/edm", steps=11)
     assert not (tmp_path / "points.jsonl").exists()
 

@@ -230,7 +230,7 @@ def test_too_few_states_for_the_moments_are_refused(keys: dict[str, int], messag
 def test_a_teacher_without_an_encoder_is_refused():
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)
     prior = ImplicitPrior(denoiser, 1.0, network={"name": "mlp"}, shape=(1, 8, 8))
-    with pytest.raises(UsageError, match=r"objective 'moments' takes the encoder of the network 'unet'.*remove it"):
+    with pytest.raises(UsageError, match=r"objective 'moments' requires a denoiser with the network 'unet'.*remove it"):
         MomentMatching().attach(denoiser, prior, (1, 8, 8))
     with pytest.raises(UsageError, match="ratio is -1, it must be positive"):
         MomentMatching(ratio=-1.0)

@@ -184,7 +184,7 @@ class Evaluator:
         return identity_hash({**found.images, **found.scores})
 
     def _partial(self, budget: float) -> Partial:
-        """Partial results of a point, in a folder named by its key or, if images are kept, the hash of their identity."""
+        """Partial results of a point, in a folder named by its key or, if images are kept, their identity."""
         if self.identity is None:
             return Partial(None)
         images = self.out / "images" / identity_hash(self.identity(budget).images)

@@ -18,7 +18,7 @@ from diffaccel.version import __version__
 def identify(
     config: Config, extractor: Extractor, reference: Reference, floor: Reference | None
 ) -> Callable[[float], Identity]:
-    """Say, for each budget, all that a point's images and their scores follow from."""
+    """Return a function budget -> everything that determines the images and metrics of a point."""
     scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
     scores["floor"] = floor and floor.sha256
     if config.likelihood:
@@ -30,7 +30,7 @@ def identify(
 
 
 def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
-    """Say, for each budget, all that generated images follow from; files by what is in them."""
+    """Return a function budget -> everything that determines the images, with hashes in place of files."""
     parts = identify_parts(config)
 
     def at(budget: float) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
 
 
 def identify_parts(config: Config) -> dict[str, Any]:
-    """Collect the parts and settings that determine images, but for budget, prior and solver."""
+    """Collect the parts and settings that determine images, except for budget, prior and solver."""
     parts, arithmetic = ("method", "shape", "process", "network", "denoiser"), ("precision", "compile", "channels_last")
     keys = (*parts, *arithmetic, "n", "seed", "batch_size")
     return {
@@ -55,7 +55,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
 
 
 def by_content(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part whose weights go by what is in the file and not by where it lies."""
+    """Return a part with hashes in place of the paths of its weights."""
     return {key: _content(value) if key in ("checkpoint", "init") else value for key, value in node.items()}
 
 
@@ -64,15 +64,15 @@ def _content(path: str | None) -> str | None:
 
 
 def describe_configuration(config: Config, measured: bool) -> dict[str, Any]:
-    """Record what a point follows from besides budget, settings, n and seed: it tells curves apart in a comparison.
+    """Collect what determines a point besides budget, settings, n and seed, to distinguish curves in a comparison.
 
     Args:
-        config: The run's.
-        measured: Whether with the weights that the configuration names, and not with some in training.
+        config: Configuration of the run.
+        measured: Whether the point is of the configured weights, and not of weights in training.
     """
     found = identify_parts(config)
     for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
-        found.pop(key, None)  # they have keys of their own, or change nothing beyond rounding
+        found.pop(key, None)  # separate keys of the point, or irrelevant beyond rounding
     if config.by_nfe:
         tuning = json.dumps([config.prior, config.solver, config.by_nfe], sort_keys=True, default=str)
         found["tuning"] = hashlib.sha256(tuning.encode()).hexdigest()
