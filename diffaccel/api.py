@@ -1,4 +1,4 @@
-"""What a notebook calls: models, scores, and the commands as functions."""
+"""Functions for notebooks: loading of models, metrics of images, and the commands."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ def load(source: str | Path, **settings: Any) -> Model:
     """Load a trained model.
 
     Args:
-        source: An experiment by name (``digits/edm``) or file; or a checkpoint: a file of ``fit`` or ``convert``, a
-            score_sde ``.pth``, an EDM ``.pkl``, or a folder of diffusers.
-        settings: Keys of the experiment, as the command line sets them: ``checkpoint="mine.safetensors"``; dotted ones
-            in a mapping, ``**{"denoiser.ratio_max": 50}``.
+        source: Experiment by name (``digits/edm``) or file; or checkpoint: a file of ``fit`` or ``convert``, a
+            score_sde ``.pth``, an EDM ``.pkl``, or a folder in diffusers format.
+        settings: Keys of the experiment, as on the command line: ``checkpoint="mine.safetensors"``; dotted keys in a
+            mapping, ``**{"denoiser.ratio_max": 50}``.
 
     Raises:
-        UsageError: No such experiment or file, a file that is damaged or hostile, or a bad setting.
+        UsageError: The experiment or file does not exist, a file is damaged or contains code, or a setting is invalid.
     """
     from diffaccel.config import load as load_config
     from diffaccel.experiment.build import build_checkpoint, build_model
@@ -30,7 +30,7 @@ def load(source: str | Path, **settings: Any) -> Model:
     path = Path(source).expanduser()
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         if settings:
-            raise UsageError(f"{source} is a checkpoint, which has no settings: name an experiment, and checkpoint=")
+            raise UsageError(f"{source} is a checkpoint, which has no settings: give an experiment and checkpoint=")
         return build_checkpoint(path)
 
     def again(given: Mapping[str, Any]) -> Any:
@@ -42,14 +42,14 @@ def load(source: str | Path, **settings: Any) -> Model:
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings as the words of a command line."""
+    """Convert settings to words of a command line."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
 
 
 def _text(value: Any) -> str:
     if isinstance(value, str | Path):
         return str(value)
-    return json.dumps(value, default=str)  # which is YAML, too
+    return json.dumps(value, default=str)  # JSON is also YAML
 
 
 def measure(
@@ -59,21 +59,22 @@ def measure(
     extractor: str | Mapping[str, Any] | None = None,
     batch_size: int = 100,
 ) -> dict[str, float]:
-    """Score images as a bench does.
+    """Compute the standard metrics of images, as in a bench.
 
     Args:
-        images: (n, C, H, W), uint8; toy points are float32.
-        reference: Statistics of the data: a data set's name under experiments/ (``digits``), whose extractor and floor
-            are then the defaults; or a file of ``diffaccel reference``.
-        floor: Statistics of held-out images; none for a file, unless given.
-        extractor: Feature network, by name and keys; for a file of statistics the one that made them.
-        batch_size: Images a batch of the extractor.
+        images: Images (n, C, H, W), uint8, or float32 for toy points.
+        reference: Statistics of the data: name of a data set under experiments/ (``digits``), whose extractor and floor
+            are the defaults; or a file of ``diffaccel reference``.
+        floor: Statistics of held-out images; by default none for a file.
+        extractor: Feature network, by name and keys; for a file, the one that the statistics were computed with.
+        batch_size: Number of images per batch of the extractor.
 
     Returns:
-        Metric -> value, by the keys of a point's ``metrics``.
+        Metrics, with the keys of a point's ``metrics``.
 
     Raises:
-        UsageError: An unknown data set, statistics of another extractor, or images of another shape or type.
+        UsageError: The data set is unknown, the statistics are of another extractor, or the images have another shape
+            or type.
     """
     from diffaccel.evaluation.measure import measure as score
 
@@ -96,7 +97,7 @@ def bench(experiment: str | Path, **settings: Any) -> list[dict[str, Any]]:
 
 
 def fit(experiment: str | Path, **settings: Any) -> Path:
-    """Train; returns the folder of the weights. See ``diffaccel fit``."""
+    """Train a method and return the folder of the weights; see ``diffaccel fit``."""
     return _run("fit", experiment, settings)
 
 
@@ -106,22 +107,22 @@ def search(experiment: str | Path, **settings: Any) -> dict[int, dict[str, dict[
 
 
 def tradeoff(experiment: str | Path, **settings: Any) -> list[dict[str, Any]]:
-    """Measure small T's bound and distance for each start time; see ``diffaccel tradeoff``."""
+    """Measure likelihood bound and distance of small T for each start time; see ``diffaccel tradeoff``."""
     return _run("tradeoff", experiment, settings)
 
 
 def sample(experiment: str | Path, **settings: Any) -> list[Path]:
-    """Write the images that a bench measures; returns their folders. See ``diffaccel sample``."""
+    """Write the images that a bench measures, and return their folders; see ``diffaccel sample``."""
     return _run("sample", experiment, settings)
 
 
 def reference(experiment: str | Path, **settings: Any) -> dict[str, Path]:
-    """Write statistics of the data; returns the file of each split. See ``diffaccel reference``."""
+    """Write statistics of the data, and return the file of each split; see ``diffaccel reference``."""
     return _run("reference", experiment, settings)
 
 
 def compare(folders: Sequence[str | Path], out: str | Path = "runs/compare", reference: str | None = None) -> Path:
-    """Put points of several runs side by side; returns the page. See ``diffaccel compare``."""
+    """Compare points of several runs, and return the page; see ``diffaccel compare``."""
     from diffaccel.verbs import compare as comparison
 
     page = Path(out)
@@ -131,7 +132,7 @@ def compare(folders: Sequence[str | Path], out: str | Path = "runs/compare", ref
 
 
 def convert(source: str | Path, target: str | Path, **options: Any) -> Path:
-    """Write another program's checkpoint as safetensors; returns the file. See ``diffaccel convert``."""
+    """Convert a checkpoint of another codebase to safetensors, and return the file; see ``diffaccel convert``."""
     from diffaccel import pretrained
 
     pretrained.convert(Path(source), Path(target), **options)

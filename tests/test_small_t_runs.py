@@ -147,7 +147,7 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert 10 < nfe[0] < nfe[1] < nfe[2]
     assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
-    assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out
+    assert "lowest bound: N(0, I) at T = 0.9" in capsys.readouterr().out
 
 
 def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, capsys):
