@@ -56,9 +56,9 @@ def test_a_file_whose_name_begins_like_a_setting(tmp_path: Path, monkeypatch: py
         ("toy/edm dry_run", "write dry_run=true"),
         ("toy/edm digits/edm", "give one experiment"),
         ("toy/edm --", "give one experiment"),
-        ("toy/edm experiment=digits/edm", "name the experiment without a key"),
+        ("toy/edm experiment=digits/edm", "give the experiment without a key"),
         ("toy/edm solver..eta=1", "solver..eta=1"),
-        ("toy/edm tradeoff.densities.x=a", "'x' is no number"),
+        ("toy/edm tradeoff.densities.x=a", "'x' is not a number"),
     ],
 )
 def test_a_stray_word_is_one_line_with_the_right_form(line: str, named: str, capsys: Printed):
@@ -282,5 +282,5 @@ def test_a_file_that_holds_itself(tmp_path: Path):
     with pytest.raises(UsageError):
         load(str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("n: " + "[" * 5000 + "]" * 5000)
-    with pytest.raises(UsageError, match="no valid YAML"):
+    with pytest.raises(UsageError, match="not valid YAML"):
         load(str(tmp_path / "b.yaml"))
