@@ -1,6 +1,6 @@
 """Deviation of a chain's states from real images at the same noise levels, round by round.
 
-python -m benchmarks.chain EXPERIMENT key=value ...     (chains=: number of chains, prior.skips=: steps per round)
+python -m benchmarks.chain EXPERIMENT key=value ...     (chains=: number of chains, prior.chain_steps=: steps per round)
 
 The states of a perfect chain are distributed as real images with noise of the states' levels, in every round. The
 deviation is measured by the drift of the levels, by the ratio of power to that of real images in bands of spatial
@@ -55,7 +55,7 @@ def main(experiment: str, *words: str) -> None:
     config = load(experiment, words)
     settle(config)
     method, extractor, data = build_method(config).eval(), build_extractor(config), build_data(config)
-    chains, skips = int(config.prior["chains"]), int(config.prior.get("skips") or 3)
+    chains, chain_steps = int(config.prior["chains"]), int(config.prior.get("chain_steps") or 3)
     real = torch.cat([to_float(images) for _, images, _ in data.batches("test", 500)])
     if len(real) < 2 * chains:
         sys.exit(f"{len(real)} held-out images are too few for {chains} chains and a floor: use fewer chains")
@@ -65,7 +65,7 @@ def main(experiment: str, *words: str) -> None:
     state = method.prior.open(method.denoiser, config.seed, group, method.shape)
     for number in range(1, max(ROUNDS) + 1):
         noise = NoiseStreams(config.seed, range(chains), f"round {number}")
-        x_t, t = method.prior(method.denoiser, noise, method.shape, skips, state)
+        x_t, t = method.prior(method.denoiser, noise, method.shape, chain_steps, state)
         if number not in ROUNDS:
             continue
         ratio = method.denoiser.process.ratio(t)
@@ -77,7 +77,7 @@ def main(experiment: str, *words: str) -> None:
         table.add_row(
             str(number), spread, *(f"{r:.3f}" for r in power(y) / power(noisy)), *(f"{d:.3f}" for d in distances)
         )
-    print(f"{experiment}, {chains} chains, {skips} steps a round, eta {config.prior.get('eta')}")
+    print(f"{experiment}, {chains} chains, {chain_steps} steps a round, eta {config.prior.get('eta')}")
     Console(width=110).print(table)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel VERB [EXPERIMENT] key=value ...``."""
+"""Command line: ``diffaccel VERB [EXPERIMENT] key=value ...``."""
 
 import os
 import signal
@@ -15,31 +15,31 @@ from diffaccel.verbs.run import VERBS
 from diffaccel.verbs.run import run as run_verb
 
 HELP = """\
-diffaccel: which way of sampling in few steps is best, on your data, at your budget?
+diffaccel: compare methods for few-step sampling on your data, at your budget
 
   diffaccel bench EXPERIMENT nfe=5,10,20 n=5000     measure points of the quality-versus-NFE curve
-  diffaccel fit EXPERIMENT [resume=auto]            train; leaves weights and the curve
+  diffaccel fit EXPERIMENT [resume=auto]            train; writes weights and the curve
   diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
-  diffaccel tradeoff EXPERIMENT                     small T: the bound and the distance for each start time
-  diffaccel compare DIR DIR ... [out=runs/compare]  put points of several runs side by side, paired by their noise
-  diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC says what it is
+  diffaccel tradeoff EXPERIMENT                     likelihood bound and distance of small T for each start time
+  diffaccel compare DIR DIR ... [out=runs/compare]  compare points of several runs, paired by their noise
+  diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC describes it
   diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
-  diffaccel reference EXPERIMENT                    write statistics of the data, which bench compares with
-  diffaccel list GROUP                              list the parts of a group (solver, prior ...); alone, the groups
-  diffaccel explain GROUP NAME                      a part's keys, defaults and sources (explain solver heun)
+  diffaccel reference EXPERIMENT                    write statistics of the data for bench
+  diffaccel list GROUP                              list the parts of a group (solver, prior ...), or all groups
+  diffaccel explain GROUP NAME                      describe a part: keys, defaults, references (explain solver heun)
 
 EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
 (`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
 
-Keys may be set on the command line; the frequent ones:
-  nfe=10 or nfe=5,10       most network evaluations per image, burn-in included; one point each
-  n=5000 seed=0            images per point, and their noise
+Keys may be set on the command line; frequently used keys:
+  nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one point each
+  n=5000 seed=0            images per point, and seed of their noise
   solver=ipndm             another part by name (solver, prior, process ...)
   solver.grid.ratio_min=0.01  a key of a part
-  chains=100               chains of a Langevin-Gibbs prior
-  checkpoint=FILE          weights of the denoiser; init=FILE: those that a fit begins it with
+  chains=100               number of chains of a chain prior
+  checkpoint=FILE          weights of the denoiser; init=FILE: initial weights in a fit
   batch_size= threads= devices= accelerator=
-  precision=auto           bf16-mixed where the device has bf16 units, else 32-true; or one of Lightning's
+  precision=auto           bf16-mixed if the device has bf16 units, else 32-true; or a precision of Lightning
   images=1000000 limit=64  training length; use only the first images of the data
   logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
   out=DIR                  runs/<data>/<method> by default
@@ -50,9 +50,9 @@ console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run a command and return the exit status: 0 for success, 2 for invalid input, 130 for an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Read when torch is imported: threads that wait actively slow a run tenfold where something else takes a core.
+    # Read when torch is imported. Threads that wait actively slow a run tenfold if another program uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not words or words[0] in ("help", "-h", "--help"):
         print_lines(*HELP.splitlines())
@@ -83,14 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _guarded(run: Callable[[], None]) -> int:
-    """Run, and turn what a user can mend, or did, into one line and an exit status."""
+    """Run a function, and turn usage errors and interrupts into a one-line message and an exit status."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # A scheduler's SIGTERM is a Ctrl-C: Lightning alone notes it and, but in training, goes on.
+        # Treat a scheduler's SIGTERM like Ctrl-C. Lightning's own handler ignores SIGTERM outside of training.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run()
     except SharedError as error:
-        from lightning.pytorch.utilities import rank_zero_only  # late, as all that takes seconds to import
+        from lightning.pytorch.utilities import rank_zero_only  # imported here, because it takes seconds
 
         rank_zero_only(console.print)(printable(f"diffaccel: {error}"), style="red")
         return 2
@@ -107,7 +107,7 @@ def _guarded(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; what was finished is kept (bench, sample and search go on from it, "
+            "diffaccel: interrupted; finished results are kept (bench, sample and search resume from them, "
             "fit with resume=auto)"
         )
         return 130
@@ -115,7 +115,7 @@ def _guarded(run: Callable[[], None]) -> int:
 
 
 def compare(words: list[str]) -> None:
-    """Print the points of several runs side by side, and write a page of them."""
+    """Print a comparison of the points of several runs, and write a page."""
     from diffaccel.parts.overrides import paths_and_options
     from diffaccel.verbs import compare as comparison
 
@@ -130,21 +130,21 @@ def compare(words: list[str]) -> None:
 
 
 def convert(words: list[str]) -> None:
-    """Write a checkpoint of another program as safetensors, or describe it."""
+    """Convert a checkpoint of another codebase to safetensors, or describe it."""
     from diffaccel.verbs.convert import convert
 
     convert(words)
 
 
 def list_parts(words: list[str]) -> None:
-    """Print the groups of parts, or the parts of one."""
+    """Print the groups of parts, or the parts of a group."""
     from diffaccel.verbs.listing import show_list
 
     show_list(words)
 
 
 def explain(words: list[str]) -> None:
-    """Print what a part is, its keys and its references."""
+    """Print the description of a part, with its keys and references."""
     from diffaccel.verbs.listing import show_explanation
 
     show_explanation(words)
@@ -156,7 +156,7 @@ PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
     "list": list_parts,
     "explain": explain,
 }
-"""Commands that take no experiment."""
+"""Commands without an experiment."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a notebook calls: models, scores, and the commands as functions."""
+"""Functions for notebooks: loading of models, metrics of images, and the commands."""
 
 import json
 import math
@@ -18,13 +18,13 @@ def load(source: str | Path, **settings: Any) -> Model:
     """Load a trained model.
 
     Args:
-        source: An experiment by name (``digits/edm``) or file; or a checkpoint: a file of ``fit`` or ``convert``, a
-            score_sde ``.pth``, an EDM ``.pkl``, or a folder of diffusers.
-        settings: Keys of the experiment, as the command line sets them: ``checkpoint="mine.safetensors"``; dotted ones
-            in a mapping, ``**{"denoiser.ratio_max": 50}``.
+        source: Experiment by name (``digits/edm``) or file; or checkpoint: a file of ``fit`` or ``convert``, a
+            score_sde ``.pth``, an EDM ``.pkl``, or a folder in diffusers format.
+        settings: Keys of the experiment, as on the command line: ``checkpoint="mine.safetensors"``; dotted keys in a
+            mapping, ``**{"denoiser.ratio_max": 50}``.
 
     Raises:
-        UsageError: No such experiment or file, a file that is damaged or hostile, or a bad setting.
+        UsageError: The experiment or file does not exist, a file is damaged or contains code, or a setting is invalid.
     """
     from diffaccel.config import load as load_config
     from diffaccel.experiment.build import build_checkpoint, build_model
@@ -37,7 +37,7 @@ def load(source: str | Path, **settings: Any) -> Model:
         raise UsageError(f"{source} is the folder of a fit: load one of its files, {path / left} for example")
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         if settings:
-            raise UsageError(f"{source} is a checkpoint, which has no settings: name an experiment, and checkpoint=")
+            raise UsageError(f"{source} is a checkpoint, which has no settings: give an experiment and checkpoint=")
         return build_checkpoint(path)
 
     def again(given: Mapping[str, Any]) -> Any:
@@ -49,7 +49,7 @@ def load(source: str | Path, **settings: Any) -> Model:
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings as the words of a command line; an infinite budget, that of an adaptive solver, is null there."""
+    """Convert settings to words of a command line, where the budget of an adaptive solver is null."""
     if settings.get("nfe") == math.inf:
         settings = {**settings, "nfe": None}
     return [f"{key}={_text(value)}" for key, value in settings.items()]
@@ -87,26 +87,26 @@ def measure(
     extractor: str | Mapping[str, Any] | None = None,
     batch_size: int = 100,
 ) -> dict[str, float]:
-    """Score images as a bench does.
+    """Compute the standard metrics of images, as in a bench.
 
     Standard errors and limits treat the images as independent. A bench keeps those of one chain together, which differs
     only where the number of chains is no multiple of 10.
 
     Args:
-        images: (n, C, H, W), uint8; toy points are float32.
-        reference: Statistics of the data: a data set's name under experiments/ (``digits``), whose extractor and floor
-            are then the defaults; or a file of ``diffaccel reference``.
-        floor: Statistics of held-out images; none for a file, unless given.
-        extractor: Feature network, by name and keys; for a file of statistics the one that made them, if its name alone
-            builds it (``inception``).
-        batch_size: Images a batch of the extractor.
+        images: Images (n, C, H, W), uint8, or float32 for toy points.
+        reference: Statistics of the data: name of a data set under experiments/ (``digits``), whose extractor and floor
+            are the defaults; or a file of ``diffaccel reference``.
+        floor: Statistics of held-out images; by default none for a file.
+        extractor: Feature network, by name and keys; by default, for a file, the one that the statistics were computed
+            with, if the name alone determines it (``inception``).
+        batch_size: Number of images per batch of the extractor.
 
     Returns:
-        Metric -> value, by the keys of a point's ``metrics``.
+        Metrics, with the keys of a point's ``metrics``.
 
     Raises:
-        UsageError: An unknown data set, statistics of another extractor, an extractor that must be given, or images of
-            another shape or type.
+        UsageError: The data set is unknown, the statistics are of another extractor, the extractor is not given, or the
+            images have another shape or type.
     """
     from diffaccel.evaluation.measure import measure as score
 
@@ -129,7 +129,7 @@ def bench(experiment: str | Path, **settings: Any) -> list[dict[str, Any]]:
 
 
 def fit(experiment: str | Path, **settings: Any) -> Path:
-    """Train; returns the folder of the weights. See ``diffaccel fit``."""
+    """Train a method and return the folder of the weights; see ``diffaccel fit``."""
     return _run("fit", experiment, settings)
 
 
@@ -139,32 +139,32 @@ def search(experiment: str | Path, **settings: Any) -> dict[int, dict[str, dict[
 
 
 def tradeoff(experiment: str | Path, **settings: Any) -> list[dict[str, Any]]:
-    """Measure small T's bound and distance for each start time; see ``diffaccel tradeoff``."""
+    """Measure likelihood bound and distance of small T for each start time; see ``diffaccel tradeoff``."""
     return _run("tradeoff", experiment, settings)
 
 
 def sample(experiment: str | Path, **settings: Any) -> list[Path]:
-    """Write the images that a bench measures; returns their folders. See ``diffaccel sample``."""
+    """Write the images that a bench measures, and return their folders; see ``diffaccel sample``."""
     return _run("sample", experiment, settings)
 
 
 def reference(experiment: str | Path, **settings: Any) -> dict[str, Path]:
-    """Write statistics of the data; returns the file of each split. See ``diffaccel reference``."""
+    """Write statistics of the data, and return the file of each split; see ``diffaccel reference``."""
     return _run("reference", experiment, settings)
 
 
 def compare(
     folders: str | Path | Sequence[str | Path], out: str | Path = "runs/compare", reference: str | Path | None = None
 ) -> Path:
-    """Put points of several runs side by side; returns the page. See ``diffaccel compare``.
+    """Compare points of several runs, and return the page; see ``diffaccel compare``.
 
     Args:
-        folders: Folders of runs, or their points.jsonl; the others' points are paired with those of the first.
+        folders: Folders of runs, or their points.jsonl; the points of the others are paired with those of the first.
         out: Folder of the page.
-        reference: File of the reference statistics, where the folders' config.yaml doesn't lead to it.
+        reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
 
     Raises:
-        UsageError: No points, points that were scored differently, or a folder that can't be written to.
+        UsageError: There are no points, they were scored differently, or the folder can't be written to.
     """
     from diffaccel.storage import check_target
     from diffaccel.text.terminal import PlainConsole
@@ -181,7 +181,7 @@ def compare(
 
 
 def convert(source: str | Path, target: str | Path, again: bool = False, **options: Any) -> Path:
-    """Write another program's checkpoint as safetensors; returns the file. See ``diffaccel convert``.
+    """Convert a checkpoint of another codebase to safetensors, and return the file; see ``diffaccel convert``.
 
     Args:
         source: A file, or a folder of diffusers.

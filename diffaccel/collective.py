@@ -51,11 +51,11 @@ def failing_together() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them.
+    """Rank of this process among the parallel processes of a run.
 
     Attributes:
-        rank: Number of this process.
-        size: Number of processes.
+        rank: Rank of this process.
+        size: Number of ranks.
     """
 
     rank: int = 0

@@ -261,10 +261,10 @@ def test_an_error_names_the_part_that_has_a_key():
 @pytest.mark.parametrize(
     ("line", "remedy"),
     [
-        ("digits/dlg checkpoint=", "its fit trains none"),
-        ("digits/edm checkpoint=", "which `diffaccel fit digits/edm` leaves"),
-        ("digits/small_t prior.checkpoint=", "which `diffaccel fit digits/small_t` leaves"),
-        ("digits/small_t checkpoint=", "its fit trains none"),
+        ("digits/dlg checkpoint=", "which the experiment's fit does not train"),
+        ("digits/edm checkpoint=", "the output of `diffaccel fit digits/edm`"),
+        ("digits/small_t prior.checkpoint=", "the output of `diffaccel fit digits/small_t`"),
+        ("digits/small_t checkpoint=", "which the experiment's fit does not train"),
     ],
 )
 def test_weights_that_are_missing_are_had_from_a_fit_that_leaves_them(line: str, remedy: str):

@@ -323,7 +323,7 @@ def test_a_network_never_trained_without_labels_is_neither_guided_nor_run_by_cha
         next(method.sampler.draw(method.sampler.plan(10, 2), 0, [range(2)]))
     config = load("digits/dlg", [*words, "checkpoint=null", "posterior.checkpoint=null"])
     config.network = {key: value for key, value in config.network.items() if key not in ("widths", "embedding")}
-    with pytest.raises(UsageError, match="never trained without"):
+    with pytest.raises(UsageError, match="trained with labels only"):
         build_method(config, load=False).sampler.plan(20, 400)
 
 

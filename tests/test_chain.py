@@ -335,7 +335,7 @@ class Broken(Denoiser):
 
 def test_nan_in_a_chain_is_an_error():
     prior = LangevinGibbsPrior(Scripted(torch.ones(3, 4)), chains=4)
-    with pytest.raises(UsageError, match=r"chain turned to NaN .*prior\.eta"):
+    with pytest.raises(UsageError, match=r"state is NaN or infinite: .*prior\.eta"):
         prior(Broken(), NoiseStreams(0, range(4)), (3, 8, 8), 3, fresh_state(4))
 
 
@@ -357,7 +357,7 @@ def test_chain_outside_the_trained_range_is_an_error():
         ({"select": "first"}, "select is 'first'"),
         ({"share": 0.0}, "share is 0.0"),
         ({"share": 1.0}, "share is 1.0"),
-        ({"skips": 0}, "skips is 0"),
+        ({"chain_steps": 0}, "chain_steps is 0"),
         ({"restart_every": 0}, "restart_every is 0"),
         ({"init_steps": 0}, "init_steps is 0"),
         ({"renoise": -0.5}, "renoise is -0.5"),

@@ -228,7 +228,7 @@ def test_weights_that_are_nan_are_not_gone_on_from(whole: Path, tmp_path: Path, 
 def test_a_run_goes_on_with_the_settings_that_it_had(whole: Path, tmp_path: Path, capsys: Printed):
     """Else one seed's weights would be kept under another's name."""
     words = ["fit", "digits/edm", *TINY, f"out={tmp_path / 'out'}", "reference=", f"resume={whole / 'last.ckpt'}"]
-    for changed, said in (("seed=1", "seed=0, this one has 1"), ("denoiser.sigma_data=0.5", "denoiser=")):
+    for changed, said in (("seed=1", "seed=0, but this run has 1"), ("denoiser.sigma_data=0.5", "denoiser=")):
         assert main([*words, changed]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
@@ -298,6 +298,6 @@ def test_averages_of_other_networks_are_refused(whole: Path, tmp_path: Path, cap
     torch.save(content, tmp_path / "other.ckpt")
     words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", f"resume={tmp_path / 'other.ckpt'}"]
     assert main(words) == 2
-    assert "holds averages of other networks" in " ".join(capsys.readouterr().err.split())
+    assert "contains averages of other networks" in " ".join(capsys.readouterr().err.split())
     assert main(["bench", "digits/edm", f"checkpoint={tmp_path / 'other.ckpt'}", "n=10", "logger=none"]) == 2
     assert "holds no averaged denoiser" in " ".join(capsys.readouterr().err.split())

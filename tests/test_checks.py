@@ -114,8 +114,8 @@ toy/edm solver.max_order=3
 toy/dlg chains=0
 toy/dlg prior.share=0
 toy/dlg prior.share=1
-toy/dlg prior.skips=0
-toy/dlg prior.skips=1e9
+toy/dlg prior.chain_steps=0
+toy/dlg prior.chain_steps=1e9
 toy/dlg prior.init_steps=0
 toy/dlg prior.init_steps=1e12
 toy/dlg prior.restart_every=0
@@ -161,8 +161,16 @@ def test_parts_refuse_what_they_cannot_mean(line: str):
     assert ("name" if key == "x" else key) in str(error.value)
 
 
+@pytest.mark.parametrize(("word", "key"), [("prior.told=0.9", "level_scale"), ("prior.skips=4", "chain_steps")])
+def test_a_renamed_key_is_refused_with_its_present_name(word: str, key: str):
+    name = "toy/tdpm" if key == "level_scale" else "toy/dlg"
+    old = word.partition("=")[0].partition(".")[2]
+    with pytest.raises(UsageError, match=f"has no key '{old}'; '{old}' is now called '{key}'$"):
+        experiment.build_method(load(name, [word]), load=False)
+
+
 def test_a_denoiser_without_the_network_that_it_needs():
-    with pytest.raises(UsageError, match="'karras' needs a network"):
+    with pytest.raises(UsageError, match="'karras' requires a network"):
         experiment.build_method(load("toy/edm", ["denoiser=karras"]), load=False)
 
 

@@ -119,7 +119,7 @@ def test_the_table_is_printed_and_says_what_a_difference_is(runs: dict[str, Path
         cells = dict(zip(heads, line, strict=True))
         assert words[-2:] == [cells["difference"], cells["its se"]]
         assert words[2:4] == [cells["budget"], cells["nfe"]]
-    assert f"less that of the first row of {runs['first']}" in printed.out and "floor: 300 held-out" in printed.out
+    assert f"minus that of the first row of {runs['first']}" in printed.out and "floor: 300 held-out" in printed.out
     assert printed.err == "" and printed.out.rstrip().endswith(str(tmp_path))
 
 
@@ -521,8 +521,8 @@ def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_pat
 
 
 def test_mistakes_are_one_line(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
-    assert "Give folders of runs" in refused()
-    assert "Give folders of runs" in refused(f"out={tmp_path}")
+    assert "requires folders of runs" in refused()
+    assert "requires folders of runs" in refused(f"out={tmp_path}")
     assert str(tmp_path / "nowhere") in refused(runs["first"], tmp_path / "nowhere")
     error = refused(runs["first"], "otu=here")
     assert "'otu'" in error and "did you mean 'out'" in error

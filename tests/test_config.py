@@ -225,7 +225,7 @@ def test_settings_by_budget_can_be_dropped(tmp_path: Path, none: str):
 
 @pytest.mark.parametrize(
     ("word", "named"),
-    [("by_nfe=[5]", "give budgets"), ("by_nfe={a: {}}", "'a' is no budget"), ("by_nfe={5: {n: 3}}", "by_nfe.5"),
+    [("by_nfe=[5]", "give budgets"), ("by_nfe={a: {}}", "'a' is not a budget"), ("by_nfe={5: {n: 3}}", "by_nfe.5"),
      ("by_nfe={5: heun}", "by_nfe.5"), ("by_nfe={5: {solver: 3}}", "solver")],
 )  # fmt: skip
 def test_settings_of_a_budget_are_checked(tmp_path: Path, word: str, named: str):
@@ -305,8 +305,8 @@ def test_a_mistake_is_one_sentence_that_names_it(words: list[str], named: list[s
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("method: [edm\n", "no valid YAML"),
-        ("- a\n- b\n", "holds no mapping"),
+        ("method: [edm\n", "not valid YAML"),
+        ("- a\n- b\n", "does not contain a mapping"),
         ("just words\n", "no"),
         ("base: nowhere.yaml\nmethod: diffusion\n", "nowhere.yaml"),
         ("method: diffusion\nshape: [2, 1, 1]\n", "'data' is missing"),
@@ -333,7 +333,7 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, content: str, named: str)
 def test_bytes_that_are_no_text(tmp_path: Path):
     file = tmp_path / "own.yaml"
     file.write_bytes(b"\xff\xfe\x00\x01method: diffusion")
-    with pytest.raises(UsageError, match="no valid YAML"):
+    with pytest.raises(UsageError, match="not valid YAML"):
         load(str(file))
 
 

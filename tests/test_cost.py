@@ -35,7 +35,7 @@ def test_a_dry_run_says_what_a_bench_takes(capsys: pytest.CaptureFixture[str]):
     for batch_size in (10, 20):
         assert main(["bench", "digits/edm", "nfe=[5,10]", "dry_run=true", f"batch_size={batch_size}"]) == 0
         printed = capsys.readouterr().out
-        line = next(line for line in printed.splitlines() if line.startswith("memory of a process"))
+        line = next(line for line in printed.splitlines() if line.startswith("memory per process"))
         value, unit = line.split(" of weights, ")[1].split()[:2]
         memory[batch_size] = float(value) * {"kB": 1e3, "MB": 1e6}[unit]
     assert memory[20] == pytest.approx(2 * memory[10], rel=0.1)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from diffaccel.report.curves import places_of
+from diffaccel.report.points import normalised
 
 
 def point(nfe: float | None = 5, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -88,6 +89,13 @@ def test_no_two_settings_share_a_label():
     points = [point(settings__solver__key=value) for value in values]
     points += [point(settings__prior__key=1), point(configuration__key=1), point(settings__solver__grid={"key": 1})]
     assert len(set(labels(*points))) == len(points)
+
+
+def test_points_with_old_names_of_keys_share_a_curve_with_new_ones():
+    for old, new in (("told", "level_scale"), ("skips", "chain_steps")):
+        points = [point(5, **{f"settings__prior__{old}": 2}), point(10, **{f"settings__prior__{new}": 2.0})]
+        assert labels(*points, point(5)) == [f"edm ({new}=2)"] * 2 + ["edm (ddim, gaussian)"]
+    assert normalised(point() | {"plan": {"steps": 6, "skips": 4}})["plan"] == {"steps": 6, "chain_steps": 4}
 
 
 def test_tuned_settings_are_one_curve_unless_something_is_laid_over_them():

@@ -130,11 +130,11 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(ExactPosterior, "logits", asked)
     monkeypatch.setattr(LangevinGibbsPrior, "auxiliary_networks", lambda self: {"classifier": classifier})
-    burn_in = ["prior.init_steps=10", "prior.warmup=[[50,null]]", "prior.skips=4", "solver=dpmpp2m"]
+    burn_in = ["prior.init_steps=10", "prior.warmup=[[50,null]]", "prior.chain_steps=4", "solver=dpmpp2m"]
     started = time.perf_counter()
     (point,) = measure(tmp_path, "toy/dlg", *CHAINS, *burn_in).points
     assert 0 < 60 * (point["seconds_per_image"] + point["seconds_scoring"]) < time.perf_counter() - started
-    assert point["plan"] == {"skips": 4, "steps": 6}
+    assert point["plan"] == {"chain_steps": 4, "steps": 6}
     assert (point["nfe_marginal"], point["nfe_burn_in"], point["nfe"]) == (4 + 6, 10, 20)
     assert point["nfe_sequential"] == 10 + 50 + 6 * 4 + 6, "the first start, all rounds, and the last image's solver"
     levels = (10 * (1 + 50) + 60 * 4) / 60  # each new state's: of ten first ones, in warm-up, in rounds
@@ -145,7 +145,7 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
 
 
 def test_overspending_is_an_error(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"nfe=10 was overspent: 11 evaluations"):
+    with pytest.raises(UsageError, match=r"nfe=10 was exceeded: 11 evaluations"):
         measure(tmp_path, "toy/edm", steps=11)
     assert not (tmp_path / "points.jsonl").exists()
 

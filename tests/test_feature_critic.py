@@ -94,11 +94,11 @@ def test_what_it_cannot_be_built_on() -> None:
         CRITICS.build({"name": "features", **keys}, shape=SHAPE, classes=0, denoiser=teacher, ratio=ratio)
 
     process = EDMVarianceExploding()
-    with pytest.raises(UsageError, match="encoder of the network 'unet': use critic 'stylegan2'"):
+    with pytest.raises(UsageError, match="requires a denoiser with the network 'unet': use critic 'stylegan2'"):
         build(GaussianDenoiser(torch.zeros(SHAPE), 1.0, process))
-    with pytest.raises(UsageError, match="encoder of the network 'unet'"):
+    with pytest.raises(UsageError, match="requires a denoiser with the network 'unet'"):
         build(KarrasDenoiser(MLP(SHAPE), process, sigma_data=0.5))
-    with pytest.raises(UsageError, match="not trained at ratio 0: take"):
+    with pytest.raises(UsageError, match="not trained at ratio 0: choose one in"):
         build(denoiser(), ratio=0.0)
     with pytest.raises(UsageError, match="width=0: use 1 or more"):
         build(denoiser(), width=0)

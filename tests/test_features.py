@@ -333,16 +333,16 @@ def test_the_command_resumes_as_other_fits_do(tmp_path, monkeypatch, capsys):
     assert fit(f"out={one}")[0] == 0
     at_step(monkeypatch, 5, control_c)
     status, said = fit(f"out={two}", "resume=auto")
-    assert status == 130 and f"no {two / 'last.ckpt'} yet: starting anew" in said and "resume=auto" in said
+    assert status == 130 and f"{two / 'last.ckpt'} does not exist: starting a new run" in said and "resume=auto" in said
     assert {file.name for file in two.iterdir()} == {"last.ckpt", "config.yaml"}, "an unfinished fit leaves no weights"
     status, said = fit(f"out={two}")
-    assert status == 2 and f"{two / 'last.ckpt'} exists: go on with resume=auto" in said
+    assert status == 2 and f"{two / 'last.ckpt'} exists: resume with resume=auto" in said
     status, said = fit(f"out={two}", f"resume={two / 'none.ckpt'}")
-    assert status == 2 and "none.ckpt: no such file; resume=auto takes" in said
+    assert status == 2 and "none.ckpt does not exist: give a file, or resume=auto for" in said
     status, said = fit(f"out={two}", "resume=auto", "seed=1")
     assert status == 2 and "seed=0 (not 1)" in said and said.count("\n") == 2
     status, said = fit(f"out={two}", "resume=auto")
-    assert status == 0 and f"going on from {two / 'last.ckpt'}" in said and "epoch 2/2" in said
+    assert status == 0 and f"resuming from {two / 'last.ckpt'}" in said and "epoch 2/2" in said
     for name in ("extractor.safetensors", "last.ckpt"):
         assert (one / name).is_file()
     assert (one / "extractor.safetensors").read_bytes() == (two / "extractor.safetensors").read_bytes()

@@ -130,10 +130,10 @@ def test_a_plugins_part_is_shown_with_its_package(monkeypatch: pytest.MonkeyPatc
     ("words", "said"),
     [
         (["list", "solvers"], "no group of parts is called 'solvers'; did you mean 'solver'?"),
-        (["list", "solver", "heun"], "list takes a group of parts at most"),
+        (["list", "solver", "heun"], "list accepts at most one group of parts"),
         (["explain", "solver", "huen"], "no solver is called 'huen'; did you mean 'heun'?"),
         (["explain", "grids", "karras"], "no group of parts is called 'grids'; did you mean 'grid'?"),
-        (["explain", "heun"], "explain takes a group and a name"),
+        (["explain", "heun"], "explain requires a group and a name"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -113,9 +113,9 @@ def test_the_best_state_is_kept_and_can_be_benched(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["training.evaluate_every=10"], "less than a batch"),
+        (["training.evaluate_every=10"], "below training.batch_size"),
         (["training.keep_best=5"], "set training.evaluate_every"),
-        ([*SCHEDULE, "training.keep_best=7"], "none of the budgets"),
+        ([*SCHEDULE, "training.keep_best=7"], "not among the budgets"),
     ],
 )
 def test_a_mistake_in_the_schedule(tmp_path: Path, words: list[str], named: str, capsys: pytest.CaptureFixture[str]):

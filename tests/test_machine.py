@@ -217,7 +217,7 @@ def test_slurm_tasks_that_are_the_processes(monkeypatch: pytest.MonkeyPatch, cap
     assert "start this command with srun" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     check_launcher(load("toy/edm"))
-    assert "devices=1 is what is started" in capsys.readouterr().err
+    assert "devices=1 processes are started" in capsys.readouterr().err
 
 
 def test_nodes_that_nothing_starts(monkeypatch: pytest.MonkeyPatch):

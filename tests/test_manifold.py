@@ -183,13 +183,13 @@ def test_no_tensor_is_larger_than_a_tile():
 
 def test_what_does_not_fit_is_refused():
     features = gaussian(10, 3, seed=22)
-    with pytest.raises(UsageError, match="5 features have no 5 neighbours each"):
+    with pytest.raises(UsageError, match="5 features are too few for k=5 neighbours"):
         manifold_scores(features, features[:5])
-    with pytest.raises(UsageError, match="3 features have no 3 neighbours each"):
+    with pytest.raises(UsageError, match="3 features are too few for k=3 neighbours"):
         manifold_scores(features[:3], features)
-    with pytest.raises(UsageError, match="no 0 neighbours"):
+    with pytest.raises(UsageError, match="too few for k=0 neighbours"):
         Neighbours(features, k=0)
-    with pytest.raises(UsageError, match="4 neighbours are known, not 5"):
+    with pytest.raises(UsageError, match="only 4 neighbours are available, not 5"):
         manifold_scores(features, Neighbours(features, k=4))
     with pytest.raises(UsageError, match=r"generated features have shape \(10, 2\), not \(n, 3\)"):
         manifold_scores(features[:, :2], features)
@@ -200,7 +200,7 @@ def test_features_that_are_not_finite_are_refused(bad):
     good, spoilt = gaussian(10, 3, seed=23), gaussian(10, 3, seed=24)
     spoilt[4, 1] = bad
     for pair in ((good, spoilt), (spoilt, good)):
-        with pytest.raises(UsageError, match="hold 1 values that are NaN or infinite"):
+        with pytest.raises(UsageError, match="contain 1 values that are NaN or infinite"):
             manifold_scores(*pair)
 
 

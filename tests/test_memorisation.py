@@ -60,11 +60,11 @@ def test_the_closest_pairs_are_those_of_the_whole_matrix():
 
 def test_what_does_not_fit_is_refused():
     some = gaussian(200, seed=14)
-    with pytest.raises(UsageError, match="98 held-out images have no quantile of 0.01"):
+    with pytest.raises(UsageError, match="98 held-out images are too few for the quantile 0.01"):
         memorised(some, some, some[:98])
     with pytest.raises(UsageError, match="no training features"):
         memorised(some, some[:0], some)
     with pytest.raises(UsageError, match=r"held-out features have shape \(200, 5\), not \(n, 6\)"):
         memorised(some, some, some[:, :5])
-    with pytest.raises(UsageError, match="generated features hold 200 values that are NaN"):
+    with pytest.raises(UsageError, match="generated features contain 200 values that are NaN"):
         memorised(some.clone().index_fill_(1, torch.tensor(2), torch.nan), some, some)

@@ -263,17 +263,17 @@ def test_features_that_are_not_finite_are_refused(kind, bad):
     metric = kind(3, Moments.from_features(reference) if kind is FrechetDistance else reference)
     features = gaussian(10, 3, seed=2)
     features[4, 1] = bad
-    with pytest.raises(UsageError, match="batch 7 hold 1 values that are NaN or infinite"):
+    with pytest.raises(UsageError, match="batch 7 contain 1 values that are NaN or infinite"):
         metric.update(features, 7)
 
 
 def test_what_does_not_fit_is_refused():
     reference = gaussian(50, 3, seed=1)
-    with pytest.raises(UsageError, match="the reference has 3 features, the extractor 4"):
+    with pytest.raises(UsageError, match="the reference has 3 features, but the extractor has 4"):
         FrechetDistance(4, Moments.from_features(reference))
     with pytest.raises(UsageError, match=r"shape \(5, 4\), not \(n, 3\)"):
         FrechetDistance(3, Moments.from_features(reference)).update(torch.zeros(5, 4), 0)
-    with pytest.raises(UsageError, match="score at least 2"):
+    with pytest.raises(UsageError, match="at least 2 images, not 1: score more"):
         scored(reference[:1], Moments.from_features(reference)).compute()
     with pytest.raises(UsageError, match="at least 2"):
         Moments.from_features(reference[:1])

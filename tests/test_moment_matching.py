@@ -105,7 +105,7 @@ def test_features_may_be_of_images():
     assert model.diffused(images, prior, noise).var().item() == pytest.approx((variance + 1) / 2, rel=0.02)
     (slope,) = torch.autograd.grad(x.sum(), y)
     torch.testing.assert_close(slope, torch.full_like(y, variance / (1 + variance) / (1 + ratio**2) ** 0.5))
-    with pytest.raises(UsageError, match="not trained at ratio 500: take"):
+    with pytest.raises(UsageError, match="not trained at ratio 500: choose one in"):
         MomentMatching(ratio=500.0).attach(model.encoder.denoiser, prior, (1, 8, 8))
 
 
@@ -130,11 +130,11 @@ def test_images_may_take_steps_and_their_gradient_goes_through_all(steps: int):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"steps": 0, "ratio": 0.1}, "steps is 0: take 1 or more"),
-        ({"steps": 2}, "steps is 2: .* with a ratio alone"),
-        ({"rows": 0}, "rows is 0 and filters 0: take 1 or more rows"),
-        ({"filters": -1}, "rows is 1 and filters -1: take 1 or more rows, 0 or more filters"),
-        ({"ratio": 0.1, "solver": {"name": "rk45"}}, "solver 'rk45' chooses its own steps: take another"),
+        ({"steps": 0, "ratio": 0.1}, "steps is 0, it must be 1 or more"),
+        ({"steps": 2}, "steps is 2, .* 1 without a ratio: set ratio"),
+        ({"rows": 0}, "rows is 0 and filters is 0: at least 1"),
+        ({"filters": -1}, "rows is 1 and filters is -1: at least 1 and 0 are required"),
+        ({"ratio": 0.1, "solver": {"name": "rk45"}}, "solver 'rk45' is adaptive: choose another one"),
     ],
 )
 def test_keys_that_make_no_features_are_refused(keys: dict[str, object], message: str):
@@ -163,7 +163,7 @@ def test_rows_tell_above_from_below():
     torch.testing.assert_close(banded[:, :D].unflatten(1, (-1, 2)), torch.stack([above, below], dim=2))
     torch.testing.assert_close((above + below) / 2, plain[:, : D // 2])
     torch.testing.assert_close(banded[:, D:], plain[:, D // 2 :])
-    with pytest.raises(UsageError, match="rows is 9, the smallest map has 8: take no more"):
+    with pytest.raises(UsageError, match="rows is 9, it must be at most 8, the height of the smallest map"):
         MomentMatching(rows=9).attach(model.encoder.denoiser, prior, (1, 8, 8))
 
 
@@ -213,9 +213,12 @@ def test_known_moments_cost_no_more_evaluations():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"memory": 16}, "memory is 16, too few states for the moments of 6 features: take 17 or more"),
+        ({"memory": 16}, "memory is 16, too few states for the moments of 6 features: at least 17 are required"),
         ({"memory": 0}, "memory is 0, "),
-        ({"real_states": 23}, "real_states is 23, too few states for the moments of 6 features: take 24 or more"),
+        (
+            {"real_states": 23},
+            "real_states is 23, too few states for the moments of 6 features: at least 24 are required",
+        ),
     ],
 )
 def test_too_few_states_for_the_moments_are_refused(keys: dict[str, int], message: str):
@@ -227,7 +230,7 @@ def test_too_few_states_for_the_moments_are_refused(keys: dict[str, int], messag
 def test_a_teacher_without_an_encoder_is_refused():
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)
     prior = ImplicitPrior(denoiser, 1.0, network={"name": "mlp"}, shape=(1, 8, 8))
-    with pytest.raises(UsageError, match=r"objective 'moments' takes the encoder of the network 'unet'.*remove it"):
+    with pytest.raises(UsageError, match=r"objective 'moments' requires a denoiser with the network 'unet'.*remove it"):
         MomentMatching().attach(denoiser, prior, (1, 8, 8))
     with pytest.raises(UsageError, match="ratio is -1, it must be positive"):
         MomentMatching(ratio=-1.0)

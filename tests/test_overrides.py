@@ -56,9 +56,9 @@ def test_a_file_whose_name_begins_like_a_setting(tmp_path: Path, monkeypatch: py
         ("toy/edm dry_run", "write dry_run=true"),
         ("toy/edm digits/edm", "give one experiment"),
         ("toy/edm --", "give one experiment"),
-        ("toy/edm experiment=digits/edm", "name the experiment without a key"),
+        ("toy/edm experiment=digits/edm", "give the experiment without a key"),
         ("toy/edm solver..eta=1", "solver..eta=1"),
-        ("toy/edm tradeoff.densities.x=a", "'x' is no number"),
+        ("toy/edm tradeoff.densities.x=a", "'x' is not a number"),
     ],
 )
 def test_a_stray_word_is_one_line_with_the_right_form(line: str, named: str, capsys: Printed):
@@ -156,10 +156,10 @@ def test_values_as_people_write_them(word: str, key: str, value: object):
 
 
 def test_numbers_of_parts_too():
-    config = load("digits/dlg", ["images=2e6", "chains=1e2", "network.widths=8,16", "prior.skips=none"])
+    config = load("digits/dlg", ["images=2e6", "chains=1e2", "network.widths=8,16", "prior.chain_steps=none"])
     assert config.training.images == 2_000_000 and type(config.training.images) is int
     method = experiment.build_method(config, load=False)
-    assert method.prior.chains == 100 and type(method.prior.chains) is int and method.prior.skips is None  # type: ignore[union-attr]
+    assert method.prior.chains == 100 and type(method.prior.chains) is int and method.prior.chain_steps is None  # type: ignore[union-attr]
 
 
 def test_precision_in_a_file_may_be_a_number(tmp_path: Path):
@@ -282,5 +282,5 @@ def test_a_file_that_holds_itself(tmp_path: Path):
     with pytest.raises(UsageError):
         load(str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("n: " + "[" * 5000 + "]" * 5000)
-    with pytest.raises(UsageError, match="no valid YAML"):
+    with pytest.raises(UsageError, match="not valid YAML"):
         load(str(tmp_path / "b.yaml"))

@@ -102,7 +102,7 @@ def test_missing_extra_is_one_line(
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError) as caught:
         build()
-    said = f"{part} needs {package}, which is not installed: pip install 'diffaccel[{extra}]'"
+    said = f"{part} requires {package}, which is not installed: pip install 'diffaccel[{extra}]'"
     assert str(caught.value) == said
 
 
@@ -112,7 +112,7 @@ def test_run_without_its_extra_prints_that_line(
     for module in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["fit", "digits/edm", "logger=none", "precision=32-true", f"out={tmp_path}"]) == 2
-    said = "diffaccel: source 'digits' needs sklearn, which is not installed: pip install 'diffaccel[sklearn]'"
+    said = "diffaccel: source 'digits' requires sklearn, which is not installed: pip install 'diffaccel[sklearn]'"
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 

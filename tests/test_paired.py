@@ -90,7 +90,7 @@ def test_no_error_where_it_means_nothing(n):
 
 def test_what_does_not_fit_is_refused():
     a, b = methods(seed=5)
-    with pytest.raises(UsageError, match=r"form no pairs, \(400, 8\) and \(399, 8\)"):
+    with pytest.raises(UsageError, match=r"do not form pairs .\(400, 8\) and \(399, 8\)"):
         paired_difference(a, b[:-1], BLOCK, REFERENCE)
     with pytest.raises(UsageError, match=r"blocks of \(399,\)"):
         paired_difference(a, b, BLOCK[:-1], REFERENCE)

@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
     partial.save(GROUP, 0, chunk(0), None)
     file = next(tmp_path.glob("images_*.pt"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UsageError, match=r"images_00000000.pt is damaged .* remove the folder"):
+    with pytest.raises(UsageError, match=r"images_00000000.pt is damaged .* remove its folder"):
         partial.read(GROUP[0])
 
 

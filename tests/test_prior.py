@@ -197,7 +197,7 @@ def test_chain_plan_by_hand():
     assert split(prior.plan(heun, 11.0, 5700)) == (3, 5)
     assert split(prior.plan(heun, 11.99, 5700)) == (3, 5)
     assert split(prior.plan(heun, 11.0, 5700, extra=1)) == (3, 4)
-    assert split(chain(chains=100, skips=3).plan(heun, 11.0, 5700)) == (4, 3)
+    assert split(chain(chains=100, chain_steps=3).plan(heun, 11.0, 5700)) == (4, 3)
     # What Heun can't use, an even number, goes to the chain.
     assert split(chain(chains=100, share=0.4).plan(heun, 11.0, 5700)) == (3, 5)
     assert split(chain(chains=100, share=0.9).plan(heun, 11.0, 5700)) == (1, 9)
@@ -213,14 +213,14 @@ def test_burn_in_that_no_budget_bounds_leaves_the_whole_to_the_image():
 
 
 @pytest.mark.parametrize("n", [50, 640, 700, 5000])
-@pytest.mark.parametrize("skips", [None, 4])
+@pytest.mark.parametrize("chain_steps", [None, 4])
 @pytest.mark.parametrize("extra", [0, 1])
-def test_minimum_in_the_message_is_enough(n, skips, extra):
-    prior, heun = chain(chains=100, skips=skips), SOLVERS.build({"name": "heun"})
+def test_minimum_in_the_message_is_enough(n, chain_steps, extra):
+    prior, heun = chain(chains=100, chain_steps=chain_steps), SOLVERS.build({"name": "heun"})
     with pytest.raises(UsageError, match="below the minimum") as error:
         prior.plan(heun, 1.0, n, extra)
     least = float(re.search(r"minimum of ([\d.]+) ", str(error.value)).group(1))
-    assert split(prior.plan(heun, least, n, extra)) == (1, skips or 1)
+    assert split(prior.plan(heun, least, n, extra)) == (1, chain_steps or 1)
     with pytest.raises(UsageError):
         prior.plan(heun, least - 0.02, n, extra)
 

@@ -99,7 +99,9 @@ def test_another_extractor_is_refused(saved):
     other = Identity(2)
     other.sha256 = "0" * 64
     for extractor in (other, Identity(3)):
-        with pytest.raises(UsageError, match="was made with the extractor identity .*diffaccel reference EXPERIMENT"):
+        with pytest.raises(
+            UsageError, match="was computed with the extractor identity .*diffaccel reference EXPERIMENT"
+        ):
             load_reference(saved[1], extractor)
 
 
@@ -266,7 +268,7 @@ def test_what_cannot_be_written_or_read_is_said_before_the_work(images, tmp_path
     for words, named in (
         ([*images[1], f"out={tmp_path / 'file' / 'out'}"], "another out="),
         ([*images[1], f"reference={tmp_path / 'folder'}"], "is a folder"),
-        ([*images[1], f"reference={tmp_path / 'a.npz'}", f"floor={tmp_path / 'a.npz'}"], "named twice"),
+        ([*images[1], f"reference={tmp_path / 'a.npz'}", f"floor={tmp_path / 'a.npz'}"], "given twice"),
         ([*images[0], f"data.test_path={tmp_path / 'none.npz'}", f"out={tmp_path / 'o'}"], "none.npz"),
         (["digits/edm", "data={name: npz, path: none.npz}", f"out={tmp_path / 'o'}"], "none.npz"),
         ([*images[1], "extractor.path=none.safetensors", f"out={tmp_path / 'o'}"], "none.safetensors"),

@@ -148,8 +148,8 @@ def test_the_node_is_not_changed(solvers: Registry[Any]) -> None:
         ({"name": "churned", "denoise": "perhaps"}, "solver 'churned': .*perhaps"),
         ({"name": "churned", "clock": "t^3"}, r"solver 'churned': .*'t\^3'"),
         ({"name": "churned", "churn": None}, "solver 'churned': .*"),
-        ({"name": "needy"}, "solver 'needy' needs a value for count, path"),
-        ({"name": "needy", "path": "x"}, "solver 'needy' needs a value for count$"),
+        ({"name": "needy"}, "solver 'needy' requires a value for count, path"),
+        ({"name": "needy", "path": "x"}, "solver 'needy' requires a value for count$"),
         ({"name": "needy", "grid": {"name": "karras"}}, "solver 'needy' has no key 'grid'"),
         ({"name": "open_ended", "anything": 1}, "solver 'open_ended' has no key 'anything'"),
     ],
@@ -240,8 +240,8 @@ def raising(error: BaseException) -> Callable[[], object]:
         (raising(SystemExit(3)), "can't be imported"),
         (raising(UsageError("two solvers are called 'heun': rename one")), "two solvers are called 'heun'"),
         (raising(Odd()), "can't be imported"),
-        (lambda: None, "is no class or function, and registers no solver 'broken'"),
-        (lambda: SimpleNamespace(), "is no class or function"),
+        (lambda: None, "is not a class or function, and registers no solver 'broken'"),
+        (lambda: SimpleNamespace(), "is not a class or function"),
     ],
 )
 def test_a_broken_plugin_names_itself_and_stops_nothing(
@@ -338,7 +338,7 @@ class Signed:
     [
         (unevaluated, "annotations don't evaluate .*Missing"),
         (positional, "'rate' is positional only"),
-        (unhashable, "defaults make no schema"),
+        (unhashable, "defaults do not make a schema"),
         (Signed(), "constructor can't be inspected|annotations don't evaluate"),
         (iter, "constructor can't be inspected"),
     ],

@@ -18,13 +18,13 @@ CHAINS = 40
 FINE = {"name": "dpmpp2m", "grid": {"name": "log_snr"}}
 
 
-def rounds(prior: RestartPrior, count: int, skips: int, process: Process | None = None) -> torch.Tensor:
+def rounds(prior: RestartPrior, count: int, chain_steps: int, process: Process | None = None) -> torch.Tensor:
     """States x / alpha of so many rounds, (rounds, CHAINS, 1, 16, 16)."""
     denoiser = GaussianDenoiser(torch.zeros(SHAPE), VAR, process)
     group = [range(first, first + CHAINS) for first in range(0, count * CHAINS, CHAINS)]
     state, found = prior.open(denoiser, 0, group, SHAPE), []
     for indices in group:
-        x_t, t = prior(denoiser, NoiseStreams(0, indices), SHAPE, skips, state)
+        x_t, t = prior(denoiser, NoiseStreams(0, indices), SHAPE, chain_steps, state)
         assert torch.allclose(denoiser.process.ratio(t), torch.tensor(prior.ratio_star, dtype=torch.float64), rtol=1e-6)
         found.append(x_t / denoiser.process.alpha(t)[:, None, None, None])
     return torch.stack(found)
@@ -45,7 +45,7 @@ def test_the_law_at_its_level_stays_and_mixes_as_the_way_up_says(process):
 
 def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
     denoiser = GaussianDenoiser(torch.zeros(SHAPE), VAR)
-    prior = RestartPrior(chains=5, init_steps=7, skips=4, solver={"name": "heun"})
+    prior = RestartPrior(chains=5, init_steps=7, chain_steps=4, solver={"name": "heun"})
     n = 15
     plan = prior.plan(SOLVERS.build({"name": "ddim"}), 20, n)
     assert prior.burn_in_per_chain == 14 and split(plan) == (20 - 5 - 4, 4)
@@ -62,7 +62,7 @@ def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
     ("options", "message"),
     [
         ({"ratio_star": 0.0}, "ratio_star is 0.0"),
-        ({"ratio_star": 2.0, "ratio_up": 3.0}, "ratio_up is 3.0, it must be twice"),
+        ({"ratio_star": 2.0, "ratio_up": 3.0}, "ratio_up is 3.0, it must be at least twice"),
         ({"chains": 0}, "chains is 0"),
         ({"solver": {"name": "hein"}}, "heun"),
     ],

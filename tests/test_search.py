@@ -74,7 +74,8 @@ def test_draws_fill_their_ranges_evenly():
     [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
      ({"solver.grid.rho": {"low": 1}}, "rho="), ({"solver.nam": ["heun"]}, "did you mean 'name'"),
      ({"solver.name": ["heunn"]}, "did you mean 'heun'"), ({"solver.grid.name": ["karass"]}, "'karras'"),
-     ({"prior.chain": [3]}, "did you mean 'chains'"), ({}, "no search.space")],
+     ({"prior.chain": [3]}, "did you mean 'chains'"), ({"prior.told": [0.9]}, "now called 'level_scale'"),
+     ({}, "no search.space")],
 )  # fmt: skip
 def test_a_mistake_in_the_space(space: dict[str, object], named: str):
     with pytest.raises(UsageError, match=named):
@@ -250,7 +251,7 @@ def test_winners_of_other_budgets_stay(tmp_path: Path, capsys):
     assert "another winner" not in capsys.readouterr().err
     content = (tmp_path / "best.yaml").read_text()
     assert main(["search", "toy/ddpm", *words, "nfe=[5]"]) == 2
-    assert "best.yaml is not of a search of" in capsys.readouterr().err.replace("\n", " ")
+    assert "best.yaml is not from a search of" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "best.yaml").read_text() == content
     other = (tmp_path / "best.yaml").read_text().replace("name: ", "name: no_", 1)  # as after another search
     (tmp_path / "best.yaml").write_text(other)

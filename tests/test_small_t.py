@@ -153,9 +153,9 @@ def test_T_is_a_time_of_the_process():
     assert DensityPrior(network(EDMVarianceExploding()), SHAPE, T=2.0).ratio_star == 2.0
     assert DensityPrior(network(), SHAPE, ratio_star=2.0).ratio_star == 2.0
     for options in ({}, {"T": 0.4, "ratio_star": 2.0}):
-        with pytest.raises(UsageError, match="not both"):
+        with pytest.raises(UsageError, match="either ratio_star or T"):
             DensityPrior(network(), SHAPE, **options)
-    with pytest.raises(UsageError, match="not positive"):
+    with pytest.raises(UsageError, match="must be positive and finite"):
         DensityPrior(network(), SHAPE, T=0.0)
 
 
@@ -296,9 +296,9 @@ def test_what_is_left_on_disk():
 
 def test_what_does_not_go_together_is_refused():
     exact = MixtureDenoiser(torch.zeros(1, *SHAPE), 0.1, process=VariancePreserving())
-    with pytest.raises(UsageError, match="denoiser is exact"):
+    with pytest.raises(UsageError, match="denoiser of this experiment is exact"):
         small_t(exact, frozen=False).phases()
-    with pytest.raises(UsageError, match="none that the denoiser knows"):
+    with pytest.raises(UsageError, match="outside the denoiser.s range"):
         small_t(T=1.0)
     method = small_t()
     method.prior = GaussianPrior()

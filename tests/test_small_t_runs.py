@@ -147,7 +147,7 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert 10 < nfe[0] < nfe[1] < nfe[2]
     assert all(float(row["fd_identity_nfe4"]) > 0 for row in rows.values())
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
-    assert "least bound: N(0, I) at T = 0.9" in capsys.readouterr().out
+    assert "lowest bound: N(0, I) at T = 0.9" in capsys.readouterr().out
 
 
 def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, capsys):
@@ -179,7 +179,10 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
         assert message in capsys.readouterr().err.replace("\n", " ")
     everywhere = load("digits/small_t").prior["checkpoint"]
     assert main(["tradeoff", "digits/small_t", *quick, f"tradeoff.densities={{0.6: {everywhere}}}"]) == 2
-    assert "holds at every level: remove tradeoff.densities" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "is defined at every level, without further fits: remove tradeoff.densities"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):

@@ -236,9 +236,9 @@ def test_the_latest_penalty_is_logged_when_none_is_due(monkeypatch):
     ("options", "message"),
     [
         ({"generator": "seperate"}, "separate, diffuse, shared"),
-        ({"ratio_star": 30.0}, "ratio_init the larger"),
-        ({"generator": "shared"}, "set token"),
-        ({"token": 3.0}, "set token"),
+        ({"ratio_star": 30.0}, "ratio_init must be larger"),
+        ({"generator": "shared"}, "requires a token, others have none"),
+        ({"token": 3.0}, "requires a token, others have none"),
     ],
 )
 def test_options_out_of_range(options, message):

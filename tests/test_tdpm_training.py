@@ -84,8 +84,8 @@ def test_resuming_is_exact(words: list[str], optimizers: int, tmp_path: Path, mo
 BY_BUDGET = """
 prior: {generator: separate, K: null, ratio_star: 2}
 by_nfe:
-  2: {prior: {told: 0.8}}
-  3: {prior: {told: 0.9}, solver: {eta: 0.5}}
+  2: {prior: {level_scale: 0.8}}
+  3: {prior: {level_scale: 0.9}, solver: {eta: 0.5}}
   4: {prior: {name: gaussian}}
 """
 
@@ -102,7 +102,7 @@ def test_settings_by_budget_leave_the_training_alone(tmp_path: Path):
     for key in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(tuned[key], plain[key], rtol=0, atol=0)
     points = read_points(tmp_path / "tuned" / "points.jsonl")
-    assert [point["settings"]["prior"].get("told") for point in points] == [0.8, 0.9, None]
+    assert [point["settings"]["prior"].get("level_scale") for point in points] == [0.8, 0.9, None]
     assert [point["evaluations"].get("generator") for point in points] == [20, 20, None]
 
     method = build_method(load(str(file), [*TINY, *words]), load=False)

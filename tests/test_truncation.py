@@ -195,12 +195,12 @@ def test_a_whole_chain_has_a_token_beyond_its_indices():
         ({"K": -1}, PROCESS, "0 to 999"),
         ({"K": 1000, "prior_level_offset": 1}, PROCESS, "must be an index"),
         ({"K": 5, "ratio_star": 1.0}, PROCESS, "set one of them"),
-        ({"K": 5}, VariancePreserving(), "ratio_star for any"),
-        ({"prior_level_offset": 1}, PROCESS, "set K too"),
-        ({"told": 0.0}, PROCESS, "told is 0: give a positive one"),
-        ({"told": math.nan}, PROCESS, "told is nan"),
-        ({"K": 5, "told": 0.9}, PROCESS, "none beside K"),
-        ({"ratio_star": -1.0}, PROCESS, "neither may be negative"),
+        ({"K": 5}, VariancePreserving(), "K requires process=vp_discrete and excludes ratio_star"),
+        ({"prior_level_offset": 1}, PROCESS, "requires K: set K"),
+        ({"level_scale": 0.0}, PROCESS, "level_scale is 0, it must be positive"),
+        ({"level_scale": math.nan}, PROCESS, "level_scale is nan"),
+        ({"K": 5, "level_scale": 0.9}, PROCESS, "level_scale is 0.9, it must be positive, and 1 if K is set"),
+        ({"ratio_star": -1.0}, PROCESS, "must not be negative"),
         ({"generator": "shared", "network": {"name": "mlp"}, "token": 1.0}, PROCESS, "remove prior.network"),
     ],
 )
@@ -211,18 +211,18 @@ def test_levels_that_are_refused(keys: dict[str, object], process: object, messa
 
 
 @pytest.mark.parametrize("process", [EDMVarianceExploding(), VariancePreserving()], ids=repr)
-def test_a_level_told_lower_keeps_more_of_what_states_have(process: object):
+def test_a_lower_level_keeps_more_of_what_states_have(process: object):
     """States of variance v' + r^2 and the exact x_0 of N(0, v): what is left of it is known, and one level gives v."""
     v, less, ratio = 0.25, 0.2, 0.5  # the generator's images vary too little
     denoiser = GaussianDenoiser(torch.zeros(1, 8, 8), v, process)
     right = ((v * (less + ratio**2)) ** 0.5 - v) ** 0.5 / ratio
-    for told in (1.0, 0.9, right):
-        prior = ImplicitPrior(denoiser, ratio, network={"name": "mlp"}, shape=(1, 8, 8), told=told)
+    for level_scale in (1.0, 0.9, right):
+        prior = ImplicitPrior(denoiser, ratio, network={"name": "mlp"}, shape=(1, 8, 8), level_scale=level_scale)
         y = (less + ratio**2) ** 0.5 * torch.randn(400, 1, 8, 8)
         prior.generate = lambda *_, y=y: y
         x_t, t = prior(denoiser, NoiseStreams(0, range(400)), (1, 8, 8))
-        torch.testing.assert_close(process.ratio(t), torch.full_like(t, told * ratio))
-        slope = v / (v + (told * ratio) ** 2)
+        torch.testing.assert_close(process.ratio(t), torch.full_like(t, level_scale * ratio))
+        slope = v / (v + (level_scale * ratio) ** 2)
         torch.testing.assert_close(denoiser(x_t, t).x_0, slope * y)
     assert slope**2 * (less + ratio**2) == pytest.approx(v), "a level that makes up for it"
 

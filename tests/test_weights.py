@@ -151,7 +151,7 @@ def damaged_state(change: Callable[[dict[str, Tensor]], None], tmp_path: Path) -
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
     path = damaged_state(lambda state: state["0.bias"].fill_(value), tmp_path)
-    with pytest.raises(UsageError, match="tensor '0.bias' holds NaN or infinity"):
+    with pytest.raises(UsageError, match="tensor '0.bias' contains NaN or infinity"):
         load_weights(path, build())
 
 

@@ -137,7 +137,7 @@ def test_a_foreign_checkpoint_brings_its_network(files: dict[str, Path]):
     expected = read(files["foreign"])
     assert method.denoiser.source == expected.source
     assert tensors_sha256(method.denoiser.network.state_dict()) == tensors_sha256(expected.tensors)
-    with pytest.raises(UsageError, match=r"of shape \(3, 32, 32\), the experiment's are of shape \(1, 8, 8\)"):
+    with pytest.raises(UsageError, match=r"of shape \(3, 32, 32\), but the experiment's images have shape \(1, 8, 8\)"):
         PLACES["checkpoint"][1](files["foreign"])
 
 
@@ -181,7 +181,7 @@ def test_a_generator_s_file_and_state_stand_on_the_denoiser_of_its_fit(files: di
         assert found.header["stands_on"] == tensors_sha256(tensors)
         words = [*IMPLICIT, f"prior.checkpoint={tmp_path / name}"]
         build_method(load("digits/edm", words), frozen=True)
-        with pytest.raises(UsageError, match="was trained over the denoiser"):
+        with pytest.raises(UsageError, match="was trained with the denoiser"):
             build_method(load("digits/edm", [*words, f"checkpoint={tmp_path / 'other.safetensors'}"]), frozen=True)
 
 

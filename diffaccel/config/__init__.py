@@ -1,4 +1,4 @@
-"""Experiments: the schema of their keys, and how files and command line are merged."""
+"""Configuration of experiments: schema, and merging of files and command line."""
 
 from diffaccel.config.keys import holds_path
 from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, parse_overrides, read, to_yaml

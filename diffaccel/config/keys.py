@@ -1,4 +1,4 @@
-"""What each key of an experiment holds, by the schema and by the annotations of the parts' constructors."""
+"""Types of the keys of an experiment, from the schema and the annotations of the parts' constructors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, is_dataclass
@@ -20,13 +20,13 @@ def holds_path(key: str) -> bool:
 
 
 def holds_text(key: str, value: str) -> bool:
-    """Whether the value of a dotted key is text, and not None in words."""
+    """Whether the value of a dotted key is text, and not None."""
     annotation = annotation_of(key)
     return is_text(annotation) and not (value == "null" and NoneType in options(annotation))
 
 
 def annotation_of(key: str) -> Any:
-    """Annotation of a dotted key; of a part's, that of the first part that has it; None for an unknown key."""
+    """Return the annotation of a dotted key, for parts that of the first part with this key; None if unknown."""
     names = key.split(".")
     if names[0] == "by_nfe" and len(names) > 2 and names[2] in TUNABLE:
         names = names[2:]
@@ -51,18 +51,18 @@ def _in_schema(schema: Any, names: list[str]) -> Any:
 
 
 def name_parts(tree: dict[str, Any]) -> None:
-    """Replace each part of a tree that is given by its name alone by a mapping, in place."""
+    """Replace each part of a tree that is given by its name by a mapping, in place."""
     for nodes, key, _ in _parts(tree):
         nodes[key] = registry_of(key).normal(nodes[key])
 
 
 def map_paths(tree: dict[str, Any], change: Callable[[str], str], below: Mapping[str, Any] | None = None) -> None:
-    """Replace each path of a tree that is relative to its file, in place; those of parts' parts among them.
+    """Replace each path of a tree that is relative to its file, in place, including paths in nested parts.
 
     Args:
-        tree: The tree.
-        change: Gives the new path.
-        below: What the tree will be laid over, which names the parts whose names the tree leaves out.
+        tree: Tree of settings.
+        change: Function path -> new path.
+        below: Tree that ``tree`` is merged into, which contains the names of parts without a name in ``tree``.
     """
     for nodes, key, _ in _parts(tree):
         whole = merge({key: (below or {}).get(key)}, {key: tree.get(key, {})} if nodes is not tree else {})
@@ -71,14 +71,14 @@ def map_paths(tree: dict[str, Any], change: Callable[[str], str], below: Mapping
 
 
 def check_parts(tree: dict[str, Any]) -> None:
-    """Check that parts are mappings with names, and sections mappings.
+    """Check that parts are mappings with names, and that sections are mappings.
 
     Raises:
-        UsageError: One is something else.
+        UsageError: A part or section has another type.
     """
     for key in SECTIONS:
         value = tree.get(key, {})
-        if not isinstance(value, Mapping) or "name" in value:  # a name laid over a mapping
+        if not isinstance(value, Mapping) or "name" in value:  # a name merged into a mapping
             shown = value["name"] if isinstance(value, Mapping) else value
             raise UsageError(f"{key}={shown!r}: give a mapping of keys to values")
     for nodes, key, where in _parts(tree):
@@ -87,7 +87,7 @@ def check_parts(tree: dict[str, Any]) -> None:
 
 
 def _parts(tree: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
-    """The mapping that holds each part of a tree, the part's key there, and its dotted key."""
+    """Mapping that contains each part of a tree, with the key of the part there and its dotted key."""
     found = [(tree, key, key) for key in PARTS if key in tree]
     by_nfe = tree.get("by_nfe")
     for budget, entry in by_nfe.items() if isinstance(by_nfe, dict) else ():
@@ -100,7 +100,7 @@ def _check_part(registry: Registry[Any], node: Any, where: str) -> None:
     if not isinstance(node, Mapping):
         raise UsageError(f"{where}={node!r}: give a name, or a mapping of keys to values")
     if not isinstance(node.get("name", ""), str):
-        raise UsageError(f"{where}.name={node['name']!r} is no name")
+        raise UsageError(f"{where}.name={node['name']!r} is not a name")
     for key, value in node.items():
         inner = None if value is None else part_of(registry.annotation(key, node.get("name")))
         if inner is not None:

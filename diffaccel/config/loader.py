@@ -1,8 +1,8 @@
-"""Configuration: schema, base file, experiment file, command line, in this order; the last word wins.
+"""Loading of configurations, merged from schema, base file, experiment file and command line, in this order.
 
-A file is a short difference over its ``base``. A part (solver, prior ...) is a mapping with a ``name``; the rest of its
-keys are the parameters of the constructor registered under that name. A part given by a new name drops the old part's
-keys. Paths in a file are relative to that file, paths on the command line to the working directory.
+A file contains only differences to its ``base``. A part (solver, prior ...) is a mapping with a ``name``; its other
+keys are parameters of the constructor registered under that name. If a part gets another name, the old part's keys are
+dropped. Paths in a file are relative to the file, paths on the command line to the working directory.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
 from diffaccel.parts.trees import merge
 
-_INSTALLED = Path(__file__).parents[1] / "experiments"  # in a wheel only: a clone has them at the top level
+_INSTALLED = Path(__file__).parents[1] / "experiments"  # only in a wheel; in a clone they are at the top level
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
 
 
@@ -37,18 +37,18 @@ def load(
     """Read an experiment and apply overrides.
 
     Args:
-        experiment: A path, or ``<data>/<method>`` under experiments/; None takes ``method=`` and ``data=`` from the
+        experiment: Path, or ``<data>/<method>`` under experiments/; None for ``method=`` and ``data=`` in the
             overrides.
         settings: ``key=value`` words, see :mod:`diffaccel.parts.overrides`; keys may be dotted.
-        instead: Keys of a command that does without the experiment's own values; the settings are laid over them.
-        trains: Whether the keys of the method are kept. Sampling needs none of them, and to check them takes Lightning,
-            which takes seconds to import.
+        instead: Values that replace those of the experiment before the overrides are applied.
+        trains: Whether to keep the keys of the method. Sampling does not use them, and checking them requires
+            Lightning, which takes seconds to import.
 
     Returns:
-        The typed configuration.
+        Typed configuration.
 
     Raises:
-        UsageError: A missing or unreadable file, an unknown key, a value of the wrong type or out of range.
+        UsageError: A file is missing or unreadable, a key is unknown, or a value has the wrong type or is out of range.
     """
     given = parse_overrides(settings, trains)
     if experiment is None:
@@ -75,10 +75,10 @@ def _check_keys(tree: dict[str, Any]) -> None:
 
 
 def _typed(tree: dict[str, Any], experiment: str) -> Config:
-    """Bring a tree to the schema's types.
+    """Convert a tree to the schema's types.
 
     Raises:
-        UsageError: A value can't be.
+        UsageError: A value can't be converted.
     """
     if "nfe" in tree and tree["nfe"] in (None, "none", "None"):
         tree["nfe"] = [math.inf]
@@ -97,19 +97,19 @@ def _typed(tree: dict[str, Any], experiment: str) -> Config:
 
 
 def _chosen(given: dict[str, Any]) -> str:
-    """Take the names ``data`` and ``method``, which are an experiment's here, out of the overrides."""
+    """Remove the names ``data`` and ``method`` from the overrides, and return the experiment that they specify."""
     parts = [given[key] for key in ("data", "method") if isinstance(given.get(key), dict)]
     names = [part.pop("name", None) for part in parts]
     if len(names) < 2 or not all(isinstance(name, str) for name in names):
-        raise UsageError("which experiment? Name one (digits/dlg, or a path), or give method=NAME data=NAME")
+        raise UsageError("no experiment is given: give its name (digits/dlg) or path, or method=NAME data=NAME")
     return "/".join(names)
 
 
 def find(experiment: str) -> Path:
-    """Locate an experiment's file.
+    """Locate the file of an experiment.
 
     Raises:
-        UsageError: Neither a file nor a name under experiments/.
+        UsageError: The experiment is neither a file nor a name under experiments/.
     """
     for path in (Path(os.path.expanduser(experiment)), EXPERIMENTS / f"{experiment}.yaml"):
         if path.is_file():
@@ -120,30 +120,31 @@ def find(experiment: str) -> Path:
 
 
 def _nearby(path: Path) -> Path:
-    """The path from the working directory if it lies below, else as it is: short in messages and in points."""
+    """Make a path in the working directory relative, for shorter messages and points."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def read(
     file: Path, above: tuple[Path, ...] = (), given: Mapping[str, Any] | None = None, trains: bool = True
 ) -> dict[str, Any]:
-    """Read a YAML file over its ``base``, with paths resolved.
+    """Read a YAML file, merged into its ``base``, with paths resolved.
 
     Args:
-        file: The file.
-        above: The files that it is a base of.
-        given: What the command line sets.
+        file: File.
+        above: Files that have this file as their base.
+        given: Overrides of the command line.
         trains: See :func:`load`.
 
     Raises:
-        UsageError: Not YAML, not a mapping, a reference, or a base that doesn't exist or is based on this file.
+        UsageError: The file is not YAML, is not a mapping, or contains a reference; or its base does not exist or is
+            based on this file.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{file} is no valid YAML: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{file} holds no mapping of keys to values")
+        raise UsageError(f"{file} does not contain a mapping of keys to values")
     own = merge({}, {str(key): value for key, value in tree.items()})
     _drop_training(own, trains)
     name_parts(own)
@@ -167,16 +168,16 @@ def read(
 
 
 def _drop_training(tree: dict[str, Any], trains: bool) -> None:
-    """Leave the method's name and label alone, in place, if nothing is trained."""
+    """Remove all keys of the method except for name and label, in place, if nothing is trained."""
     if not trains and isinstance(method := tree.get("method"), Mapping):
         tree["method"] = {key: value for key, value in method.items() if key in ("name", "label")}
 
 
 def parse_overrides(words: Iterable[str], trains: bool = True) -> dict[str, Any]:
-    """Turn ``key=value`` words into a tree.
+    """Convert ``key=value`` words to a tree.
 
     Raises:
-        UsageError: A word that is no setting, or whose value can't be read.
+        UsageError: A word is not a setting, or its value can't be read.
     """
     tree = overrides.parse(list(words), holds_path, holds_text)
     _drop_training(tree, trains)
@@ -186,28 +187,28 @@ def parse_overrides(words: Iterable[str], trains: bool = True) -> dict[str, Any]
 
 
 def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Check ``by_nfe`` and lay what the command line says over each of its entries, in place.
+    """Check ``by_nfe``, and apply the overrides of the command line to each of its entries, in place.
 
     Raises:
-        UsageError: A budget that is no positive whole number, or an entry with other keys than prior and solver.
+        UsageError: A budget is not a positive integer, or an entry has keys other than prior and solver.
     """
     entries = tree.get("by_nfe") or {}
     if not isinstance(entries, dict):
         raise UsageError(f"by_nfe={entries!r}: give budgets, each with a prior and a solver")
     tree["by_nfe"] = entries
     if "by_nfe" in given and "tuned_for" not in given:
-        tree["tuned_for"] = []  # the user's own settings, for whatever weights
+        tree["tuned_for"] = []  # the user's own settings, for any weights
     own = {part: given[part] for part in TUNABLE if part in given}
     for budget, entry in entries.items():
         if not isinstance(budget, int) or budget < 1:
-            raise UsageError(f"by_nfe: {budget!r} is no budget: give a positive whole number")
+            raise UsageError(f"by_nfe: {budget!r} is not a budget: give a positive whole number")
         if not isinstance(entry, dict) or not entry.keys() <= set(TUNABLE):
             raise UsageError(f"by_nfe.{budget}={entry!r}: give a mapping with the keys {' and '.join(TUNABLE)}")
         entries[budget] = merge(entry, own)
 
 
 def _check(config: Config) -> None:
-    """Refuse what no run can mean."""
+    """Check names and values that no run can have."""
     for key, part in (("method", config.method), ("data", config.data)):
         if "name" not in part:
             raise UsageError(f"{config.experiment}: the key '{key}' is missing: give its name")
@@ -215,12 +216,12 @@ def _check(config: Config) -> None:
 
 
 def as_written(config: Config) -> dict[str, Any]:
-    """Return the configuration as a tree to write: references to the environment stay references."""
+    """Return the configuration as a tree for writing, with references to the environment unresolved."""
     return cast(dict[str, Any], as_given(dataclasses.asdict(config)))
 
 
 def to_yaml(config: Config, folder: Path = Path()) -> str:
-    """Write the resolved configuration as YAML, which ``load`` reads back to the same from a file in ``folder``."""
+    """Convert the resolved configuration to YAML that ``load`` can read from a file in ``folder``."""
     tree = as_written(config)
     if tree["nfe"] == [math.inf]:
         tree["nfe"] = None

@@ -1,4 +1,4 @@
-"""The keys of an experiment, their types and defaults."""
+"""Keys of an experiment, with types and defaults."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -18,50 +18,50 @@ BY_NFE = {"by_nfe": True}
 """Metadata of a part that ``by_nfe`` may set."""
 
 STANDARD = ("frechet", "kid", "manifold", "memorisation")
-"""Names of the metrics that are computed unless ``metrics`` names others."""
+"""Names of the metrics that are computed by default."""
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-"""Lightning's short names."""
+"""Short names of Lightning's precisions."""
 
 
 @dataclass
 class Search:
-    """A seeded random search for the best prior and solver at each budget, by successive halving."""
+    """Seeded random search for the best prior and solver at each budget, by successive halving."""
 
     trials: int = 32
-    """Settings drawn per budget, the experiment's own among them."""
+    """Number of settings per budget, including the experiment's own."""
     images: list[int] = field(default_factory=lambda: [500, 2000])
-    """Images per setting, round by round."""
+    """Images per setting in each round."""
     keep: float = 0.25
-    """Share of the settings that goes on to the next round."""
+    """Fraction of the settings that are kept for the next round."""
     space: dict[str, Any] = field(default_factory=dict)
-    """Dotted key -> its values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does
-    not have are left out."""
+    """Dotted key -> values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does not
+    have are ignored."""
 
 
 @dataclass
 class Tradeoff:
-    """Start times to compare for small T."""
+    """Comparison of start times for small T."""
 
     T: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-    """Times of the experiment's process."""
+    """Start times on the experiment's process."""
     densities: dict[float, str] = field(default_factory=dict, metadata=FILE)
-    """Time -> weights of the experiment's density as fitted there, besides its own; all share one flow."""
+    """Start time -> weights of the experiment's density fitted at that time, in addition to its own weights."""
     images: int = 512
-    """Test images that the bound is taken of."""
+    """Number of test images for the bound."""
     draws: int = 16
-    """Evaluations on each."""
+    """Evaluations per image for the bound."""
     fd: bool = True
-    """Whether to sample ``n`` images from each start at each time, and measure their distance too."""
+    """Whether to measure the distance of ``n`` samples from each start at each time."""
 
 
 @dataclass
 class Config:
-    """Everything a run may set. Parts are checked when they are built, the rest here."""
+    """All keys of a run. Parts are checked when they are built."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """``diffusion``, the four methods ``tdpm``, ``ddm``, ``small_t`` and ``dlg``, or ``extractor`` for the feature
-    network that scores; ``label`` is the name in points and tables, if it is not to be the method's own."""
+    """``diffusion``, one of the four methods ``tdpm``, ``ddm``, ``small_t`` and ``dlg``, or ``extractor`` for the
+    feature network that scores images; ``label`` is the name in points and tables, by default that of the method."""
     data: dict[str, Any] = field(default_factory=dict)
     """Source of images."""
     shape: list[int] = MISSING
@@ -69,40 +69,40 @@ class Config:
     process: dict[str, Any] = field(default_factory=lambda: {"name": "edm"})
     """Forward process."""
     network: dict[str, Any] = field(default_factory=dict)
-    """Backbone of the denoiser; none for an exact one."""
+    """Network of the denoiser; empty for an exact denoiser."""
     denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "karras"})
-    """Preconditioning."""
+    """Preconditioning of the network, or exact denoiser."""
     levels: dict[str, Any] = field(default_factory=lambda: {"name": "lognormal"})
-    """Noise levels to train at."""
+    """Distribution of the training noise levels."""
     posterior: dict[str, Any] = field(default_factory=dict)
-    """What a chain asks for its noise level."""
+    """Estimate of the noise level of a chain's state."""
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"}, metadata=BY_NFE)
-    """Law of the starting states."""
+    """Distribution of the starting states."""
     solver: dict[str, Any] = field(default_factory=lambda: {"name": "heun"}, metadata=BY_NFE)
     """Reverse integrator."""
     by_nfe: dict[int, Any] = field(default_factory=dict)
-    """Budget -> ``{prior: ..., solver: ...}`` laid over the above from that budget on; the lowest also below it."""
+    """Budget -> ``{prior: ..., solver: ...}``, merged into these keys from that budget on; the lowest also below it."""
     tuned_for: list[str] = field(default_factory=list)
-    """``NETWORK=HASH`` of each of the weights that ``by_nfe`` was searched for, as `diffaccel search` writes it. With
-    other weights ``by_nfe`` is left out. Empty if it holds for any."""
+    """``NETWORK=HASH`` of the weights that ``by_nfe`` was searched for, written by `diffaccel search`. With other
+    weights ``by_nfe`` is ignored. Empty if ``by_nfe`` applies to any weights."""
     search: Search = field(default_factory=Search)
-    """What `diffaccel search` tries."""
+    """Settings of `diffaccel search`."""
     training: Training = field(default_factory=Training)
-    """How to train."""
+    """Settings of the training."""
     checkpoint: str | None = field(default=None, metadata=FILE)
     """Weights of the denoiser: safetensors, or a checkpoint of ``fit``."""
     init: str | None = field(default=None, metadata=FILE)
-    """Weights that a fit begins the denoiser with, in place of random ones; of the same kinds of files."""
+    """Initial weights of the denoiser in a fit, from the same kinds of files; random if not set."""
     extractor: dict[str, Any] = field(default_factory=lambda: {"name": "inception"})
-    """Feature network that scores."""
+    """Feature network that scores images."""
     reference: str | None = field(default=None, metadata=FILE)
-    """Statistics that images are compared with (npz, from ``diffaccel reference``)."""
+    """Statistics of training images (npz, from ``diffaccel reference``)."""
     floor: str | None = field(default=None, metadata=FILE)
-    """Statistics of held-out real images, for the floor."""
+    """Statistics of held-out images, for the floor."""
     metrics: list[Any] = field(default_factory=lambda: list(STANDARD))
     """Metrics of a point: names, or mappings with a ``name`` and keys; ``frechet`` must be among them."""
     nfe: list[float] = field(default_factory=lambda: [10.0])
-    """Budgets: most evaluations per image, one point each; null for an adaptive solver, which keeps to none."""
+    """Budgets: maximum number of evaluations per image, one point each; null for an adaptive solver."""
     n: int = 5000
     """Images per point."""
     seed: int = 0
@@ -110,80 +110,80 @@ class Config:
     batch_size: int = 100
     """Images per sampling batch; training has its own."""
     limit: int | None = None
-    """Use only the first images of each split."""
+    """Number of first images of each split to use; null for all."""
     precision: str = "32-true"
-    """Lightning's precision (32-true, bf16-mixed, 16-mixed, 64-true), or ``auto``: bf16-mixed where the device has bf16
-    units, 32-true elsewhere. The default gives the same results on every machine, up to rounding."""
+    """Lightning's precision (32-true, bf16-mixed, 16-mixed, 64-true), or ``auto``: bf16-mixed if the device has bf16
+    units, else 32-true. The default gives the same results on every machine, up to rounding."""
     compile: bool = False
-    """Compile the networks with torch.compile: some seconds at first, then faster; results change by rounding."""
+    """Compile the networks with torch.compile: slower start, faster evaluations; results change by rounding."""
     channels_last: bool = False
-    """Keep activations in channels-last order: faster convolutions on some devices, slower GroupNorm on CPUs."""
+    """Use channels-last memory format: faster convolutions on some devices, slower GroupNorm on CPUs."""
     threads: int | None = None
     """CPU threads per process; by default OMP_NUM_THREADS, or the process's share of the usable cores."""
     accelerator: str = "auto"
-    """gpu, cpu, or ``auto``: CUDA GPUs if one is visible, else the CPU."""
+    """``gpu``, ``cpu``, or ``auto``: GPUs if one is visible, else the CPU."""
     devices: int = 1
-    """Devices (processes) per node."""
+    """Number of devices per node, with one process each."""
     num_nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     logger: str = "wandb"
     """``wandb``, ``csv``, ``tensorboard`` or ``none``."""
     wandb_mode: str | None = None
-    """``offline`` needs no account; ``online`` uploads; ``disabled``. By default WANDB_MODE, or offline."""
+    """``offline`` (no account required), ``online`` or ``disabled``; by default WANDB_MODE, or offline."""
     out: str | None = field(default=None, metadata=PLACE)
-    """Folder to write to; runs/<data>/<method> by default."""
+    """Output folder; runs/<data>/<method> by default."""
     resume: str | None = field(default=None, metadata=PLACE)
-    """``auto`` goes on from OUT/last.ckpt if there is one; or a checkpoint's path."""
+    """``auto`` to resume from OUT/last.ckpt if it exists, or the path of a training state."""
     tweedie_ratio: float | None = None
-    """Noise-to-data ratio of one more denoising step after the solver; null for none. DLG's reference takes 0.02
-    (CIFAR-10) or 0.002 (CelebA-HQ), after solvers that end in such a step themselves."""
+    """Noise-to-data ratio of an additional denoising step after the solver; null for no such step. DLG's reference uses
+    0.02 (CIFAR-10) or 0.002 (CelebA-HQ), after solvers that also end with such a step."""
     tweedie_counted: bool = True
-    """Whether that step is an evaluation of the budget; DLG's reference doesn't count it. If not, points list it under
+    """Whether this step counts towards the NFE budget, unlike in DLG's reference; if not, points list it under
     ``tweedie``."""
     truncate: bool = False
     """Truncate images to uint8 as the DLG reference does, instead of rounding them."""
     jpeg: int | None = None
-    """Score JPEGs of this quality, as the DLG reference did (75); the metrics are then named so, `fd_..._jpeg75`."""
+    """Score JPEGs of this quality, 75 in the DLG reference; metrics are then called `fd_..._jpeg75`."""
     keep_features: bool = True
-    """Keep the features of each point's first 10,000 images, which `diffaccel compare` pairs."""
+    """Write the features of each point's first 10,000 images, for `diffaccel compare`."""
     keep_images: bool = False
-    """Keep each point's images in OUT/images: benched again with another extractor, they are scored, not made anew."""
+    """Write each point's images to OUT/images, to score them with other extractors without sampling again."""
     likelihood: bool = False
-    """Measure bits per dimension of test images beside each point, by the probability flow."""
+    """Measure bits per dimension of test images for each point, by the probability flow."""
     likelihood_n: int = 512
-    """How many test images."""
+    """Number of test images for ``likelihood``."""
     tradeoff: Tradeoff = field(default_factory=Tradeoff)
-    """What `diffaccel tradeoff` tries."""
+    """Settings of `diffaccel tradeoff`."""
     again: bool = False
-    """Make what OUT has already once more: images and statistics replace the old ones, points are added."""
+    """Make results in OUT again: images and statistics are replaced, points are added."""
     dry_run: bool = False
-    """Print the plan, its cost and memory; measure nothing."""
+    """Print the plan with its cost and memory, without measuring."""
     format: str = "png"
-    """Of ``diffaccel sample``: png, or npz with the arrays ``images`` and, the same, ``arr_0``."""
+    """Format of ``diffaccel sample``: png, or npz with the array ``images``, also as ``arr_0``."""
     experiment: str = ""
-    """Where the configuration came from; set by the loader."""
+    """Name or path of the experiment; set by the loader."""
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
-        """What was chosen for this machine, to be said when work starts; no key."""
+        """Messages about the machine, to be printed when work starts; not a key."""
 
     @property
     def method_name(self) -> str:
-        """Name of the method in points, tables and headers: the label, or the method's own."""
+        """Name of the method in points, tables and headers: the label, or the name of the method."""
         return str(self.method.get("label") or self.method["name"])
 
     @property
     def data_name(self) -> str:
-        """The data set's name: the experiment's folder."""
+        """Name of the data set, which is that of the experiment's folder."""
         return Path(self.experiment).absolute().parent.name
 
     @property
     def folder(self) -> Path:
-        """Where a run writes."""
+        """Output folder of the run."""
         return Path(self.out or Path("runs", self.data_name, Path(self.experiment).stem))
 
     def at(self, nfe: float) -> dict[str, dict[str, Any]]:
-        """Prior and solver at a budget."""
+        """Return prior and solver of a budget."""
         own = {part: getattr(self, part) for part in TUNABLE}
         if not self.by_nfe:
             return own
@@ -193,16 +193,16 @@ class Config:
 PARTS = tuple(
     item.name for item in dataclasses.fields(Config) if item.name in CATALOGUE and item.type == dict[str, Any]
 )
-"""Keys that hold a part."""
+"""Keys of parts."""
 
 SECTIONS = tuple(item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type))
-"""Keys that hold a mapping with keys of its own."""
+"""Keys of sections: mappings with a schema of their own."""
 
 TUNABLE = tuple(item.name for item in dataclasses.fields(Config) if "by_nfe" in item.metadata)
-"""Those that ``by_nfe`` may set."""
+"""Parts that ``by_nfe`` may set."""
 
 KEYS = frozenset(item.name for item in dataclasses.fields(Config)) | overrides.ALIASES.keys()
-"""Keys that need no part's name before them."""
+"""Top-level keys."""
 
 FLAGS = frozenset(item.name for item in dataclasses.fields(Config) if item.type is bool)
-"""Keys that ``--key`` alone sets to true."""
+"""Boolean keys, which ``--key`` sets to true."""

@@ -1,4 +1,4 @@
-"""The evaluator, what it leaves on the way, and what a point's images add up to."""
+"""Evaluation: sampling and scoring of points, with partial results on disk."""
 
 from diffaccel.evaluation.bits import BitsPerDim, least_ratio
 from diffaccel.evaluation.evaluator import Evaluator, Identity

@@ -1,4 +1,4 @@
-"""Bits per dimension of test images under a method's probability flow, which no budget or solver moves."""
+"""Bits per dimension of test images under the probability flow, independent of budget and solver."""
 
 import hashlib
 import json
@@ -23,26 +23,26 @@ from diffaccel.text.terminal import track
 from diffaccel.weights import tensors_sha256
 
 EXACT = 16
-"""Up to so many dimensions the divergence is exact; above, one random probe an image estimates it."""
+"""Maximum number of dimensions with an exact divergence; above, one random probe per image estimates the divergence."""
 LEAST = 1e-3
-"""Least ratio of a denoiser that knows all: sigma at 1e-5 on the variance preserving process."""
+"""Lowest noise-to-data ratio for an exact denoiser: sigma at t = 1e-5 on the variance preserving process."""
 
 
 def least_ratio(denoiser: Denoiser) -> float:
-    """Where likelihoods begin: the least level that the denoiser is trained on."""
+    """Return the noise-to-data ratio at which likelihoods start: the lowest one that the denoiser is trained on."""
     return max(denoiser.ratio_range[0], LEAST)
 
 
 class BitsPerDim:
-    """Measures the first ``n`` test images, shared among the processes; once for each prior.
+    """Bits per dimension of the first ``n`` test images, distributed over all ranks and computed once per prior.
 
     Args:
-        data: Where they come from; images are dequantised, other points taken as they are.
+        data: Data module of the test images; images are dequantised, toy points are used as they are.
         n: Number of images.
-        seed: Of the dequantisation and the probes, which belong to the image.
-        batch_size: Images a batch; no value depends on it.
-        out: Folder whose ``partial/`` keeps each batch that is done until :meth:`clear`; None keeps nothing.
-        identity: What the values follow from besides the starts: batches of another are not taken.
+        seed: Seed of the dequantisation and of the probes of each image.
+        batch_size: Number of images per batch; values do not depend on it.
+        out: Folder whose ``partial/`` keeps finished batches until :meth:`clear`; None keeps nothing.
+        identity: Everything that determines the values, except for the starts; batches of another identity are ignored.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BitsPerDim:
         self._known: dict[int, dict[str, float]] = {}
 
     def __call__(self, sampler: Sampler, prior: Prior, world: World = World()) -> dict[str, float]:  # noqa: B008 (frozen)
-        """Measure a start: mean, standard error, number of images, and the denoiser's evaluations per image."""
+        """Compute mean, standard error, number of images, and evaluations of the denoiser per image for a prior."""
         key = id(prior)
         if key not in self._known:
             bits, nfe = self.each(sampler, [prior], world)
@@ -72,13 +72,13 @@ class BitsPerDim:
         starts: Sequence[Prior],
         world: World = World(),  # noqa: B008 (frozen)
     ) -> tuple[Tensor, Tensor]:
-        """Bits per dimension of each image for several starts, whose levels one flow goes through.
+        """Compute bits per dimension of each image for several starts, with one flow through all of their levels.
 
         Returns:
-            ``(bits, nfe)``: (S, n) float64, and the denoiser's evaluations an image up to each start, (S,).
+            Bits per dimension, (S, n) float64, and evaluations of the denoiser per image up to each start, (S,).
         """
         found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
-        # Out of Lightning's inference mode, whose tensors know no gradients; in full precision.
+        # Outside Lightning's inference mode, which excludes gradients, and in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(sampler.device.type, enabled=False):
             batches = self.data.batches("test", self.batch_size, world.rank, world.size)
             own, key = math.ceil(self.n / self.batch_size / world.size), self._key(sampler.denoiser, starts)
@@ -99,21 +99,21 @@ class BitsPerDim:
         return bits, torch.stack([count for _, count in shares]).sum(0) / bits.shape[1]
 
     def clear(self) -> None:
-        """Remove the batches that are kept: what they are for is written."""
+        """Remove the kept batches, once the result has been written."""
         if self.folder is None:
             return
         for path in self.folder.glob("bits_*"):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # it may hold a point's batches
+        with suppress(OSError):  # the folder may contain batches of a point
             self.folder.rmdir()
 
     def _key(self, denoiser: Denoiser, starts: Sequence[Prior]) -> str:
-        """Hash of what a batch's values follow from."""
-        laws = [(type(start).__name__, start.start_ratio(denoiser), _digest(start)) for start in starts]
-        return hashlib.sha256(json.dumps([self.identity, laws]).encode()).hexdigest()[:16]
+        """Cache key of everything that determines the values of a batch."""
+        described = [(type(start).__name__, start.start_ratio(denoiser), _digest(start)) for start in starts]
+        return hashlib.sha256(json.dumps([self.identity, described]).encode()).hexdigest()[:16]
 
     def _batch(self, denoiser: Denoiser, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Of some images, and how many evaluations all of them took up to each start."""
+        """Bits per dimension of a batch, (S, B), and total number of evaluations up to each start, (S,)."""
         noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
         width, size = cell_range(images), images[0].numel()
         x = (images if width is None else dequantised(images, noise)).to(denoiser.device)
@@ -137,10 +137,10 @@ def _digest(prior: Prior) -> list[str]:
 
 
 def cell_range(images: Tensor) -> float | None:
-    """Width of the scaled range that 256 cells share, as :func:`bits_per_dim` takes it; None for other points."""
+    """Return the width of the range of 256 cells, for :func:`bits_per_dim`; None for data that are not quantised."""
     return 2.0 if images.dtype == torch.uint8 else None
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of values (n,)."""
+    """Compute the standard error of the mean of values (n,)."""
     return values.std().item() / math.sqrt(len(values))

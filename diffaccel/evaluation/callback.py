@@ -1,4 +1,4 @@
-"""Evaluation while a method trains, and at the end."""
+"""Evaluation during and after training."""
 
 import lightning as L
 
@@ -8,10 +8,10 @@ from diffaccel.methods import Diffusion
 
 
 class EvaluationCallback(L.Callback):
-    """Runs an evaluator with a method's averaged weights.
+    """Lightning callback that runs an evaluator with a method's averaged weights.
 
     Args:
-        evaluator: What measures.
+        evaluator: Evaluator of the points.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -21,15 +21,15 @@ class EvaluationCallback(L.Callback):
         """Measure every budget once training is complete."""
         assert isinstance(pl_module, Diffusion)
         if pl_module.images_seen < pl_module.training_plan.images:
-            return  # interrupted: the run goes on later
+            return  # interrupted: the run will be resumed
         pl_module.eval()
         with pl_module.averaged_weights():
             self.evaluator.run(pl_module.sampler, _world(trainer), trainer.loggers)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure every budget on fewer images while training goes on; log scalars.
+        """Measure every budget with fewer images during training, and log the metrics.
 
-        Every process logs the same values, so that a ``ModelCheckpoint`` follows them on all.
+        Every rank logs the same values, so that a ``ModelCheckpoint`` can monitor them.
         """
         assert isinstance(pl_module, Diffusion)
         n, sampler = pl_module.training_plan.evaluate_n, pl_module.sampler
@@ -38,7 +38,7 @@ class EvaluationCallback(L.Callback):
             for budget in self.evaluator.budgets:
                 point = self.evaluator.measure(sampler, budget, sampler.plan(budget, n), n, world=_world(trainer))
                 for name, value in {**point["metrics"], "nfe": point["nfe"]}.items():
-                    if value == value:  # a few images have no extrapolation
+                    if value == value:  # the extrapolation of few images is NaN
                         pl_module.log(f"eval/nfe_{budget:03g}/{name}", value)
 
 

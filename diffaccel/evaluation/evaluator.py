@@ -1,7 +1,7 @@
-"""The evaluator: for each budget it samples, counts and scores, keeps what is done, and draws what it leaves.
+"""The evaluator: samples and scores images at each budget, and writes points, features and plots.
 
-Whole groups of batches go to processes by index, without padding; every image draws from its own stream and the sums
-of its features are all-reduced, so a point does not depend on how many processes made it.
+Groups of batches are assigned to ranks by index, without padding. Every image has its own noise stream and the sums of
+the features are all-reduced, so that a point does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,17 +32,17 @@ from diffaccel.storage import whole
 from diffaccel.text.terminal import PlainConsole, side_output
 
 SHOWN = 64
-"""Images on a sample grid: the first ones, the same noise for every budget and method."""
+"""Number of images on a sample grid: the first ones, with the same noise for every budget and method."""
 SCATTERED = 1000
-"""Toy points on a scatter plot."""
+"""Number of toy points on a scatter plot."""
 
 
 class Identity(NamedTuple):
-    """What a point follows from, at one budget.
+    """Everything that determines a point.
 
     Attributes:
-        images: Of its images: parts, hashes of weights, n, seed, budget.
-        scores: Of its metrics besides: hashes of extractor and statistics.
+        images: What determines the images: parts, hashes of weights, n, seed, budget.
+        scores: What else determines the metrics: hashes of extractor and statistics.
     """
 
     images: dict[str, Any]
@@ -53,23 +53,23 @@ class Evaluator:
     """Measures points of the quality-versus-NFE curve.
 
     Args:
-        budgets: Most evaluations per image, one point each.
-        n: Images per point.
-        seed: Image i draws from stream (seed, i).
-        batch_size: Images a batch; it changes no image beyond rounding.
-        extractor: Scores the images.
-        reference: What they are compared with.
-        floor: Statistics of real images that were held out; their distance is drawn as the floor.
-        out: Folder for points, curve and grids.
-        provenance: Keys that every point carries (method, experiment, checkpoint ...).
-        settings: Budget -> ``{"prior": ..., "solver": ...}``, each with its name and keys, for the points.
-        identity: What a point of a budget follows from. A point of equal ``key`` is not measured twice, and one that
-            was begun is finished. None for weights that are still in training.
-        again: Measure points that OUT has already once more.
-        keep_features: Whether to leave the features of a point with a ``key`` in OUT/features, for paired comparisons.
-        keep_images: Whether to leave its images in OUT/images: another extractor then scores the same ones.
-        likelihood: Measures bits per dimension beside each point, if asked for.
-        metrics: Metrics of a point; the standard ones if not given.
+        budgets: Maximum number of evaluations per image, one point each.
+        n: Number of images per point.
+        seed: Seed; image i has the noise stream (seed, i).
+        batch_size: Number of images per batch; images do not depend on it beyond rounding.
+        extractor: Feature extractor.
+        reference: Statistics of training images.
+        floor: Statistics of held-out real images, whose distance is the floor of the curve; None for no floor.
+        out: Folder for points, curve and sample grids.
+        provenance: Keys that are added to every point (method, experiment, checkpoint ...).
+        settings: Budget -> ``{"prior": ..., "solver": ...}``, each with name and keys, for the points.
+        identity: Budget -> everything that determines its point. A point with the same ``key`` is not measured again,
+            and an interrupted measurement is resumed. None for weights in training.
+        again: Whether to measure points in OUT again.
+        keep_features: Whether to write the features of a point with a ``key`` to OUT/features, for paired comparisons.
+        keep_images: Whether to write the images to OUT/images, to score the same images with other extractors.
+        likelihood: Measurement of bits per dimension for each point; None for no such measurement.
+        metrics: Metrics of a point; by default the standard ones.
     """
 
     def __init__(
@@ -98,21 +98,21 @@ class Evaluator:
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
-        self.console = PlainConsole(stderr=True)  # stdout holds results alone
+        self.console = PlainConsole(stderr=True)  # stdout is reserved for results
 
     def run(self, sampler: Sampler, world: World = World(), loggers: Sequence[Any] = ()) -> list[dict[str, Any]]:  # noqa: B008 (frozen)
-        """Plan all budgets before the first is measured; then measure, write and log one after the other.
+        """Plan all budgets, then measure, write and log their points one after the other.
 
         Args:
-            sampler: What is measured.
-            world: The processes.
-            loggers: Lightning's, which get the curve at the end.
+            sampler: Sampler to measure.
+            world: Rank and number of ranks.
+            loggers: Lightning loggers, to which the curve is logged at the end.
 
         Returns:
-            The points, in the order of the budgets.
+            Points in the order of the budgets.
 
         Raises:
-            UsageError: A budget is below the minimum, more was spent than one allows, or a network returned NaN.
+            UsageError: A budget is below the minimum or was exceeded, or a network returned NaN.
         """
         plans = [(budget, sampler.plan(budget, self.n)) for budget in self.budgets]
         self.extractor.to(sampler.device)
@@ -123,10 +123,10 @@ class Evaluator:
                 if point is not None:
                     self.points.append(point)
                     if world.first:
-                        self.console.print(f"nfe {budget:g}: measured before (again=true measures anew)")
+                        self.console.print(f"nfe {budget:g}: measured before (set again=true to measure it again)")
                     if not batches_left:
                         continue
-                    self.measure(sampler, budget, plan, world=world)  # from those: features and pictures are due
+                    self.measure(sampler, budget, plan, world=world)  # features and plots are missing
                 else:
                     self.points.append(self._new(sampler, budget, plan, world))
                 if world.first:
@@ -136,7 +136,7 @@ class Evaluator:
             if world.first and self.points:
                 self._say_undrawn()
             if before and world.first:
-                self._draw_curve()  # the last run may have been killed before it
+                self._draw_curve()  # the last run may have been killed before drawing
         finally:  # an interrupt loses no finished point
             if world.first and self.points:
                 for logger in loggers:
@@ -154,37 +154,37 @@ class Evaluator:
         return point
 
     def _measured(self) -> dict[str | None, dict[str, Any]]:
-        """Points that OUT has, by key."""
+        """Points in OUT, by key."""
         path = self.out / "points.jsonl"
         if self.identity is None or self.again or not path.is_file():
             return {}
         points = [normalised(point) for point in read_points(path)]
-        # A line that lacks the distance, or what it took, is measured again.
+        # A point without distance or NFE is measured again.
         name = self.extractor.metric_name
         return {point["key"]: point for point in points if name in point["metrics"] and point["nfe"] is not None}
 
     def room(self) -> tuple[int, int]:
-        """Bytes that batches and features take at least, together and in the largest file."""
+        """Minimum number of bytes of batches and features, in total and in the largest file."""
         batches, features = (4 * images * self.extractor.dim for images in (self.n, min(self.n, KEPT)))
         kept = len(self.budgets) * features * self.keep_features
         return batches + kept, features * self.keep_features
 
     def _left(self, budget: float) -> bool:
-        """Whether a measured point's batches lie on disk because a kill came before its features and pictures."""
+        """Whether a measured point has batches on disk: the run was killed before writing features and plots."""
         partial = self._partial(budget)
         return partial.exists() and not (partial.kept and self._features_kept(budget))
 
     # One point
 
     def key(self, budget: float) -> str | None:
-        """Hash of all that a point follows from, but for versions; None if it is not to be found again."""
+        """Cache key of everything that determines a point, except for versions; None for weights in training."""
         if self.identity is None:
             return None
         found = self.identity(budget)
         return identity_hash({**found.images, **found.scores})
 
     def _partial(self, budget: float) -> Partial:
-        """What is done of a point: under its key, or if images are kept, under a hash of what they follow from."""
+        """Partial results of a point, in a folder named by its key or, if images are kept, their identity."""
         if self.identity is None:
             return Partial(None)
         images = self.out / "images" / identity_hash(self.identity(budget).images)
@@ -200,19 +200,19 @@ class Evaluator:
         n: int | None = None,
         world: World = World(),  # noqa: B008 (frozen)
     ) -> dict[str, Any]:
-        """Sample images under a plan, score them, and describe how that went.
+        """Sample images, score them, and return the point; collective.
 
-        Batches that an earlier run has left in OUT/partial are not made again.
+        Batches in OUT/partial from an earlier run are not sampled again.
 
         Args:
-            sampler: Makes the images.
-            budget: Most evaluations per image.
-            plan: How the budget is spent.
-            n: Number of images; the evaluator's own if not given.
-            world: The processes, each of which calls this.
+            sampler: Sampler of the images.
+            budget: Maximum number of evaluations per image.
+            plan: Plan of the budget.
+            n: Number of images; by default that of the evaluator.
+            world: Rank and number of ranks.
 
         Raises:
-            UsageError: More was spent than the budget allows, or a network returned NaN.
+            UsageError: The budget was exceeded, or a network returned NaN.
         """
         n = n or self.n
         partial, shown = self._partial(budget), SHOWN if sampler.kind.discrete else SCATTERED
@@ -235,7 +235,7 @@ class Evaluator:
     def _point(
         self, sampler: Sampler, budget: float, plan: Plan, scores: Scores, n: int, world: World
     ) -> dict[str, Any]:
-        """Describe the point. Every process gets here: it holds collectives."""
+        """Compute the metrics of a point and describe it; collective."""
         self.shown, self.discrete, self.features = scores.shown, sampler.kind.discrete, scores.features
         settings, final = self.settings(budget), self.identity is not None
         measured = measure(self.metrics, scores.made(self.extractor.metric_name), self.real, in_training=not final)
@@ -252,10 +252,10 @@ class Evaluator:
         }
         return {**point, "key": self.key(budget)} if final else point
 
-    # What it leaves
+    # Files
 
     def _leave(self, budget: float) -> None:
-        """Write what the point, which is on disk, can do without; then forget its batches."""
+        """Write features and plots of a point that is on disk, then remove its batches."""
         if not self._features_kept(budget):
             path = self._features_path(budget)
             with side_output(str(path)), whole(path) as part, part.open("wb") as file:
@@ -269,7 +269,7 @@ class Evaluator:
         return self.out / "features" / f"{self.key(budget)}.npy"
 
     def _features_kept(self, budget: float) -> bool:
-        """Whether the features are on disk, if they are to be there at all."""
+        """Whether the features are on disk, or need not be."""
         return self.identity is None or not self.keep_features or self._features_path(budget).is_file()
 
     def _draw(self) -> None:

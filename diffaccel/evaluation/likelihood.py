@@ -1,7 +1,7 @@
-"""Likelihood: of the probability flow, exact but for its solver, and the variational bound of the reverse SDE.
+"""Likelihood under the probability flow, exact up to solver error, and variational bound of the reverse SDE.
 
-In y = x / alpha all processes have one bound and one flow, dy / d rho = eps(y, rho) with d ln q / d rho = -div eps.
-Both are returned as densities of x at the least level, in the denoiser's own coordinates.
+In y = x / alpha, all processes have the same bound and the same flow, dy / d rho = eps(y, rho) with
+d ln q / d rho = -div eps. Both are returned as densities of x at the lowest level, in the denoiser's coordinates.
 """
 
 import math
@@ -22,7 +22,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 
 def levels_of(process: Process, ratio: float, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ratio, time and alpha of one level, (count,) float64 each."""
+    """Return noise-to-data ratio, time and alpha of a level, (count,) float64 each."""
     ratios = torch.full((count,), ratio, dtype=torch.float64, device=device)
     t = process.time(ratios)
     return ratios, t, process.alpha(t)
@@ -41,20 +41,23 @@ def flow_log_prob(
     tol: float = 1e-5,
     max_steps: int = 1000,
 ) -> Tensor:
-    """Log-density of x under the probability flow from a start's law: (B,) float64, in nats.
+    """Compute the log-density of x under the probability flow from a distribution of starting states.
 
     Args:
-        denoiser: The model.
-        log_prob: The start's law.
+        denoiser: Denoiser.
+        log_prob: Log-density of the starting states.
         x: Samples at ``ratio_min``, (B, C, H, W).
-        ratio_min: Level of x.
-        ratio_star: Level of the start.
-        probe: As are the others, see :func:`probability_flow`.
+        ratio_min: Noise-to-data ratio of x.
+        ratio_star: Noise-to-data ratio of the starting states.
+        probe: Directions for the divergence, see :func:`probability_flow`.
         tol: Relative and absolute tolerance of a step.
-        max_steps: Steps that a sample may take.
+        max_steps: Maximum number of steps per sample.
+
+    Returns:
+        Log-density in nats, (B,) float64.
 
     Raises:
-        UsageError: ``max_steps`` were not enough.
+        UsageError: ``max_steps`` is too small.
     """
     ((x_star, volume),) = probability_flow(denoiser, x, ratio_min, [ratio_star], probe, tol, max_steps)
     return log_prob(x_star) + volume
@@ -69,28 +72,28 @@ def probability_flow(
     tol: float = 1e-5,
     max_steps: int = 1000,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Follow the probability flow from data through levels that starts may lie at.
+    """Follow the probability flow from the data through the levels of several starts.
 
         ln q(x) = ln nu(x_T) + V(x),    V = D ln(alpha_T / alpha) + int div eps d rho,    dy / d rho = eps(y, rho)
 
-    Each sample has its own steps, so that its value doesn't depend on its batch. One forward gives drift and
-    divergence; the state is float64, the network runs in the precision of x.
+    Step sizes are chosen per sample, so that values do not depend on the batch. One forward pass yields drift and
+    divergence. The state is float64; the network runs in the precision of x.
 
     Args:
-        denoiser: The model.
+        denoiser: Denoiser.
         x: Samples at ``ratio_min``, (B, C, H, W).
-        ratio_min: Level of x.
-        ratios: Levels to stop at, each above the one before.
-        probe: Directions e (B, C, H, W) with E e e^T = I for an unbiased divergence e^T (d eps / dy) e, fixed along
-            the way; None takes the exact one, which needs D backward passes.
+        ratio_min: Noise-to-data ratio of x.
+        ratios: Noise-to-data ratios to stop at, in increasing order.
+        probe: Directions e (B, C, H, W) with E e e^T = I for the unbiased estimate e^T (d eps / dy) e of the
+            divergence, fixed along the trajectory; None for the exact divergence, which requires D backward passes.
         tol: Relative and absolute tolerance of a step.
-        max_steps: Steps, rejected ones too, that a sample may take to the next level.
+        max_steps: Maximum number of steps per sample between two levels, including rejected steps.
 
     Yields:
         At each level, x_T (B, C, H, W) and V (B,) float64, in nats.
 
     Raises:
-        UsageError: ``max_steps`` were not enough.
+        UsageError: ``max_steps`` is too small.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 39
@@ -115,7 +118,7 @@ def probability_flow(
 
 
 def flow_and_divergence(denoiser: Denoiser, y: Tensor, rho: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
-    """eps(y, rho) and its divergence: (B, C, H, W) and (B,)."""
+    """Compute eps(y, rho), (B, C, H, W), and its divergence, (B,)."""
     with torch.inference_mode(False), torch.enable_grad():
         y = y.detach().clone().requires_grad_()
         eps = denoiser(*denoiser.process.from_ratio(y, rho)).eps
@@ -130,7 +133,7 @@ def flow_and_divergence(denoiser: Denoiser, y: Tensor, rho: Tensor, probe: Tenso
 
 
 def rademacher(noise: NoiseStreams, like: Tensor) -> Tensor:
-    """Independent signs of the shape of ``like`` (B, ...)."""
+    """Draw independent random signs with the shape of ``like`` (B, ...)."""
     return torch.where(noise.normal(like) < 0, -1.0, 1.0).to(like)
 
 
@@ -144,12 +147,12 @@ def dequantised(images: Tensor, noise: NoiseStreams) -> Tensor:
 
 
 def bits_per_dim(log_q: Tensor, size: int, width: float | None = 2.0) -> Tensor:
-    """-log2 of the probability of 8-bit images per dimension, from densities of their dequantised values.
+    """Compute -log2 of the probability of 8-bit images per dimension, from densities of the dequantised images.
 
     Args:
         log_q: Log-densities, in nats.
-        size: Number of scalars of an image, D.
-        width: Width of the scaled range that 256 cells share: 2 for [-1, 1]; None for data that are not quantised.
+        size: Number of dimensions of an image, D.
+        width: Width of the range of 256 cells, 2 for [-1, 1]; None for data that are not quantised.
     """
     offset = 0.0 if width is None else 8 - math.log2(width)
     return -log_q / (size * math.log(2)) + offset
@@ -159,12 +162,12 @@ def bits_per_dim(log_q: Tensor, size: int, width: float | None = 2.0) -> Tensor:
 
 
 class Bound(NamedTuple):
-    """Terms of E ln q(x) >= E ln nu(x_T) - I + R at several levels T, one row an image, in nats.
+    """Terms of E ln q(x) >= E ln nu(x_T) - I + R at several levels T, one row per image, in nats.
 
     Attributes:
         start: ln nu(x_T) by name of the density, (B, L) each.
         score_matching: I(T), the likelihood-weighted denoising score matching loss, (B, L).
-        entropy: R(T) = D ln(sigma_T / sigma), the same for all images, (L,).
+        entropy: R(T) = D ln(sigma_T / sigma), equal for all images, (L,).
     """
 
     start: dict[str, Tensor]
@@ -172,7 +175,7 @@ class Bound(NamedTuple):
     entropy: Tensor
 
     def total(self, name: str) -> Tensor:
-        """L(T) for one density, (B, L)."""
+        """Return L(T) for the density ``name``, (B, L)."""
         return self.start[name] - self.score_matching + self.entropy
 
 
@@ -185,20 +188,21 @@ def bound(
     noise: NoiseStreams,
     draws: int = 16,
 ) -> Bound:
-    """Bound the log-density of x at ``ratio_min``, given x_0, for the reverse SDE from several levels at once.
+    """Compute the bound of the log-density of x at ``ratio_min``, given x_0, for the reverse SDE from several levels.
 
         I(T) = 1/2 int g^2 E |s + z / sigma|^2 dt = int E |eps(x_t) - z|^2 d ln(rho)
 
-    All levels and densities share levels and noise: their differences are better known than they are themselves.
+    All starts and densities share the drawn levels and noise, so that their differences have smaller errors than their
+    values.
 
     Args:
-        denoiser: The model.
-        starts: Name -> the start's law at each of ``ratios``.
+        denoiser: Denoiser.
+        starts: Name of the density -> log-density of the starting states at each of ``ratios``.
         x_0: Data, (B, C, H, W).
-        ratio_min: Least level, epsilon.
-        ratios: Levels T, (L,).
-        noise: B streams.
-        draws: Draws of level and noise an image, stratified over ln(rho); one evaluation each.
+        ratio_min: Lowest noise-to-data ratio, epsilon.
+        ratios: Noise-to-data ratios of the levels T, (L,).
+        noise: Noise streams of the B images.
+        draws: Number of draws of level and noise per image, stratified over ln(rho); each takes one evaluation.
 
     References:
         Franzese et al. (2023), https://arxiv.org/abs/2206.05173, section 2; R in closed form for every process
@@ -210,8 +214,8 @@ def bound(
     rows: dict[str, list[Tensor]] = {name: [] for name in starts}
     for i, ratio in enumerate(ratios):
         x_star, _ = process.from_ratio(x_0 + ratio * z, torch.full((len(x_0),), ratio, dtype=torch.float64).to(tops))
-        for name, laws in starts.items():
-            rows[name].append(laws[i](x_star))
+        for name, densities in starts.items():
+            rows[name].append(densities[i](x_star))
     return Bound(
         {name: torch.stack(columns, 1) for name, columns in rows.items()},
         score_matching(denoiser, x_0, ratio_min, tops, noise, draws),
@@ -223,7 +227,7 @@ def bound(
 def score_matching(
     denoiser: Denoiser, x_0: Tensor, ratio_min: float, ratios: Tensor, noise: NoiseStreams, draws: int
 ) -> Tensor:
-    """I(T) of :func:`bound` at each of ``ratios`` (L,): (B, L), in nats."""
+    """Compute I(T) of :func:`bound` at each of ``ratios`` (L,): (B, L), in nats."""
     span = math.log(ratios.max().item() / ratio_min)
     total = torch.zeros(len(x_0), len(ratios), dtype=torch.float64, device=x_0.device)
     for i in range(draws):
@@ -237,9 +241,10 @@ def score_matching(
 
 @torch.no_grad()
 def decoding(denoiser: Denoiser, x_0: Tensor, ratio_min: float, noise: NoiseStreams) -> Tensor:
-    """What turns the bound of ln q(x_epsilon) into one of ln q(x_0), by a Gaussian around the denoised mean.
+    """Compute the difference between the bounds of ln q(x_0) and ln q(x_epsilon), with a Gaussian decoder.
 
-    Delta = D / 2 + D ln(alpha) - |sigma s(x, epsilon) + z|^2 / 2, one draw an image: (B,), in nats
+    Delta = D / 2 + D ln(alpha) - |sigma s(x, epsilon) + z|^2 / 2, with one draw per image: (B,), in nats. The mean of
+    the decoder is the denoised image.
     """
     ratio, _, alpha = levels_of(denoiser.process, ratio_min, len(x_0), x_0.device)
     z = noise.normal(x_0)

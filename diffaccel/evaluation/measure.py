@@ -1,4 +1,4 @@
-"""Scores of images from anywhere, as a bench computes them."""
+"""Scores of given images, computed as in a bench."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,8 @@ def measure(
     """Score images (n, C, H, W), n >= 2; see :func:`diffaccel.measure`.
 
     Raises:
-        UsageError: An unknown data set, statistics of another extractor, or images of another shape or type.
+        UsageError: The data set is unknown, the statistics are of another extractor, or the images have another shape
+            or type.
     """
     if not isinstance(images, Tensor):
         raise UsageError(f"measure: images are a {type(images).__name__}: give a tensor (torch.from_numpy makes one)")
@@ -37,9 +38,9 @@ def measure(
     judge, real, shape = _judges(reference, floor, extractor)
     if images.ndim != 4 or len(images) < 2 or (shape is not None and tuple(images.shape[1:]) != shape):
         wanted = "(n, C, H, W)" if shape is None else f"(n, {', '.join(map(str, shape))})"
-        raise UsageError(f"measure: images have shape {tuple(images.shape)}, not {wanted} with n of 2 or more")
+        raise UsageError(f"measure: the images have shape {tuple(images.shape)}, not {wanted} with n >= 2")
     if images.dtype not in (torch.uint8, torch.float32):
-        raise UsageError(f"measure: images are {images.dtype}: give uint8, or float32 for toy points")
+        raise UsageError(f"measure: the images are {images.dtype}: give uint8, or float32 for toy points")
     scores = Scores(len(images), judge.dim, tuple(images.shape[1:]), 0, images.dtype, real, None, images.device)
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
@@ -53,7 +54,7 @@ def measure(
 def _judges(
     reference: str | Path, floor: str | Path | None, extractor: str | Mapping[str, Any] | None
 ) -> tuple[Extractor, Real, tuple[int, ...] | None]:
-    """Build the extractor and read the statistics that images are scored by, and the shape they should have."""
+    """Build the extractor, read the statistics, and return them with the required shape of the images."""
     shape = None
     if not isinstance(reference, str | Path):
         raise UsageError(f"reference={reference!r:.80}: give a data set's name, or a file of statistics")
@@ -63,7 +64,10 @@ def _judges(
             raise UsageError(f"reference={reference} is neither a file nor a data set{suggest(str(reference), known)}")
         keys = read(EXPERIMENTS / str(reference) / "base.yaml")
         if "reference" not in keys:
-            raise UsageError(f"reference={reference}: no statistics are shipped: `diffaccel reference` makes some")
+            raise UsageError(
+                f"reference={reference}: no statistics are shipped: compute them with `diffaccel reference` and give "
+                "the file"
+            )
         reference, shape = keys["reference"], tuple(keys["shape"])
         floor, extractor = floor or keys.get("floor"), extractor or keys.get("extractor")
     built = EXTRACTORS.build(extractor or _extractor_of(Path(reference)))

@@ -1,7 +1,7 @@
-"""What is done of a point, on disk: whatever kills a run, the next one goes on from here.
+"""Partial results of a point on disk, for resuming.
 
-Every batch leaves a file, written whole or not at all, and a chain the state it is in after it. Batches are the same
-for any number of processes, so a point may be finished by another number than it was begun with.
+Every batch is written to a file atomically, followed by the state of its chains. Batches do not depend on the number of
+ranks, so that a point may be resumed with another number.
 """
 
 import io
@@ -23,22 +23,22 @@ from diffaccel.prior import Group
 
 @dataclass
 class Chunk:
-    """What a batch of images leaves.
+    """Results of a batch of images.
 
     Attributes:
-        indices: Of the images, (b,) int64.
-        features: (b, dim) float32, which is what extractors compute in.
+        indices: Indices of the images, (b,) int64.
+        features: Features, (b, dim) float32, the precision of extractors.
         digests: SHA-256 of each image, (b, 32) uint8.
-        shown: Those of the images that the sample grid shows, (s, C, H, W).
-        images: The images as they are scored, (b, C, H, W), if they are kept; else None.
-        extractor: Hash of what made the features: others take theirs from the images.
-        rank: Process that made them.
-        evaluations: Samples by network, burn-in included.
-        burn_in: The part of them spent in burn-in.
-        flops: Of one sample by network.
-        sampling: Seconds for making the images.
-        scoring: Seconds for their features.
-        trace: What a chain recorded in this round.
+        shown: Images for the sample grid, (s, C, H, W).
+        images: Images as scored, (b, C, H, W); None if they are not kept.
+        extractor: Hash of the extractor of the features. Another extractor computes its features from ``images``.
+        rank: Rank that sampled the images.
+        evaluations: Number of evaluations by network, including burn-in.
+        burn_in: Number of burn-in evaluations by network.
+        flops: FLOPs per sample by network.
+        sampling: Time for sampling, in seconds.
+        scoring: Time for the features, in seconds.
+        trace: Records of a chain in this round.
     """
 
     indices: Tensor
@@ -57,23 +57,23 @@ class Chunk:
 
 
 class Partial:
-    """The batches done of one point.
+    """Finished batches of a point.
 
     Args:
-        folder: Where they lie; None keeps nothing.
-        kept: Whether they stay once the point is measured.
+        folder: Folder of the files; None keeps nothing.
+        kept: Whether to keep the files after the point has been measured.
     """
 
     def __init__(self, folder: Path | None, kept: bool = False) -> None:
         self.folder, self.kept = folder, kept
 
     def done(self, group: Group, chained: bool) -> tuple[int, dict[str, Any] | None]:
-        """Return how many of a group's leading batches are done, and its chains' state after the last of them.
+        """Return the number of leading batches of a group that are finished, and the state of its chains after them.
 
         Args:
-            group: The batches.
-            chained: Whether they are rounds of chains. Then only as many count as the state knows of: a run that was
-                killed between the two files makes the last batch again.
+            group: Batches of image indices.
+            chained: Whether the batches are rounds of chains. If so, only batches before the saved state count: after
+                a kill between the two files, the last batch is sampled again.
         """
         state = read_whole(self._state(group)) if chained else None
         if chained and state is None:
@@ -81,14 +81,14 @@ class Partial:
         paths = [self._chunk(indices) for indices in (group[: state["rounds"]] if state else group)]
         done = sum(1 for _ in takewhile(lambda path: path is not None and path.is_file(), paths))
         if state and done < state["rounds"]:
-            return 0, None  # someone removed files: a chain can't go back to where they end
+            return 0, None  # files were removed, and a chain can't return to an earlier state
         return done, state and state["state"]
 
     def read(self, indices: Sequence[int]) -> Chunk:
-        """Read one of the batches that are done; one at a time, for a group of chains may be the whole point.
+        """Read a finished batch; one at a time, because a group of chains may contain all images of the point.
 
         Raises:
-            UsageError: It is damaged, or another process has left it where this one can't see it.
+            UsageError: The file is damaged, or was written by another rank to a folder that is not shared.
         """
         content = read_whole(self._chunk(indices))
         if content is None:
@@ -96,21 +96,21 @@ class Partial:
         return Chunk(**content)
 
     def save(self, group: Group, number: int, chunk: Chunk, state: dict[str, Any] | None) -> None:
-        """Write the chunk of a group's batch of this number, then the chain's state after it."""
+        """Write the results of the batch with index ``number`` of a group, then the state of its chains."""
         if self.folder is None:
-            return  # before the chunk's tensors are copied
+            return  # before asdict copies the tensors
         write_whole(self._chunk(group[number]), asdict(chunk))
         if state is not None:
             write_whole(self._state(group), {"rounds": number + 1, "state": state})
 
     def exists(self) -> bool:
-        """Whether there is anything."""
+        """Whether the folder exists."""
         return self.folder is not None and self.folder.is_dir()
 
     def clear(self) -> None:
-        """Remove everything, unless it is kept: the point is measured."""
+        """Remove the folder after the point has been measured, unless it is kept."""
         if self.folder is not None and not self.kept and self.folder.is_dir():
-            # Under another name first: a folder that lacks some of its batches would seem to be a point's that goes on.
+            # Renamed first, because a folder with only some of its batches would look like that of an unfinished point.
             rubbish = self.folder.with_name(f".{self.folder.name}{storage.PART}")
             self.folder.replace(rubbish)
             shutil.rmtree(rubbish, ignore_errors=True)
@@ -123,23 +123,23 @@ class Partial:
 
 
 def write_whole(path: Path | None, content: Any) -> None:
-    """Write what :func:`read_whole` reads: a file appears whole or not at all; nowhere, nothing."""
+    """Write tensors and plain values for :func:`read_whole`, atomically; without a path, do nothing."""
     if path is None:
         return
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # straight to a file, a full disk is an error of its own that does not name the cause
+    torch.save(content, buffer)  # a full disk while torch.save writes to a file raises an error without the cause
     storage.write_whole(path, buffer.getbuffer())
 
 
 def read_whole(path: Path | None) -> Any:
-    """Read a file of tensors and plain values; None if there is none.
+    """Read a file of tensors and plain values; return None if there is no file.
 
     Raises:
-        UsageError: It is damaged.
+        UsageError: The file is damaged.
     """
     if path is None or not path.is_file():
         return None
     try:
         return torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
-        raise UsageError(f"{path} is damaged ({error!r:.80}): remove the folder, and it starts anew") from None
+        raise UsageError(f"{path} is damaged ({error!r:.80}): remove its folder to start over") from None

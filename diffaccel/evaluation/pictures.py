@@ -1,4 +1,4 @@
-"""What is drawn of points; a failure here is one line, for the points are on disk."""
+"""Plots of points. A failure is reported in one line and not raised, because the points are already on disk."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from diffaccel.text.terminal import side_output
 
 
 def draw_samples(shown: Tensor, images: bool, point: Point, out: Path) -> None:
-    """Draw a point's first samples.
+    """Draw the first samples of a point.
 
     Args:
-        shown: The samples, (N, C, H, W).
-        images: Whether they are uint8 images; else points of the plane.
-        point: The point.
+        shown: Samples, (N, C, H, W).
+        images: Whether the samples are uint8 images, and not points in the plane.
+        point: Point.
         out: Folder of ``samples_nfe<budget>.png``.
     """
     budget = budget_name(point)
@@ -32,7 +32,7 @@ def draw_samples(shown: Tensor, images: bool, point: Point, out: Path) -> None:
 
 
 def draw_curve(point: Point, out: Path) -> None:
-    """Write ``curve.csv`` and ``curve.png`` from the points of a folder that compare with one of them."""
+    """Write ``curve.csv`` and ``curve.png`` of the points in a folder that are comparable with ``point``."""
     table, picture = out / "curve.csv", out / "curve.png"
     points = comparable(read_points(out / "points.jsonl"), point)
     with side_output(str(table)), whole(table) as part:
@@ -42,7 +42,7 @@ def draw_curve(point: Point, out: Path) -> None:
 
 
 def comparable(points: Sequence[dict[str, Any]], point: Point) -> list[dict[str, Any]]:
-    """Those that may share a plot with ``point``: same data, extractor and reference."""
+    """Return the points that are comparable with ``point``: those with the same extractor and reference."""
     return [
         other
         for other in points

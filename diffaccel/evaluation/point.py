@@ -1,4 +1,4 @@
-"""Description of a measured point, key by key as points.jsonl holds it."""
+"""Description of a measured point, with the keys of points.jsonl."""
 
 import hashlib
 import math
@@ -16,18 +16,18 @@ from diffaccel.sampling import Sampler
 
 
 def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: Scores, world: World) -> dict[str, Any]:
-    """Describe what sampling took and made.
+    """Describe cost and provenance of the images of a point.
 
     Args:
-        sampler: Made the images.
-        plan: How the budget was spent.
-        budget: Most evaluations per image.
+        sampler: Sampler of the images.
+        plan: Plan of the budget.
+        budget: Maximum number of evaluations per image.
         n: Number of images.
-        scores: What they add up to, over all processes.
-        world: The processes.
+        scores: Sums over the images of all ranks.
+        world: Rank and number of ranks.
 
     Raises:
-        UsageError: More was spent than the budget allows.
+        UsageError: The budget was exceeded.
     """
     prior = plan.prior
     nfe, burn_in = sampler.evaluations_per_image(plan, budget, scores.evaluations, scores.burn_in, n)
@@ -35,10 +35,10 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
     one = scores.flops.get("denoiser", 0.0)
     chains, start = (prior.chains, prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
     rounds = -(-n // (chains or n))
-    # One image's own evaluations, and those of the chain before it.
+    # Evaluations of the image itself; those of the chain before it are added below.
     own = sampler.planned_nfe(plan, n) - prior.burn_in_evaluations(n) / n
     sequential = start + (rounds - 1) * plan.chain_steps + own
-    ranks = max(world.size, 1 + max(scores.images_by_rank))  # a run of more processes may have begun it
+    ranks = max(world.size, 1 + max(scores.images_by_rank))  # the point may have been started with more ranks
     return {
         "by_budget": bool(sampler.by_nfe),
         "tuned": sampler.tuned,
@@ -49,7 +49,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "nfe_sequential": sequential if math.isfinite(sequential) else None,
         "nfe_equivalent": flops / one if one else None,
         "evaluations": dict(scores.evaluations),
-        "plan": {"steps": plan.steps, "skips": plan.chain_steps},
+        "plan": {"steps": plan.steps, "chain_steps": plan.chain_steps},
         "chains": chains,
         "chain": summarise([scores.traces[first] for first in sorted(scores.traces)]),
         "gflops_per_image": flops / 1e9,
@@ -68,7 +68,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
 
 
 def describe_judges(extractor: Extractor, real: Real, n: int) -> dict[str, Any]:
-    """Describe the features and the statistics that n images were scored by."""
+    """Describe the extractor and the statistics with which n images were scored."""
     reference, floor = real.reference, real.floor
     return {
         "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},

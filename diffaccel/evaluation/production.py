@@ -1,4 +1,4 @@
-"""Images made batch by batch, each kept on disk until what they are for is whole."""
+"""Sampling batch by batch, with finished batches on disk until the result is complete."""
 
 import math
 import time
@@ -29,25 +29,25 @@ def produce(
     keep_images: bool = True,
     afresh: bool = False,
 ) -> Iterator[Chunk]:
-    """Yield a group's batches: those that an earlier run has left, then those made now.
+    """Yield the batches of a group, first those on disk from an earlier run, then new ones.
 
     Args:
-        sampler: Makes the images.
-        plan: How the budget is spent.
-        group: Image indices, one range a batch.
-        seed: Image i draws from stream (seed, i).
-        partial: The batches on disk.
-        rank: Number of this process.
-        extractor: Computes features; None leaves them out.
-        shown: Number of images, the first ones, that a sample grid shows.
-        keep_images: Whether the chunks hold all images.
-        afresh: Whether batches on disk are made again.
+        sampler: Sampler of the images.
+        plan: Plan of the budget.
+        group: Image indices, one range per batch.
+        seed: Seed; image i has the noise stream (seed, i).
+        partial: Finished batches on disk.
+        rank: This rank.
+        extractor: Feature extractor; None for no features.
+        shown: Number of first images that the sample grid shows.
+        keep_images: Whether the chunks contain all images.
+        afresh: Whether to sample batches on disk again.
     """
     done, saved = (0, None) if afresh else partial.done(group, isinstance(plan.prior, ChainPrior))
     for indices in group[:done]:
         chunk = partial.read(indices)
         if extractor is not None and chunk.extractor != extractor.sha256:
-            assert chunk.images is not None  # without images, OUT/partial goes by the extractor too
+            assert chunk.images is not None  # without images, the name of the folder depends on the extractor
             started = time.perf_counter()
             chunk.features = _features(extractor, chunk.images.to(sampler.device))
             chunk.scoring, chunk.extractor = time.perf_counter() - started, extractor.sha256
@@ -71,7 +71,7 @@ def _features(extractor: Extractor | None, images: Tensor) -> Tensor:
 
 
 def progress(console: Console, shown: bool, budget: float) -> Progress:
-    """Bar over the images of a budget; only a terminal shows it."""
+    """Create a progress bar over the images of a budget, shown only on a terminal."""
     columns = (
         description_column(f"nfe {budget:g}" if math.isfinite(budget) else "adaptive"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Where a point comes from: versions, commit, device."""
+"""Provenance of a point: versions, commit, device."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ import torch
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """Hash everything that a point, or a set of images, follows from, to a name of 16 characters."""
+    """Hash everything that determines a point or a set of images, to 16 hexadecimal characters."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a point depends on."""
+    """Return the versions of Python and of the packages that a point depends on."""
     found = {"python": platform.python_version()}
     for package in ("diffaccel", "torch", "lightning", "torchmetrics", "torch-fidelity"):
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that runs, ``+`` if it has changes; None outside one."""
+    """Return the commit of the running checkout, with ``+`` if it has changes; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
@@ -38,7 +38,7 @@ def git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's."""
+    """Return the name of the accelerator, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""From batches of images to what the metrics of a point are computed from, summed over the processes."""
+"""Sums over the images of a point, on all ranks, from which its metrics are computed."""
 
 import hashlib
 from collections import Counter
@@ -13,34 +13,34 @@ from diffaccel.metrics import FrechetDistance
 from diffaccel.metrics.base import Made, Real
 
 BLOCKS = 10
-"""Blocks of the jackknife."""
+"""Number of blocks of the jackknife."""
 KEPT = 10_000
-"""Images whose features are kept, the first ones: for what is not made of sums. It bounds memory."""
+"""Number of first images whose features are kept, for metrics that are not computed from sums; bounds memory."""
 
 
 def digests(images: Tensor) -> Tensor:
-    """SHA-256 of each image: (B, C, H, W) -> (B, 32) uint8."""
+    """Compute the SHA-256 of each image, (B, C, H, W) -> (B, 32) uint8."""
     found = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu()]
     return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(-1, 32)
 
 
 def blocks_of(indices: Tensor, chains: int | None) -> Tensor:
-    """Jackknife block of each image, (B,): images of one chain are correlated, so a block holds whole chains."""
+    """Return the jackknife block of each image, (B,); blocks contain whole chains, whose images are correlated."""
     return (indices % chains if chains else indices) % BLOCKS
 
 
 class Scores:
-    """What the images of a point add up to.
+    """Sums over the images of a point.
 
     Args:
         n: Number of images.
         dim: Number of features.
-        shape: Of an image on the sample grid, (C, H, W), in the dtype ``dtype``.
-        shown: Number of images on the grid.
-        dtype: See ``shape``.
-        real: Real images.
-        chains: Number of chains, or None for independent images.
-        device: Where sums are held.
+        shape: Shape of an image on the sample grid, (C, H, W).
+        shown: Number of images on the sample grid.
+        dtype: Data type of an image on the sample grid.
+        real: Statistics of real images.
+        chains: Number of chains; None for independent images.
+        device: Device of the sums.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Scores:
         self.traces: dict[int, list[Any]] = {}
 
     def add(self, chunk: Chunk) -> None:
-        """Add a batch of this process."""
+        """Add a batch of this rank."""
         indices, features = chunk.indices, chunk.features.to(self.device)
         blocks = blocks_of(indices, self.chains).to(self.device)
         for block in blocks.unique().tolist():
@@ -85,8 +85,8 @@ class Scores:
             self.traces.setdefault(int(indices[0]) % (self.chains or self.n), []).extend(chunk.trace)
 
     def reduce(self) -> None:
-        """Sum over the processes; each of them calls this once. The moments' sums stay apart until they are asked."""
-        # Every row was written by one process, so that the sum is the row itself.
+        """Sum over all ranks, once; collective. The sums of the moments are reduced when they are used."""
+        # Every row was written by one rank, so that the sum equals the row.
         self.features = all_reduce(self.features.to(self.device)).cpu()
         self.digests = all_reduce(self.digests.to(self.device, torch.int32)).to("cpu", torch.uint8)
         self.shown = all_reduce(self.shown.to(self.device, torch.float32)).to("cpu", self.shown.dtype)
@@ -102,5 +102,5 @@ class Scores:
             self.traces |= traces
 
     def made(self, distance: str) -> Made:
-        """Return what metrics see of the images, after :meth:`reduce`; ``distance`` names the Frechet distance."""
+        """Return the inputs of the metrics, after :meth:`reduce`; ``distance`` is the key of the Frechet distance."""
         return Made(self.n, self.features, self.frechet, distance)

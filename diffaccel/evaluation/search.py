@@ -1,7 +1,7 @@
-"""The search for the best prior and solver at each budget, by the same trials for every method.
+"""Search for the best prior and solver at each budget, with the same number of trials for every method.
 
-Random settings from a seeded generator meet in rounds of more and more images (successive halving). All settings of a
-budget share their noise, so that their differences are less noisy than their distances.
+Random settings from a seeded generator are compared in rounds with increasing numbers of images (successive halving).
+All settings of a budget share their noise, so that differences are less noisy than distances.
 """
 
 import copy
@@ -20,11 +20,12 @@ from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.collective import World
 from diffaccel.config import TUNABLE, Search
-from diffaccel.errors import UsageError, suggest
+from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.overrides import as_given
 from diffaccel.parts.registry import Registry
+from diffaccel.parts.schema import suggest_key
 from diffaccel.parts.trees import merge
 from diffaccel.prior import PRIORS, ChainPrior, Prior
 from diffaccel.report import append_point, read_points
@@ -35,27 +36,27 @@ from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole
 
 Settings = dict[str, dict[str, Any]]
-"""``{"prior": ..., "solver": ...}``, each a part as a file writes it."""
+"""``{"prior": ..., "solver": ...}``, with the name and keys of each part."""
 
 STARTS = 64
-"""Trajectories that a grid is searched on."""
+"""Number of trajectories for the search of a grid."""
 DRAWS = 200
-"""Draws in vain after which a space counts as exhausted."""
+"""Number of consecutive rejected draws after which a space counts as exhausted."""
 
 
 def check_space(space: Mapping[str, Any]) -> None:
-    """Refuse a space with a key or name that nothing has.
+    """Check the keys, names and values of a search space.
 
     Args:
         space: Dotted key -> a list of values, or ``{low, high}`` with ``log: true`` or ``integer: true``. The key
-            ``gamma`` is that of a ``listed`` grid, which dynamic programming fills.
+            ``gamma`` applies to ``listed`` grids, whose levels are found by dynamic programming.
 
     Raises:
-        UsageError: The space is empty, a key belongs to no prior or solver, a name is unknown, or values are neither
-            list nor range.
+        UsageError: The space is empty, a key belongs to no prior or solver, a name is unknown, or values are neither a
+            list nor a range.
     """
     if not space:
-        raise UsageError("nothing to search: the experiment has no search.space")
+        raise UsageError("there is nothing to search, because the experiment has no search.space: set it")
     registries: dict[str, Registry[Any]] = {"prior": PRIORS, "solver": SOLVERS}
     for key, values in space.items():
         _value(key, values, np.random.default_rng(0))
@@ -68,7 +69,7 @@ def check_space(space: Mapping[str, Any]) -> None:
         while registry is not None and path:
             known = {"name"} | registry.known_keys()
             if path[0] not in known:
-                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest(path[0], known)}")
+                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest_key(path[0], known)}")
             if path == ["name"]:
                 for name in values:
                     registry[name]  # an unknown one is an error
@@ -76,12 +77,12 @@ def check_space(space: Mapping[str, Any]) -> None:
 
 
 def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> Settings:
-    """Draw settings: each key of the space over the experiment's own, less the keys that the drawn parts don't have.
+    """Draw settings: the experiment's settings with drawn values, without keys that the drawn parts don't have.
 
     Args:
-        space: See :func:`check_space`.
+        space: Search space, see :func:`check_space`.
         own: Prior and solver of the experiment.
-        rng: Where chance comes from.
+        rng: Random generator.
     """
     tree: dict[str, Any] = dict(own)
     gamma = None
@@ -95,9 +96,9 @@ def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> S
         tree = merge(tree, value)
     drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
     if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
-        drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # no argument of the prior's: it is read afterwards
+        drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # not an argument of the prior, but read afterwards
     grid = drawn["solver"].get("grid", {})
-    if "name" in grid and GRIDS[grid["name"]] is Listed:  # its levels are searched, too
+    if "name" in grid and GRIDS[grid["name"]] is Listed:  # its levels are found later
         name = grid["name"]
         grid.clear()
         grid.update(name=name, gamma=gamma or 1.0)
@@ -114,7 +115,7 @@ def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
     if not all(type(end) is int or (type(end) is float and not whole) for end in (low, high)):
         raise UsageError(f"search.space.{key}={values!r}: low and high must be {'whole ' * whole}numbers")
     if low > high or (log and (low <= 0 or whole)):
-        rule = "low must not exceed high" if low > high else "log needs a positive low, and goes without integer"
+        rule = "low must not exceed high" if low > high else "log requires a positive low, and excludes integer"
         raise UsageError(f"search.space.{key}={values!r}: {rule}")
     if values.get("integer"):
         return int(rng.integers(low, high + 1))
@@ -123,7 +124,7 @@ def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
 
 
 def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a part without the keys that the one of its name doesn't have, its own parts likewise."""
+    """Copy a part, and the parts in it, without the keys that parts of their names don't have."""
     node = registry.normal(node)
     keys = registry.keys_of(node["name"])
     known = {key: value for key, value in node.items() if key == "name" or key in keys}
@@ -134,23 +135,24 @@ def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Searcher:
-    """Searches every budget, one after the other.
+    """Search of all budgets, one after the other.
 
-    Each measured setting is a line of ``trials.jsonl``, which a search that was interrupted takes up again; the winners
-    go to ``best.yaml``, an experiment of their own.
+    Each measured setting is a line of ``trials.jsonl``, from which an interrupted search is resumed. The winners are
+    written to the experiment ``best.yaml``.
 
     Args:
-        search: How many settings, how many images, and the space.
-        own: Prior and solver of the experiment, the first setting of each budget.
-        budgets: Most evaluations per image.
-        n: Images that the winners will make: chains are as many per image as with that, so that burn-in and drift are.
-        seed: Of the noise and of the draws.
+        search: Number of settings and images, and the search space.
+        own: Prior and solver of the experiment, which are the first setting of each budget.
+        budgets: Maximum numbers of evaluations per image.
+        n: Number of images that the winners will sample. The number of chains is scaled with the number of images, so
+            that the burn-in per image and the drift are those of n images.
+        seed: Seed of the noise and of the draws.
         base: Path of the experiment, for ``best.yaml``.
-        prior: Builds a prior.
-        evaluator: Builds an evaluator for a number of images.
+        prior: Function that builds a prior.
+        evaluator: Function that builds an evaluator for a number of images.
 
     Raises:
-        UsageError: A number out of range, or a space that is empty.
+        UsageError: A number is out of range, or the space is invalid.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class Searcher:
         check_space(search.space)
         for budget in budgets:
             if not math.isfinite(budget) or budget != int(budget):
-                raise UsageError(f"nfe={budget:g}: a search needs whole budgets")
+                raise UsageError(f"nfe={budget:g}: a search requires whole budgets")
         self.search, self.own, self.budgets, self.n, self.seed = search, own, budgets, n, seed
         self.base, self.build_prior = base, prior
         self.evaluators = {images: evaluator(images) for images in search.images}
@@ -184,12 +186,12 @@ class Searcher:
         self._trajectories: dict[str, FineTrajectory] = {}
 
     def run(self, sampler: Sampler, world: World = World()) -> dict[int, Settings]:  # noqa: B008 (frozen)
-        """Search every budget; return the best settings of each."""
+        """Search every budget, and return the best settings of each."""
         self.weights = sampler.weights_sha256()
         if self.before_for not in ([], self.weights):
-            raise UsageError(f"{self.out / 'best.yaml'} holds settings for other weights: choose another out=")
+            raise UsageError(f"{self.out / 'best.yaml'} contains settings for other weights: choose another out=")
         if self.broken and world.first:
-            self.console.print(f"trials.jsonl: {self.broken} lines lack what a trial has: those are measured again")
+            self.console.print(f"trials.jsonl: {self.broken} incomplete lines: their settings are measured again")
         for evaluator in self.evaluators.values():
             evaluator.extractor.to(sampler.device)
         for budget in self.budgets:
@@ -199,7 +201,7 @@ class Searcher:
         return self.best
 
     def _search(self, sampler: Sampler, world: World, budget: int) -> Settings:
-        """Halve the field round by round; return the settings that are left."""
+        """Reduce the settings round by round, and return the best one."""
         field = self._field(sampler, budget)
         for number, images in enumerate(self.search.images, start=1):
             trials = []
@@ -221,7 +223,7 @@ class Searcher:
         return ranked[0]["settings"]
 
     def _field(self, sampler: Sampler, budget: int) -> list[Settings]:
-        """Draw the settings of a budget: distinct, and such as can keep to it; the experiment's own come first."""
+        """Draw distinct settings that are possible within the budget; the experiment's own settings come first."""
         rng = np.random.default_rng((self.seed, budget))
         field = [self.own]
         vain = 0
@@ -235,7 +237,7 @@ class Searcher:
         return [settings for settings in field if self._affordable(sampler, budget, settings)]
 
     def _affordable(self, sampler: Sampler, budget: int, drawn: Settings) -> bool:
-        """Whether the settings keep to the budget in every round; a mistyped key is an error all the same."""
+        """Whether the settings are possible within the budget in every round; an unknown key is an error."""
         prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(_without_gamma(drawn["solver"]))
         try:
             for images in self.search.images:
@@ -245,13 +247,13 @@ class Searcher:
         return True
 
     def _scaled(self, prior: Prior, images: int) -> Prior:
-        """Give a chain prior as many chains per image as the winner will have."""
+        """Scale the number of chains with the number of images."""
         if isinstance(prior, ChainPrior):
             prior.chains = max(1, prior.chains * images // self.n)
         return prior
 
     def _measure(self, sampler: Sampler, world: World, budget: int, images: int, drawn: Settings) -> dict[str, Any]:
-        """Measure settings on so many images, or look up what was measured."""
+        """Measure settings, or look up an earlier measurement."""
         trial: dict[str, Any] = {"nfe_budget": budget, "n": images, "of": self.n, "seed": self.seed, "drawn": drawn}
         trial["extractor"] = self.evaluators[images].extractor.sha256
         trial["checkpoint"] = (self.evaluators[images].provenance["checkpoint"] or {}).get("sha256")
@@ -263,7 +265,7 @@ class Searcher:
             own = sampler.using(prior, SOLVERS.build(settings["solver"]))
             point = self.evaluators[images].measure(own, budget, own.plan(budget, images), world=world)
             trial |= {"settings": settings, "nfe": point["nfe"], "metrics": point["metrics"]}
-        except UsageError as error:  # a chain that leaves the denoiser's range, say
+        except UsageError as error:  # for example a chain that leaves the denoiser's range
             trial["error"] = str(error)
         if world.first:
             append_point(self.out / "trials.jsonl", trial)
@@ -280,7 +282,7 @@ class Searcher:
         return json.dumps([trial.get(name) for name in names], sort_keys=True)
 
     def _filled(self, sampler: Sampler, budget: int, drawn: Settings) -> Settings:
-        """Replace a ``listed`` grid without levels by the one that dynamic programming finds."""
+        """Replace a ``listed`` grid without levels by the grid found by dynamic programming."""
         grid = drawn["solver"].get("grid", {})
         if "gamma" not in grid:
             return drawn
@@ -309,24 +311,24 @@ class Searcher:
         self.console.print(table)
 
     def _write(self) -> None:
-        """Write the winners so far as an experiment over the searched one; those of other budgets stay."""
+        """Write the winners so far as an experiment based on the searched one; winners of other budgets are kept."""
         best = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}
-        for settings in best.values():  # those of the experiment are inherited, and a path would be sought from here
+        for settings in best.values():  # inherited from the experiment; a path would be relative to best.yaml
             if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
                 settings["prior"].pop("checkpoint", None)
         tree = {"base": str(self.base.resolve()), "tuned_for": self.weights, "by_nfe": {**self.before, **best}}
         write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
         for budget, settings in best.items():
             if self.before.get(budget, settings) != settings:
-                self.console.print(f"nfe {budget}: best.yaml had another winner; its trials are in trials.jsonl")
+                self.console.print(f"nfe {budget}: best.yaml had another winner, whose trials are in trials.jsonl")
             self.before[budget] = settings
 
 
 def read_winners(path: Path, base: Path) -> tuple[dict[int, Settings], list[str]]:
-    """Read the winners that an earlier search has left, by budget, and for which weights; none if there is no file.
+    """Read the winners of an earlier search by budget, and the hashes of their weights; empty if there is no file.
 
     Raises:
-        UsageError: It is not of a search of this experiment.
+        UsageError: The file is not from a search of this experiment.
     """
     if not path.is_file():
         return {}, []
@@ -335,12 +337,12 @@ def read_winners(path: Path, base: Path) -> tuple[dict[int, Settings], list[str]
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
-        raise UsageError(f"{path} is not of a search of {base} and would be replaced: choose another out=")
+        raise UsageError(f"{path} is not from a search of {base} and would be replaced: choose another out=")
     return cast(dict[int, Settings], tree["by_nfe"]), [str(one) for one in tree.get("tuned_for", [])]
 
 
 def _whole(trial: Mapping[str, Any]) -> bool:
-    """Whether a line has what a trial is ranked and shown by."""
+    """Whether a line of trials.jsonl is complete."""
     drawn, found = trial.get("drawn"), trial.get("settings")
     known = isinstance(drawn, Mapping) and all(isinstance(drawn.get(part), Mapping) for part in TUNABLE)
     measured = isinstance(found, Mapping) and isinstance(trial.get("metrics"), Mapping)
@@ -348,7 +350,7 @@ def _whole(trial: Mapping[str, Any]) -> bool:
 
 
 def _words(node: Mapping[str, Any]) -> str:
-    """Say a part in one line: dpmpp2m (denoise False, karras (rho 5))."""
+    """Describe a part in one line: dpmpp2m (denoise False, karras (rho 5))."""
     keys = [
         _words(value) if isinstance(value, Mapping) else f"{key} {value}"
         for key, value in node.items()

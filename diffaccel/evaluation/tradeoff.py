@@ -1,7 +1,7 @@
-"""Where to stop: the bound and the distance as functions of the start time, for each density, from one network.
+"""Trade-off of the start time T: likelihood bound and Frechet distance against T, for each density, from one network.
 
-A small T makes the score's part of the bound small and the mismatch of the start large. The bound hardly sees a
-mismatch that ruins images, so the distance of samples stands beside it: T is never chosen on the bound alone.
+A small T reduces the score's part of the bound and increases the mismatch of the start. The bound is insensitive to
+mismatches that ruin images, so that T should not be chosen without the distance of samples.
 """
 
 import math
@@ -33,21 +33,22 @@ from diffaccel.text.terminal import side_output
 matplotlib.use("Agg")
 
 NORMAL = "N(0, I)"
-"""Name of the start that others are compared with."""
+"""Name of the baseline start."""
 
 Row = dict[str, Any]
 
 
 class TradeoffCurve:
-    """Measures L(T), and the distance of samples, for N(0, I), the Gaussian of the data's moments, and the density.
+    """Measurement of L(T) and of sample quality for N(0, I), the Gaussian of the data's moments, and the density.
 
     Args:
-        settings: Images, draws.
-        starts: Density by name -> the prior at each time, see :func:`starts_of`.
-        data: Where test images come from.
-        evaluator: Measures samples; None leaves that out.
-        likelihood: Measures bits per dimension by the probability flow; None leaves that out.
-        seed: Of the noise, which all times and densities share.
+        settings: Number of images and of draws.
+        starts: Name of the density -> prior at each time, see :func:`starts_of`.
+        data: Data module of the test images.
+        evaluator: Evaluator of samples; None for no distances.
+        likelihood: Measurement of bits per dimension by the probability flow; None for no such measurement.
+        seed: Seed of the noise, which all times and densities share.
+        batch_size: Number of images per batch.
         out: Folder of ``tradeoff.csv`` and ``tradeoff.png``.
     """
 
@@ -68,7 +69,7 @@ class TradeoffCurve:
         self.rows: list[Row] = []
 
     def run(self, sampler: Sampler, world: World = World()) -> list[Row]:  # noqa: B008 (frozen)
-        """Measure everything and write it; return a row for each density and time."""
+        """Measure and write everything, and return a row per density and time."""
         self.rows = self.bounds(sampler.denoiser, self.starts)
         try:
             if self.likelihood is not None:
@@ -86,13 +87,13 @@ class TradeoffCurve:
 
     @torch.no_grad()
     def bounds(self, denoiser: Denoiser, starts: dict[str, dict[float, DensityPrior]]) -> list[Row]:
-        """One row a density and time, in bits per dimension, with standard errors."""
+        """Compute the bound in bits per dimension with its standard error; one row per density and time."""
         times = sorted({T for priors in starts.values() for T in priors})
         process = denoiser.process
         ratios = process.ratio(torch.tensor(times, dtype=torch.float64)).tolist()
         denoiser.check_range(torch.tensor(ratios))
-        laws = {
-            name: [_law(denoiser, priors[T]) if T in priors else _nowhere for T in times]
+        densities = {
+            name: [_log_density(denoiser, priors[T]) if T in priors else _nowhere for T in times]
             for name, priors in starts.items()
         }
         parts: list[tuple[Bound, Tensor]] = []
@@ -105,7 +106,7 @@ class TradeoffCurve:
             width = cell_range(images)
             x_0 = (images if width is None else dequantised(images, noise)).to(denoiser.device)
             low = least_ratio(denoiser)
-            terms = bound(denoiser, laws, x_0, low, ratios, noise, self.settings.draws)
+            terms = bound(denoiser, densities, x_0, low, ratios, noise, self.settings.draws)
             parts.append((terms, decoding(denoiser, x_0, low, noise)))
         bounds, deltas = [terms for terms, _ in parts], torch.cat([delta for _, delta in parts])
         return [
@@ -116,7 +117,7 @@ class TradeoffCurve:
         ]
 
     def _terms(self, name: str, i: int, bounds: list[Bound], deltas: Tensor, width: float | None) -> Row:
-        """The bound and its terms at the i-th time, means over the images."""
+        """Means over the images of the bound and its terms at the i-th time."""
         size = math.prod(self.data.shape)
         total = torch.cat([terms.total(name)[:, i] for terms in bounds])
         bits, unit = bits_per_dim(total, size, width), size * math.log(2)
@@ -131,7 +132,7 @@ class TradeoffCurve:
         }
 
     def likelihoods(self, sampler: Sampler, world: World, starts: list[DensityPrior]) -> None:
-        """Add each row's bits per dimension by the probability flow, and what its start gains over N(0, I) at its T."""
+        """Add bits per dimension by the probability flow to each row, and their gain over N(0, I) at the same T."""
         assert self.likelihood is not None
         bits, nfe = self.likelihood.each(sampler, starts, world)
         normal = {row["T"]: own for row, own in zip(self.rows, bits, strict=True) if row["density"] == NORMAL}
@@ -142,7 +143,7 @@ class TradeoffCurve:
             row |= {"bits_per_dim_nfe": calls, "bits_per_dim_n": len(own)}
 
     def distances(self, sampler: Sampler, world: World, prior: DensityPrior) -> Row:
-        """Distances of samples from one start, at each budget."""
+        """Measure the distances of samples from one start at each budget."""
         assert self.evaluator is not None
         own, found = sampler.using(prior), Row()
         for budget in self.evaluator.budgets:
@@ -156,33 +157,33 @@ class TradeoffCurve:
 def starts_of(
     sampler: Sampler, times: Sequence[float], fitted: Sequence[DensityPrior] = ()
 ) -> dict[str, dict[float, DensityPrior]]:
-    """Density by name -> the prior at each time where it is known.
+    """Return the starts to compare: name of the density -> prior at each time.
 
     Args:
-        sampler: Its own prior is a :class:`DensityPrior`, whose density is one of the starts.
-        times: For those that are known at all of them.
-        fitted: The experiment's density as fitted at further times.
+        sampler: Sampler whose prior is a :class:`DensityPrior`; its density is one of the starts.
+        times: Times of the densities that are defined at every level.
+        fitted: The experiment's density fitted at further times.
 
     Raises:
-        UsageError: The experiment's density has no log-density, or holds at every level and needs no further fits.
+        UsageError: The experiment's density has no log-density, or is defined at every level and ``fitted`` is given.
     """
     assert isinstance(sampler.prior, DensityPrior)
     own, denoiser = sampler.prior.density, sampler.denoiser
     if not own.normalised:
-        raise UsageError("the trade-off needs a log-density, which a vae has not: set prior.density.name=gaussian")
+        raise UsageError("the trade-off requires a log-density, which a vae lacks: set prior.density.name=gaussian")
     known: dict[str, Density] = {NORMAL: NormalDensity(own.shape, own.ratio)}
-    if isinstance(own, GaussianDensity):  # or one that holds the same moments
+    if isinstance(own, GaussianDensity):  # or one with the same moments
         known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
         known["Gaussian"].basis = own.basis
         known["Gaussian"].fitted.fill_(True)
     if fitted and not own.bound:
-        raise UsageError("this density holds at every level: remove tradeoff.densities")
+        raise UsageError("this density is defined at every level, without further fits: remove tradeoff.densities")
     process, fits = denoiser.process, {}
     if own.bound:
         for density in (own, *(prior.density for prior in fitted)):
             T = process.time(torch.tensor(density.ratio, dtype=torch.float64)).item()
-            fits[float(f"{T:.9g}")] = prior_at(denoiser, density, density.ratio)  # without what rounding left on T
-    # At a fit's time all starts share its very level: the flow stops there once.
+            fits[float(f"{T:.9g}")] = prior_at(denoiser, density, density.ratio)  # without the rounding error of T
+    # At the time of a fit, all starts have exactly its level, so that the flow stops there once.
     ratios = dict(zip(times, process.ratio(torch.tensor(times, dtype=torch.float64)).tolist(), strict=True))
     ratios |= {T: prior.ratio_star for T, prior in fits.items()}
     found = {
@@ -192,14 +193,14 @@ def starts_of(
 
 
 def prior_at(denoiser: Denoiser, density: Density, ratio: float) -> DensityPrior:
-    """A prior of a density at a noise-to-data ratio."""
+    """Build a prior from a density at a noise-to-data ratio."""
     prior = DensityPrior(denoiser, density.shape, {"name": "normal"}, ratio)
     prior.density = density.at(ratio)
     prior.evaluations = density.evaluations
     return prior
 
 
-def _law(denoiser: Denoiser, prior: DensityPrior) -> LogDensity:
+def _log_density(denoiser: Denoiser, prior: DensityPrior) -> LogDensity:
     return partial(prior.to(denoiser.device).log_prob, denoiser)
 
 
@@ -208,7 +209,7 @@ def _nowhere(x: Tensor) -> Tensor:
 
 
 def best(rows: Sequence[Row]) -> dict[str, float]:
-    """The time of the least bound for each density."""
+    """Return the time of the lowest bound for each density."""
     names = dict.fromkeys(row["density"] for row in rows)
     return {
         name: min((row for row in rows if row["density"] == name), key=lambda row: row["bits_per_dim_bound"])["T"]
@@ -218,7 +219,7 @@ def best(rows: Sequence[Row]) -> dict[str, float]:
 
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write ``tradeoff.csv`` and ``tradeoff.png``."""
-    heads, picture = list(rows[0]), out / "tradeoff.png"  # the first row is the first to be whole
+    heads, picture = list(rows[0]), out / "tradeoff.png"  # the first row is the first to be complete
     with whole(out / "tradeoff.csv") as part:
         write_csv([heads, *([row.get(head) for head in heads] for row in rows)], part)
     with side_output(str(picture)), whole(picture) as part:
@@ -234,7 +235,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axis, key in zip(axes[0], shown, strict=True):
         for name in dict.fromkeys(row["density"] for row in rows):
             own = sorted((row for row in rows if row["density"] == name and key in row), key=lambda row: row["T"])
-            # All of a bound's rows share their images, whose spread says nothing of how the rows differ.
+            # All rows of a bound share their images, whose spread is not the error of their differences.
             errors = None if key.startswith("bits") else [row[f"{key}_se"] for row in own]
             axis.errorbar([row["T"] for row in own], [row[key] for row in own], errors, marker="o", ms=4, label=name)
         axis.set_ylabel(key, parse_math=False)

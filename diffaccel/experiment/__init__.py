@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run."""
+"""Construction of the objects of a run from its configuration."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run."""
+"""Construction of samplers, models and methods from a configuration."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 
 def shape_of(config: Config) -> tuple[int, int, int]:
-    """(C, H, W)."""
+    """Return the image shape (C, H, W)."""
     channels, height, width = config.shape
     return channels, height, width
 
 
 def build_sampler(config: Config) -> Sampler:
-    """Build the sampler of an experiment with its weights, which will not change any more.
+    """Build the sampler of an experiment with its trained weights.
 
     Raises:
-        UsageError: Unknown parts, keys or values; weights that are missing, broken, of another network, trained on
-            fewer noise levels than sampling uses, or not named.
+        UsageError: A part, key or value is unknown; or weights are not configured, missing, damaged, of another
+            network, or trained on fewer noise levels than sampling uses.
     """
     sampler, header, posterior = _build_parts(config, load=True)
     check_trained(config, sampler)
@@ -63,11 +63,11 @@ def build_sampler(config: Config) -> Sampler:
 
 
 def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) -> Model:
-    """Build an experiment's model, whose samplers share one denoiser.
+    """Build the model of an experiment, whose samplers share one denoiser.
 
     Args:
-        config: The experiment's.
-        again: Settings -> the experiment's configuration with these laid over it.
+        config: Configuration of the experiment.
+        again: Function settings -> configuration of the experiment with these settings.
 
     Raises:
         UsageError: See :func:`build_sampler`.
@@ -90,10 +90,10 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
 
 
 def build_checkpoint(path: Path) -> Model:
-    """Build the model of a checkpoint that describes itself, on the process that it was trained on.
+    """Build the model of a self-describing checkpoint, on the process that it was trained on.
 
     Raises:
-        UsageError: The file is damaged, hostile, or no denoiser's, or its header doesn't determine the network.
+        UsageError: The file is damaged, contains code, is not of a denoiser, or does not determine the network.
     """
     found = Pretrained.of(open_weights(path))
     network = NETWORKS.build(found.network, shape=found.shape)
@@ -113,16 +113,17 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
     """Build a method with its weights.
 
     Args:
-        config: The run's.
-        load: Whether to read the weights that the configuration names; without, networks start at random, or from
-            ``init``.
-        frozen: Whether weights will not change any more: ``compile`` then takes them for constants, which is faster.
+        config: Configuration of the run.
+        load: Whether to read the configured weights; otherwise networks are initialised randomly or from ``init``.
+        frozen: Whether the weights are fixed, so that ``compile`` treats them as constants, which is faster.
 
     Raises:
-        UsageError: Unknown parts, keys or values; weights that are missing, broken or of another network, or, where
-            they will not change any more, not named.
+        UsageError: A part, key or value is unknown; or weights are missing, damaged or of another network, or, with
+            ``frozen``, not configured.
     """
-    from diffaccel.methods import METHODS  # late: Lightning takes seconds to import, and sampling needs none of it
+    from diffaccel.methods import (
+        METHODS,
+    )  # imported here, because Lightning takes seconds to import
 
     sampler, header, posterior = _build_parts(config, load)
     method = METHODS.build(
@@ -134,11 +135,11 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
     )
     denoiser = sampler.denoiser
     if load and isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
-        # Now that the method has cut what it doesn't use.
+        # After the method has restricted the range to the levels that it uses.
         check_ratios(Path(config.checkpoint), header, denoiser.ratio_range)
     if load and frozen:
         check_trained(config, sampler, "denoiser" in method.trained_networks())
-    set_budgets(config, sampler, posterior, load, verify=load or not frozen)  # a dry run reads no weights
+    set_budgets(config, sampler, posterior, load, verify=load or not frozen)  # a dry run does not read weights
     if load and frozen:
         check_start(config, method)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
@@ -146,14 +147,14 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
 
 
 def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], LevelPosterior | None]:
-    """Build an experiment's sampler without its settings by budget; return it, the header of its weights, a posterior.
+    """Build an experiment's sampler without settings by budget, the header of its weights, and its posterior.
 
     Raises:
         UsageError: See :func:`build_method`.
     """
     shape = shape_of(config)
     torch.manual_seed(config.seed)
-    solver = SOLVERS.build(config.solver)  # first: a mistyped name shouldn't wait for weights to be read
+    solver = SOLVERS.build(config.solver)  # first, so that a mistyped name is reported before weights are read
     pretrained = adopt(config)
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
@@ -161,7 +162,9 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
     header: dict[str, Any] = {}
     if isinstance(denoiser, NetworkDenoiser):
         if network is None:
-            raise UsageError(f"denoiser {config.denoiser['name']!r} needs a network: set network=unet, say")
+            raise UsageError(
+                f"denoiser {config.denoiser['name']!r} requires a network: set network=, for example to unet"
+            )
         header = _fill_denoiser(config, denoiser, pretrained, solver, load)
     posterior = build_posterior(config, denoiser, load)
     sampler = Sampler(
@@ -178,13 +181,14 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
 
 
 def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:
-    """Compile the networks and set their memory format, if the configuration says so."""
+    """Compile the networks and set their memory format, if configured."""
     for name, network in sampler.evaluated_networks().items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
-        if config.compile and not isinstance(network, Density):  # a few matrix products, and copied to other levels
-            # The forward and not the module: names in checkpoints stay, and the counter's hooks run outside the graph.
-            constant = not training or (frozen_denoiser and name == "denoiser")  # holds where no gradient is taken
+        if config.compile and not isinstance(network, Density):  # which is copied to other levels
+            # forward instead of the module, so that names in checkpoints do not change and the counter's hooks run
+            # outside the graph.
+            constant = not training or (frozen_denoiser and name == "denoiser")  # applies where no gradient is computed
             network.forward = torch.compile(network.forward, options={"freezing": constant})
             if training and isinstance(network, UNet):
                 network.encode = torch.compile(network.encode)  # type: ignore[method-assign]  # a critic may use it alone
@@ -193,7 +197,7 @@ def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: 
 def _fill_denoiser(
     config: Config, denoiser: NetworkDenoiser, pretrained: Pretrained | None, solver: Solver, load: bool
 ) -> dict[str, Any]:
-    """Give a denoiser the weights that the configuration names; returns the header of their file."""
+    """Load a denoiser's configured weights, and return the header of their file."""
     if pretrained is not None:
         check_grid(solver, denoiser)
     if pretrained is not None and load:
@@ -207,13 +211,13 @@ def _fill_denoiser(
 def set_budgets(
     config: Config, sampler: Sampler, posterior: LevelPosterior | None, load: bool, verify: bool = True
 ) -> None:
-    """Build the settings by budget; those that were searched for other weights are left out, and a line says so."""
+    """Build the settings by budget; settings that were searched for other weights are ignored, with a message."""
     if config.by_nfe and config.tuned_for and verify:
         others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - set(sampler.weights_sha256())})
         if others:
             say(
-                f"the settings by budget were searched for another {' and '.join(others)}, so they are left out: "
-                "`diffaccel search` finds new ones, by_nfe= sets some"
+                f"the settings by budget were searched for another {' and '.join(others)} and are ignored: "
+                "`diffaccel search` finds new ones, by_nfe= sets them"
             )
             config.by_nfe = {}
         sampler.tuned = not others
@@ -223,39 +227,39 @@ def set_budgets(
         if parts["prior"] != config.prior:
             prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
             if _same_weights(parts["prior"], config.prior):
-                prior.share_weights(sampler.prior)  # it may be in training
+                prior.share_weights(sampler.prior)  # which may be in training
         sampler.by_nfe[budget] = Setting(prior, SOLVERS.build(parts["solver"]))
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two priors are the same but for their level and what acts in sampling alone."""
+    """Whether two priors differ only in their level and in keys that do not affect the weights."""
     levels = ("ratio_star", "K", "prior_level_offset")
     keys = {"name", "checkpoint", "init", *getattr(PRIORS[one["name"]], "weight_keys", ())} - {*levels}
     return all(one.get(key) == other.get(key) for key in keys)
 
 
 def check_start(config: Config, method: "Diffusion") -> None:
-    """Refuse to call samples a method's that start from another prior than the one it is about.
+    """Check that samples start from the type of prior that defines the method.
 
     Raises:
-        UsageError: None of the experiment's priors is of that kind.
+        UsageError: None of the experiment's priors has this type.
     """
     priors = [method.prior, *(setting.prior for setting in method.sampler.by_nfe.values())]
     if not any(isinstance(prior, method.starts_from) for prior in priors):
         known = [name for name in PRIORS if is_subclass(PRIORS[name], method.starts_from)]
         raise UsageError(
-            f"method {config.method_name!r} starts from prior={' or '.join(known)}, and {config.experiment} has "
-            f"{config.prior['name']!r}: name the method's own experiment, or set prior="
+            f"method {config.method_name!r} starts from prior={' or '.join(known)}, but {config.experiment} has "
+            f"{config.prior['name']!r}: use the method's own experiment, or set prior="
         )
 
 
 def is_subclass(factory: object, kind: type) -> bool:
-    """Whether what a registry has under a name is a class of this kind."""
+    """Whether a factory of a registry is a subclass of ``kind``."""
     return isinstance(factory, type) and issubclass(factory, kind)
 
 
 def keeps_denoiser(config: Config) -> bool:
-    """Whether a fit leaves the denoiser's weights as they are."""
+    """Whether a fit keeps the denoiser's weights."""
     from diffaccel.methods import METHODS, Diffusion
 
     probe = getattr(METHODS[config.method["name"]], "keeps_denoiser", Diffusion.keeps_denoiser)
@@ -263,10 +267,10 @@ def keeps_denoiser(config: Config) -> bool:
 
 
 def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> LevelPosterior | None:
-    """Build what a chain asks for its levels, with its weights; None if the experiment has none.
+    """Build the posterior of a chain's noise levels, with its weights; None if the experiment has no posterior.
 
     Raises:
-        UsageError: An unknown name or key, or weights that are missing or of another network.
+        UsageError: A name or key is unknown, or weights are missing or of another network.
     """
     if not config.posterior:
         return None
@@ -286,15 +290,15 @@ def build_prior(
     denoiser: Denoiser,
     load: bool = True,
 ) -> Prior:
-    """Build a prior, with its own weights if it has any (``checkpoint``), or the first ones of a fit (``init``).
+    """Build a prior, with its trained weights (``checkpoint``) or the initial weights of a fit (``init``), if any.
 
     Raises:
-        UsageError: An unknown name or key, a value out of range, a chain without anything that reads noise levels, or
-            weights that are missing or of another network.
+        UsageError: A name or key is unknown, a value is out of range, a chain has no posterior, or weights are missing
+            or of another network.
     """
     if posterior is None and "posterior" in PRIORS.required(node.get("name", "")):
         raise UsageError(
-            f"prior {node['name']!r} needs something that reads noise levels: set posterior=classifier or exact"
+            f"prior {node['name']!r} requires a posterior of noise levels: set posterior=classifier or posterior=exact"
         )
     node = dict(node)
     checkpoint, init = node.pop("checkpoint", None), node.pop("init", None)

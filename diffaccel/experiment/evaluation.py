@@ -1,4 +1,4 @@
-"""From a configuration to the objects that measure: extractor, evaluator, likelihood, search."""
+"""Construction of data, extractor, evaluator, likelihood and search from a configuration."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def build_data(config: Config) -> DataModule:
     """Build the data module and check that its images have the experiment's shape.
 
     Raises:
-        UsageError: Missing or broken data, or images of another shape.
+        UsageError: The data are missing or damaged, or the images have another shape.
     """
     training = config.training
     data = DataModule(
@@ -38,14 +38,15 @@ def build_data(config: Config) -> DataModule:
         data.source.label = as_given(config.data["label"]) or data.source.label
     if data.shape != shape_of(config):
         raise UsageError(
-            f"{data.label}: images have shape {data.shape}, the experiment's is {shape_of(config)}: "
-            "set shape= (and a network that fits), or another data set"
+            f"{data.label}: images have shape {data.shape}, but the experiment has {shape_of(config)}: set shape= "
+            "(and a "
+            "suitable network), or another data set"
         )
     return data
 
 
 def build_extractor(config: Config) -> Extractor:
-    """Build the extractor that scores."""
+    """Build the feature extractor."""
     return EXTRACTORS.build(config.extractor)
 
 
@@ -53,24 +54,27 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
     """Build the evaluator.
 
     Args:
-        config: The run's.
-        sampler: What is measured.
-        measured: Whether with the weights that the configuration names, and not with some in training.
+        config: Configuration of the run.
+        sampler: Sampler to measure.
+        measured: Whether the sampler has the configured weights, and not weights in training.
 
     Raises:
-        UsageError: A single image, or the extractor's weights or the reference are missing or don't fit each other.
+        UsageError: ``n`` is less than 2, or the extractor's weights or the reference are missing or don't match.
     """
     if config.n < 2:
-        raise UsageError(f"n={config.n}: a distance needs at least 2 images")
+        raise UsageError(f"n={config.n}: a distance requires at least 2 images")
     source = SOURCES.build(config.data)  # reads nothing
     if source.fixed_shape not in (None, shape_of(config)):
         raise UsageError(
-            f"data={config.data['name']}: images have shape {source.fixed_shape}, the experiment's is "
-            f"{shape_of(config)}: set shape= (and a network that fits), or another data set"
+            f"data={config.data['name']}: images have shape {source.fixed_shape}, but the experiment has "
+            f"{shape_of(config)}: set shape= (and a suitable network), or another data set"
         )
     extractor = build_extractor(config)
     if config.reference is None:
-        raise UsageError(f"{config.experiment} names no reference: make one with `diffaccel reference EXPERIMENT`")
+        raise UsageError(
+            f"{config.experiment} has no reference: compute one with `diffaccel reference EXPERIMENT`, and set "
+            "reference="
+        )
     reference = load_reference(config.reference, extractor)
     floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
     for path, found in ((config.reference, reference), (config.floor, floor)):
@@ -107,10 +111,10 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
 
 
 def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
-    """Build what measures bits per dimension, if that is asked for.
+    """Build the measurement of bits per dimension; None if it is not configured.
 
     Raises:
-        UsageError: The prior has no density.
+        UsageError: The prior has no fixed level or no density.
     """
     if not config.likelihood:
         return None
@@ -120,10 +124,10 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
 
 
 def build_fitted(config: Config, sampler: Sampler) -> list[DensityPrior]:
-    """Build the experiment's density prior at the further times that it was fitted at, ``tradeoff.densities``.
+    """Build the experiment's density prior at further times of a fit, ``tradeoff.densities``.
 
     Raises:
-        UsageError: Weights that are missing, broken, or of another level or density.
+        UsageError: Weights are missing, damaged, or of another level or density.
     """
     node = {key: value for key, value in config.prior.items() if key != "ratio_star"}
     found = []
@@ -138,7 +142,7 @@ def build_searcher(config: Config, sampler: Sampler) -> Searcher:
     """Build the search of ``config.search``.
 
     Raises:
-        UsageError: As :func:`build_evaluator`, or a search that is out of range.
+        UsageError: See :func:`build_evaluator`; or the search is out of range.
     """
     posterior = getattr(sampler.prior, "posterior", None)
     return Searcher(

@@ -1,6 +1,6 @@
-"""The header of a file of weights (:mod:`~diffaccel.weights.header`), compared with the experiment that uses the file.
+"""Comparison of the header of a weights file (:mod:`~diffaccel.weights.header`) with an experiment.
 
-Keys that a header lacks are not compared.
+Keys that are missing from a header are not compared.
 """
 
 import json
@@ -27,93 +27,95 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "density": DENSITIES,
 }
 FREE = {
-    "network": ("dropout",),  # acts in training alone
-    "denoiser": ("ratio_min", "ratio_max"),  # a claim; `trained_ratios` is what training did
+    "network": ("dropout",),  # affects training only
+    "denoiser": ("ratio_min", "ratio_max"),  # the range of training is in `trained_ratios`
 }
-"""Keys of a part that may differ from the file's: its weights do not depend on them."""
+"""Keys of a part that do not affect its weights, and may differ from those in the file."""
 NAMED = 4
-"""Differences that an error shows."""
+"""Maximum number of differences in an error message."""
 OVER_A_DENOISER = ("generator",)
-"""Kinds of weights that belong to the denoiser that they were trained over."""
+"""Kinds of weights that are valid only with the denoiser that they were trained with."""
 
 
-def check_header(path: Path, said: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Compare a header with what is asked of the file.
+def check_header(path: Path, header: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare a header with the values of an experiment.
 
     Args:
-        path: The file.
-        said: Its header.
-        asked: Key of the header -> the value that the experiment has there.
+        path: File.
+        header: Header of the file.
+        asked: Key of the header -> value in the experiment.
 
     Raises:
-        UsageError: The file has another value of a key; the message shows both.
+        UsageError: The file has another value; the message contains both.
     """
     differences = [
         f"{key} is {_short(theirs)} in the file and {_short(ours)} in the experiment"
         for part, value in asked.items()
-        if part in said
-        for key, theirs, ours in _compare(part, said[part], value)
+        if part in header
+        for key, theirs, ours in _compare(part, header[part], value)
     ]
     if differences:
         more = f", and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
-        origin = f" ({said['experiment']}, by its header)" if said.get("experiment") else ""
+        origin = f" ({header['experiment']} by its header)" if header.get("experiment") else ""
         raise UsageError(
-            f"{path} does not fit the experiment: {'; '.join(differences[:NAMED])}{more}: take the experiment that the "
-            f"file was made with{origin}, or another file"
+            f"{path} does not fit the experiment: {'; '.join(differences[:NAMED])}{more}: use the experiment that the "
+            "file "
+            f"was made with{origin}, or another file"
         )
 
 
-def check_ratios(path: Path, said: Mapping[str, Any], used: tuple[float, float]) -> None:
-    """Refuse weights trained on fewer noise levels than the denoiser is used at.
+def check_ratios(path: Path, header: Mapping[str, Any], used: tuple[float, float]) -> None:
+    """Check that weights were trained on all noise levels at which they are used.
 
     Args:
-        path: The file.
-        said: Its header.
-        used: Least and largest noise-to-data ratio in use.
+        path: File.
+        header: Header of the file.
+        used: Lowest and highest noise-to-data ratio in use.
 
     Raises:
-        UsageError: ``used`` extends beyond the range in the header; 0.1 % is allowed for rounding.
+        UsageError: ``used`` exceeds the range in the header; 0.1 % is allowed for rounding.
     """
-    if (trained := said.get("trained_ratios")) is None:
+    if (trained := header.get("trained_ratios")) is None:
         return
     (low, high), (least, most) = used, trained
     if low < 0.999 * least or high > 1.001 * most:
         raise UsageError(
-            f"{path} was trained on noise-to-data ratios from {least:.4g} to {most:.4g}, and the experiment's denoiser "
+            f"{path} was trained on noise-to-data ratios from {least:.4g} to {most:.4g}, but the experiment's denoiser "
             f"covers {low:.4g} to {high:.4g}: set denoiser.ratio_min={least:.6g} and denoiser.ratio_max={most:.6g}, or "
-            "take a file trained on all of them"
+            "use a file trained on the whole range"
         )
 
 
 def check_denoiser(weights: Weights, denoiser: Denoiser) -> None:
-    """Refuse a generator that was trained over another denoiser than the experiment's.
+    """Check that a generator was trained with the experiment's denoiser.
 
-    Weights of other kinds serve any denoiser, whatever ``stands_on`` records: a density and a noise-level classifier
-    are fitted to noisy data and never evaluate the denoiser. A generator learns from it (as its start, in the features
-    of a critic, in objectives such as pairs of the ODE), so that its states suit the denoiser that it was trained over.
+    Weights of other kinds are valid with any denoiser, whatever ``stands_on`` contains: densities and noise-level
+    classifiers are fitted to noisy data and do not use the denoiser. A generator is trained with the denoiser (by its
+    initialisation, the features of a critic, and objectives such as ODE pairs), so that its states suit this denoiser.
 
     Raises:
-        UsageError: The hashes differ; the message shows both.
+        UsageError: The hashes of the denoisers differ; the message contains both.
     """
     trained = weights.header.get("stands_on")
     if weights.kind not in OVER_A_DENOISER or trained is None or not isinstance(denoiser, NetworkDenoiser):
         return
     if (own := tensors_sha256(denoiser.network.state_dict())) != trained:
         raise UsageError(
-            f"{weights.path} holds a {weights.kind} that was trained over the denoiser {trained[:16]}, and the "
-            f"experiment's denoiser is {own[:16]} (hashes of their tensors): set checkpoint= to the denoiser "
-            "that it was trained over, or fit it anew"
+            f"{weights.path} contains a {weights.kind} that was trained with the denoiser {trained[:16]}, but the "
+            f"experiment's denoiser is {own[:16]} (hashes of the tensors): set checkpoint= to the former denoiser, or "
+            "fit "
+            f"the {weights.kind} again"
         )
 
 
 def _compare(part: str, theirs: Any, ours: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted keys at which two values differ, with both."""
+    """Yield the dotted keys at which two values differ, with both values."""
     theirs, ours = _completed(part, theirs), _completed(part, ours)
     if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
         if theirs != ours:
             yield part, theirs, ours
         return
-    if theirs.get("name") != ours.get("name"):  # other keys are then another part's
+    if theirs.get("name") != ours.get("name"):  # the other keys are of different parts
         yield part, theirs.get("name"), ours.get("name")
         return
     for key in sorted(theirs.keys() | ours.keys()):
@@ -122,7 +124,7 @@ def _compare(part: str, theirs: Any, ours: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _completed(part: str, value: Any) -> Any:
-    """Give a part the defaults of the keys it leaves out; plain JSON, so that files and experiments compare."""
+    """Add the defaults of missing keys to a part, as plain JSON, so that files and experiments are comparable."""
     if not isinstance(value, Mapping):
         return json.loads(json.dumps(value))
     registry = REGISTRIES.get(part)

@@ -21,7 +21,7 @@ from diffaccel.version import __version__
 def identify(
     config: Config, extractor: Extractor, reference: Reference, floor: Reference | None
 ) -> Callable[[float], Identity]:
-    """Say, for each budget, all that a point's images and their scores follow from."""
+    """Return a function budget -> everything that determines the images and metrics of a point."""
     scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
     scores["floor"] = floor and floor.sha256
     if config.likelihood:
@@ -33,7 +33,7 @@ def identify(
 
 
 def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
-    """Say, for each budget, all that generated images follow from; files by what is in them."""
+    """Return a function budget -> everything that determines the images, with hashes in place of files."""
     parts = identify_parts(config)
 
     def at(budget: float) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
 
 
 def identify_parts(config: Config) -> dict[str, Any]:
-    """Collect the parts and settings that determine images, but for budget, prior and solver."""
+    """Collect the parts and settings that determine images, except for budget, prior and solver."""
     keys = ("method", "shape", "precision", "compile", "channels_last", "n", "seed", "batch_size")
     return {
         **{key: getattr(config, key) for key in keys},
@@ -57,7 +57,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
 
 
 def by_content(part: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part's node with the hash of each file that it names, its own parts' included, and not the path."""
+    """Return a part's node with the hash of each file in place of its path, those of its own parts included."""
     return _by_content(registry_of(part), node)
 
 
@@ -66,7 +66,7 @@ def _by_content(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, A
     for key, value in node.items():
         annotation = registry.annotation(key, node.get("name"))
         if isinstance(value, str) and is_path(annotation) and (key in registry.extra or Path(value).is_file()):
-            found[key] = _content(value)  # a checkpoint may be a folder of diffusers; what other folders hold is open
+            found[key] = _content(value)  # a checkpoint may be a folder of diffusers; other folders are not hashed
         elif isinstance(value, Mapping) and (inner := part_of(annotation)) is not None:
             found[key] = _by_content(inner, value)
     return found
@@ -77,15 +77,15 @@ def _content(path: str | None) -> str | None:
 
 
 def describe_configuration(config: Config, measured: bool) -> dict[str, Any]:
-    """Record what a point follows from besides budget, settings, n and seed: it tells curves apart in a comparison.
+    """Collect what determines a point besides budget, settings, n and seed, to distinguish curves in a comparison.
 
     Args:
-        config: The run's.
-        measured: Whether with the weights that the configuration names, and not with some in training.
+        config: Configuration of the run.
+        measured: Whether the point is of the configured weights, and not of weights in training.
     """
     found = identify_parts(config)
     for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
-        found.pop(key, None)  # they have keys of their own, or change nothing beyond rounding
+        found.pop(key, None)  # separate keys of the point, or irrelevant beyond rounding
     if config.by_nfe:
         tuning = json.dumps([config.prior, config.solver, config.by_nfe], sort_keys=True, default=str)
         found["tuning"] = hashlib.sha256(tuning.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Weights into the networks of an experiment: every file is compared with what it is wanted for before it is used."""
+"""Loading of weights into the networks of an experiment; every file is compared with the experiment first."""
 
 import os
 import shlex
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 
 def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
-    """Read a network's weights from a file of any format; those of a training state are its averaged ones.
+    """Load a network's weights from a file of any format; from a training state, the averaged weights.
 
     Args:
-        path: The file, or a folder of diffusers.
-        network: The network that takes the weights.
-        kind: ``denoiser``, ``generator``, ``density`` or ``classifier``.
-        asked: Key of the file's header -> its value in the experiment.
+        path: File, or folder in diffusers format.
+        network: Network to load the weights into.
+        kind: Kind of the weights: ``denoiser``, ``generator``, ``density`` or ``classifier``.
+        asked: Key of the file's header -> value in the experiment.
 
     Returns:
-        The open file.
+        Open file.
 
     Raises:
-        UsageError: The file is missing, broken, holds code, or is of another kind or network; or its header differs.
+        UsageError: The file is missing, damaged, contains code, or is of another kind or network; or its header differs
+            from the experiment.
     """
     weights = open_weights(path).of(kind)
     check_header(path, weights.header, asked)
@@ -45,7 +46,7 @@ def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, 
 
 
 def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict[str, Any]:
-    """Read a denoiser's weights and return the file's header.
+    """Load a denoiser's weights and return the file's header.
 
     Raises:
         UsageError: See :func:`load_network`.
@@ -53,27 +54,27 @@ def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict
     asked: dict[str, Any] = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
     if not denoiser.any_process:
         asked["process"] = config.process
-    said = dict(load_network(path, denoiser.network, "denoiser", asked).header)
-    if said.get("label_drop") == 0:
-        denoiser.network.null_class = False  # type: ignore[assignment]  # a network's own attribute
-    return said
+    header = dict(load_network(path, denoiser.network, "denoiser", asked).header)
+    if header.get("label_drop") == 0:
+        denoiser.network.null_class = False  # type: ignore[assignment]  # an attribute of the network
+    return header
 
 
 def load_prior(
     config: Config, path: Path, prior: Prior, node: Mapping[str, Any], denoiser: Denoiser | None = None
 ) -> None:
-    """Read the weights of the one network that a prior has.
+    """Load the weights of a prior's network.
 
     Args:
-        config: The run's.
-        path: The file.
-        prior: The prior.
-        node: The prior's keys in the experiment.
-        denoiser: The denoiser that the prior samples with; None if it may differ from that of the prior's fit, as
-            where a fit only begins with the weights.
+        config: Configuration of the run.
+        path: File.
+        prior: Prior with one network.
+        node: Keys of the prior in the experiment.
+        denoiser: Denoiser that the prior samples with; None if it may differ from that of the prior's fit, for example
+            for the initial weights of a fit.
 
     Raises:
-        UsageError: See :func:`load_network`; or a generator was trained over another denoiser.
+        UsageError: See :func:`load_network`; or a generator was trained with another denoiser.
     """
     ((name, network),) = prior.networks().items()
     asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node)}
@@ -83,10 +84,10 @@ def load_prior(
 
 
 def check_shared_prior(config: Config, prior: Prior) -> None:
-    """Compare a prior that is fitted in the denoiser's own weights with the header of their file.
+    """Compare a prior that shares the denoiser's weights with the header of their file.
 
     Raises:
-        UsageError: They differ.
+        UsageError: The prior differs from that of the fit.
     """
     if prior.uses_denoiser_weights and config.checkpoint:
         path = Path(config.checkpoint)
@@ -94,15 +95,15 @@ def check_shared_prior(config: Config, prior: Prior) -> None:
 
 
 def check_trained(config: Config, sampler: Sampler, fitted: bool = True) -> None:
-    """Refuse networks without weights: what they sample says nothing.
+    """Check that all networks have trained weights.
 
     Args:
-        config: The run's.
-        sampler: Holds the networks.
+        config: Configuration of the run.
+        sampler: Sampler with the networks.
         fitted: Whether a fit of the experiment trains its denoiser.
 
     Raises:
-        UsageError: The denoiser, a prior that is fitted, or the classifier of a chain has no checkpoint.
+        UsageError: The denoiser, a fitted prior, or the classifier of a chain has no checkpoint.
     """
     for part, key, wanted, given, trains in (
         ("denoiser", "checkpoint", bool(config.network), config.checkpoint, fitted),
@@ -116,24 +117,25 @@ def check_trained(config: Config, sampler: Sampler, fitted: bool = True) -> None
         ),
     ):
         if wanted and not given:
-            left = f"which `diffaccel fit {shlex.quote(config.experiment)}` leaves" if trains else "its fit trains none"
-            raise UsageError(f"{config.experiment} names no weights for its {part}: set {key}=FILE, {left}")
+            fit = f"`diffaccel fit {shlex.quote(config.experiment)}`"
+            origin = f"the output of {fit}" if trains else "which the experiment's fit does not train"
+            raise UsageError(f"{config.experiment} has no weights for its {part}: set {key}=FILE, {origin}")
 
 
 def adopt(config: Config) -> Pretrained | None:
-    """Take network and preconditioning from a checkpoint that brings its own; None if it brings none.
+    """Replace network and preconditioning by those of a self-describing checkpoint; None for other checkpoints.
 
-    A network's weights mean nothing under another preconditioning, so that the experiment's own two give way. Its
-    process stays: what is read runs on any.
+    The weights are valid only with the network's own preconditioning, so that both replace the experiment's. The
+    experiment's process is kept, because these denoisers run on any process.
 
     Raises:
-        UsageError: The checkpoint is refused, or makes images of another shape.
+        UsageError: The checkpoint is invalid, or makes images of another shape.
     """
     path = Path(config.checkpoint or "")
     if not config.checkpoint or not path.exists():
         return None
     if path.suffix == ".safetensors" and "source" not in read_description(path):
-        return None  # where its weights are not needed, as in a fit, the file may be broken
+        return None  # where the weights are not used, as in a fit, the file may be damaged
     weights = open_weights(path)
     if not weights.brings_network:
         return None
@@ -141,48 +143,51 @@ def adopt(config: Config) -> Pretrained | None:
     channels, height, width = config.shape
     if found.shape != (channels, height, width):
         raise UsageError(
-            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, the experiment's are of shape "
-            f"{(channels, height, width)}: take another experiment, or set shape="
+            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, but the experiment's images have "
+            "shape "
+            f"{(channels, height, width)}: choose another experiment, or set shape="
         )
     config.network, config.denoiser = found.network, found.denoiser
     return found
 
 
 def check_grid(solver: Solver, denoiser: Denoiser) -> None:
-    """Refuse a grid of the experiment's that goes on below what a checkpoint was trained on.
+    """Check that the solver's grid does not extend below the levels that a checkpoint was trained on.
 
     Raises:
-        UsageError: It does.
+        UsageError: The grid extends below them.
     """
     least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
     if least < 0.999 * low:
         raise UsageError(
-            f"the solver's grid ends at ratio {least:.4g}, the checkpoint is trained down to {low:.4g}: set "
+            f"the solver's grid ends at ratio {least:.4g}, but the checkpoint was trained down to {low:.4g}: set "
             f"solver.grid.ratio_min={low:.6g}"
         )
 
 
 def check_resumable(path: Path, method: "Diffusion") -> dict[str, Any]:
-    """Read a training state before a run goes on from it, and return its content.
+    """Read and check a training state before a run is resumed from it, and return its content.
 
     Raises:
-        UsageError: The file is broken, holds code, is of another kind or of other networks, or holds NaN.
+        UsageError: The file is damaged, contains code, is of another kind or of other networks, or contains NaN.
     """
     content = read_checkpoint(path)
     if "extractor" in content["diffaccel"]:
-        raise UsageError(f"resume: {path} is the training state of an extractor, and this run trains a method")
+        raise UsageError(
+            f"resume: {path} is the training state of an extractor, but this run trains a method: choose another file"
+        )
     assign_weights(content["state_dict"], method, f"the weights of {path}")
     network = method.averaged()
     average = dict(network.named_parameters()) if network is not None else {}
     if content["diffaccel"].get("ema", {}).keys() != average.keys():
-        raise UsageError(f"resume: {path} holds averages of other networks: go on with the settings that it had")
+        raise UsageError(f"resume: {path} contains averages of other networks: resume with the settings of its run")
     for what, tensors in (("", content["state_dict"]), (" (average)", content["diffaccel"].get("ema", {}))):
-        check_finite(tensors, f"resume: {path}{what}", "go on from an older checkpoint")
+        check_finite(tensors, f"resume: {path}{what}", "resume from an older checkpoint")
     return content
 
 
 def describe_checkpoint(config: Config, denoiser: Denoiser) -> dict[str, Any] | None:
-    """Path, hash and images seen of the denoiser's weights; None for an exact denoiser or one being trained."""
+    """Return path, hash and images seen of the denoiser's weights; None if it is exact or in training."""
     if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
         return None
     path, given = Path(config.checkpoint), as_given(config.checkpoint)

@@ -1,4 +1,4 @@
-"""LightningModules: one file per published method."""
+"""Methods as LightningModules: one module per published method."""
 
 from typing import TYPE_CHECKING
 

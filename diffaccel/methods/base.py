@@ -1,10 +1,11 @@
-"""The method that most rows of the table are: a denoiser, a prior, a solver, and how the denoiser is trained."""
+"""Base class of the methods: a sampler, and the training of its denoiser."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
@@ -24,104 +25,111 @@ from diffaccel.weights import tensors_sha256
 @METHODS.base
 @METHODS.register("diffusion")
 class Diffusion(TrainedModule):
-    """Baselines: whatever process, denoiser, prior and solver the experiment names.
+    """Diffusion with any process, denoiser, prior and solver: the baselines.
 
     Attributes:
-        sampler: Denoiser, prior and solver, with their settings by budget: all that a sample follows from.
+        sampler: Denoiser, prior and solver, with their settings by budget.
 
     Args:
-        sampler: What is trained, and samples.
-        levels: Noise levels to train at.
-        training: How to train.
-        seed: The run's seed.
+        sampler: Sampler whose denoiser is trained.
+        levels: Distribution of the training noise levels.
+        training: Settings of the training.
+        seed: Seed of the run.
     """
 
     starts_from: type = Prior
-    """Kind of prior without which a sample is none of the method's."""
+    """Type of prior that samples of the method start from."""
 
     def __init__(self, sampler: Sampler, levels: Levels, training: Training, seed: int = 0) -> None:
         super().__init__(training, seed)
         self.sampler, self.levels = sampler, levels
-        self.denoiser, self.prior = sampler.denoiser, sampler.prior  # registered here, for checkpoints and devices
+        self.denoiser, self.prior = (
+            sampler.denoiser,
+            sampler.prior,
+        )  # registered as submodules, for checkpoints and devices
         self.shape, self.classes = sampler.shape, sampler.classes
         self.truncated = self.frozen = False
 
     @classmethod
     def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
-        """Whether a fit of the method as ``node`` describes it leaves the denoiser's weights as they are."""
+        """Whether a fit of the method, configured by ``node``, keeps the denoiser's weights."""
         return bool(node.get("frozen", False))
 
     def truncate_denoiser(self, ratio_star: float) -> None:
-        """Train the denoiser up to a noise-to-data ratio and no further."""
+        """Restrict the denoiser's training to noise-to-data ratios up to ``ratio_star``."""
         self.denoiser.ratio_range = self.denoiser.ratio_range[0], ratio_star
         self.truncated = True
 
     # A frozen denoiser
 
     def freeze_denoiser(self) -> None:
-        """Keep the denoiser's weights; a checkpoint refers to them by their hash instead of copying them."""
+        """Freeze the denoiser's weights; checkpoints then contain their hash instead of a copy."""
         self.denoiser.requires_grad_(False).eval()
-        self.strict_loading = False  # a checkpoint leaves the denoiser out
+        self.strict_loading = False  # checkpoints do not contain the denoiser
         self.frozen = True
 
     def train(self, mode: bool = True) -> "Diffusion":
-        """Leave a frozen denoiser without dropout."""
+        """Set training mode, except for a frozen denoiser, which stays without dropout."""
         super().train(mode)
         if self.frozen:
             self.denoiser.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
-        """Leave a frozen denoiser out."""
+        """Return the state without the weights of a frozen denoiser."""
         state = super().state_dict(*args, **kwargs)
         left_out = "denoiser." if self.frozen else ()
         return {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the denoiser was trained on, or a frozen one's hash."""
+        """Add the denoiser's training range, and the hash of a frozen denoiser."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["diffaccel"] |= self.trained_ratios()
         if self.frozen:
             checkpoint["diffaccel"]["denoiser_sha256"] = tensors_sha256(self.denoiser.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on over another denoiser than the one that was frozen.
+        """Check that the checkpoint belongs to the same frozen denoiser.
 
         Raises:
-            UsageError: The checkpoint was made over other weights.
+            UsageError: The denoiser of the checkpoint has other weights.
         """
         super().on_load_checkpoint(checkpoint)
         known = checkpoint["diffaccel"].get("denoiser_sha256")
         if self.frozen and known != tensors_sha256(self.denoiser.state_dict()):
-            raise UsageError("resume: the checkpoint belongs to another denoiser: set checkpoint= to the one it had")
+            raise UsageError("resume: the training state belongs to another denoiser: set checkpoint= to that denoiser")
 
     # Training
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         if not isinstance(self.denoiser, NetworkDenoiser):
-            raise UsageError("this experiment's denoiser is exact: there is nothing to train")
+            raise UsageError("the denoiser of this experiment is exact, so that there is nothing to train")
         if self.training_plan.augment and not getattr(self.denoiser.network, "takes_augment", False):
-            raise UsageError(f"training.augment: the network is told of augmentations: set network.augment={LABELS}")
+            raise UsageError(
+                f"training.augment requires a network with augmentation labels: set network.augment={LABELS}"
+            )
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
     @property
     def trained_classes(self) -> int:
-        """Number of classes of what is trained, which labels have to fit; 0 if no label is used."""
+        """Number of classes of the trained networks, which the labels have to match; 0 if labels are not used."""
         return self.classes if self.trained_networks() else 0
 
     def trained_networks(self) -> dict[str, nn.Module]:
-        """Networks that sample and are trained by steps, by name: they are averaged, and left when training is done."""
+        """Return the networks that are trained step by step, averaged and exported, by name."""
         trained = isinstance(self.denoiser, NetworkDenoiser) and not self.frozen
         return {"denoiser": self.denoiser.network} if trained else {}
 
-    def averaged(self) -> nn.Module | None:  # noqa: D102
+    @override
+    def averaged(self) -> nn.Module | None:
         networks = self.trained_networks()
         return nn.ModuleDict(networks) if networks else None
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Return what training leaves: file name -> weights, and the header that describes them.
+        """Return the trained weights with their headers by file name.
 
-        The denoiser's are ``raw`` and, averaged, ``ema``; another network's go by its name.
+        The names are ``raw`` and, averaged, ``ema`` for the denoiser, and the network's name for other networks.
         """
         average = self.ema.state_dict() if self.ema is not None else {}
         found = {}
@@ -134,16 +142,16 @@ class Diffusion(TrainedModule):
         return found
 
     def trained_ratios(self) -> dict[str, Any]:
-        """Noise-to-data ratios that the denoiser is trained on, for its header; none if its levels have no bounds."""
+        """Return the header entry with the denoiser's training range; empty if its levels are unbounded."""
         bounded = self.truncated or getattr(self.levels, "bounded", True)
         return {"trained_ratios": list(self.denoiser.ratio_range)} if bounded else {}
 
     def describe_fit(self, data: DataModule) -> list[str]:
-        """Say how good what was fitted is on held-out images, a line each; nothing that the curve doesn't say."""
+        """Return lines that describe the quality of the fit on held-out images."""
         return []
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """Squared error of the network's output at one level a sample, (B,)."""
+        """Compute the squared error of the network's output at one noise level per sample, (B,)."""
         u = self.level_quantiles(batch, noise)
         x_0, labels = self.augmented(batch)
         t, weight = self.times(u.to(self.device))
@@ -151,7 +159,7 @@ class Diffusion(TrainedModule):
         loss = weight.to(loss) * loss
         if self.training_plan.pixel_sum:
             loss = loss * x_0[0].numel()
-        if self.logs_now:  # by quarters of the levels' law, from the least noise up
+        if self.logs_now:  # by quarters of the distribution of levels, from low to high noise
             quarters = [loss[(4 * u).long().clamp_max(3) == quarter] for quarter in range(4)]
             self.note({f"denoiser_loss_quarter_{i}": part.mean() for i, part in enumerate(quarters, 1) if len(part)})
         return loss
@@ -159,32 +167,32 @@ class Diffusion(TrainedModule):
     def level_loss(
         self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
     ) -> Tensor:
-        """Error at times t, (B,), on images with their class and augmentation labels."""
+        """Compute the loss at times t (B,) of images with class and augmentation labels, (B,)."""
         assert isinstance(self.denoiser, NetworkDenoiser)
         return self.denoiser.loss(x_0, t, noise.normal(x_0), condition, augment)
 
     def level_quantiles(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """Where each sample's level lies in their law, (B,) in [0, 1]."""
+        """Draw the quantile of each sample's level in the distribution of levels, (B,) in [0, 1]."""
         if not self.training_plan.antithetic:
             return noise.uniform()
-        # Neighbours in the stream share a number, in whatever batches and processes they are.
+        # Neighbours in the stream share a number, whichever batches and ranks they are in.
         u = NoiseStreams(self.seed, batch.index // 2, "pairs of levels").uniform()
         return torch.where(batch.index.cpu() % 2 == 1, 1 - u, u)
 
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training times at quantiles of the levels, and the weight of the loss there: (B,) -> (B,) each, float64."""
+        """Compute the times at quantiles of the levels, and the weights of the loss: (B,) -> (B,) each, float64."""
         t = self.levels(self.denoiser, u)
         return t, torch.ones_like(t)
 
     def drop_labels(self, condition: Tensor | None, noise: NoiseStreams) -> Tensor | None:
-        """Replace some labels by the null class."""
+        """Replace a random fraction ``label_drop`` of the labels by the null class."""
         if condition is None or not self.classes:
             return None
         dropped = noise.uniform().to(condition.device) < self.training_plan.label_drop
         return condition.masked_fill(dropped, self.classes)
 
     def augmented(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Images to train on and their augmentation labels, (B, 9); None if images are left as they are."""
+        """Return augmented images and their augmentation labels (B, 9); None as labels without augmentation."""
         if not self.training_plan.augment:
             return batch.image, None
         return augment(batch.image, self.training_plan.augment, NoiseStreams(self.seed, batch.index, "augmentation"))

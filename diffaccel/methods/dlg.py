@@ -1,4 +1,4 @@
-"""Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593: a chain over pretrained scores."""
+"""Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593: a chain on pretrained scores."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.errors import UsageError
@@ -18,18 +19,18 @@ from diffaccel.training.module import Phase
 
 @METHODS.register("dlg")
 class DenoisingLangevinGibbs(Diffusion):
-    """A frozen denoiser, a chain prior, and the noise-level classifier that the chain asks; only that is trained.
+    """Training of the noise-level classifier of a chain prior; the pretrained denoiser is frozen.
 
     Args:
-        parts: Those of :class:`Diffusion`; the denoiser is pretrained, and frozen here, the prior a
-            :class:`~diffaccel.prior.LangevinGibbsPrior`; the levels are unused.
+        parts: Arguments of :class:`Diffusion`; the prior is a :class:`~diffaccel.prior.LangevinGibbsPrior`, and the
+            levels are ignored.
     """
 
     starts_from = ChainPrior
 
     @classmethod
     def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def __init__(self, **parts: Any) -> None:
@@ -38,28 +39,30 @@ class DenoisingLangevinGibbs(Diffusion):
 
     @property
     def classifier(self) -> ClassifierPosterior:
-        """The trained part.
+        """Classifier that is trained.
 
         Raises:
-            UsageError: The prior is no chain, or its posterior is exact.
+            UsageError: The prior is not a Langevin-Gibbs chain, or its posterior is exact.
         """
         posterior = self.prior.posterior if isinstance(self.prior, LangevinGibbsPrior) else None
         if not isinstance(posterior, ClassifierPosterior):
-            raise UsageError("this experiment has no noise classifier: there is nothing to train")
+            raise UsageError("this experiment has no noise classifier, so that there is nothing to train")
         return posterior
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         return [Phase("classifier", self.classifier.network.parameters(), self.classifier_loss)]
 
-    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:  # noqa: D102
+    @override
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
         return {"classifier": (self.classifier.network.state_dict(), {"kind": "classifier"})}
 
     def describe_fit(self, data: DataModule) -> list[str]:
-        """Say how exactly the noise classifier reads levels."""
+        """Describe the accuracy of the noise-level classifier."""
         images = (to_float(images) for _, images, _ in data.batches("test", 250))
         found = accept(self.classifier, images, self.seed)
         worst = max(found.error.values())
-        verdict = "accepted" if found.accepted else "NOT accepted: train longer (images=), the chain would drift"
+        verdict = "accepted" if found.accepted else "NOT accepted, the chain would drift: train longer (images=)"
         decades = ", ".join(f"{decade}: {error:.4f}" for decade, error in found.error.items())
         return [
             f"noise classifier: mean |ln sigma error| by decade {decades} (worst {worst:.4f}, limit {found.limit:.4f})"
@@ -67,19 +70,19 @@ class DenoisingLangevinGibbs(Diffusion):
         ]
 
     def classifier_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """Cross-entropy at one level a sample, uniform over the table, (B,) in nats."""
+        """Compute the cross-entropy at one level per sample, uniform over the levels, (B,) in nats."""
         index = (noise.uniform() * len(self.classifier.levels)).long().to(self.device)
         return self.classifier.loss(batch.image, index, noise.normal(batch.image))
 
 
 class Acceptance(NamedTuple):
-    """How exactly a classifier reads levels, decade by decade.
+    """Accuracy of a noise-level classifier.
 
     Attributes:
         error: Mean of abs(ln sigma_hat - ln sigma) in each decade of sigma, keyed by the decade's lower end.
-        limit: What is accepted: 3 / sqrt(2 d), or two levels of the table if that is more.
-        top_1: Share of levels named exactly.
-        cross_entropy: Mean over levels and images, in nats.
+        limit: Maximum accepted error: 3 / sqrt(2 d), or the spacing of two levels if that is larger.
+        top_1: Fraction of levels classified exactly.
+        cross_entropy: Mean cross-entropy over levels and images, in nats.
     """
 
     error: dict[str, float]
@@ -95,15 +98,15 @@ class Acceptance(NamedTuple):
 
 @torch.no_grad()
 def accept(posterior: ClassifierPosterior, batches: Iterable[Tensor], seed: int = 0) -> Acceptance:
-    """Test a noise classifier on held-out images.
+    """Test a noise-level classifier on held-out images.
 
-    In d dimensions a state fixes its level to a relative accuracy of about 1 / sqrt(2 d), so that, and not the share of
-    exact hits, says what can be asked.
+    A state in d dimensions determines its level to a relative accuracy of about 1 / sqrt(2 d). The limit of the error
+    therefore follows from d, and not from the fraction of exact hits.
 
     Args:
-        posterior: The classifier and its levels.
-        batches: Clean images in [-1, 1], (B, C, H, W) each.
-        seed: Levels and noise.
+        posterior: Classifier with its levels.
+        batches: Batches of clean images in [-1, 1], (B, C, H, W) each.
+        seed: Seed of levels and noise.
     """
     errors, sigmas, hits, entropies, first = [], [], [], [], 0
     dimension = 1
@@ -121,7 +124,7 @@ def accept(posterior: ClassifierPosterior, batches: Iterable[Tensor], seed: int 
     error, decade = (
         torch.cat(errors),
         (torch.cat(sigmas).log10() - 1e-9).floor().long(),
-    )  # a table's top belongs to the decade below
+    )  # the highest level belongs to the decade below
     spacing = (posterior.levels[0] / posterior.levels[-1]).log().item() / (len(posterior.levels) - 1)
     return Acceptance(
         {f"{10.0**k:g}": error[decade == k].mean().item() for k in decade.unique().tolist()},

@@ -1,4 +1,4 @@
-"""``method: extractor``: no sampling method, but the training of a feature network that scores."""
+"""``method: extractor``, which trains the feature network that scores images; it is not a sampling method."""
 
 from diffaccel.features.fitting import fit_extractor
 from diffaccel.methods.registry import METHODS

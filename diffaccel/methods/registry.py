@@ -1,4 +1,4 @@
-"""Methods by name. The methods themselves need Lightning, which is imported when one is looked up."""
+"""Registry of the methods. Lightning, which the methods require, is imported when a method is looked up."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Small-time diffusion: a short diffusion and a density that bridges the rest (Franzese et al., 2023, 2206.05173)."""
+"""Small-time diffusion (Franzese et al., 2023), arXiv 2206.05173: a short diffusion that starts from a density."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.collective import failing_together
 from diffaccel.data import Batch, DataModule, to_float
@@ -24,21 +25,22 @@ Weighting = Literal["sigma", "likelihood"]
 
 @METHODS.register("small_t")
 class SmallTimeDiffusion(Diffusion):
-    """A diffusion up to the prior's level alone, whose start is a density fitted to the noisy data there.
+    """Training of a diffusion up to the prior's noise level, and of a density of the noisy data at that level.
 
-    Score and density have objectives and weights of their own, so they are fitted in any order; densities in closed
-    form, and those fitted by EM, are fitted before the first step. A frozen denoiser of the full range may be reused:
-    that costs no training, and is at worst as good as one trained on [epsilon, T].
+    Score and density have separate objectives and weights, and can be fitted in any order. Densities that have a closed
+    form or are fitted by EM are fitted before the first step. A frozen denoiser trained on the full range can be reused
+    without training.
 
     Args:
-        frozen: Whether the denoiser keeps its weights and only the density is fitted.
-        weighting: Of the score's loss at t: ``sigma``, |sigma_t s + z|^2, or ``likelihood``, g^2 |s + z / sigma_t|^2
-            over twice the levels' density, whose mean is the bound's term I for any levels.
-        stratified: Whether a step's times are one of each of as many equal shares of the levels.
-        density_lr: The density's learning rate over the run's.
-        parts: Those of :class:`Diffusion`; the prior is a :class:`~diffaccel.prior.DensityPrior` to be fitted, any
-            other only samples. A denoiser that is trained is trained up to the prior's level. Levels ``uniform`` in
-            time are the paper's, ``log_uniform`` the importance sampling that goes with ``likelihood``.
+        frozen: Whether to freeze the denoiser and fit only the density.
+        weighting: Weighting of the score's loss at t: ``sigma``, |sigma_t s + z|^2, or ``likelihood``,
+            g^2 |s + z / sigma_t|^2 divided by twice the density of the levels, whose mean is term I of the bound for
+            any distribution of levels.
+        stratified: Whether to stratify the times of a step, with one image per stratum of the levels.
+        density_lr: Learning rate of the density, as a factor on the run's.
+        parts: Arguments of :class:`Diffusion`; a :class:`~diffaccel.prior.DensityPrior` is fitted, other priors can
+            only sample. A denoiser is trained up to the prior's level. The paper's levels are ``uniform`` in time;
+            ``log_uniform`` is importance sampling for ``likelihood``.
 
     References:
         How Much Is Enough? A Study on Diffusion Times in Score-Based Generative Models (Franzese et al., 2023),
@@ -60,16 +62,16 @@ class SmallTimeDiffusion(Diffusion):
         self.weighting, self.stratified, self.density_lr = weighting, stratified, density_lr
         if stratified and self.training_plan.antithetic and self.training_plan.batch_size % 2:
             raise UsageError(
-                f"method 'small_t': mirrored pairs of levels share out an even batch, training.batch_size is "
-                f"{self.training_plan.batch_size}: make it even, or set training.antithetic=false"
+                f"method 'small_t': training.batch_size is {self.training_plan.batch_size}, but antithetic pairs of "
+                "stratified levels require an even number: make it even, or set training.antithetic=false"
             )
         prior = self.prior
         if isinstance(prior, DensityPrior):
             low, high = self.denoiser.ratio_range
             if not low < prior.ratio_star <= high * 1.001:
                 raise UsageError(
-                    f"method 'small_t': the start's ratio {prior.ratio_star:.4g} is none that the denoiser knows, "
-                    f"[{low:.4g}, {high:.4g}]: change prior.T, or denoiser.ratio_max"
+                    f"method 'small_t': the prior's noise-to-data ratio {prior.ratio_star:.4g} is outside the "
+                    f"denoiser's range [{low:.4g}, {high:.4g}]: change prior.T, or denoiser.ratio_max"
                 )
             if not frozen:
                 self.truncate_denoiser(prior.ratio_star)
@@ -78,17 +80,17 @@ class SmallTimeDiffusion(Diffusion):
 
     @property
     def density(self) -> Density:
-        """What is fitted.
+        """Density that is fitted.
 
         Raises:
-            UsageError: The experiment has another prior.
+            UsageError: The prior is not a density prior.
         """
         if not isinstance(self.prior, DensityPrior):
-            raise UsageError("method 'small_t' fits a density prior: set prior=density")
+            raise UsageError("method 'small_t' requires a density prior: set prior=density")
         return self.prior.density
 
     def phases(self) -> list[Phase]:
-        """The denoiser's, unless it is frozen, and the density's, if it is trained by steps."""
+        """Return the phases of a denoiser that is not frozen, and of a density that is trained step by step."""
         found = [] if self.frozen else super().phases()
         if parameters := list(self.density.parameters()):
             found.append(Phase("density", parameters, self.density_loss, lr=self.density_lr))
@@ -96,14 +98,15 @@ class SmallTimeDiffusion(Diffusion):
 
     @property
     def trained_classes(self) -> int:
-        """The denoiser's; a density sees no labels."""
+        """Number of classes of the denoiser, if it is trained; a density does not use labels."""
         return 0 if self.frozen else self.classes
 
-    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def trained_networks(self) -> dict[str, nn.Module]:
         return super().trained_networks() | ({"density": self.density} if list(self.density.parameters()) else {})
 
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-        """The denoiser's, and ``density``, averaged, in float32: rounding would move its moments."""
+        """Return the denoiser's weights and those of ``density``, averaged, in float32 to keep its moments exact."""
         found = super().exports()
         found.pop("density_raw", None)
         state, _ = found.get("density", (self.density.state_dict(), {}))
@@ -118,25 +121,25 @@ class SmallTimeDiffusion(Diffusion):
         return {**found, "density": (state, said)}
 
     def describe_fit(self, data: DataModule) -> list[str]:
-        """Say what the density knows of held-out noisy images."""
+        """Describe the likelihood of held-out noisy images."""
         if not self.density.normalised:
             return []
         with self.averaged_weights():
             density = self.density.cpu().eval()
             found = judge(density, (to_float(images) for _, images, _ in data.batches("test", 250)), self.seed)
         verdict = (
-            "" if found.plausible else "; BELOW THE NOISE'S OWN ENTROPY: it has learned noise, or isn't normalised"
+            "" if found.plausible else "; BELOW THE ENTROPY OF THE NOISE: the density is overfitted or not normalised"
         )
         return [
             f"density: {found.bits:.4f} bits/dim on held-out noisy images, {found.gain:.4f} ± {found.se:.4f} below "
-            f"N(0, I) (the noise alone has {found.floor:.4f}); largest |x_T| of as many draws "
+            f"N(0, I) (entropy of the noise: {found.floor:.4f}); largest |x_T| of as many draws "
             f"{found.largest:.3g}{verdict}"
         ]
 
     # Fitting
 
     def on_fit_start(self) -> None:
-        """Fit what needs no steps, unless the checkpoint brought it."""
+        """Fit a density that is not trained step by step, unless the checkpoint contains it."""
         super().on_fit_start()
         if self.density.fitted:
             return
@@ -152,35 +155,37 @@ class SmallTimeDiffusion(Diffusion):
         self.density.broadcast()
 
     def on_train_start(self) -> None:
-        """Where there is nothing to step, the run is done: it has seen every image once."""
+        """End the run if nothing is trained step by step; every image has been seen once."""
         if not self._phases:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.images_seen = self.training_plan.images = data.size("train")
         super().on_train_start()
 
     def density_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """The density's loss on the batch with fresh noise, (B,)."""
+        """Compute the density's loss on the batch with fresh noise, (B,)."""
         y = batch.image + self.density.ratio * noise.normal(batch.image)
         with full_precision(y):
             return self.density.loss(y)
 
     def level_quantiles(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """One of each of as many equal shares as the global batch has images, by the position in the stream."""
+        """Draw stratified quantiles, with one stratum per image of the global batch by its position in the stream."""
         if not self.stratified:
             return super().level_quantiles(batch, noise)
         size, index = self.training_plan.batch_size, batch.index.cpu()
         if not self.training_plan.antithetic:
             return ((index % size) + noise.uniform()) / size
         u = NoiseStreams(self.seed, index // 2, "pairs of levels").uniform()
-        lower = ((index // 2) % (size // 2) + u) / size  # pairs share out the lower half, mirrors the upper one
+        lower = (
+            (index // 2) % (size // 2) + u
+        ) / size  # the first of a pair is in the lower half, its mirror image in the upper half
         return torch.where(index % 2 == 1, 1 - lower, lower)
 
     @torch.enable_grad()
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training times and the weights of |sigma_t s + z|^2 there, (B,) each, float64.
+        """Compute the training times and the weights of |sigma_t s + z|^2, (B,) each, float64.
 
-        One over the density of t = levels(u) is dt / du, so that g^2 / (2 sigma^2) dt / du is the likelihood's weight
-        for any levels: with ``log_uniform`` a constant.
+        The density of t = levels(u) is 1 / (dt / du), so that the likelihood's weight is g^2 / (2 sigma^2) dt / du for
+        any distribution of levels; with ``log_uniform`` it is constant.
         """
         if self.weighting == "sigma":
             return super().times(u)
@@ -192,23 +197,23 @@ class SmallTimeDiffusion(Diffusion):
     def level_loss(
         self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
     ) -> Tensor:
-        """Squared error of the predicted noise, whatever the network predicts, mean over C, H, W: (B,)."""
+        """Compute the squared error of the predicted noise for any prediction target, averaged over C, H, W: (B,)."""
         eps = noise.normal(x_0)
-        labels = () if augment is None else (augment,)  # an exact denoiser takes none
+        labels = () if augment is None else (augment,)  # an exact denoiser has no such argument
         found = self.denoiser(self.denoiser.process.marginal(x_0, t, eps), t, condition, *labels).eps
         return (found - eps).square().flatten(1).mean(1)
 
 
 class Fit(NamedTuple):
-    """How well a density knows held-out noisy images.
+    """Likelihood of held-out noisy images under a density.
 
     Attributes:
-        bits: -log nu(y) in bits per dimension of VP's x = y / sqrt(1 + ratio^2).
-        bits_se: Its standard error.
-        gain: Bits per dimension below N(0, I).
-        se: Standard error of the gain.
-        floor: What no density can have less of: the entropy of the noise.
-        largest: Largest |x| of as many draws.
+        bits: -log nu(y) in bits per dimension of x = y / sqrt(1 + ratio^2), as on variance preserving processes.
+        bits_se: Standard error of ``bits``.
+        gain: Difference to N(0, I) in bits per dimension, positive if the density is better.
+        se: Standard error of ``gain``.
+        floor: Lower bound of ``bits``: the entropy of the noise.
+        largest: Largest |x| among as many draws as there are images.
     """
 
     bits: float
@@ -220,13 +225,19 @@ class Fit(NamedTuple):
 
     @property
     def plausible(self) -> bool:
-        """Whether it keeps to the floor; below it noise was learned by heart, or the density isn't normalised."""
+        """Whether ``bits`` is not below the floor; otherwise the density is overfitted or not normalised."""
         return self.bits >= self.floor - 3 * self.bits_se
 
 
 @torch.no_grad()
 def judge(density: Density, batches: Iterable[Tensor], seed: int = 0) -> Fit:
-    """Test a density on clean images in [-1, 1], (B, C, H, W) each, with noise from streams of their own."""
+    """Test a density on held-out images.
+
+    Args:
+        density: Fitted density.
+        batches: Batches of clean images in [-1, 1], (B, C, H, W) each.
+        seed: Seed of the noise.
+    """
     normal = NormalDensity(density.shape, density.ratio)
     scale, own, control, largest, first = math.sqrt(1 + density.ratio**2), [], [], 0.0, 0
     for x_0 in batches:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
@@ -27,27 +28,28 @@ from diffaccel.training.objectives import OBJECTIVES, in_units
 
 @METHODS.register("tdpm")
 class TruncatedDiffusion(Diffusion):
-    """A diffusion cut off at ``ratio_star``, whose prior is a generator trained against a critic.
+    """Training of a diffusion truncated at ``ratio_star``, and of an implicit prior with a critic.
 
-    A training step is up to three phases, in the reference's order: the denoiser (unless it is frozen or exact), the
-    generator, the critic. The denoiser is trained up to ``ratio_star`` and no further. The critic sees states in units
-    of variance preserving processes, x / sqrt(1 + ratio^2), so that its inputs do not depend on the process; it sees
-    labels if the network has classes. At ``ratio_star`` 0 there is no denoiser to train, and all of it is a GAN; with a
-    Gaussian prior there is no game to play, and all of it is plain diffusion.
+    A training step has up to three phases, in the reference's order: the denoiser (unless it is frozen or exact), the
+    generator, and the critic. The denoiser is trained up to ``ratio_star``. The critic's inputs are states in units of
+    variance preserving processes, x / sqrt(1 + ratio^2), which do not depend on the process, and labels if the network
+    has classes. With ``ratio_star`` 0 only generator and critic are trained, as a GAN; with a Gaussian prior only the
+    denoiser is trained, as in plain diffusion.
 
     Args:
-        critic: The discriminator, by name and keys.
-        frozen: Whether the denoiser keeps its weights and only generator and critic are trained.
-        generator_lr: The generator's rate over the run's.
-        critic_lr: The critic's rate over the run's.
-        generator_since: Images seen before the generator meets the critic, as after a warm-up by ``objectives``.
-        critic_since: Images seen before the critic is trained.
-        gamma: Weight of the gradient penalty R1 on real states.
-        r1_every: Steps between penalties; the reference does not scale them up for that.
-        objectives: What the generator learns from the frozen denoiser besides, each with its own optimiser: names
-            (``ode_pair``, ``distribution_matching``) and keys.
-        parts: Those of :class:`Diffusion`; the prior is an :class:`~diffaccel.prior.ImplicitPrior`, to be trained, or
-            any other that needs no training.
+        critic: Critic by name and keys.
+        frozen: Whether to freeze the denoiser and train only generator and critic.
+        generator_lr: Learning rate of the generator, as a factor on the run's.
+        critic_lr: Learning rate of the critic, as a factor on the run's.
+        generator_since: Number of images seen from which on the generator is trained against the critic, for example
+            after a warm-up by ``objectives``.
+        critic_since: Number of images seen from which on the critic is trained.
+        gamma: Weight of the R1 gradient penalty on real states.
+        r1_every: Number of steps between penalties, which, as in the reference, are not scaled by this number.
+        objectives: Further objectives that train the generator with the frozen denoiser, each with its own optimiser:
+            names (``ode_pair``, ``distribution_matching``, ``moments``) and keys.
+        parts: Arguments of :class:`Diffusion`; the prior is an :class:`~diffaccel.prior.ImplicitPrior`, or one that
+            requires no training.
     """
 
     starts_from = ImplicitPrior
@@ -71,7 +73,7 @@ class TruncatedDiffusion(Diffusion):
         at_least(1, "method 'tdpm'", r1_every=r1_every)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
         self.generator_since, self.critic_since = generator_since, critic_since
-        self.penalty: Tensor | None = None  # the latest: it is not due at every step that is logged
+        self.penalty: Tensor | None = None  # the latest one, because not every logged step computes it
         self.critic: Critic | None = None
         denoiser, prior = self.denoiser, self.prior
         if isinstance(prior, ImplicitPrior):
@@ -79,8 +81,7 @@ class TruncatedDiffusion(Diffusion):
             self.critic = CRITICS.build(critic, shape=self.shape, classes=self.classes, **context)
         if self.critic is not None and self.critic.needs_trained_denoiser and not frozen:
             raise UsageError(
-                f"method 'tdpm': critic {critic['name']!r} takes a denoiser that is trained already: set "
-                "method.frozen=true"
+                f"method 'tdpm': critic {critic['name']!r} requires a trained, frozen denoiser: set method.frozen=true"
             )
         if frozen:
             if isinstance(prior, ImplicitPrior) and prior.generator is None:
@@ -91,18 +92,16 @@ class TruncatedDiffusion(Diffusion):
         self._truncate(denoiser, prior)
         self._objectives = [OBJECTIVES.build(node) for node in objectives]
         if objectives and isinstance(denoiser, NetworkDenoiser) and not frozen:
-            raise UsageError(
-                "method 'tdpm': objectives take a denoiser that is trained already: set method.frozen=true"
-            )
+            raise UsageError("method 'tdpm': objectives require a trained, frozen denoiser: set method.frozen=true")
         for objective in self._objectives:
             objective.attach(denoiser, self.implicit, self.shape)
-        self.learning = nn.ModuleList(self._objectives)  # what they learn of their own
+        self.learning = nn.ModuleList(self._objectives)  # registers the parameters of the objectives
 
     def _truncate(self, denoiser: Denoiser, prior: Prior) -> None:
-        """Train a denoiser up to the start level alone.
+        """Restrict a denoiser's training to levels up to the start level.
 
         Raises:
-            UsageError: It is not to be trained, or sampled from, that far.
+            UsageError: The start level is outside the denoiser's range.
         """
         star = prior.ratio_star if isinstance(prior, ImplicitPrior | GaussianPrior) else None
         low, high = denoiser.ratio_range
@@ -110,39 +109,43 @@ class TruncatedDiffusion(Diffusion):
             return
         if not low < star <= high * 1.001:
             raise UsageError(
-                f"method 'tdpm': ratio_star {star:.4g} is none that the denoiser is trained on, "
-                f"[{low:.4g}, {high:.4g}]: set denoiser.ratio_max"
+                f"method 'tdpm': ratio_star {star:.4g} is outside the denoiser's range [{low:.4g}, {high:.4g}]: set "
+                "denoiser.ratio_max"
             )
         if isinstance(denoiser, NetworkDenoiser) and not self.frozen:
             self.truncate_denoiser(star)
 
     @property
     def implicit(self) -> ImplicitPrior:
-        """The prior that is trained.
+        """Prior that is trained.
 
         Raises:
-            UsageError: The experiment has another one.
+            UsageError: The prior is not implicit.
         """
         if not isinstance(self.prior, ImplicitPrior):
-            raise UsageError("method 'tdpm' trains an implicit prior: set prior=implicit")
+            raise UsageError("method 'tdpm' requires an implicit prior to train: set prior=implicit")
         return self.prior
 
     @property
     def trains_denoiser(self) -> bool:
-        """Whether the denoiser has a phase of its own."""
+        """Whether the denoiser is trained."""
         image_level = isinstance(self.prior, ImplicitPrior) and self.prior.ratio_star == 0
         return isinstance(self.denoiser, NetworkDenoiser) and not self.frozen and not image_level
 
-    def phases(self) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self) -> list[Phase]:
         found = super().phases() if self.trains_denoiser else []
         if not isinstance(self.prior, ImplicitPrior):
             if not found:
-                raise UsageError("method 'tdpm': a frozen denoiser and no implicit prior leave nothing to train")
+                raise UsageError(
+                    "method 'tdpm': with a frozen denoiser and no implicit prior there is nothing to train: set "
+                    "method.frozen=false or prior=implicit"
+                )
             return found
         names: Counter[str] = Counter()
         for objective in self._objectives:
             for phase in objective.phases(self.prior, self.given, self.shape):
-                names[phase.name] += 1  # one kind may be there twice, with other keys, and each logs its own loss
+                names[phase.name] += 1  # an objective may be used twice, with other keys, and logs both losses
                 again = f"_{names[phase.name]}" if names[phase.name] > 1 else ""
                 found.append(replace(phase, name=phase.name + again))
         assert self.critic is not None
@@ -155,19 +158,20 @@ class TruncatedDiffusion(Diffusion):
             found.append(game)
         return found
 
-    def trained_networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def trained_networks(self) -> dict[str, nn.Module]:
         shared = isinstance(self.prior, ImplicitPrior) and self.prior.kind == "shared"
         own = {"denoiser": self.denoiser.network} if self.trains_denoiser or shared else {}
         return {**own, **self.prior.networks()}
 
-    # The game
+    # Generator and critic
 
     def given(self, batch: Batch) -> Denoiser:
-        """The denoiser with a batch's labels bound, if it or the generator has classes."""
+        """Return the denoiser with a batch's labels bound, if the denoiser or the generator has classes."""
         return self.denoiser.given(self._labels(batch))
 
     def generator_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """Non-saturating logistic loss, softplus(-D(G(z))), (B,)."""
+        """Compute the non-saturating logistic loss, softplus(-D(G(z))), (B,)."""
         assert self.critic is not None
         self.critic.requires_grad_(False)
         loss = F.softplus(-self.judge(self.implicit.generate(self.given(batch), noise, self.shape), batch))
@@ -175,7 +179,7 @@ class TruncatedDiffusion(Diffusion):
         return loss
 
     def critic_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """softplus(D(G(z))) + softplus(-D(y)) with fresh noise, and R1 on real states when due, (B,)."""
+        """Compute softplus(D(G(z))) + softplus(-D(y)), plus R1 on real states in every ``r1_every``-th step, (B,)."""
         assert self.critic is not None
         with torch.no_grad():
             made = self.implicit.generate(self.given(batch), noise, self.shape)
@@ -196,11 +200,11 @@ class TruncatedDiffusion(Diffusion):
         return loss
 
     def diffused(self, x_0: Tensor, noise: NoiseStreams) -> Tensor:
-        """Real states x / alpha at the generator's level, (B, C, H, W)."""
+        """Add noise to images: real states x / alpha at the generator's level, (B, C, H, W)."""
         return x_0 + self.implicit.ratio_made * noise.normal(x_0)
 
     def judge(self, y: Tensor, batch: Batch) -> Tensor:
-        """The critic's logits of states x / alpha: (B, C, H, W) -> (B,)."""
+        """Compute the critic's logits of states x / alpha, (B, C, H, W) -> (B,)."""
         assert self.critic is not None
         return self.critic(in_units(self.implicit, y), self._labels(batch))
 

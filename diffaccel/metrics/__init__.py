@@ -1,6 +1,6 @@
-"""Scores of sets of images, from one pass over their features.
+"""Metrics of sets of images, computed in one pass over their features.
 
-Everything is float64: MPS has none, keep the metrics on the CPU there.
+Everything is computed in float64, which MPS does not support: on such devices, keep the metrics on the CPU.
 """
 
 from diffaccel.metrics.frechet import Frechet, FrechetDistance, frechet_distance, jackknife

@@ -1,7 +1,7 @@
-"""What a metric is: named values of a point's generated images beside real ones.
+"""Base class of the metrics, which compare the generated images of a point with real images.
 
-A metric is a part like a solver: registered with :data:`METRICS`, or by an entry point of the group
-``diffaccel.metrics``, it is computed by every bench whose key ``metrics`` names it.
+A metric is a part, like a solver. It is registered with :data:`METRICS` or by an entry point of the group
+``diffaccel.metrics``, and computed by every bench whose key ``metrics`` contains its name.
 """
 
 from abc import ABC, abstractmethod
@@ -26,13 +26,13 @@ METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.st
 
 @dataclass(frozen=True)
 class Made:
-    """Features of a point's generated images; the same on every rank.
+    """Features of the generated images of a point, equal on every rank.
 
     Attributes:
         n: Number of images.
-        features: Of the first of them, at most 10,000, in order, (m, d) float32.
-        sums: Sums over all n images in jackknife blocks; its ``compute`` is collective.
-        distance: Key of the Frechet distance in these features, ``fid`` or ``fd_<extractor>``.
+        features: Features of the first images, at most 10,000, in order, (m, d) float32.
+        sums: Sums over all n images in jackknife blocks; ``compute`` is collective.
+        distance: Key of the Frechet distance of these features, ``fid`` or ``fd_<extractor>``.
     """
 
     n: int
@@ -41,22 +41,22 @@ class Made:
     distance: str
 
     def moments(self) -> Moments:
-        """Mean and covariance of all n images' features; collective."""
+        """Compute mean and covariance of the features of all n images; collective."""
         with self.sums.sync_context(dist_sync_fn=self.sums.dist_sync_fn):
             return self.sums.moments()
 
 
 class Real:
-    """Real images that points are compared with, and what all points share of their evaluation.
+    """Statistics of real images, shared by the evaluation of all points.
 
     Args:
-        reference: Training images.
-        floor: Held-out images, for the value beside each metric; or None.
+        reference: Statistics of training images.
+        floor: Statistics of held-out images, whose metrics are reported for comparison; None for no such images.
 
     Attributes:
-        features: Of training images, (m, d) float32.
-        held_out: Of held-out images, (h, d) float32; empty without them.
-        kernel: Training images for the kernel distance; None for fewer than two.
+        features: Features of training images, (m, d) float32.
+        held_out: Features of held-out images, (h, d) float32; empty without ``floor``.
+        kernel: Training images for the kernel distance; None if there are fewer than two.
     """
 
     def __init__(self, reference: Reference, floor: Reference | None) -> None:
@@ -67,7 +67,7 @@ class Real:
         self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
 
     def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
-        """Neighbourhoods of m training images, and the scores of as many held-out ones among them."""
+        """Return the neighbourhoods of m training images, and the scores of m held-out images; None if too few."""
         if m not in self._manifolds:
             neighbours = Neighbours(spread(self.features, m))
             held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
@@ -76,17 +76,17 @@ class Real:
 
 
 def spread(rows: Tensor, m: int) -> Tensor:
-    """Take m rows, evenly spread over all."""
+    """Select m evenly spaced rows."""
     return rows[torch.linspace(0, len(rows) - 1, m, dtype=torch.float64).round().long()]
 
 
 @METRICS.base
 class Metric(ABC):
-    """A score of generated images; its constructor's parameters are its keys.
+    """Metric of generated images; the parameters of the constructor are its keys.
 
     Attributes:
-        in_training: Whether the evaluations during training, and those of a search, compute it too.
-        gives_distance: Whether it gives the Frechet distance under ``made.distance``, which tables and curves show.
+        in_training: Whether evaluations during training and during a search compute the metric.
+        gives_distance: Whether the metric gives the Frechet distance under ``made.distance``, for tables and curves.
     """
 
     in_training: ClassVar[bool] = False
@@ -94,14 +94,14 @@ class Metric(ABC):
 
     @abstractmethod
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
-        """Compute named values, for the ``metrics`` of a point.
+        """Compute named values for the ``metrics`` of a point.
 
-        Every rank calls it once, after the features have been gathered. A value that can't be computed, from too few
-        images for example, is left out.
+        Every rank calls this method once, after the features have been gathered. Values that can't be computed, for
+        example because there are too few images, are omitted.
         """
 
     def details(self, made: Made, real: Real) -> Mapping[str, Any]:
-        """Compute what is not a number, for keys of the point itself; plain JSON."""
+        """Compute further results, as plain JSON, for keys of the point."""
         return {}
 
 
@@ -109,8 +109,8 @@ class Measured(NamedTuple):
     """Results of all metrics of a point.
 
     Attributes:
-        values: For the ``metrics`` of the point.
-        details: For keys of the point itself.
+        values: Values for the ``metrics`` of the point.
+        details: Results for keys of the point.
     """
 
     values: dict[str, float]
@@ -121,15 +121,15 @@ def build_metrics(nodes: Iterable[Mapping[str, Any] | str]) -> list[Metric]:
     """Build metrics from their names, or from mappings of a ``name`` and keys.
 
     Raises:
-        UsageError: An unknown metric or key, or none that gives the Frechet distance (``frechet`` does).
+        UsageError: A metric or key is unknown, or none gives the Frechet distance (``frechet`` does).
     """
     nodes = list(nodes)
     for node in nodes:
         if not isinstance(node, str | Mapping):
-            raise UsageError(f"metrics: {node!r} is no metric: give a name, or a mapping with a name")
+            raise UsageError(f"metrics: {node!r} is not a metric: give a name, or a mapping with a name")
     metrics = [METRICS.build(node) for node in nodes]
     if not any(metric.gives_distance for metric in metrics):
-        raise UsageError("metrics: add 'frechet', the distance that tables and curves show")
+        raise UsageError("metrics: 'frechet' is missing, which tables and curves require: add it")
     return metrics
 
 
@@ -140,10 +140,10 @@ def measure(metrics: Iterable[Metric], made: Made, real: Real, in_training: bool
         metrics: The metrics.
         made: Generated images.
         real: Real images.
-        in_training: Whether to leave out those that are not for evaluations during training.
+        in_training: Whether to compute only the metrics for evaluations during training.
 
     Raises:
-        UsageError: Two metrics give a value of the same name.
+        UsageError: Two metrics return values with the same name.
     """
     values: dict[str, float] = {}
     details: dict[str, Any] = {}
@@ -152,6 +152,8 @@ def measure(metrics: Iterable[Metric], made: Made, real: Real, in_training: bool
             continue
         for found, own in ((values, metric(made, real)), (details, metric.details(made, real))):
             if twice := sorted(found.keys() & own.keys()):
-                raise UsageError(f"two metrics give {twice[0]!r}, one of them {type(metric).__name__}: remove one")
+                raise UsageError(
+                    f"metrics: {type(metric).__name__} and another metric both return {twice[0]!r}: remove one of them"
+                )
             found.update(own)
     return Measured({name: float(value) for name, value in values.items()}, details)

@@ -2,9 +2,9 @@
 
     FD = |mu - mu_r|^2 + tr(C + C_r - 2 (C_r^1/2 C C_r^1/2)^1/2)
 
-The plain FD of n images is biased upwards by about c/n, with a c of the model's own, so equal n does not make models
-comparable. Sums are therefore kept in blocks, and a delete-one-block jackknife removes the 1/n term (``fd_inf``) and
-gives its standard error.
+The FD of n images is biased upwards by about c/n, where c depends on the model, so that models are not comparable even
+at equal n. Sums are therefore kept in blocks, and a delete-one-block jackknife removes the 1/n term (``fd_inf``) and
+estimates the standard error.
 
 References:
     GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500
@@ -22,10 +22,10 @@ from diffaccel.metrics.moments import Moments, MomentSums
 
 
 def frechet_distance(moments: Moments, reference: Moments) -> Tensor:
-    """Frechet distance between the two Gaussians of these moments, () float64.
+    """Compute the Frechet distance between the Gaussians with these moments, () float64.
 
-    The trace of (C C_r)^1/2 is taken from the eigenvalues of the symmetric matrix C_r^1/2 C C_r^1/2, which has the same
-    ones: real by construction, and the root is computed once per reference.
+    The trace of (C C_r)^1/2 is computed from the eigenvalues of C_r^1/2 C C_r^1/2. This symmetric matrix has the same
+    eigenvalues as C C_r, they are real by construction, and the root is computed only once per reference.
     """
     values = torch.linalg.eigvalsh(reference.root @ moments.covariance @ reference.root).clamp_min(0)
     offset = (moments.mean - reference.mean).square().sum()
@@ -33,9 +33,9 @@ def frechet_distance(moments: Moments, reference: Moments) -> Tensor:
 
 
 class Frechet(NamedTuple):
-    """Frechet distance of n images, its limit for n to infinity, and a standard error that serves both; () float64.
+    """Frechet distance of n images, its limit for n to infinity, and the standard error of both; () float64.
 
-    Or differences of two methods' distances, from ``paired_difference``.
+    ``paired_difference`` returns the differences between two methods' distances in the same form.
     """
 
     fd: Tensor
@@ -46,27 +46,31 @@ class Frechet(NamedTuple):
 class FrechetDistance(MomentSums):
     """Frechet distance to a reference, with its jackknife extrapolation and standard error.
 
-    ``fd_inf`` and ``se`` are NaN where they mean nothing: fewer than two blocks have data, or n <= dim, where the
-    covariance is singular and the bias no longer goes as 1/n. They are good to a few per cent from n = 4 dim on. The
-    bias that a finite reference leaves stays: hold one reference for all models.
+    ``fd_inf`` and ``se`` are NaN where they are undefined: fewer than two blocks have data, or n <= dim, where the
+    covariance is singular and the bias is not proportional to 1/n. From n = 4 dim on, they are accurate to a few per
+    cent. The bias of a finite reference remains, so all models should be compared with the same reference.
 
     Args:
         dim: Number of features, d.
-        reference: Moments of the real images, on the same features.
-        blocks: Number of blocks, K, each of which should get two batches or more.
+        reference: Moments of the same features of real images.
+        blocks: Number of blocks, K; each block should get at least two batches.
 
     Raises:
-        UsageError: The reference has another number of features.
+        UsageError: The reference has a different number of features.
     """
 
     def __init__(self, dim: int, reference: Moments, blocks: int = 10, **kwargs: Any) -> None:
         if reference.dim != dim:
-            raise UsageError(f"the reference has {reference.dim} features, the extractor {dim}: make it anew")
+            raise UsageError(
+                f"the reference has {reference.dim} features, but the extractor has {dim}: compute the reference "
+                "again with "
+                "`diffaccel reference`"
+            )
         super().__init__(dim, blocks, origin=reference.mean, **kwargs)
         self.reference = reference
 
     def compute(self) -> Frechet:
-        """Score all images seen by all processes.
+        """Compute the distance of all images of all ranks.
 
         Raises:
             UsageError: Fewer than two images were given.
@@ -75,7 +79,11 @@ class FrechetDistance(MomentSums):
         return Frechet(full, *jackknife(full, kept, sizes))
 
     def leave_one_out(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Distance of all images (), without each of the K used blocks (K,), and the images in these (K,).
+        """Compute the distance with all images, and with each block left out.
+
+        Returns:
+            Distance of all images (), distances without each of the K blocks that have data (K,), and the number of
+            images in these blocks (K,).
 
         Raises:
             UsageError: Fewer than two images were given.
@@ -90,18 +98,18 @@ class FrechetDistance(MomentSums):
 
 
 def jackknife(full: Tensor, kept: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Extrapolate a statistic whose bias goes as 1/n, from its values with each block left out.
+    """Extrapolate a statistic whose bias is proportional to 1/n, from its values with each block left out.
 
-    With K equal blocks this is K full - (K - 1) mean(kept), with se^2 = (K - 1)/K sum (kept - mean(kept))^2; the
-    weights extend it to unequal blocks (Busing et al., 1999), where the 1/n term still cancels exactly.
+    With K equal blocks the estimate is K full - (K - 1) mean(kept), with se^2 = (K - 1)/K sum (kept - mean(kept))^2.
+    Weights extend it to unequal blocks (Busing et al., 1999), for which the 1/n term still cancels exactly.
 
     Args:
-        full: The statistic on all data, ().
-        kept: The statistic without block k, (K,).
+        full: Statistic of all data, ().
+        kept: Statistic without block k, (K,).
         sizes: Number of images in block k, (K,).
 
     Returns:
-        The extrapolated statistic and its standard error, both ().
+        Extrapolated statistic and its standard error, both ().
     """
     inverse_share = sizes.sum() / sizes
     estimate = len(kept) * full - ((1 - 1 / inverse_share) * kept).sum()

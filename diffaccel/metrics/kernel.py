@@ -19,41 +19,45 @@ from diffaccel.metrics.moments import check_features
 
 
 class KernelReference:
-    """Features of real images with their own term E k(y, y'), which is computed once: share one among all scores.
+    """Features of real images with their term E k(y, y'), which is computed once and shared by all distances.
 
     Args:
-        features: (m, d), m >= 2.
-        rows: Rows of a tile.
+        features: Features, (m, d), m >= 2.
+        rows: Number of rows of a tile.
 
     Raises:
-        UsageError: Fewer than two rows, or a value that is not finite.
+        UsageError: There are fewer than two rows, or a value is not finite.
     """
 
     def __init__(self, features: Tensor, rows: int = 1024) -> None:
         check_features(features, features.shape[-1], "the reference features")
         if len(features) < 2:
-            raise UsageError(f"KID needs at least 2 reference features, got {len(features)}: keep more of them")
+            raise UsageError(
+                f"KID requires features of at least 2 reference images, not {len(features)}: keep more of them"
+            )
         self.features, self.rows = features.detach().cpu(), rows
 
     @cached_property
     def within(self) -> Tensor:
-        """The mean kernel of two different reference images, () float64."""
+        """Mean kernel of pairs of different reference images, () float64."""
         return mean_off_diagonal(self.features, self.rows)
 
 
 class KernelDistance(Metric):
     """Kernel distance (KID): the full unbiased U-statistic over all pairs, not an average over random subsets.
 
-    It is unbiased, hence sometimes negative near zero, and is reported so. Features are kept as float32 and gathered
-    from the processes; kernels are summed in float64, tile by tile. Time goes as n (n + m) d: meant for n <= 10,000.
+    As an unbiased estimate, KID may be negative near zero. Features are kept as float32 and gathered from all ranks;
+    kernels are summed in float64, tile by tile. The time is proportional to n (n + m) d, which is suitable for n up to
+    about 10,000.
 
     Args:
         dim: Number of features, d.
-        reference: Features of real images, (m, d), m >= 2, or what several distances share.
-        rows: Rows of a tile; a tile takes 8 rows (rows + 2 d) bytes.
+        reference: Features of real images, (m, d), m >= 2, or a :class:`KernelReference` shared by several distances.
+        rows: Number of rows of a tile; a tile takes 8 rows (rows + 2 d) bytes.
 
     Raises:
-        UsageError: The reference has another number of features, fewer than two rows, or a value that is not finite.
+        UsageError: The reference has a different number of features, fewer than two rows, or a value that is not
+            finite.
     """
 
     is_differentiable = False
@@ -71,7 +75,11 @@ class KernelDistance(Metric):
         self.add_state("order", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, batch_index: int) -> None:
-        """Keep the features of a batch, (n, dim); ``batch_index`` counts the batches of *all* processes.
+        """Add the features of a batch.
+
+        Args:
+            features: Features, (n, dim).
+            batch_index: Index of the batch among those of *all* ranks.
 
         Raises:
             UsageError: The shape is wrong, or a value is NaN or infinite.
@@ -81,7 +89,7 @@ class KernelDistance(Metric):
         self.order.append(torch.full((len(features),), batch_index, device=self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the features; a process without batches sends none, where torchmetrics alone would send a misfit."""
+        """Gather the features; a rank without batches sends an empty tensor with the right number of features."""
         if not self.features:
             self.features.append(torch.empty(0, self.dim, device=self.device))
             self.order.append(torch.empty(0, dtype=torch.int64, device=self.device))
@@ -95,8 +103,8 @@ class KernelDistance(Metric):
         """
         features = dim_zero_cat(self.features) if len(self.features) else torch.empty(0, self.dim)
         if len(features) < 2:
-            raise UsageError(f"KID of {len(features)} images is not defined: score at least 2")
-        # in the order of the batches, so that rounding does not depend on the number of processes
+            raise UsageError(f"KID requires at least 2 images, not {len(features)}: score more")
+        # in the order of the batches, so that rounding does not depend on the number of ranks
         features = features[torch.argsort(dim_zero_cat(self.order), stable=True)]
         reference = self.reference.features.to(features.device)
         cross = kernel_sum(features, reference, self.rows) / (len(features) * len(reference))

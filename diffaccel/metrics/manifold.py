@@ -1,6 +1,6 @@
-"""Fidelity and diversity apart: precision and recall, density and coverage.
+"""Separate measures of fidelity and diversity: precision and recall, density and coverage.
 
-With B_k(x) the ball about x that reaches to its k-th nearest neighbour in its own set, generated x_i and real y_j:
+B_k(x) is the ball around x up to its k-th nearest neighbour in its own set; x_i are generated and y_j real features:
 
     precision = mean_i [x_i in some B_3(y_j)]          recall   = mean_j [y_j in some B_3(x_i)]
     density   = mean_i #{j: x_i in B_5(y_j)} / 5       coverage = mean_j [some x_i in B_5(y_j)]
@@ -22,7 +22,7 @@ from diffaccel.metrics.neighbours import Neighbours, distances
 
 
 class Manifold(NamedTuple):
-    """What of the generated lies among the real, and of the real among the generated; all in [0, 1] but the density."""
+    """Precision, recall, density and coverage; all are in [0, 1], except for the density, which may exceed 1."""
 
     precision: float
     recall: float
@@ -33,26 +33,26 @@ class Manifold(NamedTuple):
 def manifold_scores(
     generated: Tensor, reference: Tensor | Neighbours, k_precision: int = 3, k_density: int = 5, rows: int = 1024
 ) -> Manifold:
-    """Compare the neighbourhoods of generated and real features.
+    """Compute precision, recall, density and coverage of generated features.
 
-    Not even real images score 1: for two sets of n from one distribution density is 1 on average and coverage about
-    1 - 2^-k (0.97), but precision and recall fall with the dimension (0.6 at d = 64, n = 2000). So print beside them
-    what held-out real images get in the place of the generated ones.
+    Even real images do not score 1. For two sets of n features from the same distribution, density is 1 on average and
+    coverage about 1 - 2^-k (0.97), but precision and recall decrease with the dimension (0.6 at d = 64, n = 2000). The
+    scores of held-out real images should therefore be reported as well.
 
-    The numbers of features may differ, yet only scores at the same two numbers compare: more of one set make its balls
-    smaller, more generated ones fill more of the real balls. Take as many real ones as generated, as the papers do.
+    The numbers of features may differ, but only scores with the same two numbers are comparable: more features in a set
+    make its balls smaller, and more generated features fill more of the real balls. The papers use equal numbers.
 
-    Time goes as (n + m)^2 d; memory holds one tile of distances and both sets in float64.
+    The time is proportional to (n + m)^2 d. Memory holds one tile of distances, and both sets in float64.
 
     Args:
-        generated: Features of generated images, (n, d); or of held-out real ones, for the value beside.
-        reference: Features of real images, (m, d), on the same device; ``Neighbours`` saves finding theirs again.
-        k_precision: Neighbours that make the balls of precision and recall.
-        k_density: Neighbours that make those of density and coverage.
-        rows: Rows of a tile, which takes 8 rows max(n, m) bytes.
+        generated: Features of generated images, (n, d), or of held-out real images, for comparison.
+        reference: Features of real images, (m, d), on the same device, or their :class:`Neighbours`, which saves time.
+        k_precision: Number of neighbours that define the balls of precision and recall.
+        k_density: Number of neighbours that define the balls of density and coverage.
+        rows: Number of rows of a tile, which takes 8 rows max(n, m) bytes.
 
     Raises:
-        UsageError: Dimensions that differ, a value that is NaN or infinite, fewer than k + 1 features.
+        UsageError: The dimensions differ, a value is NaN or infinite, or there are fewer than k + 1 features.
     """
     if not isinstance(reference, Neighbours):
         reference = Neighbours(reference, max(k_precision, k_density), rows)

@@ -1,6 +1,6 @@
-"""Moments of features, from sums that are kept in blocks.
+"""Moments of features, from sums in blocks.
 
-A block is picked by the *global* batch index, so results do not depend on the world size.
+The block of a batch follows from its *global* index, so that results do not depend on the world size.
 """
 
 from functools import cached_property
@@ -15,12 +15,12 @@ from diffaccel.errors import UsageError
 
 
 class Moments:
-    """Number, mean and unbiased covariance of a set of features, float64 on the CPU.
+    """Number, mean and unbiased covariance of features, in float64 on the CPU.
 
     Args:
         n: Number of images.
         mean: Mean feature, (d,).
-        covariance: Covariance over n - 1, (d, d).
+        covariance: Covariance, normalised by n - 1, (d, d).
     """
 
     def __init__(self, n: int, mean: Tensor, covariance: Tensor) -> None:
@@ -30,14 +30,14 @@ class Moments:
 
     @classmethod
     def from_features(cls, features: Tensor) -> "Moments":
-        """Take the moments of features (n, d), n >= 2.
+        """Compute the moments of features (n, d), n >= 2.
 
         Raises:
             UsageError: Fewer than two rows, or a value that is NaN or infinite.
         """
         check_features(features, features.shape[-1], "the features")
         if len(features) < 2:
-            raise UsageError(f"{len(features)} image has no covariance: give at least 2")
+            raise UsageError(f"a covariance requires features of at least 2 images, not {len(features)}: give more")
         features = features.double()
         return cls(len(features), features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
 
@@ -48,13 +48,13 @@ class Moments:
 
     @cached_property
     def root(self) -> Tensor:
-        """The symmetric square root of the covariance, (d, d); costly at d = 2048, hence kept."""
+        """Symmetric square root of the covariance, (d, d); cached, because it is expensive at d = 2048."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def check_features(features: Tensor, dim: int, what: str) -> None:
-    """Refuse features that would make every later number meaningless.
+    """Check shape and values of features.
 
     Raises:
         UsageError: The shape is not (n, dim), or a value is NaN or infinite.
@@ -62,24 +62,26 @@ def check_features(features: Tensor, dim: int, what: str) -> None:
     if features.ndim != 2 or features.shape[1] != dim:
         raise UsageError(f"{what} have shape {tuple(features.shape)}, not (n, {dim}): use the reference's extractor")
     if bad := int((~torch.isfinite(features)).sum()):
-        raise UsageError(f"{what} hold {bad} values that are NaN or infinite: look at the images they were taken from")
+        raise UsageError(f"{what} contain {bad} values that are NaN or infinite: check the images")
 
 
 def all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Sum a state over the processes: a ``dist_sync_fn`` for torchmetrics that holds no W copies of the state."""
+    """Sum a state over all ranks: a ``dist_sync_fn`` for torchmetrics without a copy of the state per rank."""
     total = state.clone()
     dist.all_reduce(total, group=group)
     return [total]
 
 
 class MomentSums(Metric):
-    """Sums of features and of their outer products, in blocks; ``compute`` returns their ``Moments``.
+    """Sums of features and of their outer products, in blocks; ``compute`` returns :class:`Moments`.
 
     Args:
         dim: Number of features, d.
-        blocks: Number of blocks, K. Memory is K d^2 8 bytes (0.3 MB at d = 64, 335 MB at d = 2048: take 5 there). The
-            sums are equal to the last bit for each world size that divides K, else to rounding.
-        origin: Point near the mean to take the sums about, (d,), so that large means cost no digits; zero by default.
+        blocks: Number of blocks, K. Memory is 8 K d^2 bytes: 0.3 MB at d = 64, and 335 MB at d = 2048, where 5 blocks
+            are advisable. The sums are bit-identical for all world sizes that divide K, and equal up to rounding
+            otherwise.
+        origin: Point near the mean that is subtracted from the features, (d,), so that large means do not reduce
+            precision; zero by default.
     """
 
     is_differentiable = False
@@ -103,8 +105,8 @@ class MomentSums(Metric):
         """Add the features of a batch.
 
         Args:
-            features: (n, dim).
-            batch_index: Index of the batch among those of *all* processes.
+            features: Features, (n, dim).
+            batch_index: Index of the batch among those of *all* ranks.
 
         Raises:
             UsageError: The shape is wrong, or a value is NaN or infinite.
@@ -116,7 +118,7 @@ class MomentSums(Metric):
         self.outer[block] += centred.T @ centred
 
     def compute(self) -> Any:
-        """Return the moments of all images seen by all processes.
+        """Return the moments of all images of all ranks.
 
         Raises:
             UsageError: Fewer than two images were given.
@@ -124,12 +126,12 @@ class MomentSums(Metric):
         return self.moments()
 
     def moments(self, drop: int | None = None) -> Moments:
-        """Return the moments of this process's sums, leaving the block ``drop`` out."""
+        """Return the moments of this rank's sums, without the block ``drop`` if given."""
         count, total, outer = (state.sum(0) for state in (self.count, self.total, self.outer))
         if drop is not None:
             count, total, outer = count - self.count[drop], total - self.total[drop], outer - self.outer[drop]
         if count < 2:
-            raise UsageError(f"{int(count)} images have no covariance: score at least 2")
+            raise UsageError(f"a covariance requires at least 2 images, not {int(count)}: score more")
         mean = total / count
         covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
         return Moments(int(count), mean + self.origin, covariance)

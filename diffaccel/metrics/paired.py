@@ -1,4 +1,4 @@
-"""How much smaller one method's Frechet distance is than another's, where their images come from the same noise."""
+"""Difference between the Frechet distances of two methods whose images come from the same noise."""
 
 from torch import Tensor
 
@@ -8,28 +8,28 @@ from diffaccel.metrics.moments import Moments
 
 
 def paired_difference(a: Tensor, b: Tensor, block: Tensor, reference: Moments) -> Frechet:
-    """Distance of a's images to the reference less that of b's, with a standard error.
+    """Compute the Frechet distance of method a minus that of method b, with its standard error.
 
-    Blocks are left out of both methods at once, so that what their images share by their common noise cancels: the
-    error is that of the difference, not of two independent distances. What training left to chance is not in it.
+    The jackknife leaves the same images out of both methods, so that variation due to the common noise cancels. The
+    standard error is that of the difference, and does not include variation between training runs.
 
     Args:
-        a: Features of the one method's images, in image order, (n, d).
-        b: Features of the other's, from the same noise, (n, d).
-        block: The block of the jackknife that an image belongs to, (n,) integers; images that are not independent of
-            one another, as those of one chain, belong to one block.
+        a: Features of method a's images, in image order, (n, d).
+        b: Features of method b's images, from the same noise, (n, d).
+        block: Jackknife block of each image, (n,) integers; dependent images, such as those of one chain, must be in
+            the same block.
         reference: Moments of the real images.
 
     Returns:
-        FD(a) - FD(b), FD_inf(a) - FD_inf(b), and the standard error of either; the last two are NaN where
-        ``FrechetDistance`` has none.
+        FD(a) - FD(b), FD_inf(a) - FD_inf(b), and the standard error of both; the last two are NaN where
+        :class:`FrechetDistance` returns NaN.
 
     Raises:
-        UsageError: Shapes that do not fit, a value that is NaN or infinite, fewer than two images.
+        UsageError: The shapes differ, a value is NaN or infinite, or there are fewer than two images.
     """
     if a.shape != b.shape or block.shape != a.shape[:1]:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)} with blocks of {tuple(block.shape)}"
-        raise UsageError(f"images that form no pairs, {shapes}: score the same n for both methods")
+        raise UsageError(f"the images do not form pairs ({shapes}): score the same n for both methods")
     (full_a, kept_a, sizes), (full_b, kept_b, _) = (_leave_one_out(x, block, reference) for x in (a, b))
     return Frechet(full_a - full_b, *jackknife(full_a - full_b, kept_a - kept_b, sizes))
 

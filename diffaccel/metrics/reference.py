@@ -26,35 +26,42 @@ from diffaccel.features.extractors import Extractor
 from diffaccel.metrics import Moments, MomentSums, check_features
 from diffaccel.version import __version__
 
-REMEDY = "make it with `diffaccel reference EXPERIMENT`, and name the new file with reference= (or floor=)"
+REMEDY = "compute it with `diffaccel reference EXPERIMENT`, and set reference= (or floor=) to the new file"
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 class Splits(Protocol):
-    """What is needed of a data module here: a name, a label for tables, a limit, and its images in fixed order."""
+    """Interface of the data module: name, label and limit of the data, and its images in a fixed order."""
 
     limit: int | None
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """Name of the data set."""
+
     @property
-    def label(self) -> str: ...  # noqa: D102
+    def label(self) -> str:
+        """Label of the data set in tables."""
+
     @property
-    def shape(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yield global batch index, images (n, C, H, W) and labels; batch b goes to rank b % world."""
+        """Yield global index, images (n, C, H, W) and labels of each batch of a rank; batch b is on rank b % world."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What generated images are compared with.
+    """Statistics of real images that generated images are compared with.
 
     Attributes:
-        moments: Of all images of the split.
-        features: Of some of them, evenly spread over the split, (m, dim) float16.
-        provenance: ``data, label, split, n, limit, extractor`` (name, sha256, dim)``, order, version``.
+        moments: Moments of the features of all images of the split.
+        features: Features of images evenly spaced over the split, (m, dim) float16.
+        provenance: Origin of the statistics: ``data``, ``label``, ``split``, ``n``, ``limit``, ``shape``, ``extractor``
+            (``name``, ``sha256``, ``dim``), ``order`` and ``version``.
     """
 
     moments: Moments
@@ -62,9 +69,10 @@ class Reference:
     provenance: dict[str, Any]
 
     def moments_of(self, n: int) -> Moments:
-        """Moments of about n images of the split, evenly spread: of those kept, or of all if n is as many or more.
+        """Compute the moments of n images evenly spaced over the split.
 
-        Kept features are float16, which moves a distance by less than its standard error.
+        All images are used if n is not less than their number, or if the features of fewer than n images are kept. The
+        kept features are float16, which changes a distance by less than its standard error.
         """
         if n >= self.moments.n or n > len(self.features):
             return self.moments
@@ -73,7 +81,7 @@ class Reference:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content, the same before saving and after loading."""
+        """Hash of the content, equal before saving and after loading."""
         digest = hashlib.sha256()
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -81,7 +89,7 @@ class Reference:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all; folders are made."""
+        """Write the file atomically; missing folders are created."""
         save_references({Path(path): self})
 
     def _arrays(self) -> dict[str, Any]:
@@ -95,10 +103,10 @@ class Reference:
 
 
 def save_references(references: Mapping[Path, Reference]) -> None:
-    """Write files, all of them whole or none at all; folders are made.
+    """Write several files, either all or none; missing folders are created.
 
     Raises:
-        UsageError: One can't be written; what was there before is there still.
+        UsageError: A file can't be written; existing files are unchanged.
     """
     parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in references}
     olds = {path: path.with_name(f"{path.name}.{os.getpid()}.old") for path in references if path.exists()}
@@ -130,20 +138,21 @@ def save_references(references: Mapping[Path, Reference]) -> None:
 def compute_reference(
     data: Splits, split: str, extractor: Extractor, batch_size: int = 250, keep: int = 10_000
 ) -> Reference:
-    """Take the statistics of a split, shared among the processes if there are several.
+    """Compute the statistics of a split, distributed over all ranks.
 
-    Each process goes through whole batches of its own and all return the same reference: equal to the last bit for 1,
-    2, 4 or 8 processes with as many threads each, else to rounding.
+    Each rank processes its own batches, and all ranks return the same reference. It is bit-identical for 1, 2, 4 or 8
+    ranks with the same number of threads each, and equal up to rounding otherwise.
 
     Args:
-        data: The data module.
-        split: ``train`` or ``test``.
-        extractor: Gives the features.
-        batch_size: Images a batch.
-        keep: At most so many images' features are kept, evenly spread over the split (folders are sorted by class).
+        data: Data module.
+        split: Name of the split, ``train`` or ``test``.
+        extractor: Feature extractor.
+        batch_size: Number of images per batch.
+        keep: Maximum number of images whose features are kept. These are evenly spaced over the split, because folders
+            are sorted by class.
 
     Raises:
-        UsageError: A feature is not finite, or too large to be kept as float16; fewer than two images.
+        UsageError: A feature is not finite or exceeds float16, or there are fewer than two images.
     """
     parallel = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
@@ -178,55 +187,57 @@ def compute_reference(
 
 
 def load_reference(path: str | Path, extractor: Extractor) -> Reference:
-    """Read a reference and check that it belongs to the extractor.
+    """Read a reference and check that it was computed with the extractor.
 
     Raises:
-        UsageError: The file is missing, damaged, or was made with another extractor.
+        UsageError: The file is missing, damaged, or was computed with another extractor.
     """
     reference = read_reference(path)
     made_with = {key: reference.provenance["extractor"][key] for key in ("name", "sha256", "dim")}
     wanted = {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim}
     if made_with != wanted:
         raise UsageError(
-            f"{path} was made with the extractor {_named(made_with)}, the run scores with {_named(wanted)}: {REMEDY}"
+            f"{path} was computed with the extractor {_named(made_with)}, but the run uses {_named(wanted)}: {REMEDY}"
         )
     return reference
 
 
 def check_same_data(path: str | Path, reference: Reference, label: str, shape: tuple[int, int, int]) -> None:
-    """Refuse to compare samples with statistics of other data.
+    """Check that statistics are of the experiment's data.
 
     Args:
-        path: The statistics' file, for the message.
-        reference: The statistics.
-        label: What the experiment's data are called; a qualifier in brackets, "CIFAR-10 (JPEG)", makes no difference.
-        shape: (C, H, W) of the experiment's images.
+        path: File of the statistics, for the message.
+        reference: Statistics.
+        label: Label of the experiment's data; a qualifier in brackets, as in "CIFAR-10 (JPEG)", is ignored.
+        shape: Shape of the experiment's images, (C, H, W).
 
     Raises:
-        UsageError: The statistics are of data by another label, or of images of another shape.
+        UsageError: The statistics have another label, or are of images of another shape.
     """
     own, theirs = (name.partition(" (")[0] for name in (label, str(reference.provenance["label"])))
     if own != theirs:
         raise UsageError(
-            f"{path} holds statistics of {theirs!r}, and the experiment's data are {own!r}: make their own with "
-            "`diffaccel reference` and give reference= and floor=, or, if they are the same data, set "
+            f"{path} contains statistics of {theirs!r}, but the experiment's data are {own!r}: compute statistics of "
+            "these "
+            "with `diffaccel reference` and set reference= and floor=, or, if the data are the same, set "
             f"data.label={theirs!r}"
         )
     if (made := reference.provenance.get("shape")) is not None and tuple(made) != shape:
         raise UsageError(
-            f"{path} holds statistics of images of shape {tuple(made)}, the experiment's are of shape {shape}: make "
-            "their own with `diffaccel reference`, or set shape="
+            f"{path} contains statistics of images of shape {tuple(made)}, but the experiment's images have shape "
+            f"{shape}: "
+            "compute other statistics with `diffaccel reference`, or set shape="
         )
 
 
 def read_reference(path: str | Path) -> Reference:
-    """Read a reference, whatever extractor it was made with.
+    """Read a reference computed with any extractor.
 
     Raises:
         UsageError: The file is missing or damaged.
     """
     if not Path(path).is_file():
-        raise UsageError(f"no reference statistics at {path}: {REMEDY}")
+        raise UsageError(f"there are no reference statistics at {path}: {REMEDY}")
     try:
         file = ArrayFile(str(path))
         if missing := {"n", "mean", "covariance", "features", "provenance"} - set(file.names):
@@ -241,7 +252,7 @@ def read_reference(path: str | Path) -> Reference:
         )
     except (UsageError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
         reason = str(error) if isinstance(error, UsageError) else f"{error!r:.100}"
-        raise UsageError(f"{path} holds no whole reference ({reason}): {REMEDY}") from None
+        raise UsageError(f"{path} is not a complete reference ({reason}): {REMEDY}") from None
     _check_shapes(reference, int(made_with["dim"]), str(path))
     return reference
 
@@ -253,7 +264,7 @@ def _named(extractor: dict[str, Any]) -> str:
 def _check_shapes(reference: Reference, dim: int, path: str) -> None:
     moments = reference.moments
     if moments.mean.shape != (dim,) or moments.covariance.shape != (dim, dim) or moments.n < 2:
-        raise UsageError(f"{path}: the moments are not those of {dim} features of 2 images or more: {REMEDY}")
+        raise UsageError(f"{path}: the moments are not of {dim} features of at least 2 images: {REMEDY}")
     for what, values in (
         ("mean", moments.mean[None]),
         ("covariance", moments.covariance),

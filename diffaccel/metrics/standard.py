@@ -1,7 +1,9 @@
-"""The metrics that every bench computes unless ``metrics`` names others."""
+"""Standard metrics, which every bench computes by default."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from typing_extensions import override
 
 from diffaccel.metrics.base import METRICS, Made, Metric, Real
 from diffaccel.metrics.frechet import frechet_distance
@@ -10,14 +12,14 @@ from diffaccel.metrics.manifold import manifold_scores
 from diffaccel.metrics.memorisation import memorised
 
 COMPARED = 5_000
-"""Most images of a kind whose neighbourhoods are compared: time goes as their square."""
+"""Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
 
 
 @METRICS.register("frechet")
 class FrechetMetric(Metric):
     """Frechet distance, its limit for n to infinity, its standard error, and the distance of held-out images.
 
-    Keys of the point: ``fd_<extractor>`` (``fid`` of Inception features), and the same with ``_inf``, ``_se``,
+    Keys of the point: ``fd_<extractor>`` (``fid`` for Inception features), and the same with ``_inf``, ``_se`` and
     ``_floor``.
 
     References:
@@ -27,7 +29,8 @@ class FrechetMetric(Metric):
 
     in_training = gives_distance = True
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         name, found = made.distance, made.sums.compute()
         values = {name: float(found.fd), f"{name}_inf": float(found.fd_inf), f"{name}_se": float(found.se)}
         if real.floor is not None:
@@ -48,7 +51,8 @@ class KernelMetric(Metric):
 
     in_training = True
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         if real.kernel is None:
             return {}
         kernel = KernelDistance(made.features.shape[1], real.kernel, sync_on_compute=False)
@@ -58,7 +62,7 @@ class KernelMetric(Metric):
 
 @METRICS.register("manifold")
 class ManifoldMetric(Metric):
-    """Precision, recall, density and coverage of the first 5,000 images; with ``_real``, those of held-out images.
+    """Precision, recall, density and coverage of the first 5,000 images and, with ``_real``, of held-out images.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models (Kynkaanniemi et al., 2019),
@@ -67,7 +71,8 @@ class ManifoldMetric(Metric):
             https://arxiv.org/abs/2002.09797
     """
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         sizes = [COMPARED, len(made.features), len(real.features)]
         m = min(sizes + [len(real.held_out)] * (real.floor is not None))
         if m < 10:
@@ -79,19 +84,21 @@ class ManifoldMetric(Metric):
 
 @METRICS.register("memorisation")
 class MemorisationMetric(Metric):
-    """Share of generated images that are copies of training images, and the closest pairs.
+    """Fraction of generated images that are copies of training images, and the closest pairs.
 
-    Key of the point: ``memorisation``; null with fewer than 100 held-out images, which say what is close.
+    Key of the point: ``memorisation``; null with fewer than 100 held-out images, which define the threshold.
 
     References:
         A Non-Parametric Test to Detect Data-Copying in Generative Models (Meehan et al., 2020),
             https://arxiv.org/abs/2004.05675
     """
 
-    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:  # noqa: D102
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         return {}
 
-    def details(self, made: Made, real: Real) -> Mapping[str, Any]:  # noqa: D102
+    @override
+    def details(self, made: Made, real: Real) -> Mapping[str, Any]:
         if len(real.held_out) < 100:
             return {"memorisation": None}
         found = memorised(made.features[:COMPARED], real.features, real.held_out[:COMPARED])

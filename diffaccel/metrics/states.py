@@ -1,4 +1,4 @@
-"""What generated states get wrong in their simplest statistics, which a critic finds first."""
+"""Comparison of simple statistics of generated and real states, for the logs of adversarial training."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ BANDS = 4
 
 
 def radial_power(x: Tensor, bands: int = BANDS) -> Tensor:
-    """Mean power of images' Fourier coefficients in bands of radial frequency.
+    """Compute the mean power of Fourier coefficients in bands of radial frequency.
 
-    Bands are equally wide up to the Nyquist frequency, lowest first; corners beyond it belong to the last, the mean of
-    an image to the first. White noise has the same power in all.
+    The bands have equal widths up to the Nyquist frequency, lowest first. The last band includes the corners beyond the
+    Nyquist frequency, the first band the mean. White noise has the same power in all bands.
 
     Args:
         x: Images, (B, C, H, W).
         bands: Number of bands.
 
     Returns:
-        (bands,), in units of a pixel's variance; NaN for a band without a coefficient.
+        Power in units of a pixel's variance, (bands,); NaN for a band without coefficients.
     """
     power = torch.fft.fft2(x.float(), norm="ortho").abs().square().mean((0, 1))
     rows, columns = (torch.fft.fftfreq(size, device=x.device) for size in x.shape[-2:])
@@ -27,15 +27,16 @@ def radial_power(x: Tensor, bands: int = BANDS) -> Tensor:
 
 
 def compare_states(made: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Compare generated states with real ones of the same level.
+    """Compare generated states with real states at the same noise level.
 
     Args:
-        made: (B, C, H, W).
-        real: (B', C, H, W).
+        made: Generated states, (B, C, H, W).
+        real: Real states, (B', C, H, W).
 
     Returns:
-        For each channel ``mean_<c>``, the difference of means in units of the real deviation, and ``std_<c>``, the
-        ratio of deviations; for each band ``power_<k>``, the ratio of powers. 0, 1 and 1 for equal laws.
+        For each channel, ``mean_<c>``, the difference of the means in units of the real standard deviation, and
+        ``std_<c>``, the ratio of the standard deviations; for each band, ``power_<k>``, the ratio of the powers. Equal
+        distributions give 0, 1 and 1.
     """
     channels = {}
     for c in range(real.shape[1]):

@@ -1,4 +1,4 @@
-"""All registries by the key of an experiment, or of a part, that names one of their parts; imported when needed."""
+"""All registries by the key of their parts in an experiment; imported when they are used."""
 
 from importlib import import_module
 from typing import Any, cast
@@ -28,13 +28,13 @@ CATALOGUE = {
 """Group -> ``module:name`` of its registry."""
 
 DESCRIPTIONS = {
-    "method": "published methods: how parts are trained and put together",
+    "method": "published methods: training and combination of parts",
     "data": "sources of images",
     "process": "forward processes",
-    "attenuation": "how the decoupled process attenuates images",
+    "attenuation": "attenuations of images in the decoupled process",
     "network": "networks of denoisers and generators",
     "denoiser": "preconditionings of a network, and exact denoisers",
-    "levels": "distributions of the noise levels that training draws",
+    "levels": "distributions of the training noise levels",
     "posterior": "estimates of the noise level of a state, for chains",
     "prior": "distributions of the states that sampling starts from",
     "density": "tractable densities of noisy images, for the prior `density`",
@@ -44,9 +44,9 @@ DESCRIPTIONS = {
     "objective": "further objectives of implicit priors",
     "extractor": "feature networks that score images",
     "metric": "metrics of a point",
-    "format": "formats of files of weights",
+    "format": "formats of weights files",
 }
-"""Group -> what its parts are."""
+"""Group -> description of its parts."""
 
 
 def registry_of(group: str) -> Registry[Any]:

@@ -1,4 +1,4 @@
-"""What values may be: the ranges of all keys of the schema, and how a written value becomes one of a key's type."""
+"""Valid values: ranges of all keys of the schema, and conversion of written values to types."""
 
 import math
 import types
@@ -14,13 +14,13 @@ from diffaccel.parts.trees import leaves
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key may have.
+    """Range of valid numbers.
 
     Attributes:
-        low: Least one.
-        high: Largest one.
-        ends: Whether the two belong to it, in the brackets of intervals.
-        why: Reason, for the message.
+        low: Lower end.
+        high: Upper end.
+        ends: Brackets of the interval, "[]", "(]", "[)" or "()".
+        why: Reason for the range, for messages.
     """
 
     low: float
@@ -34,7 +34,7 @@ class Range:
 
     @property
     def rule(self) -> str:
-        """The range in words."""
+        """Description of the range."""
         positive = (self.low, self.ends[0]) == (0, "(")
         if self.high == math.inf:
             return "positive" if positive else f"{self.low:,} or more"
@@ -49,19 +49,19 @@ class Range:
 COUNT, LENGTH, SHARE, POSITIVE = Range(1, 10**6), Range(1, 10**12), Range(0, 1), Range(0, ends="(]")
 
 FILLED = "one or more"
-"""Marks an annotated list that must not be empty."""
+"""Mark of annotated lists that must not be empty."""
 Count = Annotated[int, COUNT]
-"""Annotation of a constructor's parameter: a positive integer; a registry checks it before it builds the part."""
+"""Annotation of a constructor's parameter: a positive integer, checked before the part is built."""
 Counts = Annotated[list[int], COUNT, FILLED]
-"""One positive integer or more."""
+"""One or more positive integers."""
 Whole = Annotated[int, Range(0, 10**6)]
-"""Zero or a positive integer."""
+"""Non-negative integer."""
 Wholes = Annotated[list[int], Range(0, 10**6)]
-"""Such integers, or none."""
+"""Non-negative integers, or an empty list."""
 Positives = Annotated[list[float], POSITIVE, FILLED]
-"""One positive number or more."""
+"""One or more positive numbers."""
 Dropout = Annotated[float, Range(0, 1, "[)")]
-"""Probability of leaving a unit out."""
+"""Probability of dropping a unit."""
 
 RANGES: dict[str, Range] = {
     "n": Range(1, 10**8, why="the features of all images are kept in memory"),
@@ -103,10 +103,10 @@ RANGES: dict[str, Range] = {
     "training.checkpoint_minutes": POSITIVE,
     "training.log_every": COUNT,
 }
-"""Key -> the numbers that it, each number of its list, or each key of its mapping may have; null is left alone."""
+"""Key -> range of its value, of each number in its list, or of each key of its mapping; null is not checked."""
 
 SETS = ("nfe", "search.images", "tradeoff.T")
-"""Lists that hold one number or more, all different."""
+"""Lists of one or more different numbers."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "logger": ("wandb", "csv", "tensorboard", "none"),
@@ -115,17 +115,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu"),
 }
-"""Key -> the texts that it may have; null is left alone."""
+"""Key -> valid texts; null is not checked."""
 
 LARGEST = 10**8
-"""Values of an image."""
+"""Maximum number of values of an image."""
 
 
 def check(config: Any) -> None:
-    """Refuse numbers and names of a configuration that no run can mean.
+    """Check the numbers and names of a configuration.
 
     Raises:
-        UsageError: One is out of its range.
+        UsageError: A value is out of range.
     """
     for key, allowed in RANGES.items():
         value = config
@@ -142,7 +142,7 @@ def check(config: Any) -> None:
         raise UsageError(f"training.betas={config.training.betas}: give two numbers")
     for key, choices in CHOICES.items():
         if (choice := getattr(config, key)) is not None and choice not in choices:
-            raise UsageError(f"{key}={choice!r} is none of {', '.join(choices)}")
+            raise UsageError(f"{key}={choice!r} is not one of {', '.join(choices)}")
 
 
 def _shown(value: Any) -> str:
@@ -178,10 +178,10 @@ def real_number(key: str, value: Any, infinite: bool = False) -> float:
 
 
 def check_finite(tree: Mapping[str, Any], where: object) -> None:
-    """Refuse NaN and infinity; ``ratio_max`` alone, a denoiser's, may be infinite.
+    """Check that all numbers are finite, except for a denoiser's ``ratio_max``, which may be infinite.
 
     Raises:
-        UsageError: There is one.
+        UsageError: A number is NaN or infinite.
     """
     for keys, value in leaves(tree):
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and keys[-1] != "ratio_max")):
@@ -190,14 +190,14 @@ def check_finite(tree: Mapping[str, Any], where: object) -> None:
 
 
 def positive(where: str, **values: float | None) -> None:
-    """Refuse a part's values that are neither positive nor None.
+    """Check that values of a part are positive or None.
 
     Args:
-        where: The part, for the message.
-        values: Its values by their keys.
+        where: Part, for the message.
+        values: Values by key.
 
     Raises:
-        UsageError: One is 0, negative or NaN.
+        UsageError: A value is 0, negative or NaN.
     """
     for key, value in values.items():
         if value is not None and not value > 0:
@@ -205,10 +205,10 @@ def positive(where: str, **values: float | None) -> None:
 
 
 def at_least(low: float, where: str, **values: float | None) -> None:
-    """Refuse a part's values below ``low`` and NaN; see :func:`positive`.
+    """Check that values of a part are ``low`` or more, or None; see :func:`positive`.
 
     Raises:
-        UsageError: There is one.
+        UsageError: A value is less than ``low``, or NaN.
     """
     for key, value in values.items():
         if value is not None and not value >= low:
@@ -216,15 +216,15 @@ def at_least(low: float, where: str, **values: float | None) -> None:
 
 
 def check_annotated(where: str, values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
-    """Refuse values outside the :class:`Range` that their parameter is annotated with; None is left alone.
+    """Check values against the :class:`Range` in the annotation of their parameters; None is not checked.
 
     Args:
-        where: The part, for the message.
-        values: Its values by their keys.
-        annotations: Annotations of its constructor's parameters.
+        where: Part, for the message.
+        values: Values by key.
+        annotations: Annotations of the constructor's parameters.
 
     Raises:
-        UsageError: There is one, or an empty list where a value is required.
+        UsageError: A value is out of range, or a list is empty where a value is required.
     """
     for key, value in values.items():
         for annotation in (annotations.get(key), *get_args(annotations.get(key))):  # of ``Count | None``, too
@@ -238,7 +238,7 @@ def check_annotated(where: str, values: Mapping[str, Any], annotations: Mapping[
 
 
 def plain_type(annotation: Any) -> Any:
-    """Return an annotation without its ranges, those of ``Count | None`` too."""
+    """Return an annotation without ranges, also for unions such as ``Count | None``."""
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
@@ -247,15 +247,17 @@ def plain_type(annotation: Any) -> Any:
 
 
 def conform(key: str, value: Any, kind: Any) -> Any:
-    """Bring a value, as a person writes it, to a type: 2e6 to an int, "5,10" to a list, "none" to None.
+    """Convert a written value to a type: 2e6 to an int, "5,10" to a list, "none" to None.
 
     Args:
-        key: For the message.
-        value: As a file or the command line has it; one that doesn't fit is returned as it is, for OmegaConf to refuse.
-        kind: The annotation.
+        key: Key, for the message.
+        value: Value from a file or the command line. A value that can't be converted is returned unchanged, and
+            refused later by OmegaConf.
+        kind: Annotation.
 
     Raises:
-        UsageError: A lone value for a list, a list or mapping for a number, or a number other than 0 and 1 for a bool.
+        UsageError: The value is a scalar for a list, a list or mapping for a number, or a number other than 0 and 1 for
+            a bool.
     """
     if is_dataclass(kind):
         if not isinstance(value, Mapping):

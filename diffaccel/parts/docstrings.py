@@ -1,4 +1,4 @@
-"""What docstrings in Google style say of a part and its keys."""
+"""Parsing of docstrings in Google style, for descriptions of parts and their keys."""
 
 import inspect
 import re
@@ -13,10 +13,10 @@ def sections(documented: Any) -> dict[str, list[str]]:
     """Split a docstring into its sections.
 
     Args:
-        documented: A class, function or module.
+        documented: Class, function or module.
 
     Returns:
-        Heading -> its lines; ``""`` -> the text before the first heading.
+        Heading -> lines of the section; ``""`` -> lines before the first heading.
     """
     found: dict[str, list[str]] = {"": []}
     now = ""
@@ -30,7 +30,7 @@ def sections(documented: Any) -> dict[str, list[str]]:
 
 
 def _plain(role: re.Match[str]) -> str:
-    """A role or code of reStructuredText, as a terminal shows it."""
+    """Convert a role or code in reStructuredText to plain text."""
     return f"`{role[1] or role[2]}`"
 
 
@@ -40,12 +40,12 @@ def first_line(documented: Any) -> str:
 
 
 def first_paragraph(documented: Any) -> str:
-    """Return a docstring up to the first empty line, in one line."""
+    """Return the first paragraph of a docstring, in one line."""
     return " ".join("\n".join(sections(documented)[""]).split("\n\n")[0].split())
 
 
 def references(documented: Any) -> list[str]:
-    """Return the lines of a docstring's references; those of its module if it has none of its own."""
+    """Return the lines of the references in a docstring, or else in the docstring of its module."""
     own = sections(documented)
     module = inspect.getmodule(documented)
     if "References" not in own and module is not None:
@@ -54,7 +54,7 @@ def references(documented: Any) -> list[str]:
 
 
 def entries(documented: Any, *headings: str) -> dict[str, str]:
-    """Return the entries of a docstring's sections, each in one line: name -> text."""
+    """Return the entries of sections of a docstring: name -> text in one line."""
     found: dict[str, str] = {}
     own = sections(documented)
     for line in (line for heading in headings for line in own.get(heading, [])):
@@ -67,7 +67,7 @@ def entries(documented: Any, *headings: str) -> dict[str, str]:
 
 
 def documented_keys(factory: Any) -> dict[str, str]:
-    """Return what a part's docstring, and those of the classes above it, say of its keys."""
+    """Return the descriptions of a part's keys in its docstring and those of its base classes."""
     found: dict[str, str] = {}
     for one in reversed(inspect.getmro(factory)) if inspect.isclass(factory) else [factory]:
         found |= entries(one, "Args", "Attributes")

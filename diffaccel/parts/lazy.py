@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that importing the package costs nothing."""
+"""Lazy imports: names of a package are imported on first use, so that importing the package is fast."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], 
     """Return a package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
     Args:
-        package: The package's ``__name__``.
-        names: Name -> module that has it.
+        package: ``__name__`` of the package.
+        names: Name -> module that defines it.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Packages that only some parts need: extras of the installation, imported when such a part is built."""
+"""Optional packages, required by some parts and imported when these are built."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ def extra(name: str, needed_by: str) -> Iterator[None]:
     """Wrap the imports of the packages that an extra installs.
 
     Args:
-        name: The extra, as pyproject.toml calls it.
-        needed_by: The part that imports them, for the message.
+        name: Name of the extra in pyproject.toml.
+        needed_by: Part that requires the packages, for the message.
 
     Raises:
-        UsageError: One of the packages is not installed.
+        UsageError: A package is not installed.
 
     Example:
         >>> with extra("flow", needed_by="density 'flow'"):
@@ -26,5 +26,5 @@ def extra(name: str, needed_by: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise UsageError(
-            f"{needed_by} needs {package}, which is not installed: pip install 'diffaccel[{name}]'"
+            f"{needed_by} requires {package}, which is not installed: pip install 'diffaccel[{name}]'"
         ) from None

@@ -1,9 +1,9 @@
-"""Settings on the command line: from its words to a tree of values.
+"""Parsing of settings on the command line into a tree of values.
 
-A value is a number, true or false, null, a ``[list]`` or ``{mapping}`` in YAML, and otherwise text. The value of a key
-that holds a path or a name is always text. ``${oc.env:NAME}`` is the value of an environment variable: the run uses the
-value, and everything that it writes contains the reference. Files can't have such references: a file that somebody else
-wrote must not read the environment.
+A value is a number, true or false, null, a ``[list]`` or ``{mapping}`` in YAML, or text. The value of a key of a path
+or name is always text. ``${oc.env:NAME}`` is the value of an environment variable; the run uses the value, and output
+files contain the reference. Files can't contain such references, because a file from another person must not read the
+environment.
 """
 
 import dataclasses
@@ -40,26 +40,26 @@ ALIASES = {"chains": "prior.chains", "images": "training.images"}
 """Short keys of the command line."""
 
 OPEN: dict[str, Callable[[str], Any]] = {"search.space": str, "tradeoff.densities": float}
-"""Mappings whose keys are free and may hold dots, and the type of the keys."""
+"""Mappings with arbitrary keys, which may contain dots -> type of the keys."""
 
 
 class FromEnvironment(str):
     """Text in which environment variables have been replaced by their values.
 
     Attributes:
-        given: The text as it was given, which is what :func:`as_given` writes.
+        given: Original text with references, which :func:`as_given` returns.
     """
 
     given: str
 
 
 def as_given(tree: Any) -> Any:
-    """Copy a tree of settings with references to the environment in place of their values."""
+    """Copy a tree of settings, with references to the environment instead of values."""
     return _replaced(tree, lambda text: text.given)
 
 
 def as_plain(tree: Any) -> Any:
-    """Copy a tree of settings with the values of references as plain text, which is all that OmegaConf takes."""
+    """Copy a tree of settings, with values of references as plain text, which OmegaConf requires."""
     return _replaced(tree, str)
 
 
@@ -72,25 +72,25 @@ def _replaced(tree: Any, change: Callable[[FromEnvironment], str]) -> Any:
 
 
 def refuse_references(tree: Mapping[str, Any], where: object, given: Mapping[str, Any] | None = None) -> None:
-    """Refuse ``${...}`` in a file, but under keys that the command line sets.
+    """Check that a file has no ``${...}``, except under keys that the command line sets.
 
     Raises:
-        UsageError: There is one.
+        UsageError: The file contains a reference.
     """
     for keys, value in leaves(tree):
         if isinstance(value, str) and "${" in value and not _sets(given or {}, tree, keys):
             key = ".".join(map(str, keys))
             raise UsageError(
-                f"{where}: {key}={value!r}: a file can't have references: write the value, or set {key}= on the "
+                f"{where}: {key}={value!r}: a file can't contain references: write the value, or set {key}= on the "
                 "command line"
             )
 
 
 def keep_references(config: Any, tree: Mapping[str, Any]) -> None:
-    """Put texts of the environment, which OmegaConf makes plain, back in place.
+    """Restore texts with references, which OmegaConf converts to plain text.
 
     Raises:
-        UsageError: A key that is no text has one.
+        UsageError: A key that is not text has a reference.
     """
     for keys, value in leaves(tree):
         if not isinstance(value, FromEnvironment):
@@ -102,9 +102,7 @@ def keep_references(config: Any, tree: Mapping[str, Any]) -> None:
         old = getattr(place, last) if dataclasses.is_dataclass(place) else place[last]
         if not isinstance(old, str):
             name = ".".join(map(str, keys))
-            raise UsageError(
-                f"{name}={value.given}: only paths and names may be ${{oc.env:...}}: take {name}=$VARIABLE"
-            )
+            raise UsageError(f"{name}={value.given}: only paths and names may be ${{oc.env:...}}: use {name}=$VARIABLE")
         if dataclasses.is_dataclass(place):
             setattr(place, last, value)
         else:
@@ -112,7 +110,7 @@ def keep_references(config: Any, tree: Mapping[str, Any]) -> None:
 
 
 def _sets(given: Any, tree: Any, keys: tuple[Any, ...]) -> bool:
-    """Whether a setting replaces the value at ``keys`` of a file's tree, or a branch or part that holds it."""
+    """Whether a setting replaces the value at ``keys`` of a file's tree, or a branch or part that contains it."""
     for key in keys:
         if not isinstance(given, Mapping) or renames(tree, given):
             return True
@@ -128,15 +126,15 @@ def sort_words(
     """Separate settings from other words.
 
     Args:
-        words: Of the command line; ``--key=value``, ``--key value`` and, of a flag, ``--key`` are settings too.
-        flags: Keys that need no value after ``--``.
-        is_file: Whether a word that looks like a setting is a path instead.
+        words: Words of the command line; ``--key=value``, ``--key value`` and, for flags, ``--key`` are also settings.
+        flags: Keys that do not require a value after ``--``.
+        is_file: Function that tests whether a word that looks like a setting is a path.
 
     Returns:
-        The other words, and the settings as ``key=value``.
+        Other words, and settings as ``key=value``.
 
     Raises:
-        UsageError: Spaces around a ``=``.
+        UsageError: There are spaces around a ``=``.
     """
     others: list[str] = []
     settings: list[str] = []
@@ -157,7 +155,7 @@ def sort_words(
 
 
 def _next_value(flag: bool, rest: "deque[str]") -> str:
-    """Take the value of ``--key`` from the words that follow; ``true`` if there is none."""
+    """Remove and return the value of ``--key`` from the following words; ``true`` without a value."""
     follows = rest[0] if rest else ""
     is_setting = follows.startswith("--") or KEY.fullmatch(follows.partition("=")[0]) and "=" in follows
     if not rest or is_setting or (flag and not isinstance(WORDS.get(follows.lower()), bool)):
@@ -168,12 +166,15 @@ def _next_value(flag: bool, rest: "deque[str]") -> str:
 def one_experiment(
     words: Collection[str], keys: Collection[str], flags: Collection[str]
 ) -> tuple[str | None, list[str]]:
-    """Separate a command's experiment, None if it names none, from its settings.
+    """Separate the experiment of a command from its settings.
 
     Args:
-        words: Of the command line.
+        words: Words of the command line.
         keys: Keys of the schema.
-        flags: Those of them that need no value after ``--``.
+        flags: Keys that do not require a value after ``--``.
+
+    Returns:
+        Experiment, None if none is given, and settings.
 
     Raises:
         UsageError: A word is a key without a value, or there are several experiments.
@@ -194,7 +195,7 @@ def paths_and_options(
     """Separate the paths of a command on files from its options, which are text.
 
     Raises:
-        UsageError: An option that it doesn't have.
+        UsageError: An option is unknown.
     """
     paths, settings = sort_words(words, flags)
     options = dict(word.split("=", 1) for word in settings)
@@ -209,25 +210,25 @@ def parse(
     """Read ``key=value`` words.
 
     Args:
-        words: Settings, as :func:`sort_words` takes them.
-        holds_path: Whether a key's value is a path, which is taken as it is but for a ``~`` at its start.
-        holds_text: Whether another key's value, the second argument, is taken as it is.
+        words: Settings, as for :func:`sort_words`.
+        holds_path: Function that tests whether the value of a key is a path, in which only a leading ``~`` is expanded.
+        holds_text: Function that tests whether the value of a key, its second argument, is text.
 
     Returns:
-        The tree that they make, a later word over an earlier one.
+        Tree of all settings; later words override earlier ones.
 
     Raises:
-        UsageError: A word without ``=``, a value that is no YAML, or an environment variable that isn't set.
+        UsageError: A word has no ``=``, a value is not YAML, or an environment variable is not set.
     """
     others, settings = sort_words(words, is_file=lambda word: False)
     if others:
-        raise UsageError(f"{others[0]!r} is no key=value")
+        raise UsageError(f"{others[0]!r} is not a setting: write key=value")
     tree: dict[str, Any] = {}
     for word in settings:
         key, _, text = word.partition("=")
         key = ALIASES.get(key, key)
         if key == "experiment":
-            raise UsageError(f"{word!r}: name the experiment without a key, as in `diffaccel bench digits/dlg`")
+            raise UsageError(f"{word!r}: give the experiment without a key, as in `diffaccel bench digits/dlg`")
         value: Any
         if holds_path(key):
             value = None if text in ("", "null", "none", "None") else os.path.expanduser(text)
@@ -249,7 +250,7 @@ def _names(key: str) -> list[Any]:
             try:
                 return [*prefix.split("."), kind(last)]
             except ValueError:
-                raise UsageError(f"{key}: {last!r} is no number") from None
+                raise UsageError(f"{key}: {last!r} is not a number") from None
     names = key.split(".")
     return [int(name) if i == 1 and names[0] == "by_nfe" and name.isdecimal() else name for i, name in enumerate(names)]
 
@@ -268,11 +269,11 @@ def _value(word: str, text: str) -> Any:
 
 
 def scalar(text: str) -> Any:
-    """Read a number, true, false or null; anything else is text."""
+    """Convert text to a number, true, false or null; anything else remains text."""
     text = text.strip()
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    if INTEGER.fullmatch(text) and len(text) < 400:  # Python refuses to read longer ones
+    if INTEGER.fullmatch(text) and len(text) < 400:  # Python does not convert longer ones
         return int(text)
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if NUMBER.fullmatch(text) else text
 
@@ -282,7 +283,7 @@ def _unquoted(text: str) -> str:
 
 
 def _resolved(word: str, value: Any) -> Any:
-    """Replace references to the environment by :class:`FromEnvironment`, in mappings and lists too."""
+    """Replace references to the environment by :class:`FromEnvironment`, including those in mappings and lists."""
     if isinstance(value, dict):
         return {key: _resolved(word, item) for key, item in value.items()}
     if isinstance(value, list):

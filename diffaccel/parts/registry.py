@@ -1,9 +1,9 @@
 """Parts by name: a registry per kind, open to users through ``@register`` and entry points.
 
-A part's constructor is its schema: the keys that a YAML file may set are its parameters, their types are its
-annotations, their defaults are its defaults. Nothing is imported because a file says so: names are looked up.
+The constructor of a part is its schema: its parameters are the keys that a YAML file may set, with their annotations as
+types and their defaults. A file can't import code; it can only contain registered names.
 
-Annotations also say what else there is to know of a key:
+Annotations have special meanings for keys:
 
 - ``Path`` or ``Path | None``: a path, relative to the file that sets it.
 - ``str``, ``str | None`` or ``Literal``: text, whatever it looks like on the command line.
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import check_annotated, conform
 from diffaccel.parts.overrides import as_plain, refuse_references
-from diffaccel.parts.schema import options, schema_of
+from diffaccel.parts.schema import options, schema_of, suggest_key
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole
 
@@ -36,7 +36,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 Base = TypeVar("Base")
 
 VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-"""Kinds of parameters that are no keys."""
+"""Kinds of parameters that are not keys."""
 
 _REGISTRIES: dict[type, "Registry[Any]"] = {}
 """Abstract class -> registry of its parts."""
@@ -46,13 +46,12 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
     """Name -> factory for one kind of part (``solver``, ``prior``, ``process``, ``network`` ...).
 
     Args:
-        kind: What the parts are, for error messages.
-        group: Entry-point group that adds to them; ``diffaccel.<kind>s`` if not given.
-        context: Parameters that the program gives and no file sets: the process of a denoiser, say.
-        extra: Keys that a file may set besides the parameters, with their annotations; who builds the part takes them
-            out of its node.
-        builtins: Modules that register diffaccel's own parts, or packages of such modules; the first lookup imports
-            them, so that the registry is complete whatever was imported before.
+        kind: Name of the kind of part, for messages.
+        group: Entry-point group of plugins; ``diffaccel.<kind>s`` by default.
+        context: Parameters that are set by the program and not by files, such as the process of a denoiser.
+        extra: Further keys that a file may set, with their annotations; they are removed before the part is built.
+        builtins: Modules, or packages of modules, that register built-in parts. The first lookup imports them, so that
+            the registry is complete.
 
     Example:
         >>> solvers = Registry("solver")
@@ -71,23 +70,23 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         self.kind, self.group = kind, group or f"diffaccel.{kind}s"
         self.context, self.extra = frozenset(context), dict(extra or {})
         self._factories: dict[str, Callable[..., T]] = {}
-        self._modules = list(builtins)  # those still to be imported
+        self._modules = list(builtins)  # not imported yet
         self._plugins_loaded = False
         self._installed: list[EntryPoint] | None = None
-        self._origins: dict[str, str] = {}  # plugins by the names of their parts
-        self._broken: dict[str, str] = {}  # plugins that bring nothing, and why
+        self._origins: dict[str, str] = {}  # name of a part -> plugin
+        self._broken: dict[str, str] = {}  # plugin that can't be used -> reason
         self._said: set[str] = set()
 
     def base(self, abstract: Base) -> Base:
-        """Decorate the abstract class of this kind: a parameter annotated with it is a part of this registry."""
+        """Decorate the base class of the parts; parameters annotated with it are parts of this registry."""
         _REGISTRIES[cast(type, abstract)] = self
         return abstract
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
-        """Decorate a class or function so that YAML files can name it.
+        """Decorate a class or function to register it under a name.
 
         Raises:
-            UsageError: Another part already has that name.
+            UsageError: Another part has this name.
         """
 
         def decorate(factory: Factory) -> Factory:
@@ -99,14 +98,14 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return decorate
 
     def _load_builtins(self) -> None:
-        """Import the modules of diffaccel's own parts, once; one of them may look up a part meanwhile."""
+        """Import the modules of built-in parts, once; such a module may look up a part meanwhile."""
         while self._modules:
             name = self._modules.pop(0)
             for module in iter_modules(getattr(import_module(name), "__path__", ()), f"{name}."):
                 import_module(module.name)
 
     def _load_plugins(self) -> None:
-        """Add what installed packages bring, once; one that is broken is noted, and stops nothing else."""
+        """Add the plugins of installed packages, once; broken plugins are noted and skipped."""
         self._load_builtins()
         if self._plugins_loaded:
             return
@@ -115,7 +114,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         for plugin in self._plugins():
             others = [other for other in self._plugins() if other.name == plugin.name and other != plugin]
             if plugin.name in own:
-                continue  # ``build`` says so when the name is used
+                continue  # reported by ``build`` when the name is used
             if others:
                 self._broken[_origin(plugin)] = f"{_origin(others[0])} has the same name: uninstall one"
                 continue
@@ -123,24 +122,24 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
                 factory = plugin.load()
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # an import runs anything, so anything may be raised
+            except BaseException as error:  # an import may raise anything
                 self._broken[_origin(plugin)] = f"it can't be imported ({printable(repr(error)):.200})"
                 continue
-            if callable(factory) or plugin.name in self._factories:  # a module registers its parts as it is imported
+            if callable(factory) or plugin.name in self._factories:  # importing a module registers its parts
                 self._factories.setdefault(plugin.name, factory)
                 self._origins[plugin.name] = _origin(plugin)
             else:
-                reason = f"it is no class or function, and registers no {self.kind} {plugin.name!r}"
+                reason = f"it is not a class or function, and registers no {self.kind} {plugin.name!r}"
                 self._broken[_origin(plugin)] = reason
 
     def _plugins(self) -> list[EntryPoint]:
-        """Entry points of the group, read once; a package whose list of them can't be read is noted."""
+        """Entry points of the group, read once; packages with unreadable entry points are noted."""
         if self._installed is None:
             try:
                 found = list(entry_points(group=self.group))
-            except Exception:  # one package's metadata are broken: they are read one by one
+            except Exception:  # the metadata of a package are broken, so that packages are read one by one
                 found = [plugin for package in distributions() for plugin in self._entry_points(package)]
-            # A package that lies in two places of the path is one.
+            # A package in two places of the path is counted once.
             self._installed = list({(plugin.name, _origin(plugin)): plugin for plugin in found}.values())
         return self._installed
 
@@ -159,7 +158,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return self._factories[name]
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str):  # a file may hold anything
+        if not isinstance(name, str):  # a file may contain any type
             return False
         for load in (self._load_builtins, self._load_plugins):
             if name not in self._factories:
@@ -175,26 +174,22 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return len(self._factories)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # a mapping's would import everything
+        return self is other  # comparing mappings would import everything
 
     def __hash__(self) -> int:
         return id(self)
 
     def keys_of(self, name: str) -> frozenset[str]:
-        """Return the keys that a part of this name has, those of its own parts among them.
-
-        Raises:
-            UsageError: An unknown name, or a part whose constructor can't be inspected.
-        """
+        """Return the names of a part's keys; see :meth:`annotations` for errors."""
         return frozenset(key for key, one in self._parameters(name).items() if one.kind not in VARIADIC)
 
     def required(self, name: str) -> frozenset[str]:
-        """Return the parameters without a default of a part of this name; none for an unknown name."""
+        """Return the names of a part's required parameters; empty for an unknown name."""
         parameters = self._parameters(name).values() if name in self else ()
         return frozenset(one.name for one in parameters if one.default is one.empty)
 
     def known_keys(self) -> frozenset[str]:
-        """Return the keys of all parts; one whose constructor can't be inspected has none."""
+        """Return the keys of all parts whose constructors can be inspected."""
         return frozenset().union(*map(self._keys, self))
 
     def _keys(self, name: str) -> frozenset[str]:
@@ -206,7 +201,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """Parameters of a part's constructor.
 
         Raises:
-            UsageError: It can't be inspected: a plugin may be anything that can be called.
+            UsageError: The constructor can't be inspected; a plugin may be any callable.
         """
         factory = self[name]
         try:
@@ -216,21 +211,21 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             raise UsageError(f"{self._where(name)}: its {what} ({printable(repr(error)):.200})") from None
 
     def annotations(self, name: str) -> dict[str, Any]:
-        """Return the keys that a file may set of the part of this name, with their annotations.
+        """Return the keys of a part that a file may set, with their annotations.
 
         Raises:
-            UsageError: An unknown name, or a part whose constructor can't be inspected.
+            UsageError: The name is unknown, or the constructor of the part can't be inspected.
         """
         parameters = self._parameters(name, eval_str=True).values()
         own = {one.name: one.annotation for one in parameters if one.kind not in VARIADIC}
         return {key: annotation for key, annotation in own.items() if key not in self.context} | self.extra
 
     def annotation(self, key: str, name: object = None) -> Any:
-        """Return the annotation of a key: of the part of this name, else of the first that has the key; None if none.
+        """Return the annotation of a key in a part, or in the first part with the key; None if no part has it.
 
         Args:
-            key: The key.
-            name: Name of the part; None, or one that is not known, if that is still open.
+            key: Key.
+            name: Name of the part; None or unknown for any part.
         """
         if key == "name" or key in self.extra:
             return self.extra.get(key, str)
@@ -241,7 +236,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return None
 
     def _candidates(self, name: object) -> Iterator[str]:
-        """The name if it is a part's; else all names, those of plugins last, which are imported only then."""
+        """Yield the name of a known part, or else all names, with those of plugins last to delay their import."""
         if isinstance(name, str) and name in self:
             yield name
             return
@@ -250,14 +245,14 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         yield from self
 
     def parts_of(self, name: str) -> dict[str, "Registry[Any]"]:
-        """Return the parts of a part that are built before it: key -> registry; none if it can't be inspected."""
+        """Return the nested parts that are built before a part: key -> registry; empty if it can't be inspected."""
         with suppress(UsageError):
             found = {key: _built(annotation) for key, annotation in self.annotations(name).items()}
             return {key: registry for key, registry in found.items() if registry is not None}
         return {}
 
     def normal(self, node: Any) -> Any:
-        """Return a part's node with a mapping for each part in it that is given by its name, at any depth."""
+        """Return a part's node in which nested parts given by name are replaced by mappings, at any depth."""
         if isinstance(node, str):
             return {"name": node}
         if not isinstance(node, Mapping):
@@ -273,41 +268,41 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
 
     @property
     def nested(self) -> dict[str, "Registry[Any]"]:
-        """Parts of all parts: key -> registry."""
+        """Nested parts of all parts: key -> registry."""
         return {key: registry for name in self for key, registry in self.parts_of(name).items()}
 
     def plugin_of(self, name: str) -> str | None:
-        """Return the plugin, with its package, that brings the part of this name; None for one of diffaccel's own."""
+        """Return the plugin of a part, with its package; None for built-in parts."""
         return self._origins.get(name)
 
     def schema(self, name: str) -> Any:
         """Return a dataclass whose fields are the keys of a part, with their types and defaults.
 
         Raises:
-            UsageError: An unknown name, or a part whose constructor makes no schema.
+            UsageError: The name is unknown, or the constructor of the part does not make a schema.
         """
         return schema_of(self[name], self._parameters(name, eval_str=True), self.context, self._where(name))
 
     def _where(self, name: str) -> str:
-        """Name a part for messages, with the package that brings it."""
+        """Name of a part for messages, with the package of a plugin."""
         origin = self._origins.get(name)
         return f"{self.kind} {name!r}" + (f" of {origin}" if origin else "")
 
     def _say_ignored(self, name: str) -> None:
-        """Say once of a plugin that has the name of a part of ours that it is not used."""
+        """Report, once, a plugin that is ignored because a built-in part has its name."""
         if name in self._origins or name in self._said:
             return
         self._said.add(name)
         for plugin in self._plugins():
             if plugin.name == name:
-                said = f"{_origin(plugin)} is ignored: {self.kind} {name!r} is another part's name; rename the plugin"
+                said = f"{_origin(plugin)} is ignored, because there is another {self.kind} {name!r}: rename the plugin"
                 PlainConsole(stderr=True, soft_wrap=True).print(said)
 
     def complete(self, node: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a part's node with the defaults of the keys that it leaves out, its own parts likewise.
+        """Return a part's node with the defaults of missing keys, including those of nested parts.
 
         Raises:
-            UsageError: An unknown name.
+            UsageError: The name is unknown.
         """
         parameters = inspect.signature(self[node["name"]]).parameters.values()
         whole = {one.name: one.default for one in parameters if one.default is not one.empty} | dict(node)
@@ -319,22 +314,22 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return whole
 
     def node_of(self, part: Any) -> dict[str, Any] | None:
-        """Return the node that builds a part which is a dataclass of this registry; None if it is none."""
+        """Return the node of a part that is a dataclass of this registry; None for other objects."""
         names = [name for name, factory in self._factories.items() if factory is type(part)]
         if not names or not dataclasses.is_dataclass(part) or isinstance(part, type):
             return None
         return {"name": names[0], **dataclasses.asdict(part)}
 
     def build(self, node: Mapping[str, Any] | str, **context: Any) -> T:
-        """Construct the part that ``node['name']`` names from the node's other keys.
+        """Build a part from its name and keys.
 
         Args:
-            node: ``{"name": ..., key: value, ...}``, plain values as a YAML file holds them; or a name alone.
-            context: Arguments that no file can give (the process of a denoiser, say); their names are no YAML keys. A
-                constructor gets those that it has parameters for, one with ``**`` all of them.
+            node: ``{"name": ..., key: value, ...}`` with plain values, as in a YAML file; or a name.
+            context: Arguments that a file can't set, such as the process of a denoiser. A constructor gets those that
+                it has parameters for; a constructor with ``**`` gets all of them.
 
         Raises:
-            UsageError: An unknown name or key, a value of the wrong type, or a key without a value.
+            UsageError: The name or a key is unknown, a value has the wrong type, or a value is missing.
         """
         if not isinstance(node, str | Mapping):
             raise UsageError(f"{self.kind}={node!r}: give a name, or a mapping of keys to values")
@@ -363,7 +358,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         try:
             merged = OmegaConf.merge(OmegaConf.structured(schema), node)
             if missing := sorted(OmegaConf.missing_keys(merged)):
-                raise UsageError(f"{where} needs a value for {', '.join(missing)}")
+                raise UsageError(f"{where} requires a value for {', '.join(missing)}")
             values = cast(dict[str, Any], OmegaConf.to_container(merged))
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
@@ -373,20 +368,20 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return factory(**values, **{key: value for key, value in context.items() if takes_all or key in accepted})
 
     def named(self, node: Mapping[str, Any] | str, default: Any) -> Mapping[str, Any] | str:
-        """Name a part that is given by its keys alone: that of the default, whose keys they are."""
+        """Add the name of the default to a part that is given without a name."""
         if not isinstance(node, Mapping) or "name" in node:
             return node
         names = [name for name, factory in self._factories.items() if factory is type(default)]
         return {"name": names[0], **node} if names else node
 
     def _remedy(self, key: str, known: Iterable[str]) -> str:
-        """Say which parts have a key that another one lacks."""
+        """End of a message about an unknown key: the parts that have the key, or a suggestion."""
         others = [name for name in self if key in self._keys(name)]
-        return f"; it is a key of {', '.join(others)}" if others else suggest(key, known)
+        return f"; it is a key of {', '.join(others)}" if others else suggest_key(key, known)
 
 
 def part_of(annotation: Any) -> Registry[Any] | None:
-    """Return the registry of the part, or the parts, that a parameter of this annotation takes; None for a value."""
+    """Return the registry of the part or parts of a parameter with this annotation; None for a value."""
     if (registry := _built(annotation)) is not None:
         return registry
     marks = (mark for one in options(annotation) for mark in getattr(one, "__metadata__", ()))
@@ -394,13 +389,13 @@ def part_of(annotation: Any) -> Registry[Any] | None:
 
 
 def _built(annotation: Any) -> Registry[Any] | None:
-    """The registry of a parameter that takes a part itself, not its mapping."""
+    """Registry of a parameter that is a built part, not its mapping."""
     own = (_REGISTRIES.get(one) for one in options(annotation) if isinstance(one, type))
     return next((registry for registry in own if registry is not None), None)
 
 
 def _origin(plugin: EntryPoint) -> str:
-    """Where a plugin comes from, for messages."""
+    """Name of a plugin with its package, for messages."""
     package = getattr(getattr(plugin, "dist", None), "name", None)
     said = f"plugin {plugin.name!r} ({getattr(plugin, 'value', '?')})"
     return printable(f"{said} of package {package!r}" if package else said)

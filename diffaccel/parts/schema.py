@@ -1,36 +1,51 @@
-"""A constructor's parameters as a schema, and what their annotations say."""
+"""Schema of a part from its constructor's parameters, and tests of annotations."""
 
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from diffaccel.errors import UsageError
+from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import plain_type
 from diffaccel.text.escape import printable
 
 FILE = {"path": "file"}
-"""Metadata of a dataclass's field that holds a path, or a mapping to paths, relative to the file that sets it."""
+"""Metadata of a dataclass field with a path, or a mapping to paths, relative to the file that sets it."""
 PLACE = {"path": "place"}
-"""Metadata of one that holds a path relative to the working directory."""
+"""Metadata of a dataclass field with a path relative to the working directory."""
+
+RENAMED = {"told": "level_scale", "skips": "chain_steps"}
+"""Old names of keys -> their present names."""
+
+
+def suggest_key(key: str, known: Iterable[str]) -> str:
+    """End of a message about an unknown key: its present name if it was renamed, else the most similar known key.
+
+    Args:
+        key: Unknown key.
+        known: Known keys.
+    """
+    known = set(known)
+    renamed = RENAMED.get(key)
+    return f"; {key!r} is now called {renamed!r}" if renamed in known else suggest(key, known)
 
 
 def options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
+    """Return the members of a union, or the annotation itself."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def is_path(annotation: Any) -> bool:
-    """Whether a parameter of this annotation takes a path."""
+    """Whether parameters with this annotation are paths."""
     return Path in map(plain_type, options(annotation))
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a parameter of this annotation takes text, but for None."""
+    """Whether parameters with this annotation are text, apart from None."""
     own = [plain_type(one) for one in options(annotation) if one is not NoneType]
     return bool(own) and all(one is str or _names_texts(one) for one in own)
 
@@ -42,10 +57,10 @@ def _names_texts(annotation: Any) -> bool:
 def schema_of(
     factory: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], hidden: frozenset[str], where: str
 ) -> Any:
-    """Make a dataclass of the parameters that a file may set.
+    """Create a dataclass of the parameters that a file may set.
 
     Raises:
-        UsageError: A parameter that no key can be given to.
+        UsageError: A parameter can't be set by a key, or the defaults do not make a schema.
     """
     fields = []
     for parameter in parameters.values():
@@ -65,11 +80,11 @@ def schema_of(
     try:
         return dataclasses.make_dataclass("Part", fields)
     except ValueError as error:
-        raise UsageError(f"{where}: its defaults make no schema ({printable(str(error))})") from None
+        raise UsageError(f"{where}: its defaults do not make a schema ({printable(str(error))})") from None
 
 
 def _default_factory(factory: Callable[..., Any], name: str) -> Callable[[], Any] | None:
-    """What makes a dataclass field's default, which its signature doesn't show."""
+    """Default factory of a dataclass field, which is not in the signature."""
     if not dataclasses.is_dataclass(factory):
         return None
     makers = {field.name: field.default_factory for field in dataclasses.fields(factory)}

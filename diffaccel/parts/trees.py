@@ -1,4 +1,4 @@
-"""Trees of settings: nested mappings, one laid over another."""
+"""Trees of settings: merging of nested mappings."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -15,14 +15,14 @@ def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``new`` over ``old``: mappings key by key, except that a part of another name replaces the old one whole.
+    """Merge ``new`` into ``old`` key by key; a part with another name replaces the old part as a whole.
 
-    Text over a mapping, or under one, is the name of a part.
+    Text that is merged with a mapping is the name of a part.
     """
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
-        if key == "by_nfe" and not value:  # drops them, as null does; laid key by key it would say nothing
+        if key == "by_nfe" and not value:  # an empty mapping removes all entries, like null
             before = None
         if isinstance(value, str) and isinstance(before, Mapping):
             value = {"name": value}
@@ -39,10 +39,10 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renames(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    """Whether a part gives another name than the one before it."""
+    """Whether a part has another name than before."""
     return "name" in value and "name" in before and value["name"] != before["name"]
 
 
 def _moves(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    """Whether data get another place, so that what they were called before is no longer theirs."""
+    """Whether data have another location than before, to which the old label does not apply."""
     return any(key in value and before.get(key, value[key]) != value[key] for key in ("path", "root"))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import DENOISERS, EpsDenoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -54,10 +55,12 @@ class VEDenoiser(NetworkDenoiser):
         """Return y = x_t / alpha."""
         return x_t / expand(self.process.alpha(t), x_t)
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return -eps
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(self.scale_input(x_t, t) + expand(self.process.ratio(t), x_t) * output, -output)
 
 
@@ -165,13 +168,15 @@ class DiscreteVPDenoiser(VPDenoiser):
         fraction = (log_ratio - table[above - 1]) / (table[above] - table[above - 1])
         return (above - 1 + fraction).clamp(0, len(table) - 1)
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.predicts != "v":
             return eps if self.predicts == "eps" else x_0
         norm, alpha, sigma = self._norm(t), self.process.alpha(t), self.process.sigma(t)
         return expand(alpha / norm, eps) * eps - expand(sigma / norm, x_0) * x_0
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:  # noqa: D102
+    @override
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         if self.predicts == "eps":
             return super().prediction(output, x_t, t)
         if self.predicts == "x_0":

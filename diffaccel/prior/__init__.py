@@ -1,4 +1,4 @@
-"""Priors by name: the law of the state that sampling starts from."""
+"""Priors: distributions of the states that sampling starts from."""
 
 from diffaccel.prior.base import PRIORS, GaussianPrior, Group, Plan, Prior
 from diffaccel.prior.chain import ChainPrior, ChainState

@@ -1,4 +1,4 @@
-"""Priors: the law of the state that sampling starts from, at a noise level of its own for each sample."""
+"""Base class of the priors: distributions of the states that sampling starts from, each at its own noise level."""
 
 import math
 from abc import ABC, abstractmethod
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -24,18 +25,18 @@ PRIORS: Registry["Prior"] = Registry(
 )
 
 Group = list[range]
-"""Batches of image indices that one process makes one after the other: the rounds of a group of chains."""
+"""Batches of image indices that one rank samples one after the other: the rounds of a group of chains."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is spent on one image.
+    """How the budget of an image is split between prior and solver.
 
     Attributes:
-        prior: Makes the starting state.
-        solver: Integrates from there.
-        steps: Number of steps of the solver.
-        chain_steps: Evaluations of the chain before them (0 without a chain).
+        prior: Prior of the starting state.
+        solver: Solver that integrates from the starting state.
+        steps: Number of solver steps.
+        chain_steps: Number of chain evaluations before the solver; 0 without a chain.
     """
 
     prior: "Prior"
@@ -46,100 +47,128 @@ class Plan:
 
 @PRIORS.base
 class Prior(nn.Module, ABC):
-    """Makes starting states. A prior may use the denoiser (a chain needs its score) and keep state between calls."""
+    """Distribution of the starting states.
+
+    A prior may use the denoiser (a chain needs its score) and may keep state between calls.
+    """
 
     evaluations = 0
-    """Evaluations that a starting state takes, besides those of a chain."""
+    """Number of evaluations per starting state, without those of a chain."""
     burn_in_counted = True
-    """Whether a budget bounds the burn-in too."""
+    """Whether burn-in counts towards the NFE budget."""
 
     weight_keys: tuple[str, ...] = ()
-    """Keys that its weights depend on: a file made with other values of them is another prior's."""
+    """Keys that determine what the weights mean: weights fitted with other values of these keys are refused."""
     uses_denoiser_weights = False
-    """Whether what is fitted in it are the denoiser's own weights."""
+    """Whether fitting the prior trains the denoiser's own weights."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """Its own networks whose forwards are evaluations, by name."""
+        """Return the prior's own networks whose forward passes count as evaluations, by name."""
         return {}
 
     def share_weights(self, other: "Prior") -> None:
-        """Take over what is fitted in another of its kind, as where a budget changes only the start's level."""
+        """Share fitted weights with another prior of the same type, for budgets that differ only in the start level.
+
+        Args:
+            other: Prior that holds the weights.
+        """
 
     def auxiliary_networks(self) -> dict[str, nn.Module]:
-        """Its own networks whose FLOPs count and whose forwards are no evaluations, by name."""
+        """Return the prior's own networks that count towards FLOPs but not towards evaluations, by name."""
         return {}
 
     def classes(self, denoiser: Denoiser) -> int:
-        """Number of classes of the images that it starts; 0 if no label is used."""
+        """Return the number of classes of the images; 0 if labels are not used."""
         return getattr(denoiser.network, "classes", 0)
 
     @abstractmethod
     def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw one state per stream.
+        """Draw one starting state per noise stream.
 
         Args:
-            denoiser: The model, with its condition bound.
-            noise: The images' streams, B of them.
+            denoiser: Denoiser with its condition bound.
+            noise: Noise streams of the B images.
             shape: Shape of an image, (C, H, W).
-            chain_steps: Evaluations that a chain takes before it gives the states; others ignore it.
-            state: What :meth:`open` returned; a chain advances it.
+            chain_steps: Number of evaluations by which a chain advances before it returns the states; ignored by other
+                priors.
+            state: State returned by :meth:`open`; a chain advances it in place.
 
         Returns:
             x_t (B, C, H, W) and t (B,) on the denoiser's process.
         """
 
     def start_ratio(self, denoiser: Denoiser) -> float:
-        """Noise-to-data ratio of all its states.
+        """Return the noise-to-data ratio of the starting states.
 
         Raises:
-            UsageError: They have levels of their own.
+            UsageError: The level differs from state to state.
         """
-        raise UsageError(f"{type(self).__name__} starts each image at a level of its own: there is no likelihood")
+        raise UsageError(
+            f"{type(self).__name__} starts each image at its own noise level, which excludes a likelihood: set "
+            "prior=gaussian or prior=density"
+        )
 
     def highest_ratio(self, denoiser: Denoiser) -> float:
-        """Return the highest noise-to-data ratio that sampling from the prior uses the denoiser at."""
+        """Return the highest noise-to-data ratio at which sampling evaluates the denoiser."""
         try:
             return self.start_ratio(denoiser)
         except UsageError:
             return denoiser.ratio_range[1]
 
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
-        """Normalised log-density of its states x_t (B, C, H, W) on the denoiser's process, in nats: (B,) float64.
+        """Compute the normalised log-density of starting states.
+
+        Args:
+            denoiser: Denoiser whose process the states are on.
+            x_t: States, (B, C, H, W).
+
+        Returns:
+            Log-density in nats, (B,) float64.
 
         Raises:
-            UsageError: It has none.
+            UsageError: The prior has no tractable density.
         """
-        raise UsageError(f"{type(self).__name__} has no density: set prior=gaussian or density for a likelihood")
+        raise UsageError(
+            f"{type(self).__name__} has no density, which a likelihood requires: set prior=gaussian or prior=density"
+        )
 
     def schedule(self, n: int, batch_size: int) -> list[Group]:
-        """Cut image indices 0 .. n - 1 into batches, and batches into groups that must stay on one process."""
+        """Split image indices 0 .. n - 1 into batches, and the batches into groups that must be sampled on one rank."""
         return [[range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> Any:
-        """Make what a group's batches share, burn-in included; None for independent images."""
+        """Create the state shared by a group's batches, including burn-in; None for independent images."""
         return None
 
     def restore(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...], saved: Any) -> Any:
-        """Make that again as it was after some of the batches, from its ``state_dict``; no evaluations."""
+        """Recreate the state of a group of which some batches are done, without evaluations.
+
+        Args:
+            denoiser: Denoiser, as for :meth:`open`.
+            seed: Seed, as for :meth:`open`.
+            group: Batches of image indices.
+            shape: Shape of an image, (C, H, W).
+            saved: The ``state_dict`` of the state after the last batch that is done.
+        """
         return None
 
     def burn_in_evaluations(self, n: int) -> int:
-        """Evaluations spent on burn-in for n images in all."""
+        """Return the total number of burn-in evaluations for n images."""
         return 0
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
-        """Spend a budget of evaluations per image.
+        """Split a budget of evaluations per image between prior and solver.
 
         Args:
-            solver: The integrator that follows.
-            budget: Most evaluations per image, burn-in included; infinite for an adaptive solver, which keeps to none.
+            solver: Solver that integrates from the starting state.
+            budget: Maximum number of evaluations per image, including burn-in; infinite for an adaptive solver.
             n: Number of images that share the burn-in.
-            extra: Evaluations per image that the method spends after the solver.
+            extra: Number of evaluations per image after the solver.
 
         Raises:
-            UsageError: The budget is below the minimum, which the message names.
+            UsageError: The budget is below the minimum, which the message contains.
         """
         if math.isinf(budget):
             return Plan(self, solver, _only_adaptive(solver))
@@ -151,22 +180,22 @@ class Prior(nn.Module, ABC):
 
 
 def _only_adaptive(solver: Solver) -> int:
-    """Return the steps of a solver that needs no budget.
+    """Return the number of steps to plan without a budget.
 
     Raises:
-        UsageError: The solver needs one.
+        UsageError: The solver is not adaptive and requires a budget.
     """
     if not solver.adaptive:
-        raise UsageError(f"nfe is not set, and {type(solver).__name__} steps as often as it allows: give nfe=10, say")
+        raise UsageError(f"nfe is not set, but {type(solver).__name__} requires a budget: set nfe, for example nfe=10")
     return 1
 
 
 @PRIORS.register("gaussian")
 class GaussianPrior(Prior):
-    """N(0, sigma_t^2 I) at the top of what the denoiser is trained on, or at ``ratio_star``.
+    """Gaussian N(0, sigma_t^2 I) at the highest noise level the denoiser is trained on, or at ``ratio_star``.
 
     Args:
-        ratio_star: Noise-to-data ratio of the start; None for the top.
+        ratio_star: Noise-to-data ratio of the starting states; None for the highest one the denoiser is trained on.
 
     Raises:
         UsageError: ``ratio_star`` is not positive.
@@ -178,7 +207,8 @@ class GaussianPrior(Prior):
             raise UsageError(f"prior 'gaussian': ratio_star is {ratio_star}, it must be positive")
         self.ratio_star = ratio_star
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         t = self._start(denoiser, len(noise))
@@ -186,7 +216,7 @@ class GaussianPrior(Prior):
         return expand(denoiser.process.sigma(t), z) * z, t
 
     def _start(self, denoiser: Denoiser, count: int) -> Tensor:
-        """The start's time, (count,)."""
+        """Time of the starting states, (count,)."""
         process = denoiser.process
         t = torch.full((count,), process.t_max, dtype=torch.float64, device=denoiser.device)
         top = process.ratio(t).clamp_max(denoiser.ratio_range[1])
@@ -196,10 +226,12 @@ class GaussianPrior(Prior):
             t = process.time(top)
         return t
 
-    def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def start_ratio(self, denoiser: Denoiser) -> float:
         return denoiser.process.ratio(self._start(denoiser, 1)).item()
 
-    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         sigma = denoiser.process.sigma(self._start(denoiser, 1))
         square = x_t.flatten(1).double().square().sum(1)
         return -0.5 * (square / sigma.square() + x_t[0].numel() * (2 * math.pi * sigma.square()).log())

@@ -1,4 +1,4 @@
-"""Chains of states: what all share that start an image from the state that the one before it left."""
+"""Base class of the chain priors, in which the state of an image continues that of an earlier image."""
 
 import math
 from abc import abstractmethod
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -17,20 +18,20 @@ from diffaccel.prior.base import Group, Plan, Prior
 from diffaccel.solver import Solver
 
 MOST = 100_000
-"""Steps that a chain may be asked to take at once."""
+"""Maximum number of consecutive steps of a chain."""
 
 
 @dataclass
 class ChainState:
-    """Chains that move in lockstep, and what was seen of them.
+    """State and diagnostics of chains that move in lockstep.
 
     Attributes:
-        y: Present states x / alpha, (B, C, H, W).
-        ratio: Their levels, (B,) float64.
-        noise: The chains' own streams.
-        rounds: Rounds since the last start.
-        restarts: Starts so far, the first included.
-        trace: One record of diagnostics a round.
+        y: Current states x / alpha, (B, C, H, W).
+        ratio: Noise-to-data ratios of the states, (B,) float64.
+        noise: Noise streams of the chains.
+        rounds: Number of rounds since the last start.
+        restarts: Number of starts so far, including the first.
+        trace: One record of diagnostics per round.
     """
 
     y: Tensor
@@ -41,7 +42,7 @@ class ChainState:
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next round depends on."""
+        """Return everything that the next round depends on."""
         return {
             "y": self.y,
             "ratio": self.ratio,
@@ -52,23 +53,26 @@ class ChainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Restore a state returned by :meth:`state_dict`."""
         self.y, self.ratio = state["y"].to(self.y), state["ratio"].to(self.ratio)
         self.noise.load_state_dict(state["noise"])
         self.rounds, self.restarts, self.trace = state["rounds"], state["restarts"], list(state["trace"])
 
 
 class ChainPrior(Prior):
-    """Chains that run through all images, so that each starts from where the one before it was, after one burn-in.
+    """Chains that run through all images after one burn-in.
+
+    Each image starts from the state at which its chain left the previous image.
 
     Args:
-        chains: Number of parallel chains, fixed whatever the batch or world size.
-        share: Part of an image's evaluations that the chain gets, the solver the rest.
-        skips: Evaluations of the chain an image, instead of ``share``.
-        init_steps: Steps of the solver that makes the first states from pure noise.
-        init_solver: That solver.
-        restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
-        burn_in_counted: Whether a budget bounds the burn-in too.
+        chains: Number of parallel chains, independent of batch size and world size.
+        share: Fraction of the evaluations of an image that goes to the chain; the rest goes to the solver.
+        chain_steps: Number of chain evaluations per image; overrides ``share``.
+        init_steps: Number of solver steps from pure noise to the first states.
+        init_solver: Solver for the first states.
+        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
+            for no restarts.
+        burn_in_counted: Whether burn-in counts towards the NFE budget.
 
     Raises:
         UsageError: A value out of range.
@@ -78,7 +82,7 @@ class ChainPrior(Prior):
         self,
         chains: int,
         share: float,
-        skips: int | None,
+        chain_steps: int | None,
         init_steps: int,
         init_solver: Solver,
         restart_every: int | None,
@@ -86,33 +90,36 @@ class ChainPrior(Prior):
     ) -> None:
         super().__init__()
         require(chains >= 1, f"chains is {chains}, it must be 1 or more")
-        require(0 < share < 1, f"share is {share}, it must lie between 0 and 1")
-        require(skips is None or 1 <= skips <= MOST, f"skips is {skips}, it must be from 1 to {MOST}")
-        require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, not 1 or more")
+        require(0 < share < 1, f"share is {share}, it must be between 0 and 1")
+        require(
+            chain_steps is None or 1 <= chain_steps <= MOST,
+            f"chain_steps is {chain_steps}, it must be from 1 to {MOST}",
+        )
+        require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, it must be 1 or more")
         require(1 <= init_steps <= MOST, f"init_steps is {init_steps}, it must be from 1 to {MOST}")
-        self.chains, self.share, self.skips = chains, share, skips
+        self.chains, self.share, self.chain_steps = chains, share, chain_steps
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted
 
     @property
     def burn_in_per_chain(self) -> int:
-        """Evaluations from pure noise to a chain's first round."""
+        """Number of evaluations from pure noise to the first round of a chain."""
         return self.init_solver.evaluations(self.init_steps)
 
     @abstractmethod
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
-        """Bring chains to their first state, in place."""
+        """Bring the chains to their first states, in place."""
 
     @abstractmethod
     def advance_round(self, denoiser: Denoiser, state: ChainState, chain_steps: int) -> tuple[Tensor, Tensor]:
-        """Take a round of ``chain_steps`` evaluations and record it.
+        """Advance the chains by a round of ``chain_steps`` evaluations and record its diagnostics.
 
         Returns:
-            The states x / alpha to start from, (B, C, H, W), and their ratios (B,).
+            Starting states x / alpha, (B, C, H, W), and their noise-to-data ratios, (B,).
         """
 
     def schedule(self, n: int, batch_size: int) -> list[Group]:
-        """Image i is made by chain i mod C in round i // C; a group is ``batch_size`` chains and all their rounds."""
+        """Assign image i to chain i mod C in round i // C; a group is ``batch_size`` chains and all their rounds."""
         groups = []
         for first in range(0, min(self.chains, n), batch_size):
             last = min(first + batch_size, self.chains)
@@ -120,39 +127,42 @@ class ChainPrior(Prior):
             groups.append([indices for indices in rounds if indices])
         return groups
 
-    def burn_in_evaluations(self, n: int) -> int:  # noqa: D102
+    @override
+    def burn_in_evaluations(self, n: int) -> int:
         rounds = -(-n // self.chains)
         # Chains without an image in the last round do not start anew for it.
         starts = range(0, rounds, self.restart_every or rounds)
         return self.burn_in_per_chain * sum(min(self.chains, n - start * self.chains) for start in starts)
 
-    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:  # noqa: D102
+    @override
+    def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
         if math.isinf(budget):
-            if self.skips is None:
-                raise UsageError("without a budget the chain's length must be given: set prior.skips")
-            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.skips)
+            if self.chain_steps is None:
+                raise UsageError("nfe is not set, so that the number of chain steps is unknown: set prior.chain_steps")
+            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.chain_steps)
         overhead = self.burn_in_evaluations(n) / n if self.burn_in_counted else 0.0
         available = int(budget - overhead - extra + 1e-9)
-        least = (self.skips or 1) + solver.least_evaluations
+        least = (self.chain_steps or 1) + solver.least_evaluations
         if available < least:
             minimum = math.ceil((least + extra + overhead) * 100 - 1e-6) / 100  # rounded up, so that it is enough
-            parts = f"{self.skips or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
+            parts = f"{self.chain_steps or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
             raise UsageError(
                 f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
                 f"burn-in with {self.chains} chains for n={n}): raise nfe or n, or take fewer chains"
             )
-        wanted = self.skips or max(1, round(self.share * available))
+        wanted = self.chain_steps or max(1, round(self.share * available))
         steps = solver.steps_within(max(solver.least_evaluations, available - wanted))
-        # What the solver can't use (an even budget for Heun's odd one) goes to the chain, unless its length is set.
-        return Plan(self, solver, steps, self.skips or available - solver.evaluations(steps))
+        # Evaluations that the solver can't use (Heun's number is odd) go to the chain, unless chain_steps is set.
+        return Plan(self, solver, steps, self.chain_steps or available - solver.evaluations(steps))
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
-        """Start a group's chains: integrate pure noise, add some noise back, warm up."""
+        """Start the chains of a group, with burn-in."""
         state = self._empty(denoiser, seed, group, shape)
         self._begin(denoiser, state)
         return state
 
-    def restore(  # noqa: D102
+    @override
+    def restore(
         self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...], saved: Mapping[str, Any]
     ) -> ChainState:
         state = self._empty(denoiser, seed, group, shape)
@@ -171,7 +181,8 @@ class ChainPrior(Prior):
         state.rounds = 0
 
     @torch.no_grad()
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         chains: ChainState = state
@@ -187,7 +198,15 @@ class ChainPrior(Prior):
 
 
 def record(state: ChainState, y: Tensor, ratio: Tensor, carried: float = 0.0, at_end_levels: float = 0.0) -> None:
-    """Add a round to the diagnostics: the states that were chosen, and shares of what should not happen often."""
+    """Append the diagnostics of a round.
+
+    Args:
+        state: Chains.
+        y: Starting states x / alpha that the round returned, (B, C, H, W).
+        ratio: Noise-to-data ratios of the starting states, (B,).
+        carried: Fraction of the starting states that repeat the state of the previous round.
+        at_end_levels: Fraction of the sweeps that ended at one of the two end levels.
+    """
     state.trace.append(
         {
             "rounds_since_start": state.rounds,
@@ -200,10 +219,10 @@ def record(state: ChainState, y: Tensor, ratio: Tensor, carried: float = 0.0, at
 
 
 def require(holds: bool, problem: str) -> None:
-    """Refuse a chain's value.
+    """Check a condition on the keys of a chain.
 
     Raises:
-        UsageError: It does not hold.
+        UsageError: The condition does not hold.
     """
     if not holds:
         raise UsageError(f"a chain's {problem}")

@@ -1,10 +1,11 @@
-"""Density priors: sampling starts from a likelihood-trained law of the noisy data (small T, arXiv 2206.05173)."""
+"""Density priors: sampling starts from a density fitted to noisy data (small T, arXiv 2206.05173)."""
 
 import math
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.density import DENSITIES, Density
@@ -15,23 +16,23 @@ from diffaccel.process import expand
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """No autocast on the device of x: in bfloat16 a density's rotations would be none."""
+    """Disable autocast on the device of x: in bfloat16 the rotations of a density are not orthogonal."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 @PRIORS.register("density")
 class DensityPrior(Prior):
-    """Start from a density of y = x / alpha at one level. Drawing from it is one evaluation, whatever it costs.
+    """Density of y = x / alpha at a fixed noise level. A draw counts as one evaluation, whatever its cost.
 
     Args:
-        denoiser: Its process says at which level ``T`` lies.
+        denoiser: Denoiser whose process defines the noise level of ``T``.
         shape: Shape of an image, (C, H, W).
-        density: The density, by name and keys.
-        ratio_star: Noise-to-data ratio of the start.
-        T: The same as a time of the denoiser's process; give one of the two.
+        density: Density, by name and keys.
+        ratio_star: Noise-to-data ratio of the starting states.
+        T: Time of the starting states on the denoiser's process, instead of ``ratio_star``.
 
     Raises:
-        UsageError: Neither or both of ``ratio_star`` and ``T``, or a level out of range.
+        UsageError: Neither or both of ``ratio_star`` and ``T`` are given, or the level is out of range.
     """
 
     weight_keys = ("density",)
@@ -46,33 +47,39 @@ class DensityPrior(Prior):
     ) -> None:
         super().__init__()
         if (ratio_star is None) == (T is None):
-            raise UsageError("prior 'density': give its level as ratio_star or as T, a time of the process, not both")
+            raise UsageError("prior 'density' requires either ratio_star or T: set one of them")
         if T is not None:
             ratio_star = denoiser.process.ratio(torch.tensor(T, dtype=torch.float64, device="cpu")).item()
         assert ratio_star is not None
         if not 0 < ratio_star < math.inf:
             raise UsageError(
-                f"prior 'density': the start's noise-to-data ratio is {ratio_star:g}, not positive and finite"
+                f"prior 'density': the start's noise-to-data ratio is {ratio_star:g}, it must be positive and finite"
             )
         self.ratio_star = ratio_star
         self.density: Density = DENSITIES.build(density, shape=shape, ratio=ratio_star)
         self.evaluations = self.density.evaluations
 
-    def networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def networks(self) -> dict[str, nn.Module]:
         return {"density": self.density} if self.evaluations else {}
 
-    def share_weights(self, other: Prior) -> None:  # noqa: D102
+    @override
+    def share_weights(self, other: Prior) -> None:
         assert isinstance(other, DensityPrior)
         self.density = other.density.at(self.ratio_star)
 
-    def start_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def start_ratio(self, denoiser: Denoiser) -> float:
         return self.ratio_star
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         if not self.density.fitted:
-            raise UsageError("prior 'density' is not fitted: run `diffaccel fit`, and set prior.checkpoint to its file")
+            raise UsageError(
+                "prior 'density' is not fitted: run `diffaccel fit`, and set prior.checkpoint to the file it writes"
+            )
         z = noise.normal(torch.empty(len(noise), self.density.noise_size, device=denoiser.device))
         with torch.no_grad(), full_precision(z):
             y = self.density(z, noise.uniform().to(z.device))
@@ -80,7 +87,7 @@ class DensityPrior(Prior):
         return denoiser.process.from_ratio(y, ratio)
 
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
-        """See :class:`Prior`: the density of y = x / alpha over alpha^D."""
+        """See :class:`Prior`; the density of x_t is the density of y = x_t / alpha, divided by alpha^D."""
         ratio = torch.full((len(x_t),), self.ratio_star, dtype=torch.float64, device=x_t.device)
         alpha = denoiser.process.alpha(denoiser.process.time(ratio))
         with full_precision(x_t):

@@ -1,4 +1,4 @@
-"""How well chains mix, from what they recorded round by round."""
+"""Mixing diagnostics of chains, from their records of each round."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ Array = npt.NDArray[np.float64]
 
 
 def split_r_hat(values: Array) -> float:
-    """Split R-hat of a scalar: about 1 for mixed chains, larger where chains or their halves differ.
+    """Compute split R-hat of a scalar: about 1 for mixed chains, larger if chains or their halves differ.
 
     Args:
-        values: One row a chain, one column a round, (C, R), R >= 4.
+        values: One row per chain and one column per round, (C, R), R >= 4.
 
     Returns:
         R-hat, or NaN for fewer rounds.
@@ -31,9 +31,10 @@ def split_r_hat(values: Array) -> float:
 
 
 def autocorrelation_time(values: Array) -> float:
-    """Integrated autocorrelation time in rounds, averaged over chains: 1 for independent rounds.
+    """Compute the integrated autocorrelation time in rounds, averaged over chains: 1 for independent rounds.
 
-    Sums the autocorrelation about the grand mean up to the first window of 5 times its own length (Sokal).
+    The sum of the autocorrelation about the grand mean is truncated at the first window that is 5 times longer than
+    the time found so far (Sokal).
 
     Args:
         values: (C, R).
@@ -55,18 +56,18 @@ def autocorrelation_time(values: Array) -> float:
 
 
 def summarise(traces: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """Reduce the rounds of all groups of chains to what a point reports.
+    """Summarise the diagnostics of all chains for a point.
 
     Args:
-        traces: For each group of chains, its records (:class:`~diffaccel.prior.chain.ChainState`).
+        traces: Records of each group of chains (:class:`~diffaccel.prior.chain.ChainState`).
 
     Returns:
-        Start levels (mean, least, largest, and the drift of their mean from the first quarter of the rounds to the
-        last as a ratio), share of starts that repeat a carried state, share of levels at the ends of the table, and
-        R-hat and autocorrelation time of the states' means.
+        Start levels (mean, minimum, maximum, and the ratio of their mean over the last quarter of the rounds to that
+        over the first), fraction of starts that repeat a carried state, fraction of sweeps that ended at an end level,
+        and R-hat and autocorrelation time of the means of the states.
     """
     rounds = min((len(trace) for trace in traces), default=0)
-    # The last round may have fewer chains: leave it out of the rectangular arrays.
+    # The last round may have fewer chains, and is left out of the rectangular arrays.
     whole = [k for k in range(rounds) if all(len(t[k]["mean"]) == len(t[0]["mean"]) for t in traces)]
     if not whole:
         return {}

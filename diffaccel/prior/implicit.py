@@ -1,9 +1,10 @@
-"""Implicit priors: a generator makes the state at the start level in one evaluation (TDPM, arXiv 2202.09671)."""
+"""Implicit priors: a generator makes the starting state in one evaluation (TDPM, arXiv 2202.09671)."""
 
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -18,36 +19,37 @@ Kind = Literal["separate", "diffuse", "shared"]
 
 @PRIORS.register("implicit")
 class ImplicitPrior(Prior):
-    """Start from what a generator makes of noise, one evaluation an image, at the level ``ratio_star``.
+    """Distribution of the states that a generator makes from noise at ``ratio_star``, in one evaluation per image.
 
-    - ``separate``: a network of its own, shaped and preconditioned as the denoiser's and beginning with its weights:
-      the DDIM step of that copy from pure noise at ``ratio_init`` to ``ratio_star``, until training has changed it.
-    - ``diffuse``: the same copy's x_0, to which fresh noise is added: its noise is exact, so the generator has only the
-      image to make. Not TDPM's own recipe (close to Diffusion-GAN, arXiv 2206.02262).
-    - ``shared``: TDPM's own: the denoiser's network at a noise conditioning that no denoising uses, ``token``. Its
-      output is the state itself in units of variance preserving processes.
+    - ``separate``: a separate network with the denoiser's architecture, preconditioning and initial weights. Before
+      training, its output is the denoiser's DDIM step from pure noise at ``ratio_init`` to ``ratio_star``.
+    - ``diffuse``: x_0 predicted by such a network, plus fresh noise. The noise is exact, so that the generator only has
+      to make the image. This differs from TDPM and is close to Diffusion-GAN (arXiv 2206.02262).
+    - ``shared``: the denoiser's network, as in TDPM, at the noise conditioning ``token``, which denoising does not use.
+      Its output is the state in units of variance preserving processes.
 
     Args:
-        denoiser: What the generator is made of.
-        ratio_star: Noise-to-data ratio of the states, 1 if neither it nor ``K`` is given. At 0 the generator makes the
-            images: a GAN, whose one evaluation is all that is spent.
-        generator: See above.
-        ratio_init: Level of the generator's input in units of the data, for ``separate`` and ``diffuse``.
-        token: The network's noise conditioning for ``shared``; that of index ``K`` if it is given.
-        K: Instead of ``ratio_star``, on a discrete process: the number of denoising evaluations at full length, which
-            go from index K - 1 to 0. K = 0 is a GAN.
-        prior_level_offset: The generator's states are those of index K - 1 + offset. With 1, as in TDPM's reference
-            code, the first denoising step takes them for less noisy than they are.
-        told: Level that sampling takes the states for, over that level. A generator's states lack detail, and a little
-            below 1 a denoiser removes less of what they have; the fewer evaluations are left, the more that matters.
-        network: A network to be the generator for ``separate`` and ``diffuse`` instead of the denoiser's copy, so that
-            the denoiser may be exact: a name and keys. Its output is the state in units of variance preserving
+        denoiser: Denoiser that the generator is copied from, or shares its network with.
+        ratio_star: Noise-to-data ratio of the states, 1 if neither ``ratio_star`` nor ``K`` is given. At 0 the
+            generator makes the images in a single evaluation: a GAN.
+        generator: Type of the generator, see above.
+        ratio_init: Standard deviation of the generator's input in units of the data, for ``separate`` and ``diffuse``.
+        token: Noise conditioning of the network for ``shared``; by default that of index ``K``.
+        K: Number of denoising evaluations of the full chain, from index K - 1 to 0, on a discrete process; replaces
+            ``ratio_star``. K = 0 is a GAN.
+        prior_level_offset: Offset of the index of the generator's states, K - 1 + offset. With 1, as in TDPM's
+            reference code, the first denoising step assumes less noise than the states have.
+        level_scale: Factor on the noise level of the states that is reported to the solver. A generator's states lack
+            detail; with a factor slightly below 1, the denoiser removes less of the detail that they have. This matters
+            more the fewer evaluations remain.
+        network: Network of the generator by name and keys, for ``separate`` and ``diffuse``, instead of a copy of the
+            denoiser's, which an exact denoiser does not have. Its output is the state in units of variance preserving
             processes, or the image.
-        shape: Image shape (C, H, W), for such a network.
+        shape: Image shape (C, H, W), required by ``network``.
 
     Raises:
-        UsageError: The denoiser is exact and there is no ``network``; a value out of range; no ``token``; K on a
-            process without indices, or with ``told``.
+        UsageError: The denoiser is exact and ``network`` is not given, a value is out of range, ``token`` is missing,
+            or ``K`` is used on a process without indices or with ``level_scale``.
 
     References:
         Truncated Diffusion Probabilistic Models (Zheng et al., 2023), https://arxiv.org/abs/2202.09671
@@ -65,35 +67,37 @@ class ImplicitPrior(Prior):
         token: float | None = None,
         K: int | None = None,
         prior_level_offset: int = 0,
-        told: float = 1.0,
+        level_scale: float = 1.0,
         network: Annotated[dict[str, Any], NETWORKS] = {},  # noqa: B006 (read only; a mapping, for YAML)
         shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         if generator not in get_args(Kind):
-            raise UsageError(f"prior 'implicit': generator is {generator!r}: take {', '.join(get_args(Kind))}")
+            raise UsageError(
+                f"prior 'implicit': generator is {generator!r}, it must be one of {', '.join(get_args(Kind))}"
+            )
         if not network and not isinstance(denoiser, NetworkDenoiser):
             raise UsageError(
-                "prior 'implicit' is made of the denoiser's network, and this denoiser is exact: set prior.network"
+                "prior 'implicit' copies the denoiser's network, but this denoiser is exact: set prior.network"
             )
         self.kind, self.ratio_init, self.K = generator, ratio_init, K
         self.ratio_star, self.ratio_made = _levels(denoiser.process, ratio_star, K, prior_level_offset)
-        if not told > 0 or (told != 1 and K is not None):
+        if not level_scale > 0 or (level_scale != 1 and K is not None):
             raise UsageError(
-                f"prior 'implicit': told is {told:g}: give a positive one, and none beside K, where prior_level_offset "
-                "does the like by whole indices"
+                f"prior 'implicit': level_scale is {level_scale:g}, it must be positive, and 1 if K is set: set "
+                "prior_level_offset instead to shift the level by whole indices"
             )
-        self.ratio_star *= told
-        # With an offset the reference hands the state over as it is in units of variance preserving processes.
+        self.ratio_star *= level_scale
+        # With an offset, the reference passes the state on unscaled in units of variance preserving processes.
         self.handed = ((1 + self.ratio_star**2) / (1 + self.ratio_made**2)) ** 0.5 if prior_level_offset else 1.0
         copies = generator != "shared" and not network
         if self.ratio_star < 0 or (copies and not self.ratio_made < ratio_init):
             raise UsageError(
-                f"prior 'implicit': ratio_star is {self.ratio_star} and ratio_init {ratio_init}: neither may be "
-                "negative, and ratio_init the larger"
+                f"prior 'implicit': ratio_star is {self.ratio_star} and ratio_init is {ratio_init}: ratio_star must "
+                "not be negative, and ratio_init must be larger"
             )
         if generator == "shared" and network:
-            raise UsageError("prior 'implicit': a shared generator is the denoiser's network: remove prior.network")
+            raise UsageError("prior 'implicit': a shared generator uses the denoiser's network: remove prior.network")
         self.token = self._token(denoiser, token)
         self.uses_denoiser_weights = generator == "shared"
         self.own: Denoiser | None = None
@@ -109,40 +113,46 @@ class ImplicitPrior(Prior):
             index = torch.tensor([self.K], dtype=torch.float64, device="cpu")
             return denoiser.noise_conditioning(index).item()
         if (self.kind == "shared") != (token is not None):
-            raise UsageError("prior 'implicit': a shared generator needs its token, the others have none: set token")
+            raise UsageError(
+                "prior 'implicit': prior.generator=shared requires a token, others have none: set or remove it"
+            )
         return token or 0.0
 
     @property
     def generator(self) -> nn.Module | None:
-        """The network of its own; None if it is the denoiser's."""
+        """Network of the generator; None if the generator is the denoiser's network."""
         return self.made if self.own is None else self.own.network
 
     def classes(self, denoiser: Denoiser) -> int:
-        """The generator's, which is the denoiser's network unless it has one of its own."""
+        """Return the number of classes of the generator's network; 0 if labels are not used."""
         return getattr(self.generator or denoiser.network, "classes", 0)
 
-    def networks(self) -> dict[str, nn.Module]:  # noqa: D102
+    @override
+    def networks(self) -> dict[str, nn.Module]:
         return {} if self.generator is None else {"generator": self.generator}
 
-    def highest_ratio(self, denoiser: Denoiser) -> float:  # noqa: D102
+    @override
+    def highest_ratio(self, denoiser: Denoiser) -> float:
         return self.ratio_star
 
     def share_weights(self, other: Prior) -> None:
         """See :class:`Prior`.
 
         Raises:
-            UsageError: The other one's generator makes states at another level.
+            UsageError: The other prior's generator makes states at another level.
         """
         assert isinstance(other, ImplicitPrior)
         if self.ratio_made != other.ratio_made:
             raise UsageError(
-                f"by_nfe: the generator makes states at ratio_star {other.ratio_made:.6g}, and a budget starts at "
-                f"{self.ratio_made:.6g}: change prior.told there, not prior.ratio_star"
+                f"by_nfe: a budget has ratio_star {self.ratio_made:.6g}, but the generator makes states at "
+                f"{other.ratio_made:.6g}: change prior.level_scale there instead of prior.ratio_star"
             )
         self.own, self.made = other.own, other.made
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
-        """One evaluation for the generator, the rest for the solver; no solver at ratio 0, K steps at most on indices.
+        """Give one evaluation to the generator and the rest to the solver.
+
+        There is no solver step at ratio 0, and there are at most K steps on a grid of indices.
 
         Raises:
             UsageError: The budget is below the minimum.
@@ -154,7 +164,8 @@ class ImplicitPrior(Prior):
         plan = super().plan(solver, budget, n, extra)
         return Plan(self, solver, min(plan.steps, self.K)) if self.K and isinstance(solver.grid, Indices) else plan
 
-    def forward(  # noqa: D102
+    @override
+    def forward(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], chain_steps: int = 0, state: Any = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -163,13 +174,23 @@ class ImplicitPrior(Prior):
         return denoiser.process.from_ratio(y, ratio)
 
     def latent(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> Tensor:
-        """Draw what a generator starts from, standard normal of the images' shape, (B, C, H, W)."""
+        """Draw the generator's input, standard normal noise, (B, C, H, W)."""
         return noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))
 
     def generate(
         self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...], z: Tensor | None = None
     ) -> Tensor:
-        """Make states x / alpha at ``ratio_made``, (B, C, H, W), with gradients; from a ``latent`` z if it is given."""
+        """Generate states, with gradients.
+
+        Args:
+            denoiser: Denoiser with its condition bound.
+            noise: Noise streams of the B images.
+            shape: Shape of an image, (C, H, W).
+            z: Input of the generator, (B, C, H, W); by default drawn by :meth:`latent`.
+
+        Returns:
+            States x / alpha at ``ratio_made``, (B, C, H, W).
+        """
         z = self.latent(denoiser, noise, shape) if z is None else z
         if self.own is not None:
             init = torch.full((len(z),), self.ratio_init, dtype=torch.float64, device=z.device)
@@ -183,21 +204,22 @@ class ImplicitPrior(Prior):
 
 
 def _levels(process: Process, ratio_star: float | None, K: int | None, offset: int) -> tuple[float, float]:
-    """Ratio that sampling starts at, and ratio of the states that the generator is to make.
+    """Noise-to-data ratio at which sampling starts, and ratio of the states that the generator makes.
 
     Raises:
-        UsageError: Both ``ratio_star`` and ``K``; a K or an offset that the process has no index for.
+        UsageError: Both ``ratio_star`` and ``K`` are given, or the process has no index for ``K`` or the offset.
     """
     if K is None:
         if offset:
-            raise UsageError("prior 'implicit': prior_level_offset counts indices: set K too, or remove it")
+            raise UsageError("prior 'implicit': prior_level_offset requires K: set K, or remove prior_level_offset")
         return (1.0, 1.0) if ratio_star is None else (ratio_star, ratio_star)
     if ratio_star is not None or not isinstance(process, DiscreteVariancePreserving):
-        raise UsageError("prior 'implicit': K is for process=vp_discrete, ratio_star for any: set one of them")
+        raise UsageError("prior 'implicit': K requires process=vp_discrete and excludes ratio_star: set one of them")
     if not (0 <= K <= process.steps and 0 <= offset <= process.steps - K):
         raise UsageError(
-            f"prior 'implicit': K={K} and prior_level_offset={offset}: the process has the indices 0 to "
-            f"{process.steps - 1}, K goes from 0 to their number, and K - 1 + offset must be an index"
+            f"prior 'implicit': K={K} and prior_level_offset={offset} are out of range: the indices of the "
+            f"process are 0 to {process.steps - 1}, K must be from 0 to {process.steps}, and K - 1 + "
+            "prior_level_offset must be an index"
         )
     index = torch.tensor([K - 1, K - 1 + offset], dtype=torch.float64, device="cpu")
     start, made = process.ratio(index).tolist()

@@ -1,14 +1,15 @@
-"""The Langevin-Gibbs chain on (y, sigma): Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593.
+"""Langevin-Gibbs chain on (y, sigma): Denoising Langevin Gibbs (Kim and Ye, 2022), arXiv 2209.14593.
 
-A chain alternates a Langevin step on y = x / alpha at its present noise level with an update of the level by
-p(sigma | y). Each state is by construction a sample at its own level, which is all that a solver needs to start from,
-so levels are kept low and the integration is short.
+A chain alternates a Langevin step on y = x / alpha at its current noise level with an update of the level from
+p(sigma | y). Each state is by construction a sample at its own level, from which a solver can start, so that levels can
+be kept low and the integration short.
 """
 
 from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -21,59 +22,70 @@ from diffaccel.solver.onestep import StochasticHeun
 
 
 def langevin_step(y: Tensor, eps: Tensor, ratio: Tensor, eta: Tensor, z: Tensor, corrected: bool = False) -> Tensor:
-    """One unadjusted Langevin step on y = x_0 + ratio * noise, whose score is -eps / ratio.
+    """Take one unadjusted Langevin step on y = x_0 + ratio * noise, whose score is -eps / ratio.
 
         y' = y + (eta / 2) score + sqrt(eta') z
 
-    Discretisation adds eta^2 / (4 ratio^2) to the variance, so the level drifts upwards; ``corrected`` takes that off
-    the injected noise, eta' = eta - eta^2 / (4 ratio^2) (not below 0), which cancels the drift to leading order. The
-    reference has eta' = eta.
+    Discretisation adds eta^2 / (4 ratio^2) to the variance, so that the level drifts upwards. ``corrected`` subtracts
+    this excess from the injected noise, eta' = max(0, eta - eta^2 / (4 ratio^2)), which cancels the drift to leading
+    order. The reference has eta' = eta.
 
     Args:
         y: States, (B, C, H, W).
-        eps: Predicted noise at them, (B, C, H, W).
-        ratio: Levels, (B,).
+        eps: Predicted noise of the states, (B, C, H, W).
+        ratio: Noise-to-data ratios of the states, (B,).
         eta: Step sizes, (B,), in squared units of the data.
         z: Standard normal noise, (B, C, H, W).
-        corrected: Whether to take the excess off.
+        corrected: Whether to subtract the excess variance.
     """
     variance = (eta - (eta / (2 * ratio)).square()).clamp_min(0) if corrected else eta
     return y - expand(eta / (2 * ratio), y) * eps + expand(variance.sqrt(), y) * z
 
 
 def keep_lower(best: tuple[Tensor, Tensor], y: Tensor, ratio: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Replace, chain by chain, the least noisy state seen by a strictly less noisy one; also say which."""
+    """Replace the least noisy state of each chain by a strictly less noisy one.
+
+    Args:
+        best: Least noisy states so far, (B, C, H, W), and their ratios, (B,).
+        y: New states, (B, C, H, W).
+        ratio: Ratios of the new states, (B,).
+
+    Returns:
+        Least noisy states and their ratios, and whether each was replaced, (B,) bool.
+    """
     lower = ratio < best[1]
-    # torch.where and no product with a mask: a NaN in one branch must not spread into the other.
+    # torch.where instead of a product with a mask, so that a NaN in one branch does not spread to the other.
     return (torch.where(expand(lower, y).bool(), y, best[0]), torch.where(lower, ratio, best[1])), lower
 
 
 @PRIORS.register("chain")
 class LangevinGibbsPrior(ChainPrior):
-    """Start from the least noisy state of a window of a Langevin-Gibbs chain.
+    """Distribution of the least noisy state in a window of a Langevin-Gibbs chain.
 
-    Lengths are in data units of [-1, 1]: the paper's, in [0, 1], are half of these for levels and a quarter for eta.
+    Values are for data in [-1, 1]. The paper's values, for data in [0, 1], are half of these for levels and a quarter
+    for eta.
 
     Args:
-        posterior: p(level | y).
-        chains: Number of parallel chains, fixed whatever the batch or world size.
-        eta: Langevin step size.
-        corrected: Whether the step takes its discretisation's excess variance off the noise (see
-            :func:`langevin_step`); the reference does not.
-        update: How a level follows from the posterior: ``argmax`` (reference), ``sample`` or ``mean``.
-        carry: Whether the state left over from the last round may be chosen again (reference). It repeats some 3 to
-            10 % of the starting points exactly.
-        select: ``minimum`` takes the least noisy state of the window (reference), ``last`` the last one, which is an
+        posterior: Posterior of the noise level, p(level | y).
+        chains: Number of parallel chains, independent of batch size and world size.
+        eta: Step size of the Langevin steps, in squared units of the data.
+        corrected: Whether the excess variance of the discretisation is subtracted from the noise (see
+            :func:`langevin_step`); the reference does not subtract it.
+        update: How the level is chosen from the posterior: ``argmax`` (reference), ``sample`` or ``mean``.
+        carry: Whether the last state of the previous round may be chosen again (reference), which repeats about 3 to
+            10 % of the starting states exactly.
+        select: ``minimum`` chooses the least noisy state of the window (reference), ``last`` the last one, which is an
             unbiased draw of the chain.
-        share: Part of an image's evaluations that the chain gets, the solver the rest.
-        skips: Langevin-Gibbs steps an image, instead of ``share``.
-        init_steps: Steps of the solver that makes the first states from pure noise.
-        init_solver: That solver; EDM's stochastic one by default.
-        renoise: Deviation of the noise added to the first samples.
-        warmup: Langevin-Gibbs steps after that, as [steps, eta] pairs; null stands for the run's eta.
-        restart_every: Rounds after which chains start anew from pure noise (their burn-in counts); null for never.
-        burn_in_counted: Whether a budget bounds the burn-in too; the paper's figures leave it out. Points always tell
-            both (``nfe``, ``nfe_marginal``).
+        share: Fraction of the evaluations of an image that goes to the chain; the rest goes to the solver.
+        chain_steps: Number of Langevin-Gibbs steps per image; overrides ``share``.
+        init_steps: Number of solver steps from pure noise to the first states.
+        init_solver: Solver for the first states; EDM's stochastic solver by default.
+        renoise: Standard deviation of the noise added to the first states.
+        warmup: Langevin-Gibbs steps after that, as [steps, eta] pairs; null stands for ``eta``.
+        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
+            for no restarts.
+        burn_in_counted: Whether burn-in counts towards the NFE budget; the paper does not count it. Points contain both
+            numbers (``nfe``, ``nfe_marginal``).
 
     Raises:
         UsageError: A value out of range.
@@ -93,7 +105,7 @@ class LangevinGibbsPrior(ChainPrior):
         carry: bool = True,
         select: str = "minimum",
         share: float = 0.5,
-        skips: int | None = None,
+        chain_steps: int | None = None,
         init_steps: int = 19,
         init_solver: Annotated[dict[str, Any], SOLVERS] | None = None,
         renoise: float = 1.0,
@@ -102,10 +114,10 @@ class LangevinGibbsPrior(ChainPrior):
         burn_in_counted: bool = True,
     ) -> None:
         solver = SOLVERS.build(init_solver) if init_solver else StochasticHeun(Karras(0.02), S_max=2.0, S_min=0.1)
-        super().__init__(chains, share, skips, init_steps, solver, restart_every, burn_in_counted)
+        super().__init__(chains, share, chain_steps, init_steps, solver, restart_every, burn_in_counted)
         require(eta > 0, f"eta is {eta}, it must be positive")
-        require(update in ("argmax", "sample", "mean"), f"update is {update!r}: take argmax, sample or mean")
-        require(select in ("minimum", "last"), f"select is {select!r}: take minimum or last")
+        require(update in ("argmax", "sample", "mean"), f"update is {update!r}, it must be argmax, sample or mean")
+        require(select in ("minimum", "last"), f"select is {select!r}, it must be minimum or last")
         require(renoise >= 0, f"renoise is {renoise}, it must not be negative")
         self.posterior = posterior
         self.eta, self.corrected, self.update = eta, corrected, update
@@ -113,15 +125,16 @@ class LangevinGibbsPrior(ChainPrior):
         self.warmup = [_warmup_pair(pair, eta) for pair in warmup]
 
     def auxiliary_networks(self) -> dict[str, nn.Module]:
-        """The noise-level classifier, if the posterior is one."""
+        """Return the noise-level classifier, if the posterior is a classifier."""
         return {"classifier": self.posterior.network} if isinstance(self.posterior, ClassifierPosterior) else {}
 
     @property
-    def burn_in_per_chain(self) -> int:  # noqa: D102
+    @override
+    def burn_in_per_chain(self) -> int:
         return super().burn_in_per_chain + sum(steps for steps, _ in self.warmup)
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
-        """Integrate pure noise, add some noise back, warm up."""
+        """Integrate from pure noise, add noise, and warm up."""
         shape = tuple(state.y.shape[1:])
         x_t, t = GaussianPrior()(denoiser, state.noise, shape)
         y = self.init_solver(denoiser, x_t, t, state.noise, self.init_steps)
@@ -133,10 +146,13 @@ class LangevinGibbsPrior(ChainPrior):
 
     @torch.no_grad()
     def advance(self, denoiser: Denoiser, state: ChainState, eta: float | Tensor) -> Tensor:
-        """One Gibbs sweep: a Langevin step at the present level, then a new level; returns which are at an end level.
+        """Take one Gibbs sweep in place: a Langevin step at the current level, and an update of the level.
+
+        Returns:
+            Whether each chain is at one of the two end levels, (B,) bool.
 
         Raises:
-            UsageError: The chain left the denoiser's range or turned to NaN.
+            UsageError: A level is outside the denoiser's range, or a state is NaN or infinite.
         """
         denoiser.check_range(state.ratio)
         x_t, t = denoiser.process.from_ratio(state.y, state.ratio)
@@ -144,12 +160,12 @@ class LangevinGibbsPrior(ChainPrior):
         step = torch.as_tensor(eta, dtype=state.ratio.dtype, device=state.ratio.device).expand_as(state.ratio)
         state.y = langevin_step(state.y, eps, state.ratio, step, state.noise.normal(state.y), self.corrected)
         if not state.y.isfinite().all():
-            raise UsageError("the chain turned to NaN or infinity: lower prior.eta, or check the network's weights")
+            raise UsageError("a chain's state is NaN or infinite: lower prior.eta, or check the network's weights")
         state.ratio, at_end = self.posterior(state.y, self.update, state.noise)
         return at_end
 
     def advance_round(self, denoiser: Denoiser, state: ChainState, chain_steps: int) -> tuple[Tensor, Tensor]:
-        """Take ``chain_steps`` sweeps and select one of their states."""
+        """Take ``chain_steps`` sweeps and select one of the states."""
         best = (state.y, state.ratio if self.carry else torch.full_like(state.ratio, float("inf")))
         moved = torch.zeros_like(state.ratio, dtype=torch.bool)
         ends = torch.zeros_like(state.ratio)
@@ -164,11 +180,11 @@ class LangevinGibbsPrior(ChainPrior):
 
 
 def _warmup_pair(pair: Any, eta: float) -> tuple[int, float]:
-    """Check one [steps, eta] of a file; null stands for the run's ``eta``."""
+    """Check a [steps, eta] pair, in which null stands for ``eta``."""
     steps, value = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
     value = eta if value is None else value
     require(
         isinstance(steps, int) and steps >= 0 and isinstance(value, int | float) and value > 0,
-        f"warmup has {pair!r}: give pairs [steps, eta], eta positive or null",
+        f"warmup contains {pair!r}, it must consist of pairs [steps, eta] with a positive eta or null",
     )
     return cast(int, steps), float(value)

@@ -1,4 +1,4 @@
-"""p(level | y): how a Langevin-Gibbs chain finds the noise level of its state."""
+"""Posteriors p(level | y), which estimate the noise level of a state in a Langevin-Gibbs chain."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
@@ -26,26 +27,29 @@ Update = Literal["argmax", "sample", "mean"]
 
 
 def geometric_levels(count: int = 1000, ratio_min: float = 0.02, ratio_max: float = 100.0) -> Tensor:
-    """Ratios ratio_min (ratio_max / ratio_min)^u, u from 1 down to 1 / 1000 in ``count`` equal steps: (K,) float64.
+    """Ratios ratio_min (ratio_max / ratio_min)^u, with ``count`` values of u evenly spaced from 1 to 1 / 1000.
 
-    Level 0 is the largest. The defaults are the DLG reference's for CIFAR-10 in units of [-1, 1].
+    The defaults are those of the DLG reference for CIFAR-10, for data in [-1, 1].
+
+    Returns:
+        Noise-to-data ratios, the largest first, (K,) float64.
 
     Raises:
-        UsageError: Fewer than 2 levels, or ratios that are not positive and rising.
+        UsageError: There are fewer than 2 levels, or the ratios are not positive and increasing.
     """
     at_least(2, "posterior", count=count)
     positive("posterior", ratio_min=ratio_min)
     if not ratio_max > ratio_min:
-        raise UsageError(f"posterior: ratio_max is {ratio_max}, it must be more than ratio_min, {ratio_min}")
+        raise UsageError(f"posterior: ratio_max is {ratio_max}, it must be above ratio_min, {ratio_min}")
     return ratio_min * (ratio_max / ratio_min) ** torch.linspace(1.0, 0.001, count, dtype=torch.float64)
 
 
 @POSTERIORS.base
 class LevelPosterior(nn.Module, ABC):
-    """q(k | y) over K noise levels.
+    """Posterior q(k | y) over K noise levels.
 
     Attributes:
-        levels: Ratios of the levels, (K,) float64.
+        levels: Noise-to-data ratios of the levels, (K,) float64.
     """
 
     levels: Tensor
@@ -56,18 +60,18 @@ class LevelPosterior(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, y: Tensor) -> Tensor:
-        """Unnormalised log-posterior of y = x / alpha: (B, C, H, W) -> (B, K)."""
+        """Compute the unnormalised log-posterior of y = x / alpha, (B, C, H, W) -> (B, K)."""
 
     def forward(self, y: Tensor, update: Update, noise: NoiseStreams) -> tuple[Tensor, Tensor]:
-        """Give each state a level.
+        """Choose a level for each state.
 
         Args:
             y: States x / alpha, (B, C, H, W).
-            update: ``argmax`` (the reference's), ``sample`` (a Gibbs draw) or ``mean`` (of the log-level).
-            noise: The chains' streams; ``sample`` takes one uniform number from each.
+            update: ``argmax`` (reference), ``sample`` (a Gibbs draw) or ``mean`` (mean of the log-level).
+            noise: Noise streams of the chains; ``sample`` draws one uniform number from each.
 
         Returns:
-            Ratios (B,) float64 and whether the most probable level is one of the two ends, (B,) bool.
+            Noise-to-data ratios, (B,) float64, and whether the most probable level is the first or last one, (B,) bool.
         """
         logits = self.logits(y).double()
         best = logits.argmax(1)
@@ -83,39 +87,52 @@ class LevelPosterior(nn.Module, ABC):
 
 
 class ClassifierPosterior(LevelPosterior):
-    """A trained classifier; its labels were drawn uniformly over the levels, so p(sigma) ~ 1 / sigma.
+    """Posterior given by a trained classifier.
+
+    The classifier's training labels are uniform over geometric levels, which implies the prior p(sigma) ~ 1 / sigma.
 
     Args:
-        network: (B, C, H, W) -> logits (B, K).
-        levels: Ratios, (K,).
+        network: Network (B, C, H, W) -> logits (B, K).
+        levels: Noise-to-data ratios, (K,).
     """
 
     def __init__(self, network: nn.Module, levels: Tensor) -> None:
         super().__init__(levels)
         self.network = network
 
-    def logits(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def logits(self, y: Tensor) -> Tensor:
         return self.network(y)
 
     def loss(self, x_0: Tensor, index: Tensor, eps: Tensor) -> Tensor:
-        """Cross-entropy of the level's index: (B, C, H, W), (B,), (B, C, H, W) -> (B,), in nats."""
+        """Compute the cross-entropy of the level index.
+
+        Args:
+            x_0: Images, (B, C, H, W).
+            index: Indices of the levels, (B,).
+            eps: Standard normal noise, (B, C, H, W).
+
+        Returns:
+            Cross-entropy in nats, (B,).
+        """
         ratio = self.levels[index].to(x_0)
         return F.cross_entropy(self.network(x_0 + ratio[:, None, None, None] * eps).float(), index, reduction="none")
 
 
 class ExactPosterior(LevelPosterior):
-    """Exact for a mixture of Gaussians, with equal probability for each level.
+    """Exact posterior for a mixture of Gaussians, with a uniform prior over the levels.
 
     Args:
-        denoiser: The exact denoiser, whose marginal densities are known.
-        levels: Ratios, (K,).
+        denoiser: Exact denoiser, which has closed-form marginal densities.
+        levels: Noise-to-data ratios, (K,).
     """
 
     def __init__(self, denoiser: MixtureDenoiser, levels: Tensor) -> None:
         super().__init__(levels)
-        self._denoiser = [denoiser]  # not a submodule: it belongs to the method
+        self._denoiser = [denoiser]  # in a list, because a submodule would be registered twice
 
-    def logits(self, y: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def logits(self, y: Tensor) -> Tensor:
         return self._denoiser[0].log_prob(y.double(), self.levels)
 
 
@@ -128,15 +145,15 @@ def classifier(
     width: Count = 32,
     normalise: bool = True,
 ) -> ClassifierPosterior:
-    """Build a noise classifier over geometric levels (see :class:`NoiseLevelClassifier`).
+    """Build a noise-level classifier over geometric levels (see :class:`NoiseLevelClassifier`).
 
     Args:
         shape: Image shape (C, H, W).
         count: Number of levels.
-        ratio_min: Lowest level, a noise-to-data ratio.
-        ratio_max: Highest level.
-        width: Channels of the first convolution; doubled by each next one.
-        normalise: Whether a state is divided by its root mean square, and the logarithm of that added as a channel.
+        ratio_min: Lowest noise-to-data ratio.
+        ratio_max: Highest noise-to-data ratio.
+        width: Number of channels of the first convolution; each further convolution doubles the number.
+        normalise: Whether to divide states by their root mean square, and to add its logarithm as a channel.
     """
     network = NoiseLevelClassifier(shape, count, width, normalise)
     return ClassifierPosterior(network, geometric_levels(count, ratio_min, ratio_max))
@@ -149,12 +166,12 @@ def exact(denoiser: Denoiser, count: Count = 1000, ratio_min: float = 0.02, rati
     Args:
         denoiser: Exact denoiser.
         count: Number of levels.
-        ratio_min: Lowest level, a noise-to-data ratio.
-        ratio_max: Highest level.
+        ratio_min: Lowest noise-to-data ratio.
+        ratio_max: Highest noise-to-data ratio.
 
     Raises:
-        UsageError: The denoiser is a network.
+        UsageError: The denoiser is not exact.
     """
     if not isinstance(denoiser, MixtureDenoiser):
-        raise UsageError("posterior 'exact' needs an exact denoiser (mixture): take posterior=classifier")
+        raise UsageError("posterior 'exact' requires an exact denoiser (mixture): set posterior=classifier")
     return ExactPosterior(denoiser, geometric_levels(count, ratio_min, ratio_max))

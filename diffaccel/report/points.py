@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffaccel.parts.schema import RENAMED
+
 Point = Mapping[str, Any]
 
 TEXTS = ("method", "experiment", "process", "data", "prior", "solver", "images_sha256", "device", "precision", "key")
@@ -38,6 +40,8 @@ def normalised(point: Point) -> dict[str, Any]:
     if found["floor"]:
         found["floor"]["n"] = _count(found["floor"].get("n"))
     found["settings"] = {**found["settings"], **_parts(found)}
+    if isinstance(point.get("plan"), Mapping):
+        found["plan"] = _renamed(point["plan"])
     budget = point.get("nfe_budget", found["nfe"])
     found["nfe_budget"] = None if budget is None else _number(budget) or found["nfe"]
     return found
@@ -48,9 +52,15 @@ def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     parts = {}
     for part in ("prior", "solver"):
         node = _mapping(found["settings"].get(part))
+        node = _renamed(node) if part == "prior" else node
         name = found[part] or _text(node.get("name"))
         parts[part] = {**node, **({"name": name} if name else {})}
     return parts
+
+
+def _renamed(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the key names of older versions."""
+    return {RENAMED.get(key, key): value for key, value in node.items()}
 
 
 def _text(value: object) -> str | None:

@@ -1,1 +1,1 @@
-"""Processes, devices and folders of a run."""
+"""Running of experiments: processes, devices, output folders."""

@@ -1,4 +1,4 @@
-"""What training leaves behind: its state at intervals, and weights at its end."""
+"""Checkpoints: the training state at intervals, and weights at the end of training."""
 
 import io
 import time
@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
 
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -20,11 +21,11 @@ from diffaccel.version import __version__
 from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")
-"""Keys of the description in which a run that goes on must agree with the one before."""
+"""Keys of the description that must be equal in a resumed run."""
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Lets Lightning's checkpoints replace the last ones only when they are written whole."""
+    """Atomic writing of Lightning's checkpoints."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -33,43 +34,45 @@ class WholeFiles(TorchCheckpointIO):
             UsageError: The file can't be written.
         """
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)  # straight to a file, a full disk is an error that does not name the cause
+        torch.save(checkpoint, buffer)  # a full disk would raise an error without the cause
         write_whole(path, buffer.getbuffer())
 
 
 class Checkpointer(L.Callback):
-    """Saves ``last.ckpt`` every few minutes, when training is interrupted, and at its end; then the weights.
+    """Callback that saves ``last.ckpt`` at intervals, on interrupts and at the end, and the weights at the end.
 
     Args:
         out: Folder to write to.
         minutes: Minutes between checkpoints.
-        description: What the weights' header says besides counters, and what a run that goes on must agree with.
+        description: Header of the weights without counters, which a resumed run must share.
     """
 
     def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
         self.out, self.minutes, self.description = out, minutes, description
         self._saved = self._started = time.monotonic()
-        self._before = 0.0  # seconds trained in the runs that this one goes on from
+        self._before = 0.0  # seconds of training before resuming
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Describe the weights in the checkpoint, too."""
+        """Add the description of the weights to the checkpoint."""
         assert isinstance(pl_module, Diffusion)
         checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **stands_on(pl_module)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["seconds"]
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started
 
     def check_outputs(self, method: Diffusion) -> None:
-        """Refuse, before training, a folder that its files can't be written to.
+        """Check before training that all files can be written.
 
         Raises:
-            UsageError: A name is taken by a folder, or there is no room for two states of training, old and new.
+            UsageError: A file's name is that of a folder, or there is no space for two training states, old and new.
         """
         last = self.out / "last.ckpt"
         for path in (last, *(self.out / f"{name}.safetensors" for name in method.exports())):
@@ -79,47 +82,50 @@ class Checkpointer(L.Callback):
         check_room(self.out, state * (1 if last.is_file() else 2), state, "checkpoints")
 
     def check_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Refuse to go on from a checkpoint of other settings, under whose name its weights would be kept.
+        """Check that a checkpoint has the settings of this run, which describe the weights.
 
         Raises:
-            UsageError: The settings differ; the message shows one.
+            UsageError: The settings differ; the message contains one difference.
         """
         before = content["diffaccel"].get("description", self.description)
         for key in IDENTITY:
             there, here = before.get(key), self.description.get(key)
             if there != here:
                 raise UsageError(
-                    f"resume: {path} is of a run with {key}={there}, this one has {here}: "
-                    "go on with the settings that it had, or choose another out= (init=FILE begins with its weights)"
+                    f"resume: {path} is of a run with {key}={there}, but this run has {here}: resume with the "
+                    "settings of "
+                    "that run, or choose another out= (init=FILE starts with its weights)"
                 )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = self._started = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: D102
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Diffusion)
         if pl_module.steps % 10:
             return
-        # Rank 0's clock decides for all: saving is collective.
+        # All ranks follow the clock of rank 0, because saving is collective.
         if trainer.strategy.broadcast(time.monotonic() - self._saved > 60 * self.minutes):
             self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save where a person interrupted; after an error, or within a step, the last good checkpoint stays."""
+        """Save after an interrupt between steps; after an error or within a step, keep the last checkpoint."""
         assert isinstance(pl_module, Diffusion)
         whole = trainer.world_size == 1 and trainer.training and not pl_module.mid_step
         if isinstance(exception, KeyboardInterrupt) and whole:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the state and, if the budget of images is used up, the weights in bf16, unless they say."""
+        """Save the training state and, if the run is complete, the weights, by default in bf16."""
         assert isinstance(pl_module, Diffusion)
         self.save(trainer)
         if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
             self._export(trainer, pl_module)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt``; every process calls this."""
+        """Write ``last.ckpt``; collective."""
         trainer.save_checkpoint(self.out / "last.ckpt")
         self._saved = time.monotonic()
 
@@ -135,7 +141,7 @@ class Checkpointer(L.Callback):
         written = []
         for name, (state, said) in method.exports().items():
             path = self.out / f"{name}.safetensors"
-            # Densities and noise-level classifiers read no labels.
+            # Densities and noise-level classifiers do not use labels.
             classes = method.classes if said.get("kind") in ("denoiser", "generator") else 0
             header = {**description, "classes": classes, **said}
             save_weights(path, state, header, getattr(torch, said.get("dtype", "bfloat16")))
@@ -147,7 +153,7 @@ class Checkpointer(L.Callback):
 
 
 def stands_on(method: Diffusion) -> dict[str, str]:
-    """Header's hash of a frozen denoiser's network, over which the rest is trained; empty if there is none."""
+    """Return the header entry with the hash of a frozen denoiser's network; empty for no frozen denoiser."""
     if not method.frozen or not isinstance(method.denoiser, NetworkDenoiser):
         return {}
     return {"stands_on": tensors_sha256(method.denoiser.network.state_dict())}

@@ -1,7 +1,8 @@
-"""Processes that a scheduler has started, held against those of the configuration.
+"""Comparison of the processes started by a launcher with the configuration.
 
-Lightning asks torchrun first, then SLURM, and starts the node's processes itself where neither has. Where the numbers
-differ it runs with some of the processes missing, runs all of them on their own into one folder, or waits for good.
+Lightning uses the processes of torchrun or SLURM, or starts the processes of the node itself. If their number differs
+from the configuration, Lightning runs without some ranks, runs every process separately into the same folder, or
+deadlocks.
 """
 
 import os
@@ -13,14 +14,14 @@ from diffaccel.errors import SharedError, UsageError
 from diffaccel.text.terminal import say
 
 INTERACTIVE = ("bash", "interactive")
-"""Names of SLURM jobs in which Lightning starts the processes itself."""
+"""Names of SLURM jobs for which Lightning starts the processes itself."""
 
 
 def check_launcher(config: Config) -> None:
-    """Refuse other processes than ``devices`` on each of ``num_nodes``.
+    """Check that there are ``devices`` processes on each of ``num_nodes`` nodes.
 
     Raises:
-        UsageError: A launcher has started others, or nothing starts those of the other nodes.
+        UsageError: A launcher started other processes, or nothing starts the processes of other nodes.
     """
     if dist.is_available() and dist.is_torchelastic_launched():
         _check_torchrun(config)
@@ -56,7 +57,7 @@ def _check_slurm(config: Config) -> None:
     elif tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise SharedError(f"SLURM: start srun with --ntasks-per-node={config.devices} in place of --ntasks={tasks}")
     elif tasks > 1 and "SLURM_STEP_ID" not in os.environ and "SLURM_STEPID" not in os.environ:
-        say(f"waiting for the {tasks} tasks of the SLURM job: start this command with srun, if it isn't")
+        say(f"waiting for the {tasks} tasks of the SLURM job: if you did not start this command with srun, do so")
 
 
 def _check_interactive(config: Config, tasks: int) -> None:
@@ -73,7 +74,8 @@ def _check_interactive(config: Config, tasks: int) -> None:
         )
     if tasks != config.devices:
         say(
-            f"interactive SLURM job: devices={config.devices} is what is started here, whatever the {tasks} tasks of "
+            f"interactive SLURM job: devices={config.devices} processes are started, independent of the {tasks} tasks "
+            "of "
             "the allocation"
         )
 

@@ -1,4 +1,4 @@
-"""What runs an experiment: the trainer with its processes, loggers and checkpoints, and the folder it writes to."""
+"""Trainer, processes, loggers, checkpoints and output folder of a run."""
 
 import os
 import secrets
@@ -34,10 +34,10 @@ T = TypeVar("T")
 
 
 def build_loggers(config: Config) -> list[Logger]:
-    """Build the logger that the configuration asks for.
+    """Build the configured logger.
 
     Raises:
-        UsageError: W&B refuses to go online (without a key, say).
+        UsageError: W&B can't go online, for example without a key.
     """
     mode = wandb_mode(config) if config.logger == "wandb" else ""
     if config.logger == "none":
@@ -45,13 +45,13 @@ def build_loggers(config: Config) -> list[Logger]:
     builders: dict[str, Callable[[Config], Logger]]
     builders = {"csv": _csv, "tensorboard": _tensorboard, "wandb": partial(_wandb, mode=mode)}
     if config.logger == "tensorboard" and find_spec("tensorboard") is None:
-        raise UsageError("logger=tensorboard: `pip install tensorboard`, or take csv or wandb")
+        raise UsageError("logger=tensorboard requires tensorboard: `pip install tensorboard`, or set logger=csv")
     if mode in ("online", "shared"):
         return [unfailing(_online(config, mode))]
     with side_output(f"logger={config.logger}"):
         logger: Any = builders[config.logger](config)
         if is_first(config):
-            logger.experiment  # noqa: B018 (starts it now: Lightning would let a failure end the run)
+            logger.experiment  # noqa: B018 (starts it now, because Lightning would end the run after a failure)
         return [unfailing(logger)]
     return []
 
@@ -71,14 +71,14 @@ def _online(config: Config, mode: str) -> Logger:
     try:
         logger.experiment  # noqa: B018 (starts the run, on rank zero)
     except wandb.errors.Error as error:
-        raise UsageError(f"W&B can't go online ({error}): log in, or take wandb_mode=offline") from None
+        raise UsageError(f"W&B can't go online ({error}): log in, or set wandb_mode=offline") from None
     return logger
 
 
 def _wandb(config: Config, mode: str) -> WandbLogger:
-    import wandb  # imported late: it takes a second that runs without it needn't wait
+    import wandb  # imported here, because it takes a second
 
-    wandb.setup()  # reads WANDB_SILENT before there is anything to say
+    wandb.setup()  # reads WANDB_SILENT before the first message
     variables, out = os.environ, config.folder
     return WandbLogger(
         project=variables.get("WANDB_PROJECT", "diffaccel"),
@@ -93,17 +93,17 @@ def _wandb(config: Config, mode: str) -> WandbLogger:
 
 
 def wandb_mode(config: Config) -> str:
-    """Return W&B's mode: the configuration's, else WANDB_MODE, else offline; a conflict of the two is said.
+    """Return W&B's mode: that of the configuration, else WANDB_MODE, else offline; conflicts are reported.
 
     Raises:
-        UsageError: WANDB_MODE is no mode.
+        UsageError: WANDB_MODE is invalid.
     """
     modes = {mode: mode for mode in ("offline", "online", "shared", "disabled")}
-    modes |= {"dryrun": "offline", "run": "online"}  # W&B's older words
+    modes |= {"dryrun": "offline", "run": "online"}  # older names of W&B
     given = os.environ.get("WANDB_MODE", "offline")
     if config.wandb_mode is None:
         if given not in modes:
-            raise UsageError(f"WANDB_MODE={given} in the environment is none of {', '.join(sorted(modes))}")
+            raise UsageError(f"WANDB_MODE={given} in the environment is not one of {', '.join(sorted(modes))}")
         return modes[given]
     if "WANDB_MODE" in os.environ and modes.get(given) != config.wandb_mode:
         say(f"wandb_mode={config.wandb_mode} overrides WANDB_MODE={given} of the environment")
@@ -112,7 +112,7 @@ def wandb_mode(config: Config) -> str:
 
 @rank_zero_only
 def _run_id(out: Path, resume: str | None) -> str:
-    """Return the id of the W&B run: of the one that is resumed, or a new one, kept in OUT for that."""
+    """Return the id of the W&B run, from OUT if the run is resumed, otherwise new and written to OUT."""
     file = out / "wandb_run_id"
     if resume is None or not file.is_file():
         file.write_text(secrets.token_hex(4))
@@ -120,7 +120,7 @@ def _run_id(out: Path, resume: str | None) -> str:
 
 
 class StepsBar(RichProgressBar):
-    """Lightning's bar over the steps of a run, which has no epochs."""
+    """Lightning's progress bar over the steps of a run without epochs."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
@@ -130,23 +130,24 @@ def build_trainer(config: Config, callbacks: list[L.Callback], phases: int = 1) 
     """Build the trainer of a fit: processes, precision, logger.
 
     Args:
-        config: The run's.
-        callbacks: Evaluation, checkpoints.
-        phases: Of a training step; each of several trains a part of the parameters, which processes must look for.
+        config: Configuration of the run.
+        callbacks: Callbacks for evaluation and checkpoints.
+        phases: Number of phases of a training step. With several phases, each trains only some of the parameters,
+            which the strategy must find.
 
     Raises:
-        UsageError: A GPU was asked for and there is none.
+        UsageError: A GPU is required by the configuration and not visible.
     """
-    processes = config.devices * config.num_nodes
+    world = config.devices * config.num_nodes
     every = evaluation_steps(config)
     trainer = L.Trainer(
-        accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
+        accelerator=device_type(config),  # Lightning's own auto includes devices without float64
         devices=config.devices,
         num_nodes=config.num_nodes,
         plugins=[WholeFiles()],
-        strategy=Processes(find_unused_parameters=phases > 1) if processes > 1 else "auto",
+        strategy=Processes(find_unused_parameters=phases > 1) if world > 1 else "auto",
         precision=cast(Any, config.precision),
-        max_epochs=-1,  # the method says when to stop, by images; the limit gives the bar its length
+        max_epochs=-1,  # the method stops by images; the limit sets the length of the progress bar
         limit_train_batches=-(-config.training.images // config.training.batch_size),
         logger=build_loggers(config),
         callbacks=[*callbacks, StepsBar()],
@@ -160,32 +161,32 @@ def build_trainer(config: Config, callbacks: list[L.Callback], phases: int = 1) 
         num_sanity_val_steps=0,
         log_every_n_steps=config.training.log_every,
     )
-    announce(config)  # the last that may be refused is built
+    announce(config)  # after everything that may raise an error
     return trainer
 
 
 def everywhere(config: Config, work: Callable[[World, torch.device], T]) -> T:
-    """Call a function in every process of a run that doesn't train, on the process's device.
+    """Call a function on every rank of a run without training, on the rank's device.
 
     Args:
-        config: The run's.
-        work: (processes, device) -> result.
+        config: Configuration of the run.
+        work: Function (world, device) -> result.
 
     Returns:
-        The result of this process.
+        Result on this rank.
 
     Raises:
-        UsageError: A GPU was asked for and there is none, or the port is taken.
+        UsageError: A GPU is required by the configuration and not visible, or the port is in use.
         SharedError: Another process has ended.
     """
-    processes = config.devices * config.num_nodes
+    world = config.devices * config.num_nodes
     fabric = Fabric(
-        accelerator=device_type(config),  # Lightning's own auto takes devices without float64, which levels need
+        accelerator=device_type(config),  # Lightning's own auto includes devices without float64
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=Workers() if processes > 1 else "auto",
+        strategy=Workers() if world > 1 else "auto",
     )
-    announce(config)  # the last that may be refused is built
+    announce(config)  # after everything that may raise an error
 
     def run(fabric: Fabric) -> T:
         check_agreed(config.precision)
@@ -197,7 +198,7 @@ def everywhere(config: Config, work: Callable[[World, torch.device], T]) -> T:
 
 @contextmanager
 def logging(config: Config) -> Iterator[list[Logger]]:
-    """Build the loggers for the length of a ``with`` block, and close them after it."""
+    """Build the loggers for a ``with`` block, and close them at its end."""
     loggers, status = build_loggers(config), "failed"
     try:
         yield loggers
@@ -209,7 +210,7 @@ def logging(config: Config) -> Iterator[list[Logger]]:
 
 
 def close_wandb(config: Config) -> None:
-    """Close W&B's run: the next one in this process would go on writing into it."""
+    """Close the W&B run, so that a later run in this process does not write to it."""
     if config.logger == "wandb":
         with side_output("W&B, as it closed,"):
             import wandb
@@ -218,38 +219,38 @@ def close_wandb(config: Config) -> None:
 
 
 def evaluation_steps(config: Config) -> int | None:
-    """Steps between evaluations while training; None for none.
+    """Return the number of steps between evaluations during training; None for no such evaluations.
 
     Raises:
-        UsageError: They would be less than a step apart, or nothing of them is to be followed.
+        UsageError: The interval is shorter than a step, or ``keep_best`` is set without evaluations.
     """
     training = config.training
     if training.evaluate_every is None:
         if training.keep_best is not None:
-            raise UsageError("training.keep_best follows evaluations while training: set training.evaluate_every")
+            raise UsageError("training.keep_best requires evaluations during training: set training.evaluate_every")
         return None
     if training.evaluate_every < training.batch_size:
-        raise UsageError(f"training.evaluate_every={training.evaluate_every} is less than a batch of images: raise it")
+        raise UsageError(f"training.evaluate_every={training.evaluate_every} is below training.batch_size: raise it")
     return training.evaluate_every // training.batch_size
 
 
 def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
-    """Build the callback that keeps the state of the least distance as best.ckpt.
+    """Build the callback that keeps the state with the smallest distance as best.ckpt.
 
     Raises:
-        UsageError: The budget that it follows is none of those evaluated.
+        UsageError: The budget of ``keep_best`` is not evaluated.
     """
     budget = config.training.keep_best
     if budget not in config.nfe:
-        raise UsageError(f"training.keep_best={budget:g} is none of the budgets nfe={config.nfe}: add it there")
+        raise UsageError(f"training.keep_best={budget:g} is not among the budgets nfe={config.nfe}: add it to nfe")
     monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
     return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
 
 
 def build_checkpointer(config: Config) -> Checkpointer:
-    """Build the callback that saves training state and, at its end, weights."""
+    """Build the callback that saves the training state and, at the end, the weights."""
     prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
-    if init := config.prior.get("init"):  # which weights, and not where they lay
+    if init := config.prior.get("init"):  # identified by content, not by path
         prior["init_sha256"] = files_sha256(Path(init))
     description = {
         "method": config.method_name,
@@ -273,7 +274,7 @@ def _without_path(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_of(config: Config) -> AbstractContextManager[None]:
-    """Keep other runs out of the folder that a run writes to; its first process does it for all.
+    """Lock the output folder of a run against other runs, on the first rank.
 
     Raises:
         UsageError: The folder can't be written to, or is in use.
@@ -282,25 +283,25 @@ def folder_of(config: Config) -> AbstractContextManager[None]:
 
 
 def is_first(config: Config) -> bool:
-    """Whether this is the process of rank zero, also before there is a trainer to say so.
+    """Whether this process has rank zero, also before there is a trainer.
 
-    It makes the run's folder and checks it for all: the others may be ahead of it, or have disks of their own.
+    Rank zero creates and checks the output folder for all ranks, which may be ahead of it or on other disks.
     """
     node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     return config.devices * config.num_nodes == 1 or (rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
 
 
 def write_config(config: Config, *results: str) -> None:
-    """Leave the resolved configuration beside the results as config.yaml; earlier ones become config.1.yaml and so on.
+    """Write the resolved configuration to config.yaml in OUT; earlier ones are renamed to config.1.yaml and so on.
 
-    Several configurations may share a folder, whose points say by themselves how they were measured.
+    Several configurations may share a folder, because points contain their own settings.
 
     Args:
-        config: The run's.
-        results: Files of the folder that the run will write.
+        config: Configuration of the run.
+        results: Files in OUT that the run will write.
 
     Raises:
-        UsageError: One of the files can't be written.
+        UsageError: A file can't be written.
     """
     if not is_first(config):
         return
@@ -316,5 +317,5 @@ def write_config(config: Config, *results: str) -> None:
 
 
 def _settings(text: str) -> list[str]:
-    """A configuration's lines without those of how a run began."""
+    """Lines of a configuration, except for keys that only affect the start of a run."""
     return [line for line in text.splitlines() if not line.startswith(("resume:", "again:"))]

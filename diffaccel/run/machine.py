@@ -1,4 +1,4 @@
-"""What the machine offers a run: device, precision, threads, launcher, compiler. Settled before anything is built."""
+"""Settings of the machine, made before anything is built: device, precision, threads, launcher, compiler."""
 
 import os
 import platform
@@ -20,11 +20,11 @@ ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512
 
 
 def settle(config: Config) -> None:
-    """Replace ``precision: auto`` by the device's own, set the number of threads, and refuse what can't run here.
+    """Resolve ``precision: auto``, set the number of threads, and check that the machine can run the configuration.
 
     Raises:
-        UsageError: The devices aren't there, other processes were launched than the configuration has, the device
-            can't compute in this precision, or there is no compiler for ``compile``.
+        UsageError: Devices are missing, the launched processes differ from the configuration, the device does not
+            support the precision, or there is no compiler for ``compile``.
     """
     check_launcher(config)
     device = device_type(config)
@@ -34,7 +34,7 @@ def settle(config: Config) -> None:
     if chosen:
         config.precision = "bf16-mixed" if has_bf16_units(config) else "32-true"
     if config.precision == "16-mixed" and device == "cpu":
-        raise UsageError("precision=16-mixed needs a GPU: on a CPU set precision=auto, bf16-mixed or 32-true")
+        raise UsageError("precision=16-mixed requires a GPU: on a CPU set precision=auto, bf16-mixed or 32-true")
     if config.compile:
         check_compiler(device)
     set_threads(config)
@@ -43,19 +43,19 @@ def settle(config: Config) -> None:
 
 
 def device_type(config: Config) -> str:
-    """``cuda`` or ``cpu``, which a run computes on.
+    """Return the type of the run's devices, ``cuda`` or ``cpu``.
 
     Raises:
-        UsageError: A GPU was asked for and there is none.
+        UsageError: A GPU is required by the configuration and not visible.
     """
     visible = torch.cuda.is_available()
     if config.accelerator == "gpu" and not visible:
-        raise UsageError("accelerator=gpu, but no GPU is visible: take accelerator=cpu or auto")
+        raise UsageError("accelerator=gpu, but no GPU is visible: set accelerator=cpu or auto")
     return "cuda" if visible and config.accelerator != "cpu" else "cpu"
 
 
 def has_bf16_units(config: Config) -> bool:
-    """Whether all devices of this process's node multiply bfloat16 in hardware; emulation is slower than float32."""
+    """Whether all devices of the node have bfloat16 hardware; emulation is slower than float32."""
     if device_type(config) == "cuda":
         capable = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(config.devices))
         return capable and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -63,7 +63,7 @@ def has_bf16_units(config: Config) -> bool:
         return False
     if platform.machine() in ("aarch64", "arm64"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # On x86 that function is true of emulation too. AMX implies AVX512_BF16 for oneDNN.
+    # On x86 that function also returns true for emulation. AMX implies AVX512_BF16 for oneDNN.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL"))
     return torch.cpu._is_avx512_bf16_supported() and limit.upper() not in ISAS_WITHOUT_BF16
 
@@ -71,7 +71,7 @@ def has_bf16_units(config: Config) -> bool:
 def set_threads(config: Config) -> None:
     """Set the CPU threads of this process: ``threads``, else OMP_NUM_THREADS, else its share of the usable cores.
 
-    PyTorch's own default ignores a container's quota, and Lightning sets another one when it starts processes.
+    PyTorch's default ignores the quota of a container, and Lightning sets another number when it starts processes.
     """
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     threads = config.threads or (int(given) if given.isdigit() and int(given) else _share_of_cores(config))
@@ -83,14 +83,14 @@ def set_threads(config: Config) -> None:
 def _share_of_cores(config: Config) -> int:
     if per_task := os.environ.get("SLURM_CPUS_PER_TASK"):
         return int(per_task)
-    return max(1, cpu_count() // config.devices)  # affinity and a container's quota included
+    return max(1, cpu_count() // config.devices)  # includes affinity and the quota of a container
 
 
 def check_compiler(device: str) -> None:
-    """Try the compiler that ``torch.compile`` would call: C++ for the CPU, C for the GPU's launchers.
+    """Check the compiler of ``torch.compile``: C++ for the CPU, C for the launchers of GPU kernels.
 
     Raises:
-        UsageError: There is none, or it doesn't find Python's headers.
+        UsageError: There is no compiler, or it does not find Python's headers.
     """
     if device == "cuda":
         language, compiler = "c", os.environ.get("CC") or shutil.which("gcc") or "clang"
@@ -107,19 +107,19 @@ def check_compiler(device: str) -> None:
         return
     variable = "CC" if device == "cuda" else "CXX"
     raise UsageError(
-        f"compile=true needs a working compiler and Python's headers ({reason}): install them (Debian: g++ and "
+        f"compile=true requires a working compiler and Python's headers ({reason}): install them (Debian: g++ and "
         f"python3-dev), set {variable}, or set compile=false"
     )
 
 
 def describe(config: Config) -> str:
-    """What a run computes on, in a line."""
+    """Describe device, precision and threads of a run in one line."""
     device = device_type(config)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    processes = config.devices * config.num_nodes
+    world = config.devices * config.num_nodes
     parts = [name, f"precision={config.precision}", f"threads={torch.get_num_threads()}"]
-    if processes > 1:
-        parts.insert(0, f"{processes} processes")
+    if world > 1:
+        parts.insert(0, f"{world} processes")
     if not has_bf16_units(config):
         slow = "emulated and slower than 32-true, as " if config.precision == "bf16-mixed" else ""
         parts[-2] += f" ({slow}the device has no bf16 units)"
@@ -127,6 +127,6 @@ def describe(config: Config) -> str:
 
 
 def announce(config: Config) -> None:
-    """Say what was chosen for this machine, or is slow on it."""
+    """Print the settings chosen for this machine, and warnings about slow ones."""
     for note in config.notes:
         say(note)

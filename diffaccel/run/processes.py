@@ -1,4 +1,4 @@
-"""Processes of a run on one machine: they are started by the first, and none outlives another that failed."""
+"""Processes of a run on one machine, which are started by the first and end together after a failure."""
 
 import os
 import signal
@@ -20,20 +20,20 @@ from diffaccel.errors import SharedError, UsageError
 from diffaccel.text.terminal import PlainConsole
 
 LAUNCHER = "DIFFACCEL_LAUNCHER"
-"""Environment variable that names, to the processes it starts, the one that starts them."""
+"""Environment variable with the id of the process that started the others."""
 INTERVAL = 0.3
-"""Seconds between two looks at the others."""
+"""Interval between checks of the other processes, in seconds."""
 GRACE = 5.0
-"""Seconds in which a process may end by itself, with its own message, once another has failed."""
+"""Time for a process to end by itself with its own message after another has failed, in seconds."""
 
 
 class Watch:
-    """A thread that ends this process when another one of the run has failed.
+    """Thread that ends this process when another process of the run has failed.
 
-    One that waits for the failed one in a collective cannot be reached by an exception.
+    An exception can't interrupt a process that waits for the failed one in a collective.
 
     Args:
-        children: Processes that this one has started, in the order of their ranks from 1 on.
+        children: Processes started by this one, in the order of their ranks, from 1 on.
     """
 
     def __init__(self, children: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
@@ -42,20 +42,20 @@ class Watch:
         self._parent = int(os.environ.get(LAUNCHER, 0)) if not children else 0
 
     def start(self) -> None:
-        """Begin to watch, if there is anybody to watch."""
+        """Start watching, if there are other processes."""
         if self.children or self._parent:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def stop(self) -> None:
-        """End: the others may go."""
+        """Stop watching, after which other processes may end."""
         self._over.set()
 
     def failed(self) -> str | None:
-        """Say which process has failed, and how."""
+        """Describe which process has failed and how; None if none has failed."""
         for rank, process in enumerate(self.children, start=1):
             if status := process.poll():
                 how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return f"process {rank} {how}, and all end with it: its own message, if it had one, is above"
+                return f"process {rank} {how}, so that all processes end: see its message above, if any"
         return None
 
     def _run(self) -> None:
@@ -71,16 +71,16 @@ class Watch:
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Starts the other processes by running the command again, and watches them as they watch it.
+    """Launcher that starts the other processes by running the command again, with mutual watching.
 
-    Lightning's own observer kills the first process without a word.
+    Lightning's own observer kills the first process without a message.
     """
 
     started: ClassVar[list["subprocess.Popen[bytes]"]] = []
-    """The processes, which a later trainer of the same script runs in again."""
+    """Started processes, which a later trainer in the same script uses again."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Call a function in every process.
+        """Call a function in this process, after starting the others.
 
         Raises:
             SharedError: Another process has ended.
@@ -100,19 +100,19 @@ class Launcher(_SubprocessScriptLauncher):
             if not _lost(error):
                 raise
             reason = str(error).splitlines()[0]
-            said = _wait_for(watch.failed) or f"another process of the run is gone ({reason:.200}), and all end with it"
+            said = _wait_for(watch.failed) or f"another process of the run has ended ({reason:.200}), so that all end"
             raise SharedError(said) from error
         finally:
             watch.stop()
 
 
 def _lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process is gone; gloo's errors have no class of their own."""
+    """Whether a collective failed because a process has ended; gloo's errors have no separate class."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _wait_for(said: Callable[[], str | None]) -> str | None:
-    """Wait until another process, whose connection is closed, has an exit status."""
+    """Wait for the exit status of another process whose connection is closed."""
     deadline = time.monotonic() + GRACE
     while (found := said()) is None and time.monotonic() < deadline:
         time.sleep(INTERVAL)
@@ -120,7 +120,7 @@ def _wait_for(said: Callable[[], str | None]) -> str | None:
 
 
 class Together:
-    """What a DDP strategy, the Trainer's or Fabric's, needs so that its processes end together."""
+    """Mixin for DDP strategies of Trainer and Fabric whose processes end together."""
 
     cluster_environment: Any
     num_processes: int
@@ -133,7 +133,7 @@ class Together:
         """Connect to the other processes.
 
         Raises:
-            UsageError: The port is taken.
+            UsageError: The port is in use.
         """
         try:
             super().setup_environment()  # type: ignore[misc]  # the strategy's
@@ -141,39 +141,39 @@ class Together:
             if "EADDRINUSE" not in str(error):
                 raise
             raise UsageError(
-                f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: unset it, and a free port is found, or set another"
+                f"MASTER_PORT={os.environ['MASTER_PORT']} is in use: unset it to find a free port, or set another one"
             ) from None
 
 
 class Processes(Together, DDPStrategy):
-    """DDP of a fit; also for a fit without gradients, which has nothing to wrap."""
+    """DDP strategy of a fit, including fits without gradients."""
 
     def setup_environment(self) -> None:
-        """Connect to the other processes, and check that ``precision: auto`` means the same on every node.
+        """Connect to the other processes, and check that ``precision: auto`` is the same on every node.
 
         Raises:
-            UsageError: The port is taken.
-            SharedError: It doesn't.
+            UsageError: The port is in use.
+            SharedError: The precision differs between nodes.
         """
         super().setup_environment()
         check_agreed(self.precision_plugin.precision)
 
     def configure_ddp(self) -> None:
-        """Wrap the module if there are gradients to sum."""
+        """Wrap the module for DDP, if it has trainable parameters."""
         assert self.lightning_module is not None
         if any(parameter.requires_grad for parameter in self.lightning_module.parameters()):
             super().configure_ddp()
 
 
 class Workers(Together, FabricDDPStrategy):
-    """Processes that share work without training: sampling, scoring, statistics."""
+    """DDP strategy of runs without training: sampling, scoring, statistics."""
 
 
 def check_agreed(precision: str) -> None:
-    """Refuse processes whose ``precision: auto`` was settled differently, on nodes of different kinds.
+    """Check that ``precision: auto`` was resolved equally on all nodes.
 
     Raises:
-        SharedError: They differ.
+        SharedError: The precision differs between nodes.
     """
     chosen = set(all_gather(precision))
     if len(chosen) > 1:

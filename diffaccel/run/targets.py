@@ -1,4 +1,4 @@
-"""Files that a command is about to write: looked at before the work, so that nothing is lost after it."""
+"""Checks of output files before a command starts, so that no results are lost."""
 
 import os
 from collections.abc import Iterable
@@ -12,47 +12,53 @@ from diffaccel.storage import check_target
 
 
 def check_new(paths: Iterable[Path], again: bool = False) -> None:
-    """Refuse files that can't be written, or that would replace others unasked; their folders are made.
+    """Check that files can be written and do not exist, and create their folders.
+
+    Args:
+        paths: Files.
+        again: Whether existing files may be replaced.
 
     Raises:
-        UsageError: So it is.
+        UsageError: A file exists or can't be written, or a file is given twice.
     """
     paths = list(paths)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise UsageError(f"{paths[0]} is named twice: name two files")
+        raise UsageError(f"{paths[0]} is given twice: give two files")
     for path in paths:
         if path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file")
+            raise UsageError(f"{path} is a folder: give a file")
         if path.exists() and not again:
-            raise UsageError(f"{path} exists: again=true replaces it, or write elsewhere")
+            raise UsageError(f"{path} exists: set again=true to replace it, or choose another path")
         check_target(path)
 
 
 def resume_from(config: Config, weights: list[str], console: Console) -> Path | None:
-    """Return the state that a fit goes on from, if it does; what another fit has left in OUT is never overwritten.
+    """Return the training state that a fit is resumed from; None for a new fit.
+
+    Files of another fit in OUT are never overwritten.
 
     Args:
-        config: The run's.
-        weights: Names of the files of weights that the fit leaves.
-        console: Says where it begins.
+        config: Configuration of the run.
+        weights: Names of the weights files of the fit.
+        console: Console for messages.
 
     Raises:
-        UsageError: OUT has another fit's files, or there is no such state.
+        UsageError: OUT contains files of another fit, or the training state does not exist.
     """
     last = Path(config.folder, "last.ckpt")
     files = [last, Path(config.folder, "best.ckpt"), *(Path(config.folder, f"{name}.safetensors") for name in weights)]
     left = next((file for file in files if file.is_file()), None)
     if config.resume == "auto" and last.is_file():
-        console.print(f"going on from {last}")
+        console.print(f"resuming from {last}")
         return last
     given = None if config.resume in (None, "auto") else Path(str(config.resume))
     inside = given is not None and os.path.realpath(given.parent) == os.path.realpath(config.folder)
     if left is not None and not inside:
-        remedy = "go on with resume=auto, or choose" if left == last else "choose"
+        remedy = "resume with resume=auto, or choose" if left == last else "choose"
         raise UsageError(f"{left} exists: {remedy} another out=")
     if config.resume == "auto":
-        console.print(f"no {last} yet: starting anew")
+        console.print(f"{last} does not exist: starting a new run")
         return None
     if config.resume is not None and not Path(config.resume).is_file():
-        raise UsageError(f"resume={config.resume}: no such file; resume=auto takes {last} if there is one")
+        raise UsageError(f"resume={config.resume} does not exist: give a file, or resume=auto for {last} if it exists")
     return Path(config.resume) if config.resume else None

@@ -1,4 +1,4 @@
-"""Records of what images took."""
+"""Cost of generated images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,17 +8,17 @@ from torch import Tensor
 
 @dataclass
 class Sampled:
-    """A batch of generated images, and what it took.
+    """Batch of generated images with its cost.
 
     Attributes:
-        indices: Of the images, (b,) int64.
-        images: As they are scored, (b, C, H, W): uint8, or float32 where the data are no images.
-        evaluations: Samples by network, burn-in included.
-        burn_in: The part of them spent in burn-in.
-        flops: Of one sample by network.
-        seconds: Time for making the images.
-        trace: What a chain recorded in this round.
-        state: The state of the chains after the batch; None for independent images.
+        indices: Indices of the images, (b,) int64.
+        images: Images as scored, (b, C, H, W): uint8, or float32 for toy points.
+        evaluations: Number of evaluations by network, including burn-in.
+        burn_in: Number of burn-in evaluations by network.
+        flops: FLOPs per sample by network.
+        seconds: Time for sampling, in seconds.
+        trace: Records of a chain in this round.
+        state: State of the chains after the batch; None for independent images.
     """
 
     indices: Tensor

@@ -1,4 +1,4 @@
-"""From a solver's output to an image as files hold it."""
+"""Conversion of a solver's output to images."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from diffaccel.errors import UsageError
 
 
 def to_uint8(images: Tensor, truncate: bool = False) -> Tensor:
-    """Round images from [-1, 1] to 0 .. 255, as a file would hold them, or truncate them (half a level darker)."""
+    """Convert images from [-1, 1] to 0 .. 255 by rounding, or by truncation, which is half a level darker."""
     scaled = (images.clamp(-1, 1) + 1) * 127.5
     return (scaled if truncate else scaled.round()).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class ImageKind:
-    """How a solver's output becomes an image.
+    """Conversion of a solver's output to images.
 
     Attributes:
-        discrete: Whether samples are images, converted to uint8; toy points stay as they are.
+        discrete: Whether samples are images, which are converted to uint8, and not toy points, which are unchanged.
         truncate: Whether images are truncated to uint8 instead of rounded.
     """
 
@@ -32,11 +32,11 @@ class ImageKind:
         return torch.uint8 if self.discrete else torch.float32
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> uint8, or points -> float32.
+        """Convert images (B, C, H, W) in [-1, 1] to uint8, or points to float32.
 
         Raises:
-            UsageError: A value is NaN or infinite, which as uint8 would be a dark pixel.
+            UsageError: A value is NaN or infinite, which would become a dark pixel in uint8.
         """
         if not x_0.isfinite().all():
-            raise UsageError("an image holds NaN or infinity: check the network's weights, or take precision=32-true")
+            raise UsageError("an image contains NaN or infinity: check the network's weights, or set precision=32-true")
         return to_uint8(x_0, self.truncate) if self.discrete else x_0.float()

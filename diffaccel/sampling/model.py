@@ -1,33 +1,28 @@
-"""A trained model, as a sampler takes it."""
-
-from __future__ import annotations
+"""Trained models, from which samplers are built."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffaccel.denoiser import Denoiser
 
-if TYPE_CHECKING:
-    from diffaccel.sampling.sampler import Sampler
-
 Part = str | Mapping[str, Any] | None
-"""A part by name, by name and keys, or the model's own."""
+"""Part by name, by name and keys, or None for the model's own."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser with its weights, and how its experiment samples from it.
+    """Trained denoiser, with the sampling settings of its experiment.
 
     Attributes:
-        name: The experiment, or the checkpoint.
-        denoiser: E[x_0 | x_t] and E[eps | x_t] on a process.
+        name: Name of the experiment, or path of the checkpoint.
+        denoiser: Denoiser with its weights.
         shape: Image shape (C, H, W).
-        derive: (prior, solver) -> sampler with those parts in place of the experiment's own, as its keys ``prior`` and
-            ``solver`` would set them; None keeps the experiment's.
+        derive: Function (prior, solver) -> sampler with these parts, set like the experiment's keys ``prior`` and
+            ``solver``; None keeps the experiment's part.
     """
 
     name: str
     denoiser: Denoiser
     shape: tuple[int, int, int]
-    derive: Callable[[Part, Part], Sampler]
+    derive: Callable[[Part, Part], Any]

@@ -1,4 +1,4 @@
-"""Arithmetic of the networks while they sample, by Lightning's names for it."""
+"""Precision of the networks in sampling, by Lightning's names."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,8 +28,8 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[N
     """Return the context in which networks are evaluated.
 
     Args:
-        precision: ``32-true``, ``64-true`` (the networks' weights are float64), ``bf16-mixed`` or ``16-mixed``.
-        device: Where the networks are.
+        precision: Precision: ``32-true``, ``64-true`` (with float64 weights), ``bf16-mixed`` or ``16-mixed``.
+        device: Device of the networks.
     """
     if precision == "64-true":
         return _double()
@@ -38,7 +38,7 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[N
 
 @contextmanager
 def _mixed(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    # Without the cache, for weights may change between two calls of one context (averaged and raw ones, say).
+    # Without the cache, because weights may change within the context, for example from raw to averaged ones.
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
         yield
 

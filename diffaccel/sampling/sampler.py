@@ -1,6 +1,6 @@
-"""The sampler: a denoiser, a prior and a solver, whose settings may depend on the budget, planned, drawn and counted.
+"""The sampler: makes images from a denoiser, a prior and a solver within a budget of network evaluations.
 
-It needs no trainer. Every command, the evaluation during training and a notebook draw their images from one.
+The sampler does not require a trainer. All commands, evaluation during training and notebooks use it.
 """
 
 import math
@@ -33,26 +33,27 @@ class Sampler:
     """Makes images from a denoiser, a prior and a solver.
 
     Args:
-        model: A denoiser; or a :class:`Model`, whose experiment gives all that is not given here.
+        model: Denoiser, or :class:`Model`, whose experiment has the defaults of the other arguments.
         prior: Distribution of the states that sampling starts from: a :class:`~diffaccel.prior.Prior`, a name, or a
-            name and keys. N(0, sigma^2 I) at the denoiser's highest noise level if not given.
-        solver: Reverse integrator, likewise; DPM-Solver++(2M) if not given.
+            name and keys; by default N(0, sigma^2 I) at the denoiser's highest noise level.
+        solver: Reverse integrator, in the same forms; by default DPM-Solver++(2M).
         shape: Image shape (C, H, W); a :class:`Model` has its own.
-        by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty if one setting
-            serves all budgets. The prior and the solver given with a :class:`Model` replace those of its budgets.
-        tweedie: A last denoising step; None for no such step, or for the model's.
-        kind: Conversion of the output to images; rounding to uint8 if not given.
-        precision: Arithmetic of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`; ``32-true`` if not
-            given. ``64-true`` converts the weights, which the samplers of a model share.
-        batch_size: Images a batch, 100 if not given; no image depends on it beyond rounding.
+        by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty for the same
+            prior and solver at all budgets. A prior or solver given with a :class:`Model` replaces those of its
+            budgets.
+        tweedie: Last denoising step; None for no such step, or for the model's.
+        kind: Conversion of the output to images; by default rounding to uint8.
+        precision: Precision of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`; by default
+            ``32-true``. ``64-true`` converts the weights, which all samplers of a model share.
+        batch_size: Number of images per batch, by default 100; images do not depend on it beyond rounding.
 
     Raises:
-        UsageError: An unknown name or key, an object of another type, a denoiser without a shape, a shape that is not
-            the model's, or a value out of range.
+        UsageError: A name or key is unknown, a part is of another type, a value is out of range, or ``shape`` is
+            missing for a denoiser or differs from the model's.
 
     Attributes:
-        tuned: Whether ``by_nfe`` was searched for these very weights.
-        spent: Cost of the latest call, a :class:`Spent`; None before the first.
+        tuned: Whether ``by_nfe`` was searched for the weights of the sampler.
+        spent: Cost of the latest call; None before the first call.
     """
 
     denoiser: Denoiser
@@ -105,7 +106,7 @@ class Sampler:
         if not isinstance(model, Denoiser):
             raise UsageError(f"Sampler: {model!r} is neither a model nor a denoiser: da.load({model!r}) loads a model")
         if shape is None:
-            raise UsageError("Sampler: a denoiser alone doesn't tell the images' shape: give shape=(C, H, W)")
+            raise UsageError("Sampler: a denoiser does not define the shape of the images: give shape=(C, H, W)")
         self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
@@ -119,17 +120,18 @@ class Sampler:
 
         Args:
             n: Number of images.
-            nfe: Budget, the most network evaluations per image, burn-in included; ``math.inf`` for an adaptive solver.
-            seed: Image i draws from noise stream (seed, i), chain c from (seed, c).
-            labels: Class of each image, n integers; None takes the index modulo the number of classes.
-            batch_size: Images a batch; None takes the sampler's own.
+            nfe: Maximum number of network evaluations per image, including burn-in; ``math.inf`` for an adaptive
+                solver.
+            seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
+            labels: Class of each image, n integers; by default the index modulo the number of classes.
+            batch_size: Number of images per batch; by default that of the sampler.
 
         Returns:
-            (n, C, H, W) on the CPU: uint8, or float32 where the data are no images. ``spent`` holds their cost.
+            Images (n, C, H, W) on the CPU: uint8, or float32 for toy points. Their cost is in ``spent``.
 
         Raises:
-            UsageError: A number is out of range, the budget is below the minimum, labels don't fit the network, or a
-                value of an image is NaN.
+            UsageError: A number is out of range, the budget is below the minimum, the labels are invalid, or a value is
+                NaN.
         """
         n, seed, nfe = whole_number("n", n), whole_number("seed", seed), real_number("nfe", nfe, infinite=True)
         batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
@@ -157,7 +159,7 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """Device of the denoiser."""
         return self.denoiser.device
 
     def to(self, device: torch.device | str) -> "Sampler":
@@ -168,7 +170,7 @@ class Sampler:
         return self
 
     def eval(self) -> "Sampler":
-        """Leave dropout out."""
+        """Set the networks to evaluation mode."""
         for module in (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values())):
             module.eval()
         return self
@@ -176,7 +178,7 @@ class Sampler:
     def using(
         self, prior: Prior, solver: Solver | None = None, by_nfe: Mapping[int, Setting] | None = None
     ) -> "Sampler":
-        """Return a sampler of the same denoiser with another prior, solver, and settings by budget."""
+        """Return a sampler with the same denoiser, and another prior, solver and settings by budget."""
         return Sampler(
             self.denoiser, prior.to(self.device), solver or self.solver, self.shape, by_nfe, self.tweedie, self.kind,
             self.precision, self.batch_size,
@@ -197,29 +199,29 @@ class Sampler:
         return int(self.tweedie is not None and self.tweedie.counted)
 
     def evaluated_networks(self, prior: Prior | None = None) -> dict[str, nn.Module]:
-        """Networks whose forwards are evaluations, by name."""
+        """Return the networks whose forward passes count as evaluations, by name."""
         return {"denoiser": self.denoiser.network, **(prior or self.prior).networks()}
 
     def auxiliary_networks(self, prior: Prior | None = None) -> dict[str, nn.Module]:
-        """Networks whose FLOPs count and whose forwards are no evaluations, by name."""
+        """Return the networks that count towards FLOPs but not towards evaluations, by name."""
         return (prior or self.prior).auxiliary_networks()
 
     def weights_sha256(self) -> list[str]:
-        """``NETWORK=HASH`` of the weights of each network that samples: searched settings belong to these weights."""
+        """Return ``NETWORK=HASH`` of the weights of each network, which identify the weights of searched settings."""
         networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
         return [f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.items()]
 
     def arithmetic(self) -> AbstractContextManager[None]:
-        """Context of the networks' precision."""
+        """Return the context of the networks' precision."""
         return arithmetic(self.precision, self.device)
 
     # Budgets
 
     def plan(self, nfe: float, n: int) -> Plan:
-        """Spend at most ``nfe`` evaluations per image on n images, burn-in included, by the settings of that budget.
+        """Plan at most ``nfe`` evaluations per image for n images, including burn-in, with the settings of the budget.
 
         Raises:
-            UsageError: The budget is below the minimum, or prior, solver, process and network don't go together.
+            UsageError: The budget is below the minimum, or prior, solver, process and network are incompatible.
         """
         prior, solver = self.setting(nfe)
         if isinstance(prior, ChainPrior):
@@ -229,7 +231,7 @@ class Sampler:
         return plan
 
     def planned_nfe(self, plan: Plan, n: int) -> float:
-        """Evaluations per image that a plan takes, NaN if the solver is adaptive; the counter gives those spent."""
+        """Return the planned number of evaluations per image; NaN for an adaptive solver."""
         if plan.solver.adaptive:
             return math.nan
         solver = plan.solver.evaluations(plan.steps) if plan.steps else 0
@@ -239,16 +241,16 @@ class Sampler:
     def evaluations_per_image(
         self, plan: Plan, budget: float, evaluations: Mapping[str, int], burn_in: Mapping[str, int], n: int
     ) -> tuple[float, float]:
-        """Evaluations per image that n images took: all of them, and those of the burn-in.
+        """Return the counted evaluations per image of n images, in total and of the burn-in.
 
         Raises:
-            UsageError: They are more than the budget allows.
+            UsageError: The budget was exceeded.
         """
         evaluated = self.evaluated_networks(plan.prior)
         nfe, burned = (sum(counts.get(name, 0) for name in evaluated) / n for counts in (evaluations, burn_in))
         bounded = nfe if plan.prior.burn_in_counted else nfe - burned
         if bounded > budget * (1 + 1e-9):
-            raise UsageError(f"nfe={budget:g} was overspent: {bounded:.6g} evaluations per image were counted")
+            raise UsageError(f"nfe={budget:g} was exceeded: {bounded:.6g} evaluations per image were counted")
         return nfe, burned
 
     # Drawing
@@ -258,7 +260,7 @@ class Sampler:
         return plan.prior.open(self.denoiser, seed, group, self.shape)
 
     def restore(self, plan: Plan, seed: int, group: Group, saved: Any) -> Any:
-        """Create that state from what its ``state_dict`` gave after some of the group's batches."""
+        """Recreate the shared state from its ``state_dict`` after some of the group's batches."""
         return plan.prior.restore(self.denoiser, seed, group, self.shape, saved)
 
     @torch.no_grad()
@@ -268,14 +270,14 @@ class Sampler:
         """Draw a group's images, batch by batch.
 
         Args:
-            plan: How the budget is spent.
-            seed: Image i draws from stream (seed, i), chain c from (seed, c).
-            group: Image indices, one range a batch.
-            state: What :meth:`open` returned for the group.
-            labels: Class of each image by its index, (n,); None takes :meth:`labels`.
+            plan: Plan of the budget.
+            seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
+            group: Image indices, one range per batch.
+            state: State of the group returned by :meth:`open`.
+            labels: Class of each image by its index, (n,); by default those of :meth:`labels`.
 
         Yields:
-            The indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
+            Indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
         """
         for indices in group:
             noise = NoiseStreams(seed, indices)
@@ -294,14 +296,14 @@ class Sampler:
         saved: dict[str, Any] | None = None,
         labels: Tensor | None = None,
     ) -> Iterator[Sampled]:
-        """Make the batches of a group that are not done yet, each counted on the networks.
+        """Yield the unfinished batches of a group, with counted evaluations.
 
         Args:
-            plan: How the budget is spent.
-            group: Image indices, one range a batch.
-            seed: Image i draws from stream (seed, i).
-            done: Number of leading batches that an earlier run has made.
-            saved: The state of the chains after the last of them.
+            plan: Plan of the budget.
+            group: Image indices, one range per batch.
+            seed: Seed; image i has the noise stream (seed, i).
+            done: Number of leading batches that are finished.
+            saved: State of the chains after the finished batches.
             labels: See :meth:`draw`.
         """
         if done == len(group):
@@ -329,19 +331,19 @@ class Sampler:
             clock = time.perf_counter()
 
     def labels(self, plan: Plan, indices: range) -> Tensor | None:
-        """Class labels of images, index mod classes, (B,): balanced, and the same in any batch.
+        """Return the class labels of images, index mod classes, (B,), which are balanced and independent of the batch.
 
-        None, which a network takes for its null class, if it has no classes, and for chains, which change them.
+        Returns None, the null class, if the network has no classes, and for chains, in which the class changes.
         """
         if not self.classes or isinstance(plan.prior, ChainPrior):
             return None
         return torch.tensor(indices, device=self.device) % self.classes
 
     def _checked(self, plan: Plan, labels: Sequence[int] | None, n: int) -> Tensor | None:
-        """Bring labels that a caller gives to the device.
+        """Check given labels and move them to the device.
 
         Raises:
-            UsageError: The network has no classes, a chain changes them, or a label is none of them.
+            UsageError: The network has no classes, the prior is a chain, or a label is out of range.
         """
         if labels is None:
             return None
@@ -359,16 +361,16 @@ class Sampler:
         return given.long()
 
     def _require_null_class(self) -> None:
-        """Refuse chains, which change classes, on a network that was never trained without labels."""
+        """Check that a conditional network has a null class, which chains require."""
         if self.classes and not getattr(self.denoiser.network, "null_class", True):
             raise UsageError(
-                "a chain samples without labels, and this conditional network was never trained without: take another "
-                "prior, or a network fitted with training.label_drop"
+                "a chain samples without labels, but this conditional network was trained with labels only: choose "
+                "another prior, or a network fitted with training.label_drop"
             )
 
 
 def _derived(model: Model, prior: Prior | Part, solver: Solver | Part) -> Sampler:
-    """Return a model's sampler with some parts of it, by name or as objects, in place of its own at every budget."""
+    """Return a model's sampler with other parts, given by name or as objects, at every budget."""
     made = model.derive(*(None if isinstance(part, Prior | Solver) else part for part in (prior, solver)))
     if not isinstance(prior, Prior) and not isinstance(solver, Solver):
         return made

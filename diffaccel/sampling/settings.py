@@ -20,7 +20,7 @@ def nearest(budgets: Collection[int], nfe: float) -> int:
 
 
 class Setting(NamedTuple):
-    """What samples at a budget."""
+    """Prior and solver of a budget."""
 
     prior: Prior
     solver: Solver
@@ -32,11 +32,11 @@ class Tweedie:
 
     Attributes:
         ratio: Noise-to-data ratio e of the step.
-        counted: Whether the step is an evaluation of the budget; otherwise it is counted apart, as ``tweedie``.
+        counted: Whether the step counts towards the NFE budget; otherwise it is counted separately, as ``tweedie``.
 
     References:
-        Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which takes 0.02 (CIFAR-10)
-        or 0.002 (CelebA-HQ) in units of [-1, 1] and doesn't count the step
+        Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which uses 0.02 (CIFAR-10)
+        or 0.002 (CelebA-HQ) for data in [-1, 1] and does not count the step
     """
 
     ratio: float

@@ -1,1 +1,1 @@
-"""How networks are trained: phases, averages, objectives."""
+"""Training of networks: phases, averaged weights, objectives."""

@@ -1,4 +1,4 @@
-"""Exponential moving average of the sampled network."""
+"""Exponential moving average of network weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Moving average of a module's parameters, counted in images.
+    """Exponential moving average of a module's parameters, with a half-life in images.
 
-    The half-life grows with the images seen up to its limit, so that the random start is forgotten quickly.
+    The half-life increases with the number of images seen up to its limit, so that the initial weights are forgotten
+    quickly.
 
     Args:
-        module: The network; its parameters are averaged, its buffers are not (none of ours change in training).
-        half_life: Images after which a past value has half its weight.
-        rampup: The half-life is at most this fraction of the images seen.
+        module: Network whose parameters are averaged; buffers are not, because no buffer changes in training.
+        half_life: Number of images after which the weight of a past value is halved.
+        rampup: Maximum half-life as a fraction of the images seen.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, appendix F.2
@@ -27,7 +28,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images: int, images_seen: int) -> None:
-        """Move towards the current weights after a step of ``images`` images."""
+        """Update the average after a step with ``images`` images."""
         half_life = min(self.half_life, self.rampup * images_seen)
         keep = 0.5 ** (images / max(half_life, 1e-8))
         current = [parameter.detach() for parameter in self.module.parameters()]
@@ -35,7 +36,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Give the module the averaged weights for the length of a ``with`` block."""
+        """Use the averaged weights in the module within a ``with`` block."""
         self._swap()
         try:
             yield
@@ -50,7 +51,7 @@ class EMA:
             self.average[name] = current
 
     def to(self, device: torch.device) -> None:
-        """Move the average to where the module is."""
+        """Move the average to a device."""
         self.average = {name: tensor.to(device) for name, tensor in self.average.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -58,11 +59,11 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`."""
-        # Copies: update works in place, and the caller's tensors are not ours to move.
+        """Restore an average returned by :meth:`state_dict`."""
+        # Copies, because update works in place and must not change the caller's tensors.
         self.average = {name: state[name].to(tensor, copy=True) for name, tensor in self.average.items()}
 
 
 def of_network(average: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One network's part of the average over several, by its own parameter names."""
+    """Return the part of an average over several networks that belongs to one, by its own parameter names."""
     return {key.removeprefix(f"{name}."): one for key, one in average.items() if key.startswith(f"{name}.")}

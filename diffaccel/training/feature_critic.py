@@ -1,4 +1,4 @@
-"""A critic on what a frozen denoiser makes of the states that it judges."""
+"""Critic on the features of a frozen denoiser."""
 
 import torch
 from einops import rearrange
@@ -20,21 +20,21 @@ from diffaccel.training.encoder import Encoder
 
 @CRITICS.register("features")
 class FeatureCritic(Critic):
-    """Judges states by the frozen denoiser's encoder, told the level that they claim to have.
+    """Critic on the encoder features of the frozen denoiser at the level of the states.
 
-    The encoder was trained on such states, so that it need not learn from the game what images are; the trained layers
-    are a residual critic that takes in the encoder's last features at each resolution on its way to the coarsest. R1 is
-    taken by the features and not by the states, as the encoder doesn't change.
+    The encoder was trained on such states, so that the critic need not learn image features. The trained layers are a
+    residual network that receives the encoder's last features at each resolution, from the finest to the coarsest. R1
+    is computed with respect to the features instead of the states, because the encoder is fixed.
 
     Args:
         shape: Image shape (C, H, W).
-        denoiser: The frozen one, on the network ``unet``. No extractor that scores is ever a critic.
-        ratio: Level of the states.
-        width: Channels of the trained layers.
+        denoiser: Frozen denoiser with the network ``unet``. Extractors that score images are not used in training.
+        ratio: Noise-to-data ratio of the states.
+        width: Number of channels of the trained layers.
         classes: Number of class labels; 0 for an unconditional critic.
 
     Raises:
-        UsageError: The denoiser is exact, is in training, or has another network; a width under 1.
+        UsageError: The denoiser is exact, is trained, or has another network, or ``width`` is less than 1.
 
     References:
         Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation (Sauer et al., 2024),
@@ -58,11 +58,11 @@ class FeatureCritic(Critic):
         self.linear = EqualisedLinear(width * rows * columns, width)
 
     def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The frozen encoder's features of samples (B, C, H, W), labels (B,), all in a row, (B, numbers)."""
+        """Compute the encoder's features of samples (B, C, H, W) with labels (B,), flattened, (B, F)."""
         return torch.cat([one.to(x).flatten(1) for one in self.encoder(x, condition)], dim=1)
 
     def features(self, seen: Tensor) -> Tensor:
-        """(B, numbers) -> (B, width)."""
+        """Compute the features of the last layer, (B, F) -> (B, width)."""
         flat = seen.split([channels * rows * columns for channels, rows, columns in self.sizes], dim=1)
         maps = [one.unflatten(1, size) for one, size in zip(flat, self.sizes, strict=True)]
         hidden = leaky(self.into[0](maps[0]))

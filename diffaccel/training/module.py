@@ -1,4 +1,4 @@
-"""The one training loop: phases with their own optimisers, counters in images, exact resume."""
+"""Training loop: phases with separate optimisers, counters in images, exact resuming."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,18 +19,18 @@ from diffaccel.training.plan import Training
 
 @dataclass
 class Phase:
-    """One optimiser's part of a training step.
+    """Part of a training step with its own optimiser.
 
     Attributes:
-        name: Prefix of what it logs.
-        parameters: What it optimises.
-        loss: (batch, noise streams of the batch) -> scalar, or one value per sample (B,).
-        every: The phase runs on every ``every``-th step,
-        since: from so many images seen on,
-        until: and before so many.
-        lr: Learning rate over the run's own.
-        betas: Adam's; None takes the run's.
-        clip: Whether the run's clipping applies.
+        name: Prefix of the logged loss.
+        parameters: Parameters to optimise.
+        loss: Function (batch, noise streams of the batch) -> scalar, or one value per sample (B,).
+        every: Number of steps between two runs of the phase.
+        since: Number of images seen from which on the phase is active.
+        until: Number of images seen from which on the phase is no longer active.
+        lr: Learning rate, as a factor on the run's.
+        betas: Coefficients of Adam; None for the run's.
+        clip: Whether the run's gradient clipping applies.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Phase:
 
 
 class TrainedModule(L.LightningModule):
-    """Runs a method's phases; the method says which.
+    """Training loop over the phases of a method.
 
-    Noise and training times come from streams (seed, position in the training stream), and the global generator
-    (dropout) is seeded anew each step, so neither resuming nor the number of processes changes a run.
+    Noise and training times come from streams (seed, position in the training stream), and the global generator, for
+    dropout, is seeded in each step, so that neither resuming nor the number of ranks changes a run.
 
     Args:
-        training: Lengths, rates, clipping.
-        seed: The run's seed.
+        training: Settings of the training.
+        seed: Seed of the run.
     """
 
     def __init__(self, training: Training, seed: int) -> None:
@@ -65,29 +65,29 @@ class TrainedModule(L.LightningModule):
         self._phases: list[Phase] = []
 
     def phases(self) -> list[Phase]:
-        """What is trained; empty for a method that needs no training."""
+        """Return the phases; empty for a method without training."""
         return []
 
     def averaged(self) -> nn.Module | None:
-        """The network whose weights are averaged: the one that samples."""
+        """Return the module whose weights are averaged; None for no average."""
         return None
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Sample with the averaged weights, if there are any, for the length of a ``with`` block."""
+        """Use the averaged weights, if there are any, within a ``with`` block."""
         with nullcontext() if self.ema is None else self.ema.swapped():
             yield
 
     def note(self, values: Mapping[str, Tensor]) -> None:
-        """Log what a phase saw under ``train/``, on a step that is logged."""
+        """Log values of a phase under ``train/``, if the step is logged."""
         if self.logs_now:
             self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: evaluating is the evaluator's."""
+        """Do nothing; a callback runs the evaluator."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW for each phase, which is Adam without weight decay."""
+        """Create an AdamW optimiser for each phase; without weight decay it is Adam."""
         self._phases = self.phases()
         plan, (beta_1, beta_2) = self.training_plan, self.training_plan.betas
         return [
@@ -102,8 +102,8 @@ class TrainedModule(L.LightningModule):
         ]
 
     def on_fit_start(self) -> None:
-        """Let the loader go on where the checkpoint stopped; start the average, unless the checkpoint brought one."""
-        # Here and not in on_train_start: Lightning has drawn the first batch by then.
+        """Continue the data at the position of the checkpoint, and start the average unless it was restored."""
+        # Not in on_train_start, before which Lightning has drawn the first batch.
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.start_step = self.images_seen // data.batch_size
         network = self.averaged()
@@ -113,24 +113,24 @@ class TrainedModule(L.LightningModule):
             self.ema.to(self.device)
 
     def on_train_start(self) -> None:
-        """Take no step more if the checkpoint is of a finished run."""
+        """Stop if the checkpoint is of a finished run."""
         if self.images_seen >= self.training_plan.images:
             self.trainer.should_stop = True
 
     def learning_rate(self) -> float:
-        """Rate at the images seen so far: linear warm-up, constant, decay to the floor."""
+        """Return the current learning rate: linear warm-up, constant, decay to the floor."""
         plan, seen = self.training_plan, self.images_seen
         rise = min(1.0, (seen + 1) / max(1, plan.warmup))
         fall = min(1.0, max(0.0, (plan.images - seen) / max(1.0, plan.decay * plan.images)))
         return plan.lr * rise * max(fall**plan.decay_power, plan.floor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run the phases that are due and count the global batch's images.
+        """Run the active phases and count the images of the global batch.
 
         Raises:
             UsageError: A loss or gradient is NaN or infinite.
         """
-        self.mid_step = True  # an interrupt before the end leaves weights and counters apart
+        self.mid_step = True  # an interrupt before the end leaves weights and counters inconsistent
         self.logs_now = self.steps % self.training_plan.log_every == 0
         torch.manual_seed(stream_seed(self.seed, f"step {self.steps} rank {self.global_rank}"))
         noise = NoiseStreams(self.seed, batch.index, "training")
@@ -142,7 +142,7 @@ class TrainedModule(L.LightningModule):
                 continue
             loss = phase.loss(batch, noise).mean()
             optimizer.zero_grad()
-            with torch.autocast(self.device.type, enabled=False):  # or products of a float32 part would be rounded
+            with torch.autocast(self.device.type, enabled=False):  # to keep float32 products in full precision
                 self.manual_backward(loss)
             self._check_finite(phase, loss, optimizer)
             for group in optimizer.param_groups:
@@ -164,20 +164,20 @@ class TrainedModule(L.LightningModule):
     def _check_finite(self, phase: Phase, loss: Tensor, optimizer: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, (phase.clip and self.training_plan.clip) or float("inf"))
-        if not norm.isfinite():  # also when the loss isn't: its gradient carries the NaN
+        if not norm.isfinite():  # also if the loss is not finite, because its gradient is NaN
             raise UsageError(
                 f"{phase.name}: the loss is {loss.item():.4g} and its gradient {norm.item():.4g} after "
-                f"{self.images_seen} images: lower training.lr, or go on from an older checkpoint with resume=FILE"
+                f"{self.images_seen} images: lower training.lr, or resume from an older checkpoint with resume=FILE"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the average, under their own key."""
+        """Add the counters and the average."""
         checkpoint.setdefault("diffaccel", {}).update(images_seen=self.images_seen, steps=self.steps)
         if self.ema is not None:
             checkpoint["diffaccel"]["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the counters and the average."""
         state = checkpoint["diffaccel"]
         self.images_seen, self.steps = state["images_seen"], state["steps"]
         network = self.averaged()

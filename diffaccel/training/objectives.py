@@ -1,4 +1,4 @@
-"""What a generator may learn from a frozen denoiser, beside its game against the critic: pairs, and gradients."""
+"""Objectives that train a generator with a frozen denoiser, in addition to the critic."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
@@ -31,12 +32,12 @@ Given = Callable[[Batch], Denoiser]
 
 @OBJECTIVES.base
 class Objective(nn.Module, ABC):
-    """One or more phases of training that a frozen denoiser, the teacher, gives a generator.
+    """Phases that train a generator with a frozen denoiser, the teacher.
 
     Args:
-        lr: The generator's rate in these phases over the run's.
-        since: Images seen from which they run,
-        until: and before which they do; null for the end.
+        lr: Learning rate of the generator in these phases, as a factor on the run's.
+        since: Number of images seen from which on the phases are active.
+        until: Number of images seen from which on they are no longer active; null for the end of the run.
     """
 
     def __init__(self, lr: float, since: int, until: int | None) -> None:
@@ -48,46 +49,47 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
-        """Take from the teacher what the objective needs of its own, for images (C, H, W).
+        """Prepare the objective for a teacher, a prior and an image shape (C, H, W).
 
         Raises:
-            UsageError: The objective can't be had from this teacher, or for this prior.
+            UsageError: Teacher or prior are not suitable.
         """
 
     @abstractmethod
     def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
-        """What is trained."""
+        """Return the phases."""
 
 
 def in_units(prior: ImplicitPrior, y: Tensor) -> Tensor:
-    """Bring states x / alpha at the level that a prior makes to variance preserving units, (B, C, H, W)."""
+    """Convert a prior's states x / alpha to units of variance preserving processes, (B, C, H, W)."""
     return y / (1 + prior.ratio_made**2) ** 0.5
 
 
 @OBJECTIVES.register("ode_pair")
 class OdePair(Objective):
-    """Regress the generator on where the probability-flow ODE takes the same noise.
+    """Regression of the generator on the solution of the probability-flow ODE from the same noise.
 
-    The denoiser's copy begins as one DDIM step from pure noise; this teaches it the many steps of a solver, on pairs
-    made as training goes on. Squared error leaves detail blurred that the noise does not fix for a network of its size,
-    so it is a warm-up for the critic and no substitute (pairs: Luhman and Luhman, 2021, arXiv 2101.02388).
+    The generator is initialised as one DDIM step from pure noise, and learns to reproduce many steps of a solver, on
+    pairs of noise and solution. Squared error blurs detail that a network of this size can't predict from the noise, so
+    that this objective is a warm-up for the critic and not a substitute (pairs: Luhman and Luhman, 2021,
+    arXiv 2101.02388).
 
     Args:
-        solver: Integrates from ``ratio_init`` to the level that the prior makes; its grid's ``ratio_min`` and
-            ``denoise`` are set here.
-        steps: Its steps.
-        pairs: Number of pairs, each integrated once and gone through again and again: the solver's steps cost more than
-            the training. They are kept in memory in float16, and made anew when a run goes on. Null: all are fresh.
+        solver: Solver from ``ratio_init`` to the level of the prior; its ``denoise`` and the ``ratio_min`` of its grid
+            are set by the objective.
+        steps: Number of solver steps.
+        pairs: Number of pairs, which are integrated once and reused, because a solution costs more than a training
+            step. They are kept in memory in float16, and recomputed after resuming. Null uses each pair only once.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: No steps, or no pairs.
+        UsageError: ``steps`` or ``pairs`` is less than 1.
     """
 
-    _ends: Tensor  # (pairs, C, H, W) on the CPU; untouched memory takes no room
-    _made: Tensor  # (pairs,), which of them are there
+    _ends: Tensor  # (pairs, C, H, W) on the CPU; unwritten memory is not allocated
+    _made: Tensor  # (pairs,), whether each pair has been integrated
 
     def __init__(
         self,
@@ -105,18 +107,21 @@ class OdePair(Objective):
         self.solver: Solver = SOLVERS.build(solver)
         self.steps, self.pairs = steps, pairs
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+    @override
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
         if prior.kind != "separate" or not 0 < 2 * prior.ratio_made <= prior.ratio_init:
             raise UsageError(
-                "objective 'ode_pair' follows the generator's noise from ratio_init down to ratio_star: set "
-                "prior.generator=separate, a positive ratio_star, and ratio_init to twice that or more"
+                "objective 'ode_pair' integrates from ratio_init to ratio_star: set prior.generator=separate, a "
+                "positive "
+                "ratio_star, and ratio_init to at least twice ratio_star"
             )
         self.classes: int = getattr(denoiser.network, "classes", 0)
         if self.pairs is not None:
             self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
             self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
 
-    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
         generator = prior.generator
         assert generator is not None
 
@@ -130,7 +135,7 @@ class OdePair(Objective):
         return [self.phase("ode_pair", generator.parameters(), loss, lr=self.lr)]
 
     def drawn(self, batch: Batch, noise: NoiseStreams) -> tuple[Batch, NoiseStreams]:
-        """Put pairs that are kept in the places of a batch's images: their indices and classes, and their noise."""
+        """Replace indices, classes and noise of a batch by those of the kept pairs."""
         if self.pairs is None:
             return batch, noise
         index = batch.index % self.pairs
@@ -138,7 +143,7 @@ class OdePair(Objective):
         return batch._replace(index=index, condition=condition), NoiseStreams(0, index, "ode pairs")
 
     def end(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
-        """Where z (B, C, H, W) ends in units of variance preserving processes; integrated, unless that was kept."""
+        """Return the solution from z (B, C, H, W), kept or integrated, in units of variance preserving processes."""
         index = batch.index.cpu()
         if self.pairs is not None and self._made[index].all():
             return self._ends[index].to(z)
@@ -146,11 +151,11 @@ class OdePair(Objective):
         if self.pairs is None:
             return end
         self._ends[index], self._made[index] = end.to(self._ends), True
-        return self._ends[index].to(z)  # rounded the first time too, so that a run that goes on sees the same
+        return self._ends[index].to(z)  # rounded the first time too, so that a resumed run uses the same values
 
     @torch.no_grad()
     def integrate(self, denoiser: Denoiser, prior: ImplicitPrior, z: Tensor, noise: NoiseStreams) -> Tensor:
-        """Follow noise z (B, C, H, W) from ``ratio_init`` to the states' level; returns x / alpha, (B, C, H, W)."""
+        """Integrate from noise z (B, C, H, W) at ``ratio_init`` to the level of the states; returns x / alpha."""
         grid = dataclasses.replace(self.solver.grid, ratio_min=prior.ratio_made)
         solver = dataclasses.replace(self.solver, grid=grid, denoise=False)
         init, end = (torch.full((len(z),), ratio, dtype=torch.float64, device=z.device)
@@ -162,24 +167,25 @@ class OdePair(Objective):
 
 @OBJECTIVES.register("distribution_matching")
 class DistributionMatching(Objective):
-    """Move the generator's states along the difference of two scores: the data's, and their own.
+    """Move the generator's states along the difference between the scores of the data and of the states.
 
         y_r = y + s n,    r^2 = ratio_made^2 + s^2,    dL/dy = (D_made(y_r; r) - D(y_r; r)) / mean |y - D(y_r; r)|
 
-    D is the teacher, D_made one that begins as its copy and learns, in a phase of its own, the law of the generator's
-    states: y_r + r^2 score. The scales s are log-uniform; the gradient is 0 where both laws agree at all of them.
+    D is the teacher. D_made is initialised as its copy and learns, in a separate phase, the distribution of the
+    generator's states, y_r + r^2 score. The scales s are log-uniform. The gradient is 0 where both distributions agree
+    at all scales.
 
     Args:
-        scale_min: Least s over the states' ratio. Far below 1 the target of D_made, whose variance is (r / s)^2, gets
-            noisy.
-        scale_max: Largest s, in units of the data.
-        fake_lr: Rate of D_made over the run's.
+        scale_min: Minimum of s, as a factor on the ratio of the states. Far below 1, the target of D_made, whose
+            variance is (r / s)^2, is noisy.
+        scale_max: Maximum of s, in units of the data.
+        fake_lr: Learning rate of D_made, as a factor on the run's.
         lr: See :class:`Objective`.
         since: See :class:`Objective`.
         until: See :class:`Objective`.
 
     Raises:
-        UsageError: Scales that are not positive.
+        UsageError: A scale is not positive.
 
     References:
         One-step Diffusion with Distribution Matching Distillation (Yin et al., 2024), https://arxiv.org/abs/2311.18828
@@ -201,16 +207,18 @@ class DistributionMatching(Objective):
             raise UsageError("objective 'distribution_matching': scale_min and scale_max must be positive")
         self.scale_min, self.scale_max, self.fake_lr = scale_min, scale_max, fake_lr
 
-    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:  # noqa: D102
+    @override
+    def attach(self, denoiser: Denoiser, prior: ImplicitPrior, shape: tuple[int, int, int]) -> None:
         if not isinstance(denoiser, NetworkDenoiser):
-            raise UsageError("objective 'distribution_matching' learns the generator's law with a copy of the denoiser"
-                             "'s network, and this denoiser is exact: remove it")  # fmt: skip
+            raise UsageError("objective 'distribution_matching' copies the denoiser's network, but this denoiser is "
+                             "exact: remove the objective")  # fmt: skip
         if not self.scale_min * prior.ratio_made < self.scale_max:
             raise UsageError("objective 'distribution_matching': scale_max must be above scale_min times ratio_star")
         self.fake = denoiser.copy().requires_grad_(True)
         denoiser.check_range(torch.tensor([math.hypot(prior.ratio_made, self.scale_max)]))
 
-    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:  # noqa: D102
+    @override
+    def phases(self, prior: ImplicitPrior, given: Given, shape: tuple[int, ...]) -> list[Phase]:
         generator = prior.generator
         assert generator is not None
 
@@ -231,23 +239,23 @@ class DistributionMatching(Objective):
         ]
 
     def diffuse(self, y: Tensor, prior: ImplicitPrior, noise: NoiseStreams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Add noise s n to states: y_r (B, C, H, W), r (B,), s (B,), n."""
+        """Add noise s n to states and return y_r (B, C, H, W), r (B,), s (B,) and n (B, C, H, W)."""
         low, high = math.log(self.scale_min * prior.ratio_made), math.log(self.scale_max)
         s = (low + (high - low) * noise.uniform().to(y.device)).exp()
         n = noise.normal(y)
         return y + expand(s, y) * n, (s.square() + prior.ratio_made**2).sqrt(), s, n
 
     def fake_loss(self, y: Tensor, prior: ImplicitPrior, condition: Tensor | None, noise: NoiseStreams) -> Tensor:
-        """Denoising score matching of generated states (B, C, H, W), weighted to unit variance of the target, (B,)."""
+        """Compute the denoising score matching loss of generated states, (B,), for unit variance of the target."""
         y_r, r, s, n = self.diffuse(y, prior, noise)
         x_r, t = self.fake.process.from_ratio(y_r, r)
-        eps = expand(r / s, y) * n  # -r score: what the noise of level r would have to be
+        eps = expand(r / s, y) * n  # -r score, the noise that corresponds to level r
         target = self.fake.target(y_r - expand(r, y) * eps, eps, t)
         error = self.fake.output(x_r, t, condition) - target
         return (s / r).square().to(error) * error.square().flatten(1).mean(1)
 
     def gradient(self, y: Tensor, prior: ImplicitPrior, denoiser: Denoiser, noise: NoiseStreams) -> Tensor:
-        """Direction in which the states are more likely among generated than among real ones, (B, C, H, W)."""
+        """Compute the direction in which generated states become more likely than real states, (B, C, H, W)."""
         y_r, r, _, _ = self.diffuse(y, prior, noise)
         x_r, t = denoiser.process.from_ratio(y_r, r)
         real, made = denoiser(x_r, t).x_0, self.fake(x_r, t, denoiser.condition).x_0

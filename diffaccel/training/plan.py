@@ -1,52 +1,52 @@
-"""Lengths, rates and intervals of training."""
+"""Settings of the training."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Training:
-    """How a method is trained; every length is in images, so batch size and processes change none of them."""
+    """Settings of the training. All lengths are in images, independent of batch size and number of devices."""
 
     images: int = 1_000_000
-    """Images to see in all."""
+    """Total number of images."""
     batch_size: int = 128
-    """Images per step, over all processes."""
+    """Images per step, over all devices."""
     flip: bool = False
     """Mirror images left to right at random."""
     augment: float = 0.0
-    """Probability of each of EDM's geometric augmentations, an input of the network: set network.augment=9."""
+    """Probability of each of EDM's geometric augmentations; their labels require network.augment=9."""
     workers: int = 0
-    """Processes that read images; 0 suits data in memory."""
+    """Number of worker processes that load images; 0 is suitable for data in memory."""
     lr: float = 1e-3
     """Learning rate after warm-up."""
     warmup: int = 10_000
-    """Images over which the rate rises linearly."""
+    """Images over which the learning rate increases linearly."""
     decay: float = 0.3
-    """Last fraction of the run over which it falls to ``floor``."""
+    """Last fraction of the run, over which the learning rate decreases to ``floor``."""
     decay_power: float = 1.0
-    """Exponent of the fall; 1 is linear."""
+    """Exponent of the decrease; 1 is linear."""
     floor: float = 0.0
-    """Least rate after warm-up, over ``lr``."""
+    """Minimum learning rate after warm-up, as a fraction of ``lr``."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Adam's."""
+    """Coefficients of Adam."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW's)."""
+    """Decoupled weight decay, as in AdamW."""
     clip: float | None = 1.0
-    """Largest norm of a phase's gradient; null for none."""
+    """Maximum norm of the gradient of a phase; null for no clipping."""
     ema_half_life: int = 50_000
-    """Half-life of the averaged weights."""
+    """Half-life of the averaged weights, in images."""
     antithetic: bool = False
-    """Draw a denoiser's levels in mirrored pairs, u and 1 - u for neighbours in the stream: a less noisy loss."""
+    """Draw the denoiser's noise levels in antithetic pairs, u and 1 - u, which makes the loss less noisy."""
     pixel_sum: bool = False
-    """Sum a denoiser's loss over pixels instead of averaging it, as DDPM's code does; ``clip`` acts on its gradient."""
+    """Sum the denoiser's loss over pixels, as in DDPM's code, instead of averaging; affects ``clip``."""
     label_drop: float = 0.1
-    """Share of labels that a class-conditional denoiser doesn't see in training, so that it can be guided."""
+    """Fraction of labels replaced by the null class in training a class-conditional denoiser, for guidance."""
     evaluate_every: int | None = None
-    """Images between evaluations of all budgets with the averaged weights; null for the full one at the end alone."""
+    """Images between evaluations of all budgets with the averaged weights; null evaluates only at the end."""
     evaluate_n: int = 1000
-    """Images per point of those."""
+    """Images per point in these evaluations."""
     keep_best: float | None = None
-    """Budget whose distance decides which state is kept as best.ckpt; null keeps none."""
+    """Budget whose distance determines which state is kept as best.ckpt; null keeps none."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     log_every: int = 50

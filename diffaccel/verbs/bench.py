@@ -1,4 +1,4 @@
-"""``bench``: points of the quality-versus-NFE curve."""
+"""``bench``: measurement of points of the quality-versus-NFE curve."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ def bench(config: Config) -> list[dict[str, Any]]:
     """Measure the configured budgets with the configured weights, and print the points.
 
     Returns:
-        The points, also in points.jsonl; none of a dry run.
+        Points, which are also written to points.jsonl; empty for a dry run.
 
     Raises:
-        UsageError: Bad input, or a budget that can't be kept.
+        UsageError: The input is invalid, or a budget is below the minimum.
     """
     sampler = planned(config)
     if sampler is None:
@@ -43,7 +43,7 @@ def bench(config: Config) -> list[dict[str, Any]]:
 
 
 def planned(config: Config) -> Sampler | None:
-    """Build an experiment's sampler and plan its budgets; a dry run prints what they take, and gives None."""
+    """Build an experiment's sampler and plan its budgets; a dry run prints their cost and returns None."""
     method = experiment.build_method(config, load=not config.dry_run, frozen=True)
     sampler = method.eval().sampler.eval()
     plans: dict[float, Any] = {budget: sampler.plan(budget, config.n) for budget in config.nfe}

@@ -1,7 +1,7 @@
-"""Points side by side: a table, the curves, and differences under common noise, as a terminal prints and a page shows.
+"""``compare``: points of several runs in a table and a page, with curves and differences under common noise.
 
-Two points are a pair if their budget, number of images, seed, reference and extractor are equal: then image i of both
-came from the same noise, and the difference of their distances is known better than either.
+Two points are a pair if their budget, number of images, seed, reference and extractor are equal. Image i of both then
+comes from the same noise, so that the difference of the distances has a smaller error than each distance.
 """
 
 import base64
@@ -38,14 +38,14 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A point, where it lies, and how it differs from its pair, the first measured of the first folder.
+    """Point with its difference to its pair, the first measured point of the first folder.
 
     Attributes:
-        folder: Of the run.
-        point: As in ``points.jsonl``; what a line lacks is None.
-        label: Of its curve.
-        grid: Its picture of samples; None if a later point of the same budget has drawn over it.
-        difference: Distance less that of the pair; None without one.
+        folder: Folder of the run.
+        point: Normalised point; unknown values are None.
+        label: Label of the curve.
+        grid: File of the sample grid; None if a later point of the same budget replaced it.
+        difference: Distance minus that of the pair; None without a pair.
     """
 
     folder: Path
@@ -56,22 +56,22 @@ class Row:
 
 
 def compare(sources: Sequence[str], reference: str | None = None, note: Note = lambda said: None) -> list[Row]:
-    """Read points and pair those of each source with the first one's.
+    """Read points and pair those of each source with those of the first source.
 
     Args:
-        sources: Folders of runs, or their points.jsonl. A folder without one is passed over beside others.
-        reference: The reference that they were scored with, where the folders' config.yaml does not lead to it.
-        note: Called with each line of what is not shown, and why.
+        sources: Folders of runs, or their points.jsonl. A folder without points.jsonl is skipped if there are others.
+        reference: File of the points' reference, if the folders' config.yaml does not contain its path.
+        note: Function called with a message about anything that is not shown.
 
     Returns:
-        The rows, by source, curve (as measured) and budget; of points measured again, the last.
+        Rows in the order of source, curve and budget, without points that were measured again.
 
     Raises:
-        UsageError: Fewer than one source, no points, points of several extractors or references, or a reference that is
-            not theirs.
+        UsageError: There are no sources or no points, the points have several extractors or references, or
+            ``reference`` is not the reference of the points.
     """
     if not sources:
-        raise UsageError("compare what? Give folders of runs: diffaccel compare runs/digits/edm runs/digits/dlg")
+        raise UsageError("compare requires folders of runs: diffaccel compare runs/digits/edm runs/digits/dlg")
     folders = dict.fromkeys(Path(source).parent if source.endswith(".jsonl") else Path(source) for source in sources)
     lines = [(folder, point) for folder in _with_points(list(folders), note) for point in _points(folder)]
     _check(lines)
@@ -86,27 +86,27 @@ def compare(sources: Sequence[str], reference: str | None = None, note: Note = l
 
 
 def _with_points(folders: Sequence[Path], note: Note) -> list[Path]:
-    """Leave out folders without points: a pattern of the shell gives those that hold runs too."""
+    """Skip folders without points, which a pattern of the shell may include."""
     empty = [folder for folder in folders if folder.is_dir() and not (folder / "points.jsonl").is_file()]
     if not empty or len(empty) == len(folders):
         return list(folders)
     for folder in empty:
         below = sorted(str(path.parent) for path in folder.glob("*/points.jsonl"))
         some = f" ({', '.join(below[:2])}{' ...' if len(below) > 2 else ''} below it)" if below else ""
-        note(f"{folder} is left out: no points.jsonl{some}")
+        note(f"{folder} is skipped: it has no points.jsonl{some}")
     return [folder for folder in folders if folder not in empty]
 
 
 def _points(folder: Path) -> list[dict[str, Any]]:
     points = read_points(folder / "points.jsonl")
     if not points:
-        raise UsageError(f"no points at {folder / 'points.jsonl'}: measure some with `diffaccel bench`")
+        raise UsageError(f"there are no points in {folder / 'points.jsonl'}: measure some with `diffaccel bench`")
     return [normalised(point) for point in points]
 
 
 def _rows(lines: Sequence[tuple[Path, dict[str, Any]]], note: Note) -> list[Row]:
     places = places_of([point for _, point in lines], [str(folder) for folder, _ in lines])
-    # The last point to draw at a budget has the grid there.
+    # The grid of a budget is that of the last point.
     drawn = {path: number for number, (folder, point) in enumerate(lines) if (path := _grid(folder, point))}
     grids = {number: path for path, number in drawn.items() if path.is_file()}
     rows = [
@@ -116,7 +116,7 @@ def _rows(lines: Sequence[tuple[Path, dict[str, Any]]], note: Note) -> list[Row]
     ]
     shown = {row.folder for row in rows}
     for folder in dict.fromkeys(folder for folder, _ in lines if folder not in shown):
-        note(f"{folder} is left out: its points are those of a folder before it")
+        note(f"{folder} is skipped: an earlier folder contains the same points")
     folders = list(dict.fromkeys(row.folder for row in rows))
     curves = list(dict.fromkeys(row.label for row in rows))
     return sorted(
@@ -129,14 +129,18 @@ def _grid(folder: Path, point: Point) -> Path | None:
 
 
 def _check(lines: Sequence[tuple[Path, Point]]) -> None:
-    """Refuse to put distances beside each other that mean different things; older points may not say what they are."""
+    """Check that all points have the same extractor and reference; older points may lack them."""
     for kind, key in (("extractor", "name"), ("extractor", "sha256"), ("reference", "sha256")):
         found = {value: folder for folder, point in lines if (value := point[kind][key]) is not None}
         if len(found) > 1:
             said = "; ".join(
                 f"{folder}: {kind} {value if key == 'name' else value[:8]}" for value, folder in found.items()
             )
-            raise UsageError(f"these points were not scored alike, so they don't compare ({said}): bench them alike")
+            raise UsageError(
+                f"the points are not comparable, because they were scored differently ({said}): bench them with the "
+                "same "
+                "extractor and reference"
+            )
 
 
 def _pair(point: Point) -> tuple[Any, ...]:
@@ -144,11 +148,11 @@ def _pair(point: Point) -> tuple[Any, ...]:
 
 
 class _Pairs:
-    """Pairs rows under common noise, with the one reference that all their points were scored with.
+    """Pairing of rows under common noise.
 
     Args:
-        rows: All of them; any of their folders may lead to the reference.
-        reference: A file that is it; None to look for it.
+        rows: All rows, in whose folders the reference is looked up.
+        reference: File of the reference; None to look it up.
         note: See :func:`compare`.
     """
 
@@ -158,7 +162,7 @@ class _Pairs:
         self.sought = False
 
     def paired(self, first: dict[tuple[Any, ...], Row]) -> list[Row]:
-        """Return the rows with their differences to the first ones."""
+        """Return the rows with their differences to the rows in ``first``."""
         return [self._paired(row, first.get(_pair(row.point))) for row in self.rows]
 
     def _paired(self, row: Row, first: Row | None) -> Row:
@@ -175,17 +179,17 @@ class _Pairs:
         try:
             own, others = map(_features, files)
         except UsageError as error:
-            self.note(f"{error}; without it its differences are not shown")
+            self.note(f"{error}; until then its differences are not shown")
             return row
-        if own.shape != others.shape or len(own) < row.point["n"]:  # features of the first images alone are kept
+        if own.shape != others.shape or len(own) < row.point["n"]:  # only the features of the first images are kept
             return row
-        # Images of one chain belong to one block, be it a chain of the one or of the other; gcd(c, 0) is c.
+        # Images of the same chain, in either row, must be in the same block; gcd(c, 0) is c.
         chains = math.gcd(row.point["chains"] or 0, first.point["chains"] or 0)
         block = blocks_of(torch.arange(len(own)), chains or None)
         return replace(row, difference=paired_difference(own, others, block, moments))
 
     def _moments(self, row: Row) -> Moments | None:
-        """The reference's moments; None without it, which is said once."""
+        """Moments of the reference; None, with a single message, if there is no reference."""
         if not self.sought:
             self.sought = True
             sha256, found = row.point["reference"]["sha256"], None
@@ -199,7 +203,7 @@ class _Pairs:
                 except UsageError as error:
                     found = found or error
             if self.moments is None:
-                self.note(f"differences are not shown: {found}; give the file that they were scored with as reference=")
+                self.note(f"differences are not shown: {found}; set reference= to the reference of the points")
         return self.moments
 
 
@@ -211,47 +215,47 @@ def _features(path: Path) -> Tensor:
 
 
 def _named_reference(folder: Path) -> Path:
-    """The file of statistics that a run's configuration names.
+    """Return the file of the reference in a run's configuration.
 
     Raises:
-        UsageError: There is no configuration, or it names none: a fit without an evaluation may have written it.
+        UsageError: There is no configuration, or it has no reference, for example after a fit without evaluation.
     """
     config = folder / "config.yaml"
     if not config.is_file():
         raise UsageError(f"{config} does not exist")
     named = read(config).get("reference")
     if not isinstance(named, str):
-        raise UsageError(f"{config} names no reference")
+        raise UsageError(f"{config} has no reference")
     return Path(named)
 
 
 def _reference(path: Path, sha256: str | None) -> Moments:
-    """Moments of the statistics of this hash.
+    """Read the moments of a reference and check its hash.
 
     Raises:
-        UsageError: There are none at this path, or others.
+        UsageError: The file is missing or damaged, or its hash differs.
     """
     reference = read_reference(path)
     if reference.sha256 != sha256:
-        raise UsageError(f"{path} is not the reference that these points were scored with")
+        raise UsageError(f"{path} is not the reference of the points")
     return reference.moments
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder whose files aren't those of an earlier comparison.
+    """Check that a comparison replaces only files of an earlier comparison.
 
     Raises:
-        UsageError: So it is, as in the folder of a run, whose curve would be replaced.
+        UsageError: The folder contains other files of the same name, such as the curve of a run.
     """
     found = [name for name in WRITTEN if (out / name).exists()]
     if found and "compare.csv" not in found:
-        raise UsageError(f"{out / found[0]} is not of a comparison and would be replaced: choose another out=")
+        raise UsageError(f"{out / found[0]} is not from a comparison and would be replaced: choose another out=")
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
-    """Write compare.csv, table.md, curve.png and index.html, which holds everything and needs no other file.
+    """Write compare.csv, table.md, curve.png, and the self-contained page index.html.
 
-    There is no curve.png if no point can be drawn.
+    curve.png is not written if no point can be drawn.
 
     Raises:
         UsageError: The folder can't be written to.
@@ -265,17 +269,18 @@ def write(rows: Sequence[Row], out: Path) -> None:
     write_csv([heads, *(["" if cell == "-" else cell for cell in line] for line in lines)], out / "compare.csv")
     (out / "table.md").write_text(markdown(rows), encoding="utf-8")
     title, curve = title_of(points), out / "curve.png"
-    curve.unlink(missing_ok=True)  # an older one is not theirs
+    curve.unlink(missing_ok=True)  # of an earlier comparison
     if any(distance(point, frechet_key(points)) is not None for point in points):
         plot_curve(points, curve, title, labels=[row.label for row in rows])
     (out / "index.html").write_text(_page(title, heads, lines, rows, curve), encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Lay distances out with a line per curve and a column per budget.
+    """Format a table of distances with a line per curve and a column per budget.
 
-    A cell holds the distance, its standard error, and in parentheses the evaluations where they are not the budget. Of
-    several seeds it holds the mean; its standard error is from the spread of the seeds, the one within each follows.
+    A cell contains the distance, its standard error and, in parentheses, the NFE if it differs from the budget. For
+    several seeds, the cell contains the mean, the standard error from the spread of the seeds and, in parentheses, the
+    standard error within seeds.
     """
     key = frechet_key([row.point for row in rows])
     budgets = sorted({row.point["nfe_budget"] for row in rows}, key=lambda budget: budget or math.inf)
@@ -294,7 +299,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cell(points: Sequence[Point], key: str) -> str:
-    """The distance of one budget, as :func:`markdown` says."""
+    """Format the distance of a budget, see :func:`markdown`."""
     known = [point["metrics"] for point in points if point["metrics"].get(key) is not None]
     if not known:
         return "-"
@@ -312,7 +317,7 @@ def _cell(points: Sequence[Point], key: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return column heads and a line of text per row."""
+    """Return the column heads, and a list of texts per row."""
     key = frechet_key([row.point for row in rows])
     shown = [name for name in SHOWN if any(row.point["metrics"].get(name) is not None for row in rows)]
     shown += further_metrics([row.point for row in rows], key)
@@ -335,13 +340,13 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the table, and the floor below it."""
+    """Print the table, followed by the floor."""
     heads, lines = table(rows)
     alike = [head for head in ("n", "seed") if len({line[heads.index(head)] for line in lines}) == 1]
     left_out = [heads.index(head) for head in (*alike, "precision", "density", "s/image") if head in heads]
     found = Table(box=None, header_style="bold")
     for column, head in enumerate(heads):
-        if column not in left_out:  # they stand in compare.csv
+        if column not in left_out:  # the others are in compare.csv
             found.add_column(head, justify="right" if column else "left", no_wrap=bool(column), overflow="fold")
     for line in lines:
         found.add_row(*(text for column, text in enumerate(line) if column not in left_out))
@@ -352,7 +357,7 @@ def show(rows: Sequence[Row]) -> None:
 def _floor(rows: Sequence[Row]) -> list[str]:
     key = frechet_key([row.point for row in rows])
     pair = f"the first row of {rows[0].folder} at the same budget, n and seed"
-    said = f"difference: {key} less that of {pair} (jackknife over both at once)"
+    said = f"difference: {key} minus that of {pair} (paired jackknife)"
     floors = [row.point for row in rows if row.point["metrics"].get(f"{key}_floor") is not None]
     if not floors:
         return [said]

@@ -1,4 +1,4 @@
-"""``convert``: checkpoints of other programs as safetensors."""
+"""``convert``: checkpoints of other codebases as safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from diffaccel.text.terminal import print_lines
 
 
 def convert(words: list[str]) -> None:
-    """Write a checkpoint of another program as our safetensors, or with ``--inspect`` say what it holds."""
+    """Convert a checkpoint of another codebase to safetensors or, with ``--inspect``, describe it."""
     paths, options = paths_and_options(words, pretrained.OPTIONS, "convert", flags=["inspect", "again"])
     inspects, again = (scalar(options.pop(flag, "no")) is True for flag in ("inspect", "again"))
     if len(paths) != (1 if inspects else 2):
-        raise UsageError("convert takes a checkpoint and the name of a new .safetensors, or --inspect and a checkpoint")
+        raise UsageError("convert requires a checkpoint and a new .safetensors file, or --inspect and a checkpoint")
     if not inspects:
         check_new([Path(paths[1])], again)
     typed: dict[str, Any] = {}
@@ -23,11 +23,11 @@ def convert(words: list[str]) -> None:
         try:
             typed[key] = pretrained.OPTIONS[key](value)
         except ValueError:
-            raise UsageError(f"{key}={value} is no number") from None
+            raise UsageError(f"{key}={value} is not a number") from None
     source = Path(paths[0])
     if inspects:
         print_lines(*pretrained.inspect(source, **typed).splitlines())
         return
     found = pretrained.convert(source, Path(paths[1]), **typed)
     print_lines(*pretrained.describe(found).splitlines())
-    print_lines(f"{paths[1]}: give it as checkpoint= to any experiment with images of shape {found.shape}")
+    print_lines(f"{paths[1]}: set checkpoint= to this file in any experiment with images of shape {found.shape}")

@@ -1,4 +1,4 @@
-"""What a plan would take, before anything long starts: evaluations, FLOPs, memory, time."""
+"""Cost estimates of a dry run: evaluations, FLOPs, memory, time."""
 
 import itertools
 import math
@@ -22,15 +22,15 @@ from diffaccel.sampling import Sampler
 from diffaccel.text.terminal import human, print_lines, wide_console
 
 AFFORDABLE = 5.0
-"""Seconds that one measurement may take; what would take longer is extrapolated from fewer images."""
+"""Maximum time of a measurement in seconds; longer ones are extrapolated from fewer images."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows how many bytes of tensors made within are alive, on any device, the meta device too.
+    """Counter of the bytes of live tensors created within the context, on any device, including the meta device.
 
     Attributes:
-        live: Now.
-        peak: At most. A kernel's own workspace is not seen.
+        live: Current number of bytes.
+        peak: Maximum number of bytes, without workspaces of kernels.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and take up the storages that it made."""
+        """Run an operation and count the storages that it creates."""
         known = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }
@@ -60,15 +60,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 class ForwardCost(NamedTuple):
-    """What one forward of the denoiser takes, an image.
+    """Cost of a forward pass of the denoiser.
 
     Attributes:
-        timed: Images of the forward that was timed.
-        flops: Of an image.
-        seconds: Of an image.
-        activations: Bytes of an image.
-        compiling: Seconds that the first forward of the timed size takes longer, in which ``compile`` compiles.
-        counting: Seconds that the first forward of all takes longer, in which FLOPs are counted, as in a bench.
+        timed: Number of images of the timed forward pass.
+        flops: FLOPs per image.
+        seconds: Time per image, in seconds.
+        activations: Memory of activations per image, in bytes.
+        compiling: Additional time of the first forward pass with the timed size, in seconds, for ``compile``.
+        counting: Additional time of the very first forward pass, in seconds, for counting FLOPs, as in a bench.
     """
 
     timed: int
@@ -81,9 +81,9 @@ class ForwardCost(NamedTuple):
 
 @torch.no_grad()
 def forward_cost(sampler: Sampler, batch_size: int) -> ForwardCost:
-    """Run the denoiser on a few images, watched, then on a batch if that is affordable: to warm up, and timed."""
+    """Measure memory and FLOPs on a few images, and time on a batch, or on few images if a batch takes too long."""
     pixels = sampler.shape[1] * sampler.shape[2]
-    watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one alone of 256x256 takes a while on a CPU
+    watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one image for 256x256, which is slow on a CPU
     with EvaluationCounter(sampler.evaluated_networks()) as counter, LiveBytes() as memory:
         least = _forward(sampler, watched)
     timed = batch_size if least / watched * batch_size < AFFORDABLE else watched
@@ -96,7 +96,7 @@ def forward_cost(sampler: Sampler, batch_size: int) -> ForwardCost:
 
 
 def _forward(sampler: Sampler, images: int) -> float:
-    """Seconds of one forward."""
+    """Time of a forward pass, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
     started = _clock(sampler)
@@ -112,16 +112,19 @@ def _clock(sampler: Sampler) -> float:
 
 @torch.no_grad()
 def seconds_per_evaluation(config: Config, sampler: Sampler, plan: Plan, forward: float) -> float:
-    """Seconds of an evaluation with all that sampling does around it: noise, solver, chain.
+    """Measure the time per evaluation, including noise, solver and chain.
 
-    The first batch is made, burn-in included, as far as that is affordable; otherwise it is the forward alone, which
-    is most of it where evaluations take so long.
+    The first batch is sampled, including burn-in, if that does not take too long. Otherwise the time of the forward
+    pass is returned, which dominates when evaluations are slow.
 
     Args:
-        config: The run's.
-        sampler: Makes the images.
-        plan: How the budget is spent.
-        forward: Seconds of one forward, an image.
+        config: Configuration of the run.
+        sampler: Sampler of the images.
+        plan: Plan of the budget.
+        forward: Time of a forward pass per image, in seconds.
+
+    Returns:
+        Time per evaluation and image, in seconds.
     """
     group = plan.prior.schedule(config.n, config.batch_size)[0]
     nfe = sampler.planned_nfe(plan, config.n)
@@ -142,9 +145,9 @@ def seconds_per_evaluation(config: Config, sampler: Sampler, plan: Plan, forward
 
 
 def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) -> None:
-    """Print a plan per budget, and the cost that measurements on random weights predict."""
+    """Print a plan per budget, with costs estimated from measurements with random weights."""
     sampler.to(device_type(config))
-    modules = nn.ModuleList([sampler.denoiser, sampler.prior])  # a weight that both share counts once
+    modules = nn.ModuleList([sampler.denoiser, sampler.prior])  # shared weights count once
     parameters = sum(parameter.numel() for parameter in modules.parameters())
     table = Table(box=None, header_style="bold")
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "sampling of n"):
@@ -163,22 +166,20 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
     print_lines(
         f"{config.experiment}: {config.method_name}, images {tuple(sampler.shape)}, n={config.n}, seed={config.seed}"
     )
-    print_lines(
-        f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32; random weights: a dry run loads none"
-    )
+    print_lines(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32 (a dry run uses random weights)")
     wide_console().print(table)
     _print_forward(config, cost, 4.0 * parameters)
 
 
 def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
-    print_lines(f"{describe(config)}; start-up, scoring and metrics take their time besides")
+    print_lines(f"{describe(config)}; times do not include start-up, scoring and metrics")
     if config.compile:
-        print_lines(f"compiling takes {cost.compiling:.3g} s besides, for each size of a batch")
+        print_lines(f"compiling takes {cost.compiling:.3g} s in addition for each batch size")
     print_lines(
-        f"one forward of {cost.timed} images was timed: {human(cost.flops, 'FLOP')}, {cost.seconds:.3g} s and "
-        f"{human(cost.activations, 'B')} of activations an image here"
+        f"one forward pass of {cost.timed} images was timed: {human(cost.flops, 'FLOP')}, {cost.seconds:.3g} s and "
+        f"{human(cost.activations, 'B')} of activations per image"
     )
     print_lines(
-        f"memory of a process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
-        f"activations at batch_size={config.batch_size}, besides the extractor's and the libraries' own"
+        f"memory per process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
+        f"activations at batch_size={config.batch_size}, without the extractor and libraries"
     )

@@ -1,4 +1,4 @@
-"""``fit`` of the feature network that scores."""
+"""``fit`` of the feature network that scores images."""
 
 import time
 from pathlib import Path
@@ -19,17 +19,17 @@ def fit_features(config: Config) -> Path:
     """Train a classifier whose features score images.
 
     Returns:
-        Folder of extractor.safetensors and the state of training.
+        Folder of extractor.safetensors and the training state.
 
     Raises:
-        UsageError: Bad input.
+        UsageError: The input is invalid.
     """
     console = PlainConsole(stderr=True, soft_wrap=True)
     data = experiment.build_data(config)
     resume = resume_from(config, ["extractor"], console)
     launch.write_config(config, "last.ckpt", "extractor.safetensors")
     if config.precision not in ("32-true", "bf16-mixed"):
-        raise UsageError(f"precision={config.precision}: an extractor is trained in 32-true or bf16-mixed")
+        raise UsageError(f"precision={config.precision}: an extractor requires precision=32-true or bf16-mixed")
     announce(config)
     started = time.monotonic()
     recipe = dict(config.method)

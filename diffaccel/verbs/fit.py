@@ -1,4 +1,4 @@
-"""``fit``: training of a method, or of the feature network that scores."""
+"""``fit``: training of a method, or of the feature network that scores images."""
 
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,27 @@ console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def fit(config: Config) -> Path:
-    """Train a method, or the feature network that scores; print the points of the end.
+    """Train a method, or the feature network that scores images, and print the points of the final evaluation.
 
     Returns:
-        Folder of the weights, the state of training, and the points.
+        Folder of the weights, the training state, and the points.
 
     Raises:
-        UsageError: Bad input, or a loss that turned to NaN.
+        UsageError: The input is invalid, or a loss is NaN or infinite.
     """
     if not is_subclass(METHODS[config.method["name"]], Diffusion):
         if config.init:
-            raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
+            raise UsageError(
+                "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"
+            )
         return fit_features(config)
     frozen = experiment.keeps_denoiser(config)
     if config.init and (frozen or not config.network):
-        raise UsageError("init: this fit trains no denoiser: remove it (checkpoint= names a frozen one's weights)")
+        raise UsageError(
+            "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"
+        )
     for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
-        part.pop("checkpoint", None)  # what is trained starts anew; what is frozen keeps its weights
+        part.pop("checkpoint", None)  # trained networks start from new weights, frozen ones keep theirs
     method = experiment.build_method(config, load=frozen)
     data = experiment.build_data(config)
     check_labels(data, method.trained_classes)
@@ -65,14 +69,14 @@ def fit(config: Config) -> Path:
             console.print(line)
         if evaluator is not None:
             print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
-        console.print(f"{method.images_seen} images seen; weights and state are in {config.folder}")
+        console.print(f"{method.images_seen} images seen; weights and training state are in {config.folder}")
     return config.folder
 
 
 def _evaluator(config: Config, method: Diffusion) -> Evaluator | None:
     """Build the evaluator of a fit and plan its budgets; None without a reference."""
     if not config.reference or not Path(config.reference).is_file():
-        console.print("no reference file: the end of the fit is not evaluated (see `diffaccel reference`)")
+        console.print("no reference file: the fit is not evaluated (see `diffaccel reference`)")
         return None
     for budget in config.nfe:
         method.sampler.plan(budget, config.n)

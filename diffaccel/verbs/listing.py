@@ -1,4 +1,4 @@
-"""Parts by name: which there are, and what their constructors and docstrings say of them."""
+"""``list`` and ``explain``: parts by name, described by their constructors and docstrings."""
 
 import dataclasses
 import inspect
@@ -20,26 +20,26 @@ from diffaccel.parts.schema import options
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import print_lines, wide_console
 
-LIST_USAGE = "list takes a group of parts at most: `diffaccel list solver`"
-EXPLAIN_USAGE = "explain takes a group and a name: `diffaccel explain solver heun`"
+LIST_USAGE = "list accepts at most one group of parts: `diffaccel list solver`"
+EXPLAIN_USAGE = "explain requires a group and a name: `diffaccel explain solver heun`"
 
 
 EXTRA = {
     "checkpoint": "Weights of the part's own networks.",
-    "init": "Weights that a fit begins these networks with.",
-    "metric": "Name of the features in metrics; of the method `extractor` alone.",
+    "init": "Initial weights of these networks in a fit.",
+    "metric": "Name of the features in metrics; only for the method `extractor`.",
     "label": "Name in points and tables; the method's own by default.",
 }
-"""Keys that are no parameters -> what they are."""
+"""Descriptions of keys that are not parameters of constructors."""
 
 
 class Listed(NamedTuple):
     """One line of a list.
 
     Attributes:
-        name: A group, or a part of one.
-        what: What it is, in one line.
-        plugin: The plugin that brings the part; None for one of diffaccel's own.
+        name: Name of a group, or of a part.
+        what: Description in one line.
+        plugin: Plugin of the part; None for built-in parts.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Key(NamedTuple):
     """A key of a part.
 
     Attributes:
-        name: The key.
-        type: Values that it takes, in words.
-        default: As a file would have it; None if the key must be set.
-        what: What its docstring says.
+        name: Name of the key.
+        type: Description of valid values.
+        default: Default as written in a file; None if the key is required.
+        what: Description from the docstring.
     """
 
     name: str
@@ -65,17 +65,17 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A part: everything that its constructor and its docstring say.
+    """Description of a part from its constructor and docstring.
 
     Attributes:
-        group: Its group.
-        name: Its name.
-        what: First paragraph of its docstring.
-        source: Where it is defined, ``module.Class``.
-        plugin: The plugin that brings it; None for one of diffaccel's own.
-        keys: Its keys, in the constructor's order.
-        references: Lines of its references.
-        experiments: Shipped experiments that use it.
+        group: Group of the part.
+        name: Name of the part.
+        what: First paragraph of the docstring.
+        source: Definition of the part, ``module.Class``.
+        plugin: Plugin of the part; None for built-in parts.
+        keys: Keys of the part, in the order of the constructor.
+        references: Lines of the references.
+        experiments: Shipped experiments that use the part.
     """
 
     group: str
@@ -89,7 +89,7 @@ class Explanation:
 
 
 def list_parts(group: str | None = None) -> list[Listed]:
-    """List the groups of parts, or the parts of one.
+    """List the groups of parts, or the parts of a group.
 
     Raises:
         UsageError: There is no such group.
@@ -101,10 +101,10 @@ def list_parts(group: str | None = None) -> list[Listed]:
 
 
 def explain(group: str, name: str) -> Explanation:
-    """Explain a part.
+    """Describe a part.
 
     Raises:
-        UsageError: There is no such group or part, or the part's constructor can't be inspected.
+        UsageError: The group or part is unknown, or the constructor of the part can't be inspected.
     """
     registry = registry_of(group)
     factory: Any = registry[name]
@@ -157,7 +157,7 @@ def _one_type(annotation: Any) -> str:
 
 
 def _value(value: Any, registry: Registry[Any] | None) -> str:
-    """Write a default as a YAML file would have it, in one line."""
+    """Write a default as in a YAML file, in one line."""
     if registry is not None and (node := registry.node_of(value)) is not None:
         value = node
     if isinstance(value, Mapping):
@@ -170,8 +170,8 @@ def _value(value: Any, registry: Registry[Any] | None) -> str:
 
 
 def _experiments(group: str, name: str) -> list[str]:
-    """Names of the shipped experiments in which a part stands under its group's key."""
-    from diffaccel.config import EXPERIMENTS, read  # late: seconds, which a list needn't wait for
+    """Names of the shipped experiments that use a part."""
+    from diffaccel.config import EXPERIMENTS, read  # imported here, because it takes seconds and a list does not use it
 
     found = []
     for file in sorted(EXPERIMENTS.glob("*/*.yaml")):
@@ -191,14 +191,14 @@ def _uses(tree: Any, group: str, name: str) -> bool:
     )
 
 
-# The command line's
+# Commands
 
 
 def show_list(words: list[str]) -> list[Listed]:
-    """Print the groups of parts, or the parts of the group that is named; returns what was printed.
+    """Print and return the groups of parts, or the parts of a group.
 
     Raises:
-        UsageError: An unknown group, or more than one.
+        UsageError: The group is unknown, or several are given.
     """
     if len(words) > 1:
         raise UsageError(LIST_USAGE)
@@ -208,15 +208,15 @@ def show_list(words: list[str]) -> list[Listed]:
         table.add_row(printable(one.name), printable(one.what) + (f" [{one.plugin}]" if one.plugin else ""))
     wide_console().print(table)
     if not words:
-        print_lines("`diffaccel list GROUP` lists the parts of one, `diffaccel explain GROUP NAME` explains a part")
+        print_lines("`diffaccel list GROUP` lists the parts of a group, `diffaccel explain GROUP NAME` describes one")
     return found
 
 
 def show_explanation(words: list[str]) -> Explanation:
-    """Print what a part is, its keys, its references and the experiments that use it; returns what was printed.
+    """Print and return the description of a part, with its keys, references and experiments.
 
     Raises:
-        UsageError: An unknown group or name, or not one of each.
+        UsageError: The group or name is unknown, or not exactly one of each is given.
     """
     if len(words) != 2:
         raise UsageError(EXPLAIN_USAGE)

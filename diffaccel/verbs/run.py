@@ -1,4 +1,4 @@
-"""From a command and its settings to its run: the configuration, the folder, the machine."""
+"""Running of commands: configuration, output folder, and settings of the machine."""
 
 import logging
 import os
@@ -9,29 +9,29 @@ from importlib import import_module
 from typing import Any
 
 VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference")
-"""Commands on an experiment, each a function of that name in a module of that name beside this one."""
+"""Commands on an experiment; each is a function in the module of the same name in this package."""
 
 
 def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     """Run a command on an experiment.
 
     Args:
-        verb: One of ``VERBS``.
-        experiment: A path, or ``<data>/<method>``; None takes ``method=`` and ``data=`` from the settings.
+        verb: Command, one of ``VERBS``.
+        experiment: Path, or ``<data>/<method>``; None for ``method=`` and ``data=`` in the settings.
         settings: ``key=value`` words.
 
     Returns:
-        What the command made.
+        Result of the command.
 
     Raises:
-        UsageError: Bad input.
+        UsageError: The input is invalid.
     """
     quiet()
     from diffaccel.config import load
     from diffaccel.run import launch
     from diffaccel.run.machine import settle
 
-    # Statistics are written to OUT, and not over those that the experiment reads.
+    # Statistics are written to OUT, so that those of the experiment are not overwritten.
     instead = {"reference": "", "floor": ""} if verb == "reference" else None
     config = load(experiment, settings, instead)
     writes = not (config.dry_run and verb in ("bench", "sample"))
@@ -41,12 +41,12 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
 
 
 def quiet() -> None:
-    """Leave the terminal to this package's own lines."""
+    """Suppress messages of other packages on the terminal."""
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    import lightning.pytorch  # first: its import sets the levels that are set here
+    import lightning.pytorch  # first, because its import sets these levels
 
     for name in ("lightning.pytorch", "lightning.fabric", lightning.pytorch.utilities.rank_zero.__name__):
         logging.getLogger(name).setLevel(logging.ERROR)

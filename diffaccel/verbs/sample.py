@@ -1,7 +1,7 @@
-"""Images for other programs: those that a bench measures, written to files, a folder for each budget.
+"""``sample``: the images that a bench measures, written to one folder per budget.
 
-A folder holds images of one run alone, and appears when they are whole: it is written under another name, with
-``sample.json`` in it, which says what the images are. Until then OUT/partial has the batches that are done.
+A folder contains the images of one run, and ``sample.json``, which describes them. It is written under another name and
+renamed when it is complete; until then, finished batches are in OUT/partial.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ DESCRIPTION = "sample.json"
 
 
 def sample(config: Config) -> list[Path]:
-    """Write the images of every budget; print their folders.
+    """Write the images of every budget and print their folders.
 
     Returns:
-        The folders, one a budget; none of a dry run.
+        Folders, one per budget; empty for a dry run.
 
     Raises:
-        UsageError: A folder holds other images, OUT can't be written to, or the images can't be of this format.
+        UsageError: A folder contains other images, OUT can't be written to, or the format is not suitable.
     """
     sampler = planned(config)
     if sampler is None:
@@ -61,18 +61,18 @@ def sample(config: Config) -> list[Path]:
 
 
 class ImageWriter:
-    """Makes and writes the images of each budget.
+    """Sampling and writing of the images of each budget.
 
     Args:
-        config: The run's.
-        sampler: Makes the images; its weights are loaded.
+        config: Configuration of the run.
+        sampler: Sampler with its weights.
         checkpoint: Description of the denoiser's weights.
 
     Attributes:
-        folders: Folder by budget.
+        folders: Folder of each budget.
 
     Raises:
-        UsageError: A folder holds other images, or the images can't be of this format.
+        UsageError: A folder contains other images, or the format is not suitable.
     """
 
     def __init__(self, config: Config, sampler: Sampler, checkpoint: Mapping[str, Any] | None) -> None:
@@ -80,50 +80,51 @@ class ImageWriter:
         self.plans = {budget: sampler.plan(budget, config.n) for budget in config.nfe}
         self.format = config.format if sampler.kind.discrete else "npz"
         if self.format == "png" and config.shape[0] not in (1, 3):
-            raise UsageError(f"format=png: images of {config.shape[0]} channels have no PNG: set format=npz")
+            raise UsageError(f"format=png requires 1 or 3 channels, not {config.shape[0]}: set format=npz")
         self.images = experiment.identify_images(config)
         self.folders = {budget: config.folder / folder_name(budget) for budget in self.plans}
         self.made_before = {budget for budget in self.plans if self._made_before(budget)}
         self.console = PlainConsole(stderr=True, soft_wrap=True)
 
     def _key(self, budget: float) -> str:
-        """Hash of all that the files follow from."""
+        """Cache key of everything that determines the files."""
         return identity_hash({**self.images(budget), "files": self.format})
 
     def _made_before(self, budget: float) -> bool:
-        """Whether the budget's folder holds these very images, and they aren't to be made again.
+        """Whether the budget's folder contains these images already, and they should not be made again.
 
         Raises:
-            UsageError: It holds others that aren't to be replaced, or what this program has not written.
+            UsageError: The folder contains other images that should not be replaced, or other files.
         """
         folder = self.folders[budget]
         if not folder.exists():
             return False
         said = read_description(folder)
         if said is None:
-            raise UsageError(f"{folder} has no {DESCRIPTION}: remove it, or choose another out=")
+            raise UsageError(f"{folder} exists without {DESCRIPTION}: remove it, or choose another out=")
         if said.get("key") != self._key(budget) and not self.config.again:
             raise UsageError(
-                f"{folder} holds {said.get('n')} images of seed {said.get('seed')}, made with other settings (see its "
-                f"{DESCRIPTION}): again=true replaces them, or choose another out="
+                f"{folder} contains {said.get('n')} images of seed {said.get('seed')}, made with other settings (see "
+                "its "
+                f"{DESCRIPTION}): set again=true to replace them, or choose another out="
             )
         if not self.config.again and (lacking := self.config.n - _count(folder, said)):
-            raise UsageError(f"{folder} lacks {lacking} of its images: again=true makes them anew")
+            raise UsageError(f"{folder} lacks {lacking} of its images: set again=true to make them again")
         return not self.config.again
 
     def run(self, world: World) -> None:
-        """Make and write the images of every budget."""
+        """Sample and write the images of every budget."""
         if world.first and self.config.format != self.format:
-            self.console.print(f"{self.config.data['name']} has points and no images: they are written as npz")
+            self.console.print(f"{self.config.data['name']} has points instead of images, which are written as npz")
         for budget, plan in self.plans.items():
             if budget not in self.made_before:
                 self._run(world, budget, plan)
             elif world.first:
-                self.console.print(f"nfe {budget:g}: made before (again=true makes them anew)")
+                self.console.print(f"nfe {budget:g}: made before (set again=true to make them again)")
 
     @torch.no_grad()
     def _run(self, world: World, budget: float, plan: Plan) -> None:
-        """Make a budget's images in all processes, then write them in one."""
+        """Sample the images of a budget on all ranks, and write them on the first."""
         config = self.config
         partial = Partial(config.folder / "partial" / f"sample-{self._key(budget)}")
         groups = plan.prior.schedule(config.n, config.batch_size)
@@ -145,16 +146,16 @@ class ImageWriter:
                 batches = sorted((batch for group in groups for batch in group), key=min)
                 self._write(plan, partial, batches, budget, {**self._describe(world, budget), **said})
                 partial.clear()
-                with suppress(OSError):  # it may hold a point's batches
+                with suppress(OSError):  # the folder may contain batches of a point
                     (config.folder / "partial").rmdir()
 
     def _write(
         self, plan: Plan, partial: Partial, batches: Sequence[range], budget: float, said: dict[str, Any]
     ) -> None:
-        """Write the folder whole, in place of the one that was there.
+        """Write the folder atomically, in place of an existing one.
 
         Raises:
-            UsageError: It can't be written.
+            UsageError: The folder can't be written.
         """
         folder = self.folders[budget]
         part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
@@ -183,7 +184,7 @@ class ImageWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def _describe(self, world: World, budget: float) -> dict[str, Any]:
-        """Say what the images are, in the words of a point."""
+        """Describe the images, with keys of a point."""
         config = self.config
         return {
             "experiment": config.experiment,
@@ -207,14 +208,14 @@ class ImageWriter:
 
 
 def _count(folder: Path, said: Mapping[str, Any]) -> int:
-    """Number of images that a folder has."""
+    """Number of images in a folder."""
     if said["format"] == "png":
         return sum(1 for _ in folder.glob("*.png"))
     return said["n"] if (folder / "images.npz").is_file() else 0
 
 
 def _sha256(partial: Partial, batches: Sequence[range]) -> str:
-    """Hash of the images' hashes in order: ``images_sha256`` of a point."""
+    """Hash of the hashes of the images in order, ``images_sha256`` of a point."""
     digest = hashlib.sha256()
     for indices in batches:
         digest.update(partial.read(indices).digests.numpy().tobytes())
@@ -222,12 +223,12 @@ def _sha256(partial: Partial, batches: Sequence[range]) -> str:
 
 
 def folder_name(budget: float) -> str:
-    """The folder of a budget's images in OUT."""
+    """Return the name of the folder of a budget's images in OUT."""
     return f"images_nfe{budget:g}" if math.isfinite(budget) else "images_adaptive"
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """Read the record that a folder holds of its images; None without one."""
+    """Read the description of the images in a folder; None without one."""
     try:
         found = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``search``: the best prior and solver for each budget."""
+"""``search``: search for the best prior and solver at each budget."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ def search(config: Config) -> dict[int, dict[str, dict[str, Any]]]:
     """Search the configured budgets.
 
     Returns:
-        Budget -> the best ``{"prior": ..., "solver": ...}``; also in best.yaml.
+        Budget -> best ``{"prior": ..., "solver": ...}``, which are also written to best.yaml.
 
     Raises:
-        UsageError: Bad input, or no setting that can be measured.
+        UsageError: The input is invalid, or no setting can be measured.
     """
     sampler = experiment.build_method(config, frozen=True).eval().sampler.eval()
     searcher = experiment.build_searcher(config, sampler)

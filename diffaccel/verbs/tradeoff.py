@@ -1,4 +1,4 @@
-"""``tradeoff``: small T's bound and distance as functions of the start time."""
+"""``tradeoff``: likelihood bound and distance of small T against the start time."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ def tradeoff(config: Config) -> list[Row]:
     """Measure the bound and the distance of samples for each start time.
 
     Returns:
-        A row for each density and time; also in tradeoff.csv.
+        One row per density and time, which are also written to tradeoff.csv.
 
     Raises:
-        UsageError: Bad input, or an experiment without a density.
+        UsageError: The input is invalid, or the experiment has no density prior.
     """
     sampler = experiment.build_method(config, frozen=True).eval().sampler.eval()
     if not isinstance(sampler.prior, DensityPrior):
-        raise UsageError(f"{config.experiment} has no T to choose: take {config.data_name}/small_t, say")
+        raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
     if launch.is_first(config):
         check_new([config.folder / "tradeoff.csv"], config.again)
     starts = starts_of(sampler, config.tradeoff.T, experiment.build_fitted(config, sampler))
@@ -39,5 +39,5 @@ def tradeoff(config: Config) -> list[Row]:
 
     if launch.everywhere(config, run):
         found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
-        print_lines(f"least bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
+        print_lines(f"lowest bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
     return curve.rows

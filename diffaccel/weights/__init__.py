@@ -1,4 +1,4 @@
-"""Files of weights, ours and other programs', behind one door; none of the code in a file is ever run.
+"""Weights files of diffaccel and of other codebases. Code in a file is never run.
 
 >>> weights = open_weights("last.ckpt").of("denoiser")  # doctest: +SKIP
 >>> weights.header["network"], weights.read()  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""One door to all files of weights: the content tells the format, and a reader names the kind that it needs."""
+"""Reading of weights files of any format, which is recognised by the content."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -20,17 +20,17 @@ from diffaccel.weights.torchfile import is_torch, read_torch
 
 @dataclass(frozen=True)
 class Weights:
-    """An open file of weights: its header is read and checked, its tensors are read on demand.
+    """Open weights file with a checked header, whose tensors are read on demand.
 
     Attributes:
-        path: The file, or the folder of a format of several files.
-        format: Name of its format.
-        kind: What the weights are, a key of :data:`~diffaccel.weights.header.KINDS`; None if nothing tells.
-        header: See :mod:`~diffaccel.weights.header`.
-        read: Reads the tensors by name: floating-point ones as float32, all of them finite.
-        files: The files that determine the weights, where ``path`` is a folder.
+        path: File, or folder for formats with several files.
+        format: Name of the format.
+        kind: Kind of the weights, a key of :data:`~diffaccel.weights.header.KINDS`; None if unknown.
+        header: Header, see :mod:`~diffaccel.weights.header`.
+        read: Function that reads the tensors by name. Floating-point tensors are float32, and all values are finite.
+        files: Files that determine the weights, if ``path`` is a folder.
         parts: Averaged networks of a training state, by kind.
-        content: Reads the whole content of a training state; None for other kinds.
+        content: Function that reads the whole content of a training state; None for other kinds.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Weights:
 
     @property
     def brings_network(self) -> bool:
-        """Whether the file determines network and preconditioning, in place of the experiment's."""
+        """Whether the file determines network and preconditioning, which replace those of the experiment."""
         return "source" in self.header
 
     @cached_property
@@ -53,12 +53,12 @@ class Weights:
         return hash_files(self.path, self.files)
 
     def of(self, kind: str) -> "Weights":
-        """Return the weights of a kind: these, or the averaged network of that kind in a training state.
+        """Return weights of a kind: these, or the averaged network of this kind in a training state.
 
-        Weights of unknown kind are returned for any network; names and shapes of their tensors are compared later.
+        Weights of unknown kind are accepted as any kind, because names and shapes of the tensors are compared later.
 
         Raises:
-            UsageError: The file holds another kind; the message shows both.
+            UsageError: The file contains another kind; the message contains both.
         """
         if self.kind == "training state" != kind:
             if kind not in self.parts:
@@ -73,17 +73,18 @@ class Weights:
 
 
 class File:
-    """A file or folder whose format is not known yet.
+    """File or folder of unknown format.
 
     Attributes:
-        path: Where it is.
-        head: Its first bytes; none of a folder.
+        path: Path.
+        head: First bytes of the file; empty for a folder.
 
     Args:
-        path: Where it is.
+        path: Path.
 
     Raises:
-        UsageError: It does not exist, can't be read, or can be no file of weights (a web page, an image ...).
+        UsageError: The path does not exist, can't be read, or is evidently not a weights file (a web page, an image
+            ...).
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +98,7 @@ class File:
     @property
     def container(self) -> str | None:
         """``safetensors``, ``torch`` (of torch.save) or ``pickle``, by the first bytes; None for anything else."""
-        # First: the length that begins a safetensors file may have any low bytes, those of a pickle among them.
+        # Tested first, because a safetensors file starts with a length whose low bytes may be those of a pickle.
         if self.head[4:9] == b"\x00\x00\x00\x00{":
             return "safetensors"
         if is_torch(self.head):
@@ -106,31 +107,31 @@ class File:
 
     @cached_property
     def archive(self) -> Any:
-        """Content of a file of torch.save, whose tensors stay in the file; None for other files.
+        """Content of a file of torch.save without its tensors, which are read later; None for other files.
 
         Raises:
-            UsageError: The file is damaged or hostile.
+            UsageError: The file is damaged or contains code.
         """
         return read_torch(self.path) if self.container == "torch" else None
 
 
 class Format(ABC):
-    """A format of files of weights; a plugin adds one by an entry point in the group ``diffaccel.formats``."""
+    """Base class of formats of weights files; plugins use entry points in the group ``diffaccel.formats``."""
 
     @abstractmethod
     def recognises(self, file: File) -> bool:
-        """Whether a file's content is of this format. A format that is registered later is tried earlier."""
+        """Whether the content of a file has this format. Formats that are registered later are tried first."""
 
     @abstractmethod
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
-        """Read the header and leave the tensors.
+        """Read the header, without the tensors.
 
         Args:
-            file: A file that the format recognises.
-            options: What the user says about a file that is not ours: ``weights``, ``size``, ``sigma_max``.
+            file: File that the format recognises.
+            options: Information from the user about a file of another codebase: ``weights``, ``size``, ``sigma_max``.
 
         Raises:
-            UsageError: The file is damaged, hostile, or of a layout that is not built here.
+            UsageError: The file is damaged, contains code, or has an unsupported layout.
         """
 
 
@@ -139,14 +140,14 @@ FORMATS.base(Format)
 
 
 def open_weights(path: Path | str, **options: Any) -> Weights:
-    """Open weights of any format, ours and foreign.
+    """Open weights of any format.
 
     Args:
-        path: A file, or a folder of diffusers.
+        path: File, or folder in diffusers format.
         options: See :meth:`Format.open`.
 
     Raises:
-        UsageError: The file is missing, damaged, hostile, or of no known format.
+        UsageError: The file is missing, damaged, contains code, or has an unknown format.
     """
     file = File(Path(path))
     for name in reversed(list(FORMATS)):
@@ -159,7 +160,7 @@ def open_weights(path: Path | str, **options: Any) -> Weights:
 
 
 def hash_files(path: Path, files: tuple[Path, ...] = ()) -> str:
-    """Hash a file, or the hashes of a folder's files, in hexadecimal digits."""
+    """Compute the SHA-256 of a file, or of the hashes of a folder's files."""
     if path.is_file():
         return file_sha256(path)
     return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a JSON description, read with every check before a tensor is used."""
+"""Reading and writing of safetensors files with a JSON description, with checks before tensors are used."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from diffaccel.text.mistaken import what_it_is
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -27,7 +27,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and values."""
+    """Compute the SHA-256 of the names and values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -38,12 +38,16 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def save_weights(
     path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write floating-point tensors in ``dtype`` with a description beside them in the file's header.
+    """Write tensors to a safetensors file atomically, with a description in its header.
 
-    The file appears whole or not at all.
+    Args:
+        path: File.
+        tensors: Tensors by name.
+        description: Description, see :mod:`~diffaccel.weights.header`.
+        dtype: Data type of floating-point tensors in the file.
 
     Raises:
-        UsageError: It can't be written.
+        UsageError: The file can't be written.
     """
     stored = {
         name: (tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
@@ -56,7 +60,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a safetensors file: float32 tensors and the description.
 
     Raises:
-        UsageError: The file is missing, truncated, no safetensors file, or holds values that are not finite.
+        UsageError: The file is missing, truncated, not a safetensors file, or contains values that are not finite.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -66,10 +70,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read the description alone; empty if the file has none of ours.
+    """Read only the description; empty if the file has no description.
 
     Raises:
-        UsageError: The file is missing, truncated or no safetensors file.
+        UsageError: The file is missing, truncated, or not a safetensors file.
     """
     with _opened(path) as file:
         return _description(file.metadata())
@@ -77,7 +81,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, and turn what its readers raise into one error."""
+    """Open a safetensors file, and convert errors of its reader."""
     if not path.is_file():
         raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
     try:
@@ -94,18 +98,23 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], origin: str, remedy: str) -> None:
-    """Refuse weights that are no numbers.
+    """Check that weights are finite.
+
+    Args:
+        tensors: Tensors by name.
+        origin: Name of the file, for the message.
+        remedy: Remedy, for the message.
 
     Raises:
-        UsageError: A tensor, which the message names, holds NaN or infinity.
+        UsageError: A tensor contains NaN or infinity; the message contains its name.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UsageError(f"{origin}: tensor {name!r} holds NaN or infinity: {remedy}")
+            raise UsageError(f"{origin}: tensor {name!r} contains NaN or infinity: {remedy}")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read the header's description alone; empty if there is none or the file is unreadable as safetensors."""
+    """Read only the description; empty if there is none or the file is not a readable safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return _description(file.metadata())
@@ -116,7 +125,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def _description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     content = json.loads((metadata or {}).get("diffaccel", "{}"))
     if not isinstance(content, dict):
-        raise ValueError("its header is no mapping")
+        raise ValueError("its header is not a mapping")
     return content
 
 
@@ -124,7 +133,7 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
     """Load a safetensors file into a module and return the file's description.
 
     Raises:
-        UsageError: As :func:`read_weights`, or names or shapes differ from the module's.
+        UsageError: See :func:`read_weights`; or names or shapes differ from those of the module.
     """
     tensors, description = read_weights(path)
     assign_weights(tensors, module, f"weights {path}")
@@ -132,10 +141,10 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, Any]:
 
 
 def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:
-    """Copy named tensors into a module whose names and shapes must agree.
+    """Copy named tensors to a module with the same names and shapes.
 
     Raises:
-        UsageError: Names or shapes differ; the message names the first few.
+        UsageError: Names or shapes differ; the message contains the first differences.
     """
     own = module.state_dict()
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -150,5 +159,5 @@ def assign_weights(tensors: Mapping[str, Tensor], module: nn.Module, origin: str
                 f"{origin}: {name!r} has shape {tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}:"
                 " does the experiment's network match the file?"
             )
-    # Not strict: what a module leaves out of its own state (a frozen network) keeps its values.
+    # Not strict, because a module may omit a frozen network from its state.
     module.load_state_dict(dict(tensors), strict=False)

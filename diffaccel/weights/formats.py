@@ -1,4 +1,4 @@
-"""Our own two formats: safetensors with a header, and the checkpoints of ``fit``."""
+"""The two formats of diffaccel: safetensors with a header, and training states of ``fit``."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,10 +16,10 @@ from diffaccel.weights.torchfile import Stored, load_all
 
 
 def no_options(path: Path, options: Mapping[str, Any]) -> None:
-    """Refuse options for a file that describes itself.
+    """Check that there are no options for a self-describing file.
 
     Raises:
-        UsageError: There is one.
+        UsageError: There are options.
     """
     if options:
         raise refuse(str(path), f"its header says what it holds: leave {sorted(options)[0]}= out")
@@ -27,14 +27,14 @@ def no_options(path: Path, options: Mapping[str, Any]) -> None:
 
 @FORMATS.register("safetensors")
 class Safetensors(Format):
-    """Weights that ``fit`` or ``convert`` wrote, or safetensors of others without a header of ours."""
+    """Weights written by ``fit`` or ``convert``, or other safetensors files without such a header."""
 
     def recognises(self, file: File) -> bool:
-        """By the first bytes."""
+        """See :class:`Format`; recognised by the first bytes."""
         return file.container == "safetensors"
 
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
-        """See :class:`Format`; a file without a header of ours is of unknown kind."""
+        """See :class:`Format`; a file without a header is of unknown kind."""
         no_options(file.path, options)
         header = read_header(file.path)
         return Weights(file.path, "safetensors", kind_of(header), header, lambda: read_weights(file.path)[0])
@@ -42,10 +42,10 @@ class Safetensors(Format):
 
 @FORMATS.register("fit")
 class FitCheckpoint(Format):
-    """A training state of ``fit``, of a method or of an extractor; its averaged networks are weights, too."""
+    """Training state of ``fit``, of a method or of an extractor; its averaged networks can be used as weights."""
 
     def recognises(self, file: File) -> bool:
-        """A mapping with our key."""
+        """See :class:`Format`; recognised by the key ``diffaccel``."""
         return isinstance(file.archive, dict) and "diffaccel" in file.archive
 
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
@@ -54,13 +54,13 @@ class FitCheckpoint(Format):
         no_options(path, options)
         own, state = content["diffaccel"], content.get("state_dict")
         if not isinstance(own, dict) or not isinstance(state, dict):
-            raise UsageError(f"checkpoint {path} is none of `diffaccel fit`: give OUT/last.ckpt of a run")
+            raise UsageError(f"checkpoint {path} is not from `diffaccel fit`: give OUT/last.ckpt of a run")
         average, described = own.get("ema", {}), own.get("description", {})
         for tensors in (state, average):
             if not isinstance(tensors, dict) or not all(isinstance(tensor, Stored) for tensor in tensors.values()):
-                raise UsageError(f"checkpoint {path} has something else among its tensors: take an older one")
+                raise UsageError(f"checkpoint {path} contains other values than tensors: use an older one")
         if not isinstance(described, dict):
-            raise UsageError(f"checkpoint {path} has a description that is no mapping: take an older one")
+            raise UsageError(f"checkpoint {path} has a description that is not a mapping: use an older one")
         kept = {key: own[key] for key in ("images_seen", "trained_ratios", "extractor") if key in own}
         header = {**described, **kept, "kind": "training state"}
         parts: dict[str, Weights] = {}
@@ -80,10 +80,10 @@ def _read(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the whole training state of a ``fit``; none of the code that a foreign file may hold is ever run.
+    """Read the whole training state of a ``fit``. Code in a file is never run.
 
     Raises:
-        UsageError: The file is broken, holds code, or holds something else.
+        UsageError: The file is damaged, contains code, or is of another kind.
     """
     found = open_weights(path).of("training state")
     assert found.content is not None  # a training state's

@@ -1,18 +1,18 @@
-"""The header of a file of weights: what its tensors are, as a JSON object that every format is translated to.
+"""Header of a weights file: a JSON object that describes the tensors, to which all formats are converted.
 
 | key | meaning |
 |---|---|
 | ``kind`` | one of :data:`KINDS` |
-| ``network``, ``denoiser``, ``process`` | the parts that the weights were trained in, as an experiment names them |
-| ``prior``, ``posterior``, ``density`` | the same of a generator, a density or a classifier |
+| ``network``, ``denoiser``, ``process`` | parts that the weights were trained with, as in an experiment |
+| ``prior``, ``posterior``, ``density`` | the same for a generator, a density or a classifier |
 | ``shape`` | image shape, [channels, height, width] |
-| ``classes`` | number of class labels that the network reads, 0 for none |
-| ``trained_ratios`` | least and largest noise-to-data ratio of a denoiser's training |
+| ``classes`` | number of class labels of the network, 0 for none |
+| ``trained_ratios`` | lowest and highest noise-to-data ratio of a denoiser's training |
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
 | ``stands_on`` | :func:`~diffaccel.weights.tensors_sha256` of the frozen denoiser's network during the fit |
 | ``source`` | provenance of weights imported from another codebase |
 
-A key that a file lacks is not compared with an experiment.
+Keys that are missing from a file are not compared with an experiment.
 """
 
 import math
@@ -29,18 +29,18 @@ KINDS = {
     "extractor": "an extractor",
     "training state": "a training state",
 }
-"""Kind of weights -> its name in a sentence."""
+"""Kind of weights -> phrase for messages."""
 
 
 def name_of(kind: str | None) -> str:
-    """Name a kind in a sentence."""
+    """Return the phrase of a kind for messages."""
     return "weights of unknown kind" if kind is None else KINDS.get(kind, f"the unknown kind {kind[:40]!r}")
 
 
 def kind_of(header: Mapping[str, Any]) -> str | None:
-    """Return the kind of weights by their header; None if the header doesn't tell.
+    """Return the kind of weights from their header; None if it is unknown.
 
-    Files of version 0.1 have no ``kind``: it follows from their other keys.
+    Files of version 0.1 have no ``kind``, which then follows from other keys.
     """
     if "kind" in header:
         return str(header["kind"])
@@ -57,10 +57,10 @@ def kind_of(header: Mapping[str, Any]) -> str | None:
 
 
 def check_types(origin: str, header: Mapping[str, Any]) -> None:
-    """Refuse a header whose values are of other types than the table above has.
+    """Check the types of the values of a header.
 
     Raises:
-        UsageError: A value is; the message names its key.
+        UsageError: A value has another type; the message contains its key.
     """
     for key, (holds, expected) in _TYPES.items():
         if key in header and not holds(header[key]):

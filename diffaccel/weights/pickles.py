@@ -1,9 +1,9 @@
-"""Pickles of strangers, read so that nothing they name is called.
+"""Safe reading of untrusted pickles, without calling any function that they contain.
 
-A pickle is a program for a stack machine: names (globals) that it looks up, calls that it makes. The machine here has
-only the operations that checkpoints need. A name stands for an inert function made for this one reading, and any other
-name ends it. Keys are strings and small integers, nesting and length are bounded, and nothing is hashed or compared in
-depth, so that a file can take neither more time nor more memory than its size accounts for.
+A pickle is a program for a stack machine, which looks up names (globals) and calls them. The machine in this module has
+only the operations that checkpoints require. Known names stand for inert functions; any other name is an error. Keys
+are strings and small integers, nesting and length are bounded, and nothing is hashed or compared in depth, so that
+time and memory are bounded by the size of the file.
 """
 
 import io
@@ -20,16 +20,16 @@ from diffaccel.errors import UsageError
 from diffaccel.text.mistaken import what_it_is
 
 MAX_BYTES = 16 << 30
-"""Largest file that is read."""
+"""Maximum size of a file, in bytes."""
 MAX_OPERATIONS = 1_000_000
-"""Longest program; published files have some ten thousand operations."""
+"""Maximum number of operations; published files have about ten thousand."""
 MAX_DEPTH = 100
-"""Deepest nesting of containers; that of EDM's modules is 30."""
+"""Maximum nesting of containers; that of EDM's modules is 30."""
 MAX_KEY = 1 << 31
-"""Integers from here on are no keys: many of them could be chosen to collide."""
+"""Upper bound of integer keys, because large integers could be chosen to collide."""
 
 Globals = Mapping[tuple[str, str], Any]
-"""(module, name) -> its inert stand-in."""
+"""(module, name) -> inert stand-in."""
 
 DAMAGED = (
     ValueError,
@@ -44,16 +44,16 @@ DAMAGED = (
     struct.error,
     zipfile.BadZipFile,
 )
-"""What Python's own readers raise on nonsense."""
+"""Exceptions of Python's readers for damaged files."""
 
 
 def refuse(origin: str, reason: str) -> UsageError:
-    """Make the error for a file that is not read."""
+    """Create the error for a file that is refused."""
     return UsageError(f"{origin} is refused: {reason}")
 
 
 def short(value: Any) -> str:
-    """Show a value of a file in a few characters; what holds others might be endless when written out."""
+    """Format a value of a file in few characters; containers, which may be large, are shown by type."""
     return (
         repr(value)[:40]
         if isinstance(value, int | float)
@@ -65,10 +65,10 @@ def short(value: Any) -> str:
 
 @contextmanager
 def damage(origin: str) -> Iterator[None]:
-    """Turn what readers raise on nonsense into one error.
+    """Convert exceptions for damaged files to a usage error.
 
     Raises:
-        UsageError: Something of ``DAMAGED`` was raised within.
+        UsageError: An exception in ``DAMAGED`` was raised.
     """
     try:
         yield
@@ -80,14 +80,14 @@ def damage(origin: str) -> Iterator[None]:
 
 
 def open_file(path: Path, text: bool = False) -> BinaryIO:
-    """Open a file of a size that can be one.
+    """Open a file after a check of its size and first bytes.
 
     Args:
-        path: The file.
-        text: Whether it holds text and not numbers.
+        path: File.
+        text: Whether the file contains text, and not binary data.
 
     Raises:
-        UsageError: The file is missing, unreadable, empty, too large, or evidently something else.
+        UsageError: The file is missing, unreadable, empty, too large, or evidently of another type.
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist: give a checkpoint's file, or a folder of diffusers")
@@ -96,17 +96,17 @@ def open_file(path: Path, text: bool = False) -> BinaryIO:
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
     if size > MAX_BYTES:
-        raise refuse(str(path), f"it has {size} bytes, readable are at most {MAX_BYTES}")
+        raise refuse(str(path), f"it has {size} bytes, more than the maximum of {MAX_BYTES}")
     if not text and (found := what_it_is(path)):
         raise refuse(str(path), f"it is {found}")
     return file
 
 
 def key_of(value: Any) -> Any:
-    """Return what may be a key or a set's element.
+    """Check and return a key of a mapping, or an element of a set.
 
     Raises:
-        ValueError: It is neither a string nor a small integer.
+        ValueError: The value is neither a string nor a small integer.
     """
     if type(value) is str or (type(value) is int and 0 <= value < MAX_KEY):
         return value
@@ -114,25 +114,25 @@ def key_of(value: Any) -> Any:
 
 
 def make_dict(items: Iterable[Any] = ()) -> dict[Any, Any]:
-    """Stand in for dict and its kin."""
+    """Stand-in for dict and its subclasses."""
     pairs = items.items() if isinstance(items, dict) else items
     return {key_of(key): value for key, value in pairs}
 
 
 def make_set(items: Iterable[Any] = ()) -> set[Any]:
-    """Stand in for set."""
+    """Stand-in for set."""
     return {key_of(item) for item in items}
 
 
 class Attributed:
-    """A stand-in whose attributes a pickle may set."""
+    """Stand-in whose attributes a pickle may set."""
 
     def set_state(self, state: Any) -> None:
-        """Take what the pickle sets."""
+        """Set the state from the pickle."""
 
 
 class _Bounded:
-    """A file none of whose parts is longer than what is left of it."""
+    """File whose reads are bounded by the remaining bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.tell = file, file.tell
@@ -156,24 +156,24 @@ def run_pickle(
     storage: Callable[[tuple[Any, ...]], Any] | None = None,
     spent: Iterator[int] | None = None,
 ) -> Any:
-    """Read the pickle that starts at a file's position, and leave the file behind its end.
+    """Read the pickle at the position of a file, and advance the file to its end.
 
     Args:
-        file: Open in binary mode.
-        origin: What it is called in messages.
-        known: Stand-ins for the names that may occur.
-        storage: Makes tensors' storages of persistent ids; None if there may be none.
-        spent: Counts the operations, from 0, of all pickles that share it.
+        file: File in binary mode.
+        origin: Name of the file in messages.
+        known: Stand-ins for allowed names.
+        storage: Function persistent id -> storage of tensors; None if persistent ids are not allowed.
+        spent: Counter of operations from 0, which several pickles may share.
 
     Raises:
-        UsageError: Another name occurs, or the pickle is damaged or hostile.
+        UsageError: The pickle contains another name, or is damaged or malicious.
     """
     with damage(origin):
         return _Machine(origin, known, storage, spent or itertools.count()).run(file)
 
 
 class _Machine:
-    """Runs a pickle; each operation is a method of its name, in small letters."""
+    """Stack machine that runs a pickle."""
 
     def __init__(
         self, origin: str, known: Globals, storage: Callable[[tuple[Any, ...]], Any] | None, spent: Iterator[int]
@@ -182,7 +182,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.alive: list[Any] = []  # so that the ids below stay theirs
+        self.alive: list[Any] = []  # keeps the ids below valid
         self.depth: dict[int, int] = {}
         self.closed: set[int] = set()
 
@@ -206,7 +206,7 @@ class _Machine:
         return self.pop(1)[0]
 
     def pop(self, count: int | None = None) -> list[Any]:
-        """Take ``count`` values, or all after the last mark, in their order."""
+        """Pop ``count`` values, or all values after the last mark, in order."""
         start = self.marks.pop() if count is None else len(self.stack) - count
         if start < (self.marks[-1] if self.marks else 0):
             raise ValueError("its stack is empty")
@@ -215,7 +215,7 @@ class _Machine:
         return taken
 
     def push(self, made: Any, parts: Iterable[Any] = ()) -> None:
-        """Put down what was made of ``parts``."""
+        """Push an object that contains ``parts``."""
         if id(made) not in self.depth:  # a call may return one of its arguments
             self.alive.append(made)
             self.depth[id(made)] = 0
@@ -227,9 +227,9 @@ class _Machine:
         self.push(tuple(parts), parts)
 
     def hold(self, holder: Any, parts: Iterable[Any]) -> None:
-        """Note that ``parts`` are in ``holder`` now, which closes them: what is held isn't written on any more.
+        """Record that ``holder`` contains ``parts``, which must not change afterwards.
 
-        So nothing holds itself, and a depth stays what it is.
+        This excludes cycles, and depths remain valid.
         """
         inner = 0
         for part in parts:
@@ -243,7 +243,7 @@ class _Machine:
             raise refuse(self.origin, f"it is nested more than {MAX_DEPTH} deep")
 
     def top(self, kind: type) -> Any:
-        """Return the value on top, of a kind that can be written on."""
+        """Return the mutable value on top of the stack, of a given type."""
         if type(self.stack[-1]) is not kind:
             raise TypeError(f"{short(self.stack[-1])} where a {kind.__name__} is written on")
         return self.stack[-1]
@@ -269,7 +269,7 @@ class _Machine:
 
     def call(self) -> None:
         function, arguments = self.pop(2)
-        if not callable(function) or type(arguments) is not tuple:  # only what ``known`` holds is callable
+        if not callable(function) or type(arguments) is not tuple:  # only stand-ins are callable
             raise TypeError(f"{short(function)} is called")
         self.push(function(*arguments), arguments)
 
@@ -279,7 +279,7 @@ class _Machine:
         if isinstance(target, Attributed):
             self.hold(target, [state])
             target.set_state(state)
-        elif type(target) is not dict:  # a dict's attributes are no weights
+        elif type(target) is not dict:  # attributes of a dict are ignored
             raise TypeError(f"attributes of {short(target)} are set")
 
     def persistent(self) -> None:

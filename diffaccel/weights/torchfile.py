@@ -1,12 +1,12 @@
-"""Files of torch.save, zip archives and older streams alike, without torch.load: tensors stay in the file until loaded.
+"""Safe reading of files of torch.save, zip archives and older streams, without torch.load; tensors are loaded lazily.
 
-A name may stand for one of a handful: storages by dtype, the functions that put a tensor together, OrderedDict.
+Only a few names are allowed: storages by dtype, functions that build a tensor, and OrderedDict.
 
-torch.load with ``weights_only``, with or without ``mmap``, runs no code either. But (torch 2.14) it compares no
-checksum, so that a flipped bit is loaded as another weight, and a file of a few hundred bytes can stop it for years (a
-key of nested tuples), fill any memory (a ``bytearray`` of some length) or make tensors larger than the file. Here the
-checksums of an archive are compared, and time and memory are bounded by the file's size. The formats of other programs
-need this reader anyway.
+torch.load with ``weights_only``, with or without ``mmap``, does not run code either. However (torch 2.14), it does not
+compare checksums, so that a flipped bit is loaded as another weight, and a file of a few hundred bytes can block it for
+years (a key of nested tuples), fill the memory (a long ``bytearray``) or create tensors larger than the file. This
+module compares the checksums of an archive, and bounds time and memory by the size of the file. Formats of other
+codebases require this reader in any case.
 """
 
 import io
@@ -27,11 +27,11 @@ from diffaccel.weights.pickles import Globals, damage, make_dict, open_file, ref
 
 MAX_DIMENSIONS = 8
 MAX_NUMBERS = 1 << 40
-"""Of a tensor, and of each side of its shape."""
+"""Maximum number of elements of a tensor, and of each dimension."""
 ARCHIVE = b"PK\x03\x04"
-"""What a newer file starts with."""
+"""First bytes of a newer file."""
 MAGIC = 0x1950A86A20F9469CFC6C
-"""What an older stream starts with."""
+"""First value of an older stream."""
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -49,19 +49,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StorageType:
-    """Stands for torch.FloatStorage and the like."""
+    """Stand-in for torch.FloatStorage and similar classes."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers somewhere in a file.
+    """Numbers in a file.
 
     Attributes:
-        dtype: Their type.
-        count: How many.
-        read: Reads their bytes.
+        dtype: Data type of the numbers.
+        count: Number of numbers.
+        read: Function that reads the bytes.
     """
 
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class Storage:
 
     @cached_property
     def numbers(self) -> Tensor:
-        """All of them, (count,), read once."""
+        """All numbers, (count,), read once."""
         data = bytearray(self.read())
         if len(data) != self.count * self.dtype.itemsize:
             raise ValueError(f"a storage of {self.count} numbers has {len(data)} bytes")
@@ -79,12 +79,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not loaded yet.
+    """Tensor in a file that is not loaded.
 
     Attributes:
-        dtype: Its type there.
-        shape: Its shape.
-        load: Loads it, in its own type.
+        dtype: Data type in the file.
+        shape: Shape.
+        load: Function that loads the tensor in its data type.
     """
 
     dtype: torch.dtype
@@ -93,7 +93,7 @@ class Stored:
 
 
 def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
-    """Make stand-ins for the names that files of torch.save hold."""
+    """Create stand-ins for the names in files of torch.save."""
 
     def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
         numbers = (offset, *size, *stride)
@@ -130,24 +130,24 @@ def torch_globals(origin: str) -> dict[tuple[str, str], Any]:
 
 
 def is_torch(head: bytes) -> bool:
-    """Whether a file that begins so is one of torch.save."""
+    """Whether the first bytes are those of a file of torch.save."""
     return head.startswith(ARCHIVE) or MAGIC.to_bytes(10, "little") in head[:32]
 
 
 def read_torch(path: Path) -> Any:
-    """Read a file of torch.save; its tensors become :class:`Stored`.
+    """Read a file of torch.save, with tensors as :class:`Stored`.
 
     Args:
-        path: The file.
+        path: File.
 
     Raises:
-        UsageError: The file is missing, damaged, or names anything but tensors and containers.
+        UsageError: The file is missing, damaged, or contains other objects than tensors and containers.
     """
     return read_stream(open_file(path), f"checkpoint {path}")
 
 
 def load_all(content: Any) -> Any:
-    """Load the tensors of what :func:`read_torch` returned; those that share a storage share memory."""
+    """Load the tensors in a result of :func:`read_torch`; tensors with the same storage share memory."""
     return _loaded(content, {})
 
 
@@ -166,7 +166,7 @@ def _loaded(value: Any, done: dict[int, Any]) -> Any:
 
 
 def read_stream(file: BinaryIO, origin: str, spent: Iterator[int] | None = None) -> Any:
-    """Read an open one; for ``spent`` see :func:`~diffaccel.weights.pickles.run_pickle`."""
+    """Read an open file of torch.save; for ``spent`` see :func:`~diffaccel.weights.pickles.run_pickle`."""
     spent = spent or itertools.count()
     start = file.read(9)
     file.seek(0)
@@ -181,7 +181,7 @@ def read_stream(file: BinaryIO, origin: str, spent: Iterator[int] | None = None)
 
 
 def _identify(pid: tuple[Any, ...], origin: str) -> tuple[torch.dtype, str, int]:
-    """Dtype, key and count of a storage's persistent id."""
+    """Dtype, key and count in the persistent id of a storage."""
     if len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], StorageType) or any(pid[5:]):
         raise refuse(origin, f"it refers to {short(pid[0] if pid else None)}, which is no storage of numbers")
     key, count = pid[2], pid[4]
@@ -191,7 +191,7 @@ def _identify(pid: tuple[Any, ...], origin: str) -> tuple[torch.dtype, str, int]
 
 
 def _records(archive: zipfile.ZipFile, size: int, origin: str) -> dict[str, zipfile.ZipInfo]:
-    """Records by name, none of them compressed: nothing in the archive is larger than in the file."""
+    """Records by name, which must not be compressed, so that their size is bounded by that of the file."""
     records = {info.filename: info for info in archive.infolist()}
     if len(records) < len(archive.infolist()):
         raise refuse(origin, "it holds two records of one name")
@@ -203,7 +203,7 @@ def _records(archive: zipfile.ZipFile, size: int, origin: str) -> dict[str, zipf
 
 
 def _read_zip(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
-    """An archive of a pickle and the storages that it refers to."""
+    """Read an archive of a pickle and its storages."""
     archive = zipfile.ZipFile(file)
     records = _records(archive, _end_of(file), origin)
     (root, *others) = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")] or [""]
@@ -225,14 +225,14 @@ def _read_zip(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
 
 
 def _same(storage: Storage, dtype: torch.dtype, origin: str, count: int | None = None) -> Storage:
-    """Check that a storage is of one type and size wherever a file refers to it."""
+    """Check that all references to a storage have the same type and size."""
     if storage.dtype != dtype or (count is not None and storage.count != count):
         raise refuse(origin, "one of its storages has two types or sizes")
     return storage
 
 
 def _read_older(file: BinaryIO, origin: str, spent: Iterator[int]) -> Any:
-    """A stream of pickles: magic number, version, machine, the object, the storages' keys; then their bytes."""
+    """Read a stream of pickles (magic number, version, machine, object, keys of storages) and bytes of storages."""
     known: Globals = torch_globals(origin)
     positions: dict[str, int] = {}
     storages: dict[str, Storage] = {}
