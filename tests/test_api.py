@@ -275,7 +275,7 @@ def test_converted_checkpoints_are_models(tmp_path: Path):
     assert da.convert(source, target, sigma_max=50.0) == target and target.is_file()
     images = [da.Sampler(da.load(path))(4, nfe=3) for path in (source, target)]
     assert torch.equal(*images) and images[0].shape == (4, 3, 32, 32)
-    with pytest.raises(da.UsageError, match="exists: again=true"):
+    with pytest.raises(da.UsageError, match="exists: set again=true"):
         da.convert(source, target)
     assert da.convert(source, target, again=True) == target
     with pytest.raises(da.UsageError, match="safetensors"):

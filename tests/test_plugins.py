@@ -153,7 +153,7 @@ def fitted(folder: Path, run: Run) -> Path:
     first = run("fit", "own.yaml", f"out={out}", f"images={FIRST}", *QUICK)
     assert f"{FIRST} images seen" in first.stderr
     second = run("fit", "own.yaml", f"out={out}", f"images={SECOND}", "resume=auto", *QUICK)
-    assert "going on from" in second.stderr and f"{SECOND} images seen" in second.stderr
+    assert "resuming from" in second.stderr and f"{SECOND} images seen" in second.stderr
     assert "remark: by another package" in second.stderr and "noise classifier: mean" in second.stderr
     return out
 
@@ -272,7 +272,7 @@ def test_a_file_that_a_plugins_part_reads_counts_by_its_content(tmp_path: Path, 
 def test_a_distance_under_another_name_is_one_that_tables_show(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METRICS._factories, "my_frechet", type("MyFrechet", (FrechetMetric,), {}))
     assert [type(metric).__name__ for metric in build_metrics(["my_frechet", "kid"])] == ["MyFrechet", "KernelMetric"]
-    with pytest.raises(UsageError, match="add 'frechet'"):
+    with pytest.raises(UsageError, match="'frechet' is missing"):
         build_metrics(["kid"])
 
 
