@@ -376,7 +376,7 @@ def test_ours_that_are_not(tmp_path: Path) -> None:
         (["absent.pth", "b.safetensors"], "does not exist"),
         (["a.txt", "b.safetensors"], "none of the formats safetensors, fit, "),
         (["a.pth"], "requires a checkpoint and a new .safetensors file"),
-        (["a.pth", "b.pth"], "ends in .safetensors"),
+        (["a.pth", "b.pth"], "must end in .safetensors"),
         (["a.pth", "b.safetensors", "weights=both"], "weights=both"),
         (["a.pth", "b.safetensors", "size=large"], "size=large is not a number"),
         (["a.pth", "b.safetensors", "wieghts=raw"], "did you mean 'weights'"),

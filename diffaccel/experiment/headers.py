@@ -59,8 +59,7 @@ def check_header(path: Path, header: Mapping[str, Any], asked: Mapping[str, Any]
         origin = f" ({header['experiment']} by its header)" if header.get("experiment") else ""
         raise UsageError(
             f"{path} does not fit the experiment: {'; '.join(differences[:NAMED])}{more}: use the experiment that the "
-            "file "
-            f"was made with{origin}, or another file"
+            f"file was made with{origin}, or another file"
         )
 
 
@@ -103,8 +102,7 @@ def check_denoiser(weights: Weights, denoiser: Denoiser) -> None:
         raise UsageError(
             f"{weights.path} contains a {weights.kind} that was trained with the denoiser {trained[:16]}, but the "
             f"experiment's denoiser is {own[:16]} (hashes of the tensors): set checkpoint= to the former denoiser, or "
-            "fit "
-            f"the {weights.kind} again"
+            f"fit the {weights.kind} again"
         )
 
 

@@ -144,8 +144,7 @@ def adopt(config: Config) -> Pretrained | None:
     if found.shape != (channels, height, width):
         raise UsageError(
             f"checkpoint {config.checkpoint} makes images of shape {found.shape}, but the experiment's images have "
-            "shape "
-            f"{(channels, height, width)}: choose another experiment, or set shape="
+            f"shape {(channels, height, width)}: choose another experiment, or set shape="
         )
     config.network, config.denoiser = found.network, found.denoiser
     return found

@@ -218,15 +218,13 @@ def check_same_data(path: str | Path, reference: Reference, label: str, shape: t
     if own != theirs:
         raise UsageError(
             f"{path} contains statistics of {theirs!r}, but the experiment's data are {own!r}: compute statistics of "
-            "these "
-            "with `diffaccel reference` and set reference= and floor=, or, if the data are the same, set "
+            "these with `diffaccel reference` and set reference= and floor=, or, if the data are the same, set "
             f"data.label={theirs!r}"
         )
     if (made := reference.provenance.get("shape")) is not None and tuple(made) != shape:
         raise UsageError(
             f"{path} contains statistics of images of shape {tuple(made)}, but the experiment's images have shape "
-            f"{shape}: "
-            "compute other statistics with `diffaccel reference`, or set shape="
+            f"{shape}: compute other statistics with `diffaccel reference`, or set shape="
         )
 
 

@@ -8,8 +8,7 @@ Annotations have special meanings for keys:
 - ``Path`` or ``Path | None``: a path, relative to the file that sets it.
 - ``str``, ``str | None`` or ``Literal``: text, whatever it looks like on the command line.
 - The abstract class of a kind of parts (``Grid``): a part, which is built before its owner.
-- ``Annotated[dict[str, Any], SOLVERS]``: a part that its owner builds from the mapping; ``Annotated[list[...], ...]``:
-  several.
+- ``Annotated[dict[str, Any], SOLVERS]``: a part that its owner builds; ``Annotated[list[...], ...]``: several parts.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""Checkpoints of other programs, and our own, as denoisers in units of [-1, 1]; no code of theirs is ever run.
+"""Checkpoints of other codebases, and of diffaccel, as denoisers for data in [-1, 1]. Code in a file is never run.
 
 | format | content | read by |
 |---|---|---|
 | score_sde_pytorch | a file of torch.save | :mod:`~diffaccel.pretrained.score_sde` |
 | EDM | a pickle | :mod:`~diffaccel.pretrained.edm` |
 | diffusers | a folder | :mod:`~diffaccel.pretrained.diffusers` |
-| ours | safetensors, a file of torch.save | :mod:`diffaccel.weights.formats` |
+| diffaccel | safetensors, a file of torch.save | :mod:`diffaccel.weights.formats` |
 """
 
 from collections.abc import Mapping
@@ -26,20 +26,19 @@ from diffaccel.weights import Weights, hash_files, open_weights, save_weights
 __all__ = ["OPTIONS", "Pretrained", "convert", "describe", "files_sha256", "inspect", "read"]
 
 OPTIONS = {"weights": str, "size": int, "sigma_max": float}
-"""What a reader may be told that its file doesn't say: ``ema`` or ``raw`` weights, the images' size in pixels, the
-largest noise level of a VE network in units of its own data."""
+"""Information that a file may lack -> type: ``ema`` or ``raw`` weights, the size of the images in pixels, and the
+highest noise level of a VE network in units of its data."""
 
 
 def read(path: Path | str, **options: Any) -> Pretrained:
     """Read a denoiser's checkpoint.
 
     Args:
-        path: A file, or a folder of diffusers.
+        path: File, or folder in diffusers format.
         options: See ``OPTIONS``.
 
     Raises:
-        UsageError: The file is missing, damaged, hostile, of another kind, or of a layout that is not built here; the
-            message says which, and why.
+        UsageError: The file is missing, damaged, contains code, is of another kind, or has an unsupported layout.
     """
     return Pretrained.of(_open(Path(path), options))
 
@@ -54,18 +53,18 @@ def _open(path: Path, options: Mapping[str, Any]) -> Weights:
 
 
 def files_sha256(path: Path, weights: str | None = None) -> str:
-    """Hash a file; of a folder, the weights, its default ones or those asked for, and the configurations."""
+    """Compute the SHA-256 of a file, or of a folder's configurations and weights (``ema``, ``raw`` or default)."""
     return hash_files(path) if path.is_file() else hash_files(path, identity_files(path, weights))
 
 
 def convert(source: Path, target: Path, **options: Any) -> Pretrained:
-    """Read a denoiser's checkpoint and write it as our safetensors, in float32.
+    """Convert a denoiser's checkpoint to diffaccel's safetensors format, in float32.
 
     Raises:
-        UsageError: As :func:`read`, or the target's name doesn't end in ``.safetensors``.
+        UsageError: See :func:`read`; or the target's name does not end in ``.safetensors``.
     """
     if target.suffix != ".safetensors":
-        raise UsageError(f"{target}: a converted checkpoint's name ends in .safetensors")
+        raise UsageError(f"{target}: the name of a converted checkpoint must end in .safetensors")
     check_target(target)
     found = read(source, **options)
     save_weights(target, found.tensors, found.description, torch.float32)
@@ -73,10 +72,10 @@ def convert(source: Path, target: Path, **options: Any) -> Pretrained:
 
 
 def inspect(path: Path | str, **options: Any) -> str:
-    """Say in a few lines what a file of weights of any kind holds.
+    """Describe a weights file of any kind in a few lines.
 
     Raises:
-        UsageError: As :func:`read`, but for the kind.
+        UsageError: See :func:`read`, except for the kind.
     """
     weights = _open(Path(path), options)
     if weights.kind == "denoiser":
@@ -88,13 +87,13 @@ def inspect(path: Path | str, **options: Any) -> str:
 
 
 def describe(found: Pretrained) -> str:
-    """Say in a few lines what a denoiser's checkpoint holds."""
+    """Describe a denoiser's checkpoint in a few lines."""
     source = _part({"name": found.source.get("format", "diffaccel"), **found.source})
     return _table({"kind": "denoiser", "from": source, **_rows(found.description, found.tensors)})
 
 
 def _rows(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Rows for the keys that a header has."""
+    """Rows for the keys of a header."""
     rows = {}
     if shape := header.get("shape"):
         rows["images"] = f"{tuple(shape)}, in units of [-1, 1]"

@@ -1,4 +1,4 @@
-"""What a checkpoint comes to, whatever its format: tensors under our names, and the parts that they belong to."""
+"""Common representation of checkpoints of all formats: tensors by diffaccel's names, and parts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from diffaccel.weights.torchfile import Stored
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A denoiser's checkpoint that was read, in units of [-1, 1].
+    """Checkpoint of a denoiser for data in [-1, 1].
 
     Attributes:
         shape: Image shape (C, H, W).
-        network: Its network, as an experiment's ``network`` has it.
-        denoiser: Its preconditioning, as ``denoiser`` has it.
-        process: The process that it was trained on, as ``process`` has it; another one serves as well.
-        tensors: The network's, by name, float32.
-        source: Format, weights (``ema`` or ``raw``), what became of its units, SHA-256.
+        network: Network, as in an experiment's ``network``.
+        denoiser: Preconditioning, as in an experiment's ``denoiser``.
+        process: Process of the training, as in an experiment's ``process``; other processes can be used as well.
+        tensors: Tensors of the network by name, float32.
+        source: Provenance: format, weights (``ema`` or ``raw``), conversion of units, SHA-256.
     """
 
     shape: tuple[int, int, int]
@@ -39,7 +39,7 @@ class Pretrained:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All but the tensors: the header of a file that holds them."""
+        """Header of a file with the tensors."""
         return {
             "kind": "denoiser",
             "shape": list(self.shape),
@@ -55,14 +55,14 @@ class Pretrained:
         """Read a denoiser's weights, whose header determines the network.
 
         Raises:
-            UsageError: The weights are of another kind, damaged, or their header lacks a part or doesn't fit them.
+            UsageError: The weights are of another kind or damaged, or the header is incomplete or does not match them.
         """
         weights = weights.of("denoiser")
         origin, header = str(weights.path), weights.header
         if missing := [key for key in ("network", "denoiser", "process", "shape") if not header.get(key)]:
             raise refuse(origin, f"its header does not say {', '.join(missing)}")
         network, denoiser, process = (dict(header[part]) for part in ("network", "denoiser", "process"))
-        if "augmentations" in network:  # the key's name in files that earlier versions wrote
+        if "augmentations" in network:  # name of the key in files of earlier versions
             network["augment"] = network.pop("augmentations")
         channels, height, width = header["shape"]
         shape: tuple[int, int, int] = (channels, height, width)
@@ -73,7 +73,7 @@ class Pretrained:
         return cls(shape, network, denoiser, process, tensors, dict(header.get("source", {"format": "diffaccel"})))
 
     def build(self) -> Denoiser:
-        """Build the denoiser with its weights, ready to sample."""
+        """Build the denoiser with its weights, in evaluation mode."""
         network = NETWORKS.build(self.network, shape=self.shape)
         assign_weights(self.tensors, network, "its weights")
         denoiser = DENOISERS.build(self.denoiser, network=network, process=PROCESSES.build(self.process))
@@ -81,14 +81,14 @@ class Pretrained:
 
 
 class Entry(NamedTuple):
-    """A tensor of a file and where it goes.
+    """Tensor of a file, and its place in a network.
 
     Attributes:
-        name: In the file.
-        shape: In the file.
-        own: In our network.
-        rows: Which rows of ``own`` it fills; None for all.
-        transposed: Whether [in, out], to become a 1x1 convolution.
+        name: Name in the file.
+        shape: Shape in the file.
+        own: Name in diffaccel's network.
+        rows: Rows of ``own`` that the tensor fills; None for all.
+        transposed: Whether the tensor is [in, out], to be converted to a 1x1 convolution.
     """
 
     name: str
@@ -106,15 +106,15 @@ def foreign(
     read: Callable[[], dict[str, Tensor]],
     files: tuple[Path, ...] = (),
 ) -> Weights:
-    """Describe a denoiser of another program by a header of ours.
+    """Describe a denoiser of another codebase by a header.
 
     Args:
-        path: The file or folder.
+        path: File or folder.
         shape: Image shape (C, H, W).
-        parts: Its ``network``, ``denoiser`` and ``process``.
-        source: Provenance: at least its ``format``.
-        read: Reads the tensors under our names.
-        files: The files of a folder.
+        parts: Mapping with ``network``, ``denoiser`` and ``process``.
+        source: Provenance, at least the ``format``.
+        read: Function that reads the tensors by diffaccel's names.
+        files: Files of a folder.
     """
     provenance = {**source, "sha256": hash_files(path, files)}
     header = {"kind": "denoiser", "shape": list(shape), "classes": parts["network"].get("classes") or 0, **parts}
@@ -122,7 +122,7 @@ def foreign(
 
 
 def assemble(origin: str, entries: list[Entry], found: Mapping[str, Stored], network: nn.Module) -> dict[str, Tensor]:
-    """Read a file's tensors and bring them to our names and shapes."""
+    """Read the tensors of a file, and convert them to diffaccel's names and shapes."""
     tensors = load_finite(origin, {entry.name: found[entry.name] for entry in entries})
     made = {name: torch.empty(tensor.shape, device="cpu") for name, tensor in network.state_dict().items()}
     for entry in entries:
@@ -133,10 +133,10 @@ def assemble(origin: str, entries: list[Entry], found: Mapping[str, Stored], net
 
 
 def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int, int], tensors: int) -> nn.Module:
-    """Build a network without memory, to know its names and shapes.
+    """Build a network without memory, for its names and shapes.
 
     Raises:
-        UsageError: It would have more layers than the file has tensors, or can't be built.
+        UsageError: The network would have more layers than the file has tensors, or can't be built.
     """
     lists, blocks = [len(value) for value in network.values() if isinstance(value, list)], network.get("blocks", 1)
     if type(blocks) is not int or max([1, *lists]) * blocks > tensors:
@@ -149,10 +149,10 @@ def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int
 
 
 def unwrap(origin: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what DataParallel and torch.compile put before all names, or within them.
+    """Remove prefixes and infixes of DataParallel and torch.compile from names.
 
     Raises:
-        UsageError: Two names become one.
+        UsageError: Two names become equal.
     """
     names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in found]
     while names and all(name.startswith("module.") for name in names):
@@ -163,10 +163,10 @@ def unwrap(origin: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_names(origin: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored]) -> None:
-    """Compare a file's names and shapes with those of the layout that it seems to have.
+    """Compare the names and shapes in a file with those of the inferred layout.
 
     Raises:
-        UsageError: They differ; the message names the first few.
+        UsageError: Names or shapes differ; the message contains the first differences.
     """
     missing, surplus = ([k for k in a if k not in b] for a, b in ((expected, found), (found, expected)))
     if missing or surplus:
@@ -184,7 +184,7 @@ def load_finite(origin: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Read tensors as float32.
 
     Raises:
-        UsageError: One is no floating-point tensor, or holds NaN or infinity.
+        UsageError: A tensor is not floating-point, or contains NaN or infinity.
     """
     tensors = {}
     for name, entry in stored.items():
@@ -197,15 +197,15 @@ def load_finite(origin: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 
 def attention_size(origin: str, levels: Iterable[int], size: int | None) -> int:
-    """Pixels of the images: asked for, or such that attention lies at 16x16, as in all published files.
+    """Return the size of the images: as given, or such that attention is at 16x16, as in all published files.
 
     Args:
-        origin: The file.
-        levels: Levels with attention, finest 0.
-        size: What the user says.
+        origin: Name of the file, for messages.
+        levels: Levels with attention; the finest level is 0.
+        size: Size given by the user, in pixels.
 
     Raises:
-        UsageError: Neither tells.
+        UsageError: The size is not given and can't be inferred.
     """
     found = sorted(levels)
     if size is None and len(found) != 1:

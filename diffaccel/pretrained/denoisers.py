@@ -1,6 +1,6 @@
-"""What published networks were trained to see and to say, as denoisers on any process, in units of [-1, 1].
+"""Preconditionings of published networks, as denoisers on any process for data in [-1, 1].
 
-They are written on y = x / alpha at rho = sigma / alpha, so that each runs wherever its range of ratios lies.
+They are defined in y = x / alpha and rho = sigma / alpha, so that they do not depend on the process.
 """
 
 import math
@@ -17,18 +17,18 @@ from diffaccel.process import Prediction, Process, VariancePreserving, expand
 
 @DENOISERS.register("ve")
 class VEDenoiser(NetworkDenoiser):
-    """The network predicts -eps, told ln(rho): NCSN++ of the VE SDE.
+    """Preconditioning of NCSN++ for the VE SDE: the network predicts -eps, conditioned on ln(rho).
 
         D(y; rho) = y + rho F(y; ln(rho / unit))
 
-    Of data in [0, 1] such a network sees y = 2 x - 1 too, but is told the level there, which is rho / 2.
+    The input of a network for data x in [0, 1] is also y = 2 x - 1, but its conditioning is the level in x, rho / 2.
 
     Args:
         network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
         process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
-        unit: Range of the data that the network was trained on, 1 for [0, 1] data, over [-1, 1]'s: 2, or 1.
-        ratio_min: Least trained ratio.
-        ratio_max: Largest trained ratio.
+        unit: Width of [-1, 1] relative to the range of the training data: 2 for data in [0, 1], 1 for data in [-1, 1].
+        ratio_min: Lowest trained noise-to-data ratio.
+        ratio_max: Highest trained noise-to-data ratio.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VE
@@ -48,7 +48,7 @@ class VEDenoiser(NetworkDenoiser):
         self.unit = unit
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """c_noise = ln(rho / unit), (B,)."""
+        """Return c_noise = ln(rho / unit), (B,)."""
         return (self.process.ratio(t) / self.unit).log()
 
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -66,18 +66,18 @@ class VEDenoiser(NetworkDenoiser):
 
 @DENOISERS.register("vp")
 class VPDenoiser(EpsDenoiser):
-    """The network predicts eps from y over its root sum of squares, told the VP SDE's time as an index: DDPM++.
+    """Preconditioning of DDPM++ for the VP SDE: the network predicts eps, conditioned on the time as an index.
 
         D(y; rho) = y - rho F(y / sqrt(1 + rho^2); indices t(rho))
 
     Args:
         network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
         process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
-        beta_0: Of the SDE that it was trained on.
-        beta_1: Of that SDE.
+        beta_0: beta(0) of the SDE that the network was trained on.
+        beta_1: beta(1) of this SDE.
         indices: Index of t = 1.
-        ratio_min: Least trained ratio; that of t = 1e-5 by default.
-        ratio_max: Largest trained ratio; that of t = 1 by default.
+        ratio_min: Lowest trained noise-to-data ratio; by default that of t = 1e-5.
+        ratio_max: Highest trained noise-to-data ratio; by default that of t = 1.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Table 1, column VP
@@ -96,12 +96,12 @@ class VPDenoiser(EpsDenoiser):
         ratio_max: float | None = None,
     ) -> None:
         self.trained, self.indices = VariancePreserving(beta_0, beta_1), indices
-        # Not what the files say, which is rounded to float32.
+        # Computed, because values in files are rounded to float32.
         ends = self.trained.ratio(torch.tensor([1e-5, 1.0], dtype=torch.float64, device="cpu")).tolist()
         super().__init__(network, process, ratio_min or ends[0], ratio_max or ends[1])
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """Index of the trained SDE's time at this ratio, (B,)."""
+        """Return the index of the trained SDE's time at this ratio, (B,)."""
         return self.indices * self.trained.time(self.process.ratio(t))
 
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -115,9 +115,9 @@ class VPDenoiser(EpsDenoiser):
 
 @DENOISERS.register("discrete_vp")
 class DiscreteVPDenoiser(VPDenoiser):
-    """The network is told which of a table of levels it sees: DDPM in discrete steps.
+    """Preconditioning of DDPM in discrete steps: the network is conditioned on the index of a level.
 
-    A ratio between two levels becomes a fractional index, linear in the ratio's logarithm.
+    A ratio between two levels has a fractional index, linear in the logarithm of the ratio.
 
     Args:
         network: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
@@ -127,10 +127,10 @@ class DiscreteVPDenoiser(VPDenoiser):
         beta_end: Last beta.
         schedule: ``linear`` in beta, ``scaled_linear`` in its square root, ``sigmoid``, or ``squaredcos_cap_v2``, the
             cosine schedule, which has no first and last beta.
-        predicts: ``eps``, ``v`` = alpha eps - sigma x_0, or ``x_0``.
+        predicts: Output of the network: ``eps``, ``v`` = alpha eps - sigma x_0, or ``x_0``.
 
     Raises:
-        UsageError: An unknown schedule or prediction.
+        UsageError: The schedule or the prediction is unknown.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, Section 4
@@ -150,8 +150,8 @@ class DiscreteVPDenoiser(VPDenoiser):
     ) -> None:
         if schedule not in BETAS or predicts not in ("eps", "v", "x_0"):
             raise UsageError(
-                f"denoiser 'discrete_vp': schedule {schedule!r} is none of {', '.join(BETAS)}, or predicts "
-                f"{predicts!r} is none of eps, v, x_0"
+                f"denoiser 'discrete_vp': schedule={schedule!r} must be one of {', '.join(BETAS)}, and "
+                f"predicts={predicts!r} one of eps, v, x_0"
             )
         places = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
         kept = (1 - BETAS[schedule](places, beta_start, beta_end)).cumprod(0)
@@ -162,7 +162,7 @@ class DiscreteVPDenoiser(VPDenoiser):
         self.register_buffer("log_ratios", log_ratios, persistent=False)
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """Fractional index, (B,)."""
+        """Return the fractional index of the level, (B,)."""
         table, log_ratio = self.log_ratios, self.process.ratio(t).log().to(self.log_ratios)
         above = torch.searchsorted(table, log_ratio).clamp(1, len(table) - 1)
         fraction = (log_ratio - table[above - 1]) / (table[above] - table[above - 1])
@@ -189,7 +189,7 @@ class DiscreteVPDenoiser(VPDenoiser):
 
 
 def _squaredcos(u: Tensor) -> Tensor:
-    """Betas of the cosine schedule, at most 0.999, for indices over the largest one."""
+    """Betas of the cosine schedule, at most 0.999, for indices divided by the largest index."""
     steps = len(u)
     share = ((torch.arange(steps + 1).to(u) / steps + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (1 - share[1:] / share[:-1]).clamp(max=0.999)
@@ -201,22 +201,22 @@ BETAS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "sigmoid": lambda u, first, last: first + (last - first) * (12 * u - 6).sigmoid(),
     "squaredcos_cap_v2": lambda u, first, last: _squaredcos(u),
 }
-"""Schedule -> betas at indices over the largest one, from the first to the last."""
+"""Schedule -> betas from the first to the last, for indices divided by the largest index."""
 
 
 @DENOISERS.register("iddpm")
 class IDDPMDenoiser(VPDenoiser):
-    """The network predicts eps, and variances that are left alone, told the nearest of the cosine schedule's levels.
+    """Preconditioning of iDDPM: the network predicts eps and ignored variances, conditioned on the nearest level.
 
         D(y; rho) = y - rho F(y / sqrt(1 + rho^2); M - 1 - arg min_j |u_j - rho|)
         u_M = 0,  u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar(j - 1) / abar(j), C_1),  abar(j) = sin^2(pi j / 2 M (C_2 + 1))
 
     Args:
-        network: As :class:`~diffaccel.denoiser.NetworkDenoiser`'s; its first C channels are read.
+        network: See :class:`~diffaccel.denoiser.NetworkDenoiser`; only the first C output channels are used.
         process: See :class:`~diffaccel.denoiser.NetworkDenoiser`.
-        steps: M, number of levels.
-        C_1: Least share of the signal's variance that a step leaves.
-        C_2: Offset that keeps the first steps from being tiny.
+        steps: Number of levels, M.
+        C_1: Minimum fraction of the signal's variance that a step preserves.
+        C_2: Offset that prevents very small first steps.
 
     References:
         Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672,
@@ -237,9 +237,9 @@ class IDDPMDenoiser(VPDenoiser):
         self.register_buffer("levels", levels, persistent=False)
 
     def noise_conditioning(self, t: Tensor) -> Tensor:
-        """Index of the nearest level, (B,)."""
+        """Return the index of the nearest level, (B,)."""
         return (self.process.ratio(t).to(self.levels)[:, None] - self.levels).abs().argmin(1)
 
     def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """Run the network once and leave its variances, (B, C, H, W)."""
+        """Run the network once, and return its output without variances, (B, C, H, W)."""
         return super().output(x_t, t, condition, augment)[:, : x_t.shape[1]]

@@ -1,7 +1,7 @@
-"""Folders of diffusers, read without diffusers: pipelines, what a training script leaves, or a network's folder alone.
+"""Folders in diffusers format: pipelines, outputs of the training script, or folders of a network.
 
-Two of UNet2DModel's layouts are networks that are built here: the skip / skip NCSN++ (``fourier``) and DDPM's
-(``positional``), with the options of diffusers' tutorials and training script.
+Two layouts of UNet2DModel are supported: the skip / skip NCSN++ (``fourier``) and DDPM's U-Net (``positional``), with
+the options of diffusers' tutorials and training script. The package diffusers is not required.
 """
 
 import json
@@ -22,22 +22,22 @@ from diffaccel.weights.pickles import open_file, refuse
 from diffaccel.weights.torchfile import Stored, read_torch
 
 MAX_JSON = 10_000_000
-"""Largest configuration or index, in bytes."""
+"""Maximum size of a configuration or index, in bytes."""
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULER = "scheduler_config.json"
 NETWORKS = {"ema": "unet_ema", "raw": "unet"}
-"""Weights -> their folder in a folder of training."""
+"""Weights -> folder in the output of the training script."""
 
 
 class Parts(NamedTuple):
-    """Where the parts of a checkpoint lie.
+    """Parts of a checkpoint.
 
     Attributes:
         network: Folder of configuration and weights.
-        config: The network's configuration.
-        weights: ``ema``, ``raw``, or ``file's`` where there is no choice.
-        scheduler: The scheduler's configuration, if there is one.
-        files: The weights.
+        config: Configuration of the network.
+        weights: ``ema``, ``raw``, or ``file's`` if there is no choice.
+        scheduler: Configuration of the scheduler, if there is one.
+        files: Files of the weights.
     """
 
     network: Path
@@ -51,11 +51,11 @@ def find_parts(path: Path, weights: str | None = None) -> Parts:
     """Find network, scheduler and weights of a folder.
 
     Args:
-        path: A pipeline, a checkpoint in it, or a network's folder; averaged weights go before others.
-        weights: ``ema`` or ``raw``, where the folder has both.
+        path: Folder of a pipeline, of a checkpoint in it, or of a network; averaged weights are preferred.
+        weights: ``ema`` or ``raw``, if the folder has both.
 
     Raises:
-        UsageError: The folder holds no network, or not the weights that are asked for.
+        UsageError: The folder contains no network, or not the requested weights.
     """
     there = {kind: path / name for kind, name in NETWORKS.items() if (path / name / "config.json").is_file()}
     if (path / "config.json").is_file():
@@ -83,10 +83,10 @@ def find_parts(path: Path, weights: str | None = None) -> Parts:
 
 
 def _choose(folder: Path, weights: str | None) -> tuple[str | None, list[Path]]:
-    """Choose a network's files: safetensors before .bin, and the main ones before a variant.
+    """Choose the files of a network, with safetensors preferred to .bin, and the main files to a variant.
 
     Returns:
-        ``ema`` or ``raw`` where the files' names tell it, and the files.
+        ``ema`` or ``raw``, None if the names of the files do not determine it, and the files.
     """
     found: dict[str, dict[str, Path]] = {}  # variant -> suffix -> file or index
     for file in sorted(folder.glob(f"{WEIGHTS}*")):
@@ -112,11 +112,11 @@ def _choose(folder: Path, weights: str | None) -> tuple[str | None, list[Path]]:
 _NAME = re.compile(
     rf"{WEIGHTS}(\.(?P<variant>\w+))?\.(?P<suffix>safetensors|bin)(\.index(\.(?P<of_index>\w+))?\.json)?"
 )
-"""Weights or their index, of a variant or none."""
+"""Name of weights or of their index, with or without a variant."""
 
 
 def _shards(file: Path) -> list[Path]:
-    """Files of an index, or the one file."""
+    """Files of an index, or the file itself."""
     if file.suffix != ".json":
         return [file]
     names = _read_json(file).get("weight_map")
@@ -131,7 +131,7 @@ class Diffusers(Format):
     """Folders of diffusers."""
 
     def recognises(self, file: File) -> bool:
-        """Any folder, or a file of weights in one of diffusers."""
+        """See :class:`Format`; recognises any folder, and weights in a folder of diffusers."""
         of_one = file.path.name.startswith(WEIGHTS) and (file.path.parent / "config.json").is_file()
         return file.path.is_dir() or of_one
 
@@ -139,12 +139,12 @@ class Diffusers(Format):
         """Read the configurations, and the names and shapes of the weights.
 
         Args:
-            file: The folder.
-            options: ``weights`` (``ema`` or ``raw``) where a folder has both; ``size`` of the images in pixels;
-                ``sigma_max`` of a network of the VE SDE, in units of its data.
+            file: Folder.
+            options: ``weights`` (``ema`` or ``raw``) if a folder has both; ``size`` of the images in pixels;
+                ``sigma_max`` of a network for the VE SDE, in units of its data.
 
         Raises:
-            UsageError: A file is missing, damaged or hostile, or the layout is none of the two.
+            UsageError: A file is missing, damaged or contains code, or the layout is not supported.
         """
         path, origin = file.path, str(file.path)
         if not path.is_dir():
@@ -170,7 +170,7 @@ class Diffusers(Format):
 
 
 def identity_files(path: Path, weights: str | None = None) -> tuple[Path, ...]:
-    """Files that a folder's checkpoint is made of; for ``weights`` see :func:`find_parts`."""
+    """Return the files of a folder's checkpoint; for ``weights`` see :func:`find_parts`."""
     return _identity(find_parts(path, weights))
 
 
@@ -179,7 +179,7 @@ def _identity(parts: Parts) -> tuple[Path, ...]:
 
 
 def read_weights(files: list[Path]) -> dict[str, Stored]:
-    """Name -> tensor, of all files."""
+    """Read the names and tensors of all files."""
     found: dict[str, Stored] = {}
     for file in files:
         new = _of_bin(file) if file.suffix == ".bin" else _of_safetensors(file)

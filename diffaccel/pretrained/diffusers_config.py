@@ -1,6 +1,6 @@
-"""Configurations of diffusers' UNet2DModel and of its schedulers, as our networks, denoisers and processes.
+"""Conversion of configurations of diffusers' UNet2DModel and schedulers to networks, denoisers and processes.
 
-Every key has the value that a layout of ours can have, or the folder is refused.
+A folder is refused if a key has a value that is not supported.
 """
 
 import math
@@ -67,19 +67,19 @@ _SIZES: dict[str, Any] = {  # with diffusers' defaults
     "time_embedding_type": "positional",
 }
 AVERAGE = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
-"""Keys that diffusers' EMAModel adds."""
+"""Keys of diffusers' EMAModel."""
 
 
 def read_config(config: Mapping[str, Any], size: int | None, origin: str) -> tuple[Node, tuple[int, int, int]]:
-    """Find our network's arguments and the image shape in a configuration of UNet2DModel.
+    """Convert a configuration of UNet2DModel to the arguments of a network and the image shape.
 
     Args:
-        config: Its keys.
-        size: Pixels of the images, where the user gives them.
-        origin: The file, for messages.
+        config: Configuration.
+        size: Size of the images in pixels, if given by the user.
+        origin: Name of the file, for messages.
 
     Raises:
-        UsageError: A key has a value that is not built here, or is not known.
+        UsageError: A key is unknown or has an unsupported value.
     """
     given = {**_SIZES, **config}
     layout = given["time_embedding_type"]
@@ -102,7 +102,7 @@ def read_config(config: Mapping[str, Any], size: int | None, origin: str) -> tup
 
 
 def _same(allowed: Any, value: Any) -> bool:
-    """Compare a value; numbers as such, so that 1 and 1.0 are one but not True."""
+    """Compare two values, where 1 equals 1.0 but not True."""
     if type(allowed) in (int, float) and type(value) in (int, float):
         return math.isclose(value, allowed, rel_tol=1e-4)
     return type(allowed) is type(value) and bool(allowed == value)
@@ -134,7 +134,7 @@ def _shape(given: Mapping[str, Any], size: int | None, origin: str) -> tuple[int
 
 
 def _blocks(given: Mapping[str, Any], rows: int, origin: str) -> Node:
-    """Widths, number of blocks and attention, of either layout."""
+    """Widths, number of blocks and attention of both layouts."""
     widths, blocks = given["block_out_channels"], _whole(given, "layers_per_block", origin)
     if not isinstance(widths, list) or not 0 < len(widths) <= 16:
         raise refuse(origin, f"block_out_channels is {short(widths)}, which is no list of numbers")
@@ -164,7 +164,7 @@ def _blocks(given: Mapping[str, Any], rows: int, origin: str) -> Node:
 
 
 def _ncsnpp(given: Mapping[str, Any], origin: str) -> Node:
-    """What is NCSN++'s own."""
+    """Arguments of NCSN++."""
     widths, down, up = given["block_out_channels"], given["down_block_types"], given["up_block_types"]
     if widths[0] < 128 or any(width % widths[0] for width in widths):
         raise refuse(origin, f"block_out_channels {widths[:8]} are no multiples of the first, or it is below 128")
@@ -174,7 +174,7 @@ def _ncsnpp(given: Mapping[str, Any], origin: str) -> Node:
 
 
 def _ddpm(given: Mapping[str, Any], origin: str) -> Node:
-    """What is DDPM's own; what DDPM's published networks have is left out."""
+    """Arguments of DDPM's U-Net that differ from those of the published networks."""
     film = given["resnet_time_scale_shift"] == "scale_shift"
     network: Node = {"name": "ddpm", "groups": _whole(given, "norm_num_groups", origin)}
     own: Node = {
@@ -206,23 +206,23 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def _check_class(scheduler: Mapping[str, Any], known: set[str], origin: str) -> None:
-    """Refuse a scheduler whose keys would mean something else."""
+    """Check that a scheduler is of a known class, whose keys have the same meaning."""
     name = scheduler.get("_class_name")
     if name is not None and (not isinstance(name, str) or name.removesuffix("Scheduler") not in known):
         raise refuse(origin, f"its scheduler is {short(name)}, which is none for this network")
 
 
 def read_ve(scheduler: Mapping[str, Any], unit: float, given: Any, origin: str) -> tuple[Node, Node]:
-    """Make denoiser and process of the VE SDE, for data whose range is 2 / ``unit`` wide.
+    """Create denoiser and process of the VE SDE.
 
     Args:
-        scheduler: The scheduler's keys.
-        unit: See above.
-        given: The largest level, where the user gives it.
-        origin: The file, for messages.
+        scheduler: Configuration of the scheduler.
+        unit: Width of [-1, 1] relative to the range of the data.
+        given: Highest level, if given by the user.
+        origin: Name of the file, for messages.
 
     Raises:
-        UsageError: The scheduler is another process's, or doesn't tell the levels.
+        UsageError: The scheduler is of another process, or does not determine the levels.
     """
     _check_class(scheduler, {"ScoreSdeVe"}, origin)
     high = given if given is not None else scheduler.get("sigma_max", 1348.0)
@@ -239,13 +239,13 @@ def read_ve(scheduler: Mapping[str, Any], unit: float, given: Any, origin: str) 
 
 
 def read_levels(scheduler: Mapping[str, Any], origin: str) -> Node:
-    """Make the denoiser of DDPM's discrete levels.
+    """Create the denoiser of DDPM's discrete levels.
 
     Raises:
-        UsageError: The scheduler is another process's, or has levels or outputs that are not built here.
+        UsageError: The scheduler is of another process, or has unsupported levels or outputs.
     """
     if not scheduler:
-        raise refuse(origin, "it has no scheduler_config.json, which tells the betas")
+        raise refuse(origin, "it has no scheduler_config.json with the betas")
     _check_class(scheduler, _LEVELS, origin)
     keys = {"prediction_type": "epsilon", "beta_schedule": "linear", "variance_type": "fixed_small"}
     prediction, schedule, variance = (scheduler.get(key, default) for key, default in keys.items())

@@ -1,4 +1,4 @@
-"""How diffusers names the tensors of the two networks of its UNet2DModel that are built here."""
+"""Names of the tensors of diffusers' UNet2DModel, for the two supported networks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,26 +14,26 @@ _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"
 
 
 def aliases(found: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Today's names for those of older revisions."""
+    """Replace names of older revisions by current ones."""
     named = {}
     for name, value in found.items():
         *front, last, end = name.split(".") if name.count(".") > 1 else ["", "", name]
         named[".".join([*front, _OLD.get(last, last), end]) if last else name] = value
-    older = named.pop("time_proj.W", None)  # some files hold it twice
+    older = named.pop("time_proj.W", None)  # some files contain the tensor twice
     if older is not None:
         named.setdefault("time_proj.weight", older)
     return named
 
 
 def shape_in(found: Mapping[str, Stored], entry: Entry) -> tuple[int, ...]:
-    """Shape that a tensor may have; attention's linear layers are 1x1 convolutions in some revisions."""
+    """Return the expected shape of a tensor; linear layers of attention are 1x1 convolutions in some revisions."""
     as_convolution = (*entry.shape, 1, 1)
     convolved = len(entry.shape) == 2 and entry.name in found and found[entry.name].shape == as_convolution
     return as_convolution if convolved else entry.shape
 
 
 def _pairs(name: str, own: str, module: Any) -> list[Entry]:
-    """Weight and bias."""
+    """Entries of weight and bias."""
     return [Entry(f"{name}.{end}", tuple(getattr(module, end).shape), f"{own}.{end}") for end in ("weight", "bias")]
 
 
@@ -58,7 +58,7 @@ def _attention(name: str, qkv: str, out: str, width: int, interleaved: bool) -> 
 
 
 def names_of_ncsnpp(network: nn.Module) -> list[Entry]:
-    """Tensors of a skip / skip NCSN++."""
+    """Return the entries of the tensors of a skip / skip NCSN++."""
     assert isinstance(network, NCSNpp)
     last = len(network.sizes) - 1
     entries = [Entry("time_proj.weight", tuple(network.map_noise.freqs.shape), "map_noise.freqs")]
@@ -96,7 +96,7 @@ def names_of_ncsnpp(network: nn.Module) -> list[Entry]:
 
 
 def names_of_ddpm(network: nn.Module) -> list[Entry]:
-    """Tensors of DDPM's U-Net."""
+    """Return the entries of the tensors of DDPM's U-Net."""
     assert isinstance(network, DDPMUNet)
     entries = _pairs("time_embedding.linear_1", "embed_time.layers.0", network.embed_time.layers[0])
     entries += _pairs("time_embedding.linear_2", "embed_time.layers.2", network.embed_time.layers[2])
@@ -119,7 +119,7 @@ def names_of_ddpm(network: nn.Module) -> list[Entry]:
     level = number = 0
     stage: Any
     for index, stage in enumerate(network.down):
-        # A resolution ends with its downsampling, which is a stage of its own.
+        # A resolution ends with its downsampling, which is a separate stage.
         for place, layer in enumerate(stage):
             add(layer, f"down.{index}.{place}", f"down_blocks.{level}", number)
         halves = isinstance(stage[0], Downsample)

@@ -1,6 +1,6 @@
-"""EDM's pickles: {ema, ...}, each module a recipe with its own source code, which is not looked at.
+"""Pickles of EDM: {ema, ...}, where each module is a record with its source code, which is ignored.
 
-A module's ``state`` is its ``__dict__``: parameters, buffers, children, and the arguments that it was made with.
+The ``state`` of a module is its ``__dict__``: parameters, buffers, children, and the arguments of its constructor.
 
 References:
     Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, authors' code
@@ -31,37 +31,37 @@ from diffaccel.weights.pickles import (
 from diffaccel.weights.torchfile import Storage, Stored, read_stream, torch_globals
 
 MAX_DEPTH, MAX_TENSORS = 16, 10_000
-"""Of the tree of modules; a pickle may share one child among many parents."""
+"""Limits of the tree of modules, because a pickle may share a child between many parents."""
 
 
 class Recipe(Attributed):
-    """Stands for a module: its class's name and its ``__dict__``."""
+    """Stand-in for a module, with the name of its class and its ``__dict__``."""
 
     def __init__(self, class_name: str = "container", state: Mapping[str, Any] | None = None) -> None:
         self.class_name, self.state = class_name, state or {}
 
     def set_state(self, state: Any) -> None:
-        """Take the ``__dict__`` of one of torch's containers."""
+        """Set the ``__dict__`` of a container of torch."""
         self.state = state
 
 
 class Dtype(Attributed):
-    """Stands for a dtype of NumPy: its code and byte order."""
+    """Stand-in for a dtype of NumPy, with its code and byte order."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code, self.order = str(code), "<"
 
     def set_state(self, state: Any) -> None:
-        """Take version, byte order and more."""
+        """Set the byte order."""
         self.order = state[1]
 
 
 def edm_globals(origin: str, spent: Iterator[int]) -> dict[tuple[str, str], Any]:
-    """Make stand-ins for the names that EDM's pickles hold.
+    """Create stand-ins for the names in EDM's pickles.
 
     Args:
-        origin: The file.
-        spent: Counts the operations of the pickle and of those in its storages.
+        origin: Name of the file, for messages.
+        spent: Counter of the operations of the pickle and of the pickles in its storages.
     """
     blobs: dict[int, bytes] = {}
 
@@ -104,21 +104,21 @@ def edm_globals(origin: str, spent: Iterator[int]) -> dict[tuple[str, str], Any]
 
 @FORMATS.register("edm")
 class EDM(Format):
-    """Pickles of EDM, of whatever file name."""
+    """Pickles of EDM, with any file name."""
 
     def recognises(self, file: File) -> bool:
-        """A pickle that is no file of torch.save."""
+        """See :class:`Format`; recognises pickles that are not files of torch.save."""
         return file.container == "pickle"
 
     def open(self, file: File, options: Mapping[str, Any]) -> Weights:
-        """Read modules as data, and take network and preconditioning from their arguments.
+        """Read modules as data, and infer network and preconditioning from their arguments.
 
         Args:
-            file: The file.
-            options: ``weights``, of which there are only averaged ones.
+            file: File.
+            options: ``weights``, which can only be ``ema``.
 
         Raises:
-            UsageError: The file is damaged or hostile, or its network is none that is built here.
+            UsageError: The file is damaged or contains code, or its network is not supported.
         """
         origin = f"checkpoint {file.path}"
         if options.get("weights", "ema") != "ema":
@@ -156,7 +156,7 @@ def _network(root: Recipe, origin: str) -> tuple[dict[str, Any], tuple[int, int,
 
 
 def _dict(state: Any, key: str, origin: str) -> Mapping[str, Any]:
-    """A mapping in a module's state; an empty one where there is none."""
+    """Mapping in the state of a module; empty if the key is missing."""
     value = state.get(key, {}) if isinstance(state, Mapping) else None
     if not isinstance(value, Mapping) or not all(type(name) is str for name in value):
         raise refuse(origin, f"a module's {key} is no mapping of names")
@@ -164,10 +164,10 @@ def _dict(state: Any, key: str, origin: str) -> Mapping[str, Any]:
 
 
 def state_of(root: Recipe, origin: str) -> dict[str, Stored]:
-    """Parameters, buffers and children of a module, under the names of a state dict.
+    """Collect the parameters and buffers of a module and its children, by the names of a state dict.
 
     Raises:
-        UsageError: Something else stands among them, or the tree is too deep or too large.
+        UsageError: The state contains other values, or the tree is too deep or too large.
     """
     found: dict[str, Stored] = {}
     modules = itertools.count()
@@ -195,7 +195,7 @@ def state_of(root: Recipe, origin: str) -> dict[str, Stored]:
 
 
 def _check_filters(found: dict[str, Stored], resample: str | None, origin: str) -> None:
-    """Compare the resampling filters that a file repeats in each layer with the network's, and drop them."""
+    """Compare the resampling filters in each layer of a file with those of the network, and remove them."""
     for name in [name for name in found if name.endswith(".resample_filter")]:
         kernel = found.pop(name)
         expected = resampling_kernel(resample or "box")
@@ -203,11 +203,11 @@ def _check_filters(found: dict[str, Stored], resample: str | None, origin: str) 
             raise refuse(origin, f"{name} is another filter than its network's")
 
 
-# What surrounds the network.
+# Preconditioning
 
 
 def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Denoiser and process of a wrapper class."""
+    """Denoiser and process of a preconditioning class."""
 
     def number(key: str, default: float) -> float:
         value = root.state.get(key, default)
@@ -231,7 +231,7 @@ def _preconditioning(root: Recipe, origin: str) -> tuple[dict[str, Any], dict[st
         steps, c_1, c_2 = number("M", 1000), number("C_1", 0.001), number("C_2", 0.008)
         if not (1 <= steps <= 10_000 and 0 < c_1 < 1 and 0 <= c_2 < 1):  # NaN too
             raise refuse(origin, f"its schedule has M = {steps:g}, C_1 = {c_1:g}, C_2 = {c_2:g}, which is none")
-        process = {"name": "edm", "sigma_max": 80.0}  # where EDM starts it, far below its own
+        process = {"name": "edm", "sigma_max": 80.0}  # EDM's start, far below the highest level
         return {"name": "iddpm", "steps": int(steps), "C_1": c_1, "C_2": c_2}, process
     known = "EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond"
     raise refuse(origin, f"its preconditioning is {root.class_name[:40]}, known are {known}")

@@ -1,4 +1,4 @@
-"""Networks of EDM's pickles: their arguments and their tensors' names, as ours."""
+"""Conversion of arguments and tensor names of the networks in EDM's pickles."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from diffaccel.pretrained.checkpoint import Entry
 from diffaccel.weights.pickles import refuse, short
 
 Network = tuple[dict[str, Any], tuple[int, int, int]]
-"""A network's node as an experiment has it, and the image shape."""
+"""Network as in an experiment, and image shape."""
 
 
 def _complete(name: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Give what a file leaves out its class's default.
+    """Add the defaults of missing arguments.
 
     Raises:
-        UsageError: The file has an argument that is not known, or of another kind.
+        UsageError: An argument is unknown or has another type.
     """
     given = {**defaults, **arguments}
     for key, value in given.items():
@@ -28,7 +28,7 @@ def _complete(name: str, arguments: Mapping[str, Any], defaults: Mapping[str, An
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether of the default's kind, and no larger than an argument can be."""
+    """Whether a value has the type of the default and a plausible size."""
     if isinstance(default, list):
         return isinstance(value, list | tuple) and len(value) <= 16 and all(_alike(entry, 0) for entry in value)
     if isinstance(default, str):
@@ -38,15 +38,15 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def _null_class(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether a conditional network has a null class: only if its training left labels out."""
+    """Whether a conditional network has a null class, which requires that labels were dropped in training."""
     return {"null_class": given["label_dropout"] > 0} if given["label_dim"] else {}
 
 
-# SongUNet: NCSN++ and DDPM++; its tensors' names are ours.
+# SongUNet: NCSN++ and DDPM++, with the same tensor names as in diffaccel.
 
 
 def _song_unet(arguments: Mapping[str, Any], origin: str) -> Network:
-    """Read SongUNet's arguments."""
+    """Convert the arguments of SongUNet."""
     given = _complete("SongUNet", arguments, _SONG_DEFAULTS, origin)
     filters = {taps: name for name, taps in TAPS.items()}
     taps, channels, pixels = tuple(given["resample_filter"]), given["in_channels"], given["img_resolution"]
@@ -99,7 +99,7 @@ _SONG_DEFAULTS: dict[str, Any] = {
 
 
 def _dhariwal_unet(arguments: Mapping[str, Any], origin: str) -> Network:
-    """Read DhariwalUNet's arguments; it has twice the channels out if it predicts variances too."""
+    """Convert the arguments of DhariwalUNet, which has twice the output channels if it predicts variances."""
     given = _complete("DhariwalUNet", arguments, _DHARIWAL_DEFAULTS, origin)
     channels, pixels, outputs = given["in_channels"], given["img_resolution"], given["out_channels"]
     if given["channel_mult_emb"] != 4 or outputs not in (channels, 2 * channels):
@@ -142,7 +142,7 @@ def _dhariwal_listing(network: nn.Module) -> list[Entry]:
     for name, module in modules.items():
         for kind in ("weight", "bias"):
             if (tensor := own.get(f"{module}.{kind}")) is not None:
-                label = name == "map_label"  # a matrix on one-hot labels there, a table here
+                label = name == "map_label"  # a matrix for one-hot labels in the file, a table in diffaccel
                 shape = tuple(tensor.T.shape) if label else tuple(tensor.shape)
                 entries.append(Entry(f"{name}.{kind}", shape, f"{module}.{kind}", transposed=label))
     return entries
@@ -185,4 +185,4 @@ NETWORKS: dict[str, tuple[Callable[[Mapping[str, Any], str], Network], Callable[
     "SongUNet": (_song_unet, _song_listing),
     "DhariwalUNet": (_dhariwal_unet, _dhariwal_listing),
 }
-"""Network classes of EDM's files -> how their arguments and their tensors' names become ours."""
+"""Network class of EDM's files -> functions that convert its arguments and its tensor names."""

@@ -1,7 +1,7 @@
 """Checkpoints of score_sde_pytorch: {optimizer, model, ema, step}.
 
-``model`` names its modules by their number in order of construction; ``ema`` lists the trained ones of its tensors
-without names, in the same order. Networks of the VE SDE see data in [0, 1], those of the VP SDE in [-1, 1].
+``model`` contains modules by number in the order of construction; ``ema`` lists the trained tensors in the same order,
+without names. Data are in [0, 1] for networks of the VE SDE, and in [-1, 1] for those of the VP SDE.
 
 References:
     Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, PyTorch code
@@ -31,7 +31,7 @@ Options = Mapping[str, Any]
 
 
 def listing(network: NCSNpp) -> list[Entry]:
-    """Tensors of a network as score_sde_pytorch names and orders them, but for ``sigmas``."""
+    """Return the entries of a network's tensors in score_sde_pytorch's order, except for ``sigmas``."""
     entries = []
     for index, (kind, prefix, module) in enumerate(_modules(network)):
         entries += [entry._replace(name=f"all_modules.{index}.{entry.name}") for entry in _KINDS[kind](prefix, module)]
@@ -39,7 +39,7 @@ def listing(network: NCSNpp) -> list[Entry]:
 
 
 def _modules(network: NCSNpp) -> Iterator[tuple[str, str, nn.Module]]:
-    """Kind, our prefix and module, in its order of construction; a block's attention is a module of its own there."""
+    """Yield kind, prefix and module in the order of score_sde_pytorch, where attention is a separate module."""
     if isinstance(network.map_noise, Fourier):
         yield "fourier", "map_noise", network.map_noise
     for name in ("map_layer0", "map_layer1"):
@@ -57,7 +57,7 @@ def _modules(network: NCSNpp) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def _pairs(name: str, own: str, module: Any) -> list[Entry]:
-    """Weight and bias."""
+    """Entries of weight and bias."""
     return [Entry(f"{name}{end}", tuple(getattr(module, end).shape), f"{own}.{end}") for end in ("weight", "bias")]
 
 
@@ -71,7 +71,7 @@ def _attention(prefix: str, block: Any) -> list[Entry]:
     width = block.proj.weight.shape[0]
     entries = _pairs("GroupNorm_0.", f"{prefix}.norm2", block.norm2)
     for j in range(4):
-        # q, k and v take turns channel by channel in ours.
+        # In diffaccel's network, q, k and v are interleaved by channel.
         own, rows = (f"{prefix}.qkv", slice(j, None, 3)) if j < 3 else (f"{prefix}.proj", None)
         entries.append(Entry(f"NIN_{j}.W", (width, width), f"{own}.weight", rows, transposed=True))
         entries.append(Entry(f"NIN_{j}.b", (width,), f"{own}.bias", rows))
@@ -90,10 +90,10 @@ _KINDS: dict[str, Any] = {
 
 @FORMATS.register("score_sde_pytorch")
 class ScoreSDE(Format):
-    """Checkpoints of score_sde_pytorch, of whatever file name."""
+    """Checkpoints of score_sde_pytorch, with any file name."""
 
     def recognises(self, file: File) -> bool:
-        """A mapping with ``model`` or ``ema``."""
+        """See :class:`Format`; recognises mappings with ``model`` or ``ema``."""
         content = file.archive
         return isinstance(content, dict) and "diffaccel" not in content and not content.keys().isdisjoint(_KEYS)
 
@@ -101,12 +101,12 @@ class ScoreSDE(Format):
         """Infer network and preconditioning from names and shapes.
 
         Args:
-            file: The file.
+            file: File.
             options: ``weights`` (``ema`` or ``raw``), ``size`` of the images in pixels, ``sigma_max`` of a VE network
-                in its own units; each may be missing.
+                in units of its data; each is optional.
 
         Raises:
-            UsageError: The file is damaged or hostile, or its layout is none of the continuous NCSN++ and DDPM++.
+            UsageError: The file is damaged or contains code, or is not a continuous NCSN++ or DDPM++.
         """
         origin = str(file.path)
         model, shadow = _parts(file.archive, origin)
@@ -129,7 +129,7 @@ _KEYS = ("model", "ema")
 
 
 def _parts(content: Any, origin: str) -> tuple[dict[str, Stored], list[Any]]:
-    """Tensors of ``model``, and ``ema``'s list."""
+    """Tensors of ``model``, and the list of ``ema``."""
     model = content.get("model") if isinstance(content, dict) else None
     ema = content.get("ema") if isinstance(content, dict) else None
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
@@ -142,7 +142,7 @@ def _parts(content: Any, origin: str) -> tuple[dict[str, Stored], list[Any]]:
 
 
 def _averaged(model: Mapping[str, Stored], shadow: list[Any], origin: str) -> dict[str, Stored]:
-    """Name the averages: all tensors in order but the frequencies, which are not trained."""
+    """Add names to the averages, which are all tensors in order except for the frequencies, which are not trained."""
     names = [name for name in model if name != "all_modules.0.W"]
     shapes = [model[name].shape for name in names], [value.shape for value in shadow]
     if shapes[0] != shapes[1]:
@@ -158,9 +158,9 @@ def _vp() -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def _ve(sigmas: Stored | None, sigma_max: Any, origin: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Range of the levels: the ends of ``sigmas``, doubled, as the data's range is."""
+    """Process, denoiser and units of the VE SDE, with levels doubled like the range of the data."""
     if sigmas is None and sigma_max is None:
-        raise refuse(origin, "it doesn't tell the largest noise level: give sigma_max=, in units of [0, 1]")
+        raise refuse(origin, "it does not contain the highest noise level: give sigma_max=, in units of [0, 1]")
     ends = [float(sigma_max), 0.01] if sigmas is None else sigmas.load().double()[[0, -1]].tolist()
     high, low = 2 * float(f"{sigma_max or ends[0]:.6g}"), 2 * float(f"{ends[1]:.6g}")
     if not 0 < low < high < 1e5:
@@ -170,11 +170,11 @@ def _ve(sigmas: Stored | None, sigma_max: Any, origin: str) -> tuple[dict[str, A
     return {"name": "ve", **levels}, denoiser, "[0, 1] in the file: noise levels doubled, once"
 
 
-# The layout, from names and shapes.
+# Layout from names and shapes
 
 
 class Module(NamedTuple):
-    """A numbered module: its kind, channels in and out, and whether it has a 1x1 skip."""
+    """Numbered module: kind, input and output channels, and whether it has a 1x1 skip convolution."""
 
     kind: str
     width_in: int
@@ -185,10 +185,10 @@ class Module(NamedTuple):
 def infer_layout(
     model: Mapping[str, Stored], origin: str, size: int | None
 ) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Find the arguments of :class:`~diffaccel.nn.ncsnpp.NCSNpp`, and the images' shape.
+    """Infer the arguments of :class:`~diffaccel.nn.ncsnpp.NCSNpp` and the image shape.
 
     Raises:
-        UsageError: No layout of the network begins like that.
+        UsageError: The layout is not supported.
     """
     modules = [_module(index, group, origin) for index, group in enumerate(_groups(model, origin))]
     kinds = "".join(module.kind for module in modules)
@@ -223,7 +223,7 @@ def infer_layout(
 
 
 def _groups(model: Mapping[str, Stored], origin: str) -> list[dict[str, Stored]]:
-    """Tensors of each numbered module, by the rest of their names."""
+    """Tensors of each numbered module, by the remaining parts of their names."""
     groups: dict[int, dict[str, Stored]] = {}
     for name, value in model.items():
         match = re.fullmatch(r"all_modules\.(\d{1,4})\.(\w+(?:\.\w+)?)", name)
@@ -236,7 +236,7 @@ def _groups(model: Mapping[str, Stored], origin: str) -> list[dict[str, Stored]]
 
 
 def _module(index: int, group: Mapping[str, Stored], origin: str) -> Module:
-    """Say of what kind a module is."""
+    """Infer the kind of a module."""
 
     def ends(name: str) -> tuple[int, int]:
         return group[name].shape[1], group[name].shape[0]
@@ -257,7 +257,7 @@ def _module(index: int, group: Mapping[str, Stored], origin: str) -> Module:
 
 
 def _levels(modules: list[Module], origin: str) -> list[tuple[int, int, bool, str]]:
-    """Width, blocks, attention and the kind that follows the way down, of each resolution of the encoder."""
+    """Width, number of blocks, attention, and kind of the module after downsampling, for each encoder resolution."""
     kinds = "".join(module.kind for module in modules)
     levels: list[tuple[int, int, bool, str]] = []
     at = 0
@@ -282,5 +282,5 @@ def _levels(modules: list[Module], origin: str) -> list[tuple[int, int, bool, st
 
 
 def _halves(module: Module) -> bool:
-    """A block of equal widths that has a skip convolution all the same resamples."""
+    """Whether a block resamples, which requires a skip convolution even for equal widths."""
     return module.kind == "R" and module.skip and module.width_in == module.width

@@ -75,8 +75,7 @@ def _check_interactive(config: Config, tasks: int) -> None:
     if tasks != config.devices:
         say(
             f"interactive SLURM job: devices={config.devices} processes are started, independent of the {tasks} tasks "
-            "of "
-            "the allocation"
+            "of the allocation"
         )
 
 

@@ -11,20 +11,20 @@ from diffaccel.sampling.settings import Setting, Tweedie
 
 
 def check_part(key: str, part: object, kind: type) -> None:
-    """Refuse what is neither a part of this kind, nor its name, nor its name and keys.
+    """Check that an argument is a part, a name, or a name and keys.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The argument has another type.
     """
     if part is not None and not isinstance(part, kind | str | Mapping):
-        raise UsageError(f"{key}: {part!r:.80} is no {key}: give a name, a mapping with a name, or a {kind.__name__}")
+        raise UsageError(f"{key}: {part!r:.80} is not a {key}: give a name, a mapping, or a {kind.__name__}")
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return an image shape as three integers.
+    """Check an image shape and return it as three integers.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The shape is invalid.
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -34,10 +34,10 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def check_settings(by_nfe: object, tweedie: object, kind: object) -> None:
-    """Refuse settings of other types than a sampler's.
+    """Check the types of a sampler's settings.
 
     Raises:
-        UsageError: One is.
+        UsageError: A setting has another type.
     """
     entries = by_nfe.items() if isinstance(by_nfe, Mapping) else [(by_nfe, None)]
     for budget, setting in entries if by_nfe is not None else ():
@@ -49,10 +49,10 @@ def check_settings(by_nfe: object, tweedie: object, kind: object) -> None:
 
 
 def build_prior(part: Part, denoiser: Denoiser, shape: tuple[int, int, int]) -> Prior:
-    """Build a prior that needs nothing but a denoiser; the Gaussian one if none is named.
+    """Build a prior that requires only a denoiser, by default the Gaussian prior.
 
     Raises:
-        UsageError: An unknown name or key, or a prior that reads noise levels or has weights of its own.
+        UsageError: A name or key is unknown, or the prior requires a posterior or weights.
     """
     node = PRIORS.normal(part or "gaussian")
     name = node.get("name") if isinstance(node, Mapping) else None

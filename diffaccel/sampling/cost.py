@@ -37,10 +37,10 @@ class Spent:
 
     Attributes:
         n: Number of images.
-        nfe: Network evaluations per image, burn-in included.
-        nfe_burn_in: The part of them spent in burn-in.
-        evaluations: Evaluations by network, of all images.
-        gflops_per_image: FLOPs of all networks, auxiliary ones included, in 10^9.
+        nfe: Network evaluations per image, including burn-in.
+        nfe_burn_in: Burn-in evaluations per image.
+        evaluations: Total number of evaluations by network.
+        gflops_per_image: FLOPs of all networks, including auxiliary ones, in 10^9.
         seconds_per_image: Wall-clock time of prior and solver.
     """
 

@@ -30,7 +30,7 @@ from diffaccel.weights import tensors_sha256
 
 
 class Sampler:
-    """Makes images from a denoiser, a prior and a solver.
+    """Sampler of images from a denoiser, a prior and a solver.
 
     Args:
         model: Denoiser, or :class:`Model`, whose experiment has the defaults of the other arguments.
@@ -86,7 +86,7 @@ class Sampler:
         if isinstance(model, Model):
             vars(self).update(vars(_derived(model, prior, solver)))
             if shape is not None and checked_shape(shape) != self.shape:
-                raise UsageError(f"Sampler: shape={shape}, and {model.name} makes images of {self.shape}: leave it out")
+                raise UsageError(f"Sampler: shape={shape}, but {model.name} makes images of {self.shape}: leave it out")
         else:
             self._assemble(model, prior, solver, shape)
         self.by_nfe = self.by_nfe if by_nfe is None else dict(by_nfe)
@@ -98,7 +98,7 @@ class Sampler:
     def _assemble(
         self, model: Denoiser, prior: Prior | Part, solver: Solver | Part, shape: tuple[int, int, int] | None
     ) -> None:
-        """Put parts together, with default settings.
+        """Set the parts, with default settings.
 
         Raises:
             UsageError: See the class.

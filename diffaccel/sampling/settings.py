@@ -1,4 +1,4 @@
-"""What samples at a budget, and the step after it."""
+"""Settings of a sampler: prior and solver by budget, and the last denoising step."""
 
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Tweedie:
-    """One more denoising step after the solver, x + e^2 score(x, e).
+    """Additional denoising step after the solver, x + e^2 score(x, e).
 
     Attributes:
         ratio: Noise-to-data ratio e of the step.

@@ -112,8 +112,7 @@ class OdePair(Objective):
         if prior.kind != "separate" or not 0 < 2 * prior.ratio_made <= prior.ratio_init:
             raise UsageError(
                 "objective 'ode_pair' integrates from ratio_init to ratio_star: set prior.generator=separate, a "
-                "positive "
-                "ratio_star, and ratio_init to at least twice ratio_star"
+                "positive ratio_star, and ratio_init to at least twice ratio_star"
             )
         self.classes: int = getattr(denoiser.network, "classes", 0)
         if self.pairs is not None:

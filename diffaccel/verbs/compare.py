@@ -137,9 +137,7 @@ def _check(lines: Sequence[tuple[Path, Point]]) -> None:
                 f"{folder}: {kind} {value if key == 'name' else value[:8]}" for value, folder in found.items()
             )
             raise UsageError(
-                f"the points are not comparable, because they were scored differently ({said}): bench them with the "
-                "same "
-                "extractor and reference"
+                f"the points were scored differently ({said}): bench them with the same extractor and reference"
             )
 
 

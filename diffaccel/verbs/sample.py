@@ -105,8 +105,7 @@ class ImageWriter:
         if said.get("key") != self._key(budget) and not self.config.again:
             raise UsageError(
                 f"{folder} contains {said.get('n')} images of seed {said.get('seed')}, made with other settings (see "
-                "its "
-                f"{DESCRIPTION}): set again=true to replace them, or choose another out="
+                f"its {DESCRIPTION}): set again=true to replace them, or choose another out="
             )
         if not self.config.again and (lacking := self.config.n - _count(folder, said)):
             raise UsageError(f"{folder} lacks {lacking} of its images: set again=true to make them again")
