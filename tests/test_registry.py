@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from diffaccel.errors import UsageError, suggest
-from diffaccel.parts import registry as module
+from diffaccel.parts import plugins as module
 from diffaccel.parts.catalogue import CATALOGUE
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path, is_text

@@ -4,7 +4,7 @@ The tensors have the names of EDM's files, which can therefore be loaded without
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -373,7 +373,7 @@ class NCSNpp(nn.Module):
 
 
 def _check(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     width: int,
     multipliers: list[int],
     blocks: int,

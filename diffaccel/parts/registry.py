@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from importlib.metadata import EntryPoint
 from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar, cast
 
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import check_annotated, conform
 from diffaccel.parts.overrides import as_plain, refuse_references
+from diffaccel.parts.plugins import installed, origin
 from diffaccel.parts.schema import options, schema_of, suggest_key
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole
@@ -115,40 +116,28 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             if plugin.name in own:
                 continue  # reported by ``build`` when the name is used
             if others:
-                self._broken[_origin(plugin)] = f"{_origin(others[0])} has the same name: uninstall one"
+                self._broken[origin(plugin)] = f"{origin(others[0])} has the same name: uninstall one"
                 continue
             try:
                 factory = plugin.load()
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # an import may raise anything
-                self._broken[_origin(plugin)] = f"it can't be imported ({printable(repr(error)):.200})"
+                self._broken[origin(plugin)] = f"it can't be imported ({printable(repr(error)):.200})"
                 continue
             if callable(factory) or plugin.name in self._factories:  # importing a module registers its parts
                 self._factories.setdefault(plugin.name, factory)
-                self._origins[plugin.name] = _origin(plugin)
+                self._origins[plugin.name] = origin(plugin)
             else:
                 reason = f"it is not a class or function, and registers no {self.kind} {plugin.name!r}"
-                self._broken[_origin(plugin)] = reason
+                self._broken[origin(plugin)] = reason
 
     def _plugins(self) -> list[EntryPoint]:
         """Entry points of the group, read once; packages with unreadable entry points are noted."""
         if self._installed is None:
-            try:
-                found = list(entry_points(group=self.group))
-            except Exception:  # the metadata of a package are broken, so that packages are read one by one
-                found = [plugin for package in distributions() for plugin in self._entry_points(package)]
-            # A package in two places of the path is counted once.
-            self._installed = list({(plugin.name, _origin(plugin)): plugin for plugin in found}.values())
+            self._installed, broken = installed(self.group)
+            self._broken |= broken
         return self._installed
-
-    def _entry_points(self, package: Distribution) -> list[EntryPoint]:
-        try:
-            return [plugin for plugin in package.entry_points if plugin.group == self.group]
-        except Exception as error:
-            reason = f"its entry points can't be read ({printable(repr(error)):.200})"
-            self._broken[f"package {package.metadata['Name']!r}"] = reason
-            return []
 
     def __getitem__(self, name: str) -> Callable[..., T]:
         if name not in self:
@@ -294,7 +283,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         self._said.add(name)
         for plugin in self._plugins():
             if plugin.name == name:
-                said = f"{_origin(plugin)} is ignored, because there is another {self.kind} {name!r}: rename the plugin"
+                said = f"{origin(plugin)} is ignored, because there is another {self.kind} {name!r}: rename the plugin"
                 PlainConsole(stderr=True, soft_wrap=True).print(said)
 
     def complete(self, node: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,10 +380,3 @@ def _built(annotation: Any) -> Registry[Any] | None:
     """Registry of a parameter that is a built part, not its mapping."""
     own = (_REGISTRIES.get(one) for one in options(annotation) if isinstance(one, type))
     return next((registry for registry in own if registry is not None), None)
-
-
-def _origin(plugin: EntryPoint) -> str:
-    """Name of a plugin with its package, for messages."""
-    package = getattr(getattr(plugin, "dist", None), "name", None)
-    said = f"plugin {plugin.name!r} ({getattr(plugin, 'value', '?')})"
-    return printable(f"{said} of package {package!r}" if package else said)
