@@ -447,9 +447,8 @@ def test_points_that_were_scored_otherwise_are_refused(
     ):
         folder = edited(runs["first"], tmp_path / key, **{key: changes[key]})
         error = refused(runs["first"], folder, f"out={tmp_path / 'out'}")
-        assert all(
-            word in error for word in [*said, str(runs["first"]), str(folder), "the same extractor and reference"]
-        ), error
+        words = [*said, str(runs["first"]), str(folder), "the same extractor and reference"]
+        assert all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
 
 

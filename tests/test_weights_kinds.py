@@ -215,7 +215,7 @@ def test_only_a_generator_belongs_to_the_denoiser_that_it_was_trained_over(kind:
     with pytest.raises(UsageError) as caught:
         reader(other)
     said = str(caught.value)
-    assert f"trained over the denoiser {'f' * 16}," in said and own[:16] in said and "\n" not in said
+    assert f"trained with the denoiser {'f' * 16}," in said and own[:16] in said and "\n" not in said
     PLACES["prior.init of a generator"][1](other)  # a fit may begin with it
 
 

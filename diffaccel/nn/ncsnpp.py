@@ -4,7 +4,7 @@ The tensors have the names of EDM's files, which can therefore be loaded without
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -197,8 +197,7 @@ class NCSNpp(nn.Module):
             and with guidance.
 
     Raises:
-        UsageError: An unknown layout, no layers, widths that can't be divided into groups, or an image that can't be
-            halved once per resolution.
+        UsageError: An unknown layout, no layers, or an image or widths that can't be divided.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix H
@@ -396,8 +395,6 @@ def _check(
             f"network 'ncsnpp': images of {rows}x{columns} can't be halved {halvings} times: use fewer multipliers"
         )
     resolutions = [rows // 2**level for level in range(len(multipliers))]
-    if unknown := [resolution for resolution in attention if resolution not in resolutions]:
-        raise UsageError(
-            f"network 'ncsnpp' has no resolution {unknown[0]} for attention: set network.attention to some of "
-            f"{resolutions}, or to [] for attention in the middle only"
-        )
+    if unknown := set(attention) - set(resolutions):
+        raise UsageError(f"network 'ncsnpp' has no resolution {min(unknown)} for attention: set network.attention to "
+                         f"some of {resolutions}, or to [] for attention in the middle only")  # fmt: skip

@@ -56,10 +56,10 @@ def build_prior(part: Part, denoiser: Denoiser, shape: tuple[int, int, int]) -> 
     """
     node = PRIORS.normal(part or "gaussian")
     name = node.get("name") if isinstance(node, Mapping) else None
-    remedy = "give it as an object, or da.load an experiment that has it"
+    remedy = "give the prior as an object, or da.load an experiment with this prior"
     if isinstance(name, str) and "posterior" in PRIORS.required(name):
-        raise UsageError(f"prior {name!r} reads noise levels, which takes more than a denoiser: {remedy}")
+        raise UsageError(f"prior {name!r} requires a posterior, which a denoiser does not have: {remedy}")
     prior = PRIORS.build(node, denoiser=denoiser, shape=shape)
     if prior.networks():
-        raise UsageError(f"prior {name!r} has a network of its own, whose weights a name doesn't bring: {remedy}")
+        raise UsageError(f"prior {name!r} has a network of its own, whose weights are not loaded by its name: {remedy}")
     return prior
