@@ -127,7 +127,7 @@ def test_shipped_headers_say_kind_and_shape():
         ("cifar10_small/edm", ["data=folder", "data.path=MINE"], "statistics of 'CIFAR-10'.*are 'MINE'"),
         ("cifar10_small/edm", ["data.path=dogs.npz"], "statistics of 'CIFAR-10'.*are 'dogs.npz'"),
         ("digits/edm", ["data=npz", "data.path=mine.npz"], "statistics of 'digits 8x8'.*are 'mine.npz'"),
-        ("digits/edm", [f"reference={CIFAR / 'reference.npz'}"], "made with the extractor cifar10"),
+        ("digits/edm", [f"reference={CIFAR / 'reference.npz'}"], "computed with the extractor cifar10"),
     ],
 )
 def test_other_data_than_the_reference_s_are_refused(experiment: str, words: list[str], message: str):

@@ -121,7 +121,7 @@ def test_likelihoods_go_on_from_the_last_batch(mixture: Path, tmp_path: Path, mo
 
 def test_a_prior_without_density_has_no_likelihood(tmp_path: Path, capsys):
     assert main(["bench", "toy/dlg", "logger=none", "likelihood=true", f"out={tmp_path}"]) == 2
-    assert "there is no likelihood" in capsys.readouterr().err.replace("\n", " ")
+    assert "excludes a likelihood" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsys):
@@ -214,7 +214,7 @@ def test_a_trade_off_is_not_replaced_unasked(mixture: Path, tmp_path: Path, caps
     assert main(["tradeoff", "toy/small_t", *words, "logger=none"]) == 0
     before = (tmp_path / "tradeoff.csv").read_text()
     assert main(["tradeoff", "toy/small_t", *words, "seed=1"]) == 2
-    assert "tradeoff.csv exists: again=true" in capsys.readouterr().err
+    assert "tradeoff.csv exists: set again=true" in capsys.readouterr().err
     assert (tmp_path / "tradeoff.csv").read_text() == before
     assert main(["tradeoff", "toy/small_t", *words, "seed=1", "again=true"]) == 0
     assert (tmp_path / "tradeoff.csv").read_text() != before

@@ -449,7 +449,7 @@ def test_an_unfrozen_denoiser_is_trained_up_to_the_start_alone():
     assert model.ratio_range[1] == 80, "a frozen one is what it is"
     assemble(TruncatedDiffusion, model, prior, solver, LogNormal(), Training(), (1, 8, 8), critic=critic)
     assert model.ratio_range[1] == 1
-    with pytest.raises(UsageError, match="ratio_star 2 is none"):
+    with pytest.raises(UsageError, match="ratio_star 2 is outside the denoiser's range"):
         assemble(
             TruncatedDiffusion,
             model,
