@@ -21,7 +21,7 @@ from typing_extensions import override
 from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Stopwatch, clock, compare, show
 from diffaccel import experiment
-from diffaccel.__main__ import _quiet
+from diffaccel.verbs.run import quiet
 from diffaccel.config import Config, load
 from diffaccel.run import launch
 from diffaccel.training.ema import EMA
@@ -100,7 +100,7 @@ def bare_loop(images: Tensor) -> float:
 def main(repeats: int = 9) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    _quiet()
+    quiet()
     images = torch.randint(256, (2048, *SHAPE), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder, "images.npz"), images=images.permute(0, 2, 3, 1).numpy())
