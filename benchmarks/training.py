@@ -21,10 +21,10 @@ from typing_extensions import override
 from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Stopwatch, clock, compare, show
 from diffaccel import experiment
-from diffaccel.verbs.run import quiet
 from diffaccel.config import Config, load
 from diffaccel.run import launch
 from diffaccel.training.ema import EMA
+from diffaccel.verbs.run import quiet
 
 BATCH, STEPS, LIMIT = 64, 10, 1.05
 EXPERIMENT = """\

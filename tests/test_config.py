@@ -349,3 +349,12 @@ def test_an_unknown_experiment_is_answered_with_the_nearest():
         load("toy/emd")
     with pytest.raises(UsageError, match=r"method=NAME data=NAME"):
         load(None, ["data=toy"])
+
+
+@pytest.mark.parametrize("label", ["edm", "ddpm"])
+def test_a_file_of_version_0_1_keeps_its_name(label: str, tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(f"method: {label}\ndata: toy\nshape: [2, 1, 1]\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\n")
+    config = load(str(tmp_path / "own.yaml"))
+    assert config.method == {"label": label, "name": "diffusion"} and config.method_name == label
+    assert "label" not in load(str(tmp_path / "own.yaml"), ["method=dlg"]).method

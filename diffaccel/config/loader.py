@@ -19,6 +19,7 @@ from yaml import YAMLError  # OmegaConf's parser
 from diffaccel.config.keys import check_parts, holds_path, holds_text, map_paths, name_parts
 from diffaccel.config.schema import PRECISIONS, TUNABLE, Config
 from diffaccel.errors import UsageError, suggest
+from diffaccel.methods.registry import FORMER
 from diffaccel.parts import overrides
 from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
@@ -148,6 +149,7 @@ def read(
     own = merge({}, {str(key): value for key, value in tree.items()})
     _drop_training(own, trains)
     name_parts(own)
+    _rename_method(own)
     refuse_references(own, file, given)
     base = own.pop("base", None)
 
@@ -165,6 +167,13 @@ def read(
     below = read(parent, (*above, file.resolve()), given, trains)
     map_paths(own, resolve, below)
     return merge(below, own)
+
+
+def _rename_method(own: dict[str, Any]) -> None:
+    """Replace, in place, what a file of version 0.1 calls a method and is an experiment."""
+    method = own.get("method")
+    if isinstance(method, dict) and method.get("name") in FORMER:
+        own["method"] = {"label": method["name"], **method, "name": "diffusion"}
 
 
 def _drop_training(tree: dict[str, Any], trains: bool) -> None:

@@ -13,3 +13,6 @@ METHODS: Registry[Any] = Registry(
     ],
     extra={"label": str | None, "metric": str | None},
 )
+
+FORMER = ("edm", "edm_best", "ddpm")
+"""Experiments that files of version 0.1 call methods: the method ``diffusion``, with that label."""
