@@ -28,11 +28,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str | None:
-    """Return the commit of the running checkout, with ``+`` if it has changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """Return the commit of the running checkout, with ``+`` if it has changes; None outside a checkout.
+
+    Args:
+        file: Source file of the package. A package that is installed inside another project's repository is not
+            tracked there, and the commit of that repository says nothing of the package.
+    """
+    git = ["git", "-C", str(file.parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
+        described = [*git, "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
 
