@@ -19,9 +19,10 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, measure, reference, sample, search, tradeoff
+    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, search, tradeoff
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
+    from diffaccel.evaluation.measure import measure
     from diffaccel.prior import Prior
     from diffaccel.process import Process
     from diffaccel.sampling import Model, Sampler
@@ -48,7 +49,7 @@ __all__ = [
     "tradeoff",
 ]
 
-_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "measure", "reference", "sample", "search", "tradeoff")
+_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "search", "tradeoff")
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -60,6 +61,7 @@ __getattr__, __dir__ = lazy(
         "Sampler": "diffaccel.sampling",
         "Solver": "diffaccel.solver",
         "UsageError": "diffaccel.errors",
+        "measure": "diffaccel.evaluation.measure",
         **dict.fromkeys(_FUNCTIONS, "diffaccel.api"),
     },
 )

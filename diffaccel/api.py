@@ -1,4 +1,4 @@
-"""Functions for notebooks: loading of models, metrics of images, and the commands."""
+"""Functions for notebooks: loading of models, and the commands."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from diffaccel.errors import UsageError
 from diffaccel.sampling import Model
@@ -78,39 +77,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         return str(value)
     raise UsageError(f"{value!r:.80} is no setting: give a number, a text, a list, or a mapping as a YAML file has it")
-
-
-def measure(
-    images: Tensor,
-    reference: str | Path,
-    floor: str | Path | None = None,
-    extractor: str | Mapping[str, Any] | None = None,
-    batch_size: int = 100,
-) -> dict[str, float]:
-    """Compute the standard metrics of images, as in a bench.
-
-    Standard errors and limits treat the images as independent. A bench keeps those of one chain together, which differs
-    only where the number of chains is no multiple of 10.
-
-    Args:
-        images: Images (n, C, H, W), uint8, or float32 for toy points.
-        reference: Statistics of the data: name of a data set under experiments/ (``digits``), whose extractor and floor
-            are the defaults; or a file of ``diffaccel reference``.
-        floor: Statistics of held-out images; by default none for a file.
-        extractor: Feature network, by name and keys; by default, for a file, the one that the statistics were computed
-            with, if the name alone determines it (``inception``).
-        batch_size: Number of images per batch of the extractor.
-
-    Returns:
-        Metrics, with the keys of a point's ``metrics``.
-
-    Raises:
-        UsageError: The data set is unknown, the statistics are of another extractor, the extractor is not given, or the
-            images have another shape or type.
-    """
-    from diffaccel.evaluation.measure import measure as score
-
-    return score(images, reference, floor, extractor, batch_size)
 
 
 def _run(verb: str, experiment: str | Path, settings: Mapping[str, Any]) -> Any:

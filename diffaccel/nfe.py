@@ -95,6 +95,12 @@ class EvaluationCounter:
         self._stack.callback(module.register_forward_pre_hook(before).remove)
         self._stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
-    def total_flops(self) -> float:
-        """Total FLOPs of all counted evaluations."""
-        return sum(count * self.flops.get(name, 0.0) for name, count in self.evaluations.items())
+
+def total_flops(evaluations: Mapping[str, int], flops: Mapping[str, float]) -> float:
+    """Return the FLOPs of all evaluations.
+
+    Args:
+        evaluations: Network -> number of evaluations.
+        flops: Network -> FLOPs per evaluation; a network that is missing counts as 0.
+    """
+    return sum(count * flops.get(name, 0.0) for name, count in evaluations.items())

@@ -11,7 +11,7 @@ from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
-from diffaccel.nfe import EvaluationCounter, burn_in
+from diffaccel.nfe import EvaluationCounter, burn_in, total_flops
 from diffaccel.nn.classifier import NoiseLevelClassifier
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import (
@@ -50,7 +50,7 @@ def test_flops_of_known_layers(batch):
                 linear(torch.zeros(batch, 3))
                 conv(torch.zeros(batch, 2, 8, 8))
     assert counter.flops == {"linear": 2 * 3 * 5, "conv": 2 * 2 * 6 * 9 * 64}
-    assert counter.total_flops() == 3 * batch * (30 + 2 * 2 * 6 * 9 * 64)
+    assert total_flops(counter.evaluations, counter.flops) == 3 * batch * (30 + 2 * 2 * 6 * 9 * 64)
 
 
 def test_flops_of_a_network_within_another():

@@ -26,11 +26,26 @@ def measure(
     extractor: str | Mapping[str, Any] | None = None,
     batch_size: int = 100,
 ) -> dict[str, float]:
-    """Score images (n, C, H, W), n >= 2; see :func:`diffaccel.measure`.
+    """Compute the standard metrics of images, as in a bench.
+
+    Standard errors and limits treat the images as independent. A bench keeps those of one chain together, which differs
+    only where the number of chains is no multiple of 10.
+
+    Args:
+        images: Images (n, C, H, W), uint8, or float32 for toy points.
+        reference: Statistics of the data: name of a data set under experiments/ (``digits``), whose extractor and floor
+            are the defaults; or a file of ``diffaccel reference``.
+        floor: Statistics of held-out images; by default none for a file.
+        extractor: Feature network, by name and keys; by default, for a file, the one that the statistics were computed
+            with, if the name alone determines it (``inception``).
+        batch_size: Number of images per batch of the extractor.
+
+    Returns:
+        Metrics, with the keys of a point's ``metrics``.
 
     Raises:
-        UsageError: The data set is unknown, the statistics are of another extractor, or the images have another shape
-            or type.
+        UsageError: The data set is unknown, the statistics are of another extractor, the extractor is not given, or the
+            images have another shape or type.
     """
     if not isinstance(images, Tensor):
         raise UsageError(f"measure: images are a {type(images).__name__}: give a tensor (torch.from_numpy makes one)")

@@ -10,6 +10,7 @@ from diffaccel.collective import World
 from diffaccel.evaluation.provenance import device_name, git_commit, versions
 from diffaccel.evaluation.scores import Real, Scores
 from diffaccel.features.extractors import Extractor
+from diffaccel.nfe import total_flops
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.sampling import Sampler
@@ -31,7 +32,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
     """
     prior = plan.prior
     nfe, burn_in = sampler.evaluations_per_image(plan, budget, scores.evaluations, scores.burn_in, n)
-    flops = sum(count * scores.flops.get(name, 0.0) for name, count in scores.evaluations.items()) / n
+    flops = total_flops(scores.evaluations, scores.flops) / n
     one = scores.flops.get("denoiser", 0.0)
     chains, start = (prior.chains, prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
     rounds = -(-n // (chains or n))

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         build_prior,
         build_sampler,
         check_start,
-        keeps_denoiser,
         set_budgets,
         shape_of,
     )
@@ -44,7 +43,6 @@ __all__ = [
     "check_start",
     "identify",
     "identify_images",
-    "keeps_denoiser",
     "set_budgets",
     "shape_of",
 ]
@@ -53,7 +51,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         **dict.fromkeys((f"build_{part}" for part in _BUILD), "diffaccel.experiment.build"),
-        **dict.fromkeys(("check_start", "keeps_denoiser", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
+        **dict.fromkeys(("check_start", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
         **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
         **dict.fromkeys(("identify", "identify_images"), "diffaccel.experiment.identity"),
     },

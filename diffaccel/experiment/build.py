@@ -1,5 +1,6 @@
 """Construction of samplers, models and methods from a configuration."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ from diffaccel.experiment.loading import (
     load_network,
     load_prior,
 )
+from diffaccel.methods import METHODS  # its methods, and Lightning, are imported at the first lookup
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.pretrained import Pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
@@ -79,7 +81,7 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
     def derive(prior: Part, solver: Part) -> Sampler:
         given = {part: node for part, node in (("prior", prior), ("solver", solver)) if node is not None}
         if not given:
-            return own.using(own.prior, by_nfe=own.by_nfe)
+            return copy.copy(own)
         other = again(given)
         made = own.using(build_prior(other, other.prior, posterior, denoiser), SOLVERS.build(other.solver))
         check_trained(other, made)
@@ -121,10 +123,6 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         UsageError: A part, key or value is unknown; or weights are missing, damaged or of another network, or, with
             ``frozen``, not configured.
     """
-    from diffaccel.methods import (
-        METHODS,
-    )  # imported here, because Lightning takes seconds to import
-
     sampler, header, posterior = _build_parts(config, load)
     method = METHODS.build(
         {key: value for key, value in config.method.items() if key != "label"},
@@ -256,14 +254,6 @@ def check_start(config: Config, method: "Diffusion") -> None:
 def is_subclass(factory: object, kind: type) -> bool:
     """Whether a factory of a registry is a subclass of ``kind``."""
     return isinstance(factory, type) and issubclass(factory, kind)
-
-
-def keeps_denoiser(config: Config) -> bool:
-    """Whether a fit keeps the denoiser's weights."""
-    from diffaccel.methods import METHODS, Diffusion
-
-    probe = getattr(METHODS[config.method["name"]], "keeps_denoiser", Diffusion.keeps_denoiser)
-    return bool(probe(config.method))
 
 
 def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> LevelPosterior | None:

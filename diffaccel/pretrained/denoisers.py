@@ -224,6 +224,9 @@ class IDDPMDenoiser(VPDenoiser):
         iDDPM + DDIM
     """
 
+    outputs = (2,)
+    """Channels of the network's outputs in units of the image's: eps and the variances, as one."""
+
     levels: Tensor
 
     def __init__(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffaccel.denoiser import DENOISERS
 from diffaccel.nn.ncsnpp import resampling_kernel
 from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign
 from diffaccel.pretrained.edm_networks import NETWORKS
@@ -130,7 +131,7 @@ class EDM(Format):
             raise refuse(origin, "it is a pickle, but holds no network under 'ema', as EDM's do")
         denoiser, process = _preconditioning(root, origin)
         network, shape, found, listing = _network(root, origin)
-        if network.get("heads", [1]) != ([2] if denoiser["name"] == "iddpm" else [1]):
+        if tuple(network.get("heads", [1])) != getattr(DENOISERS[denoiser["name"]], "outputs", (1,)):
             raise refuse(origin, f"its network has not as many outputs as {root.class_name} reads")
         _check_filters(found, network.get("resample"), origin)
         on_meta = build_on_meta(origin, network, shape, len(found))

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -29,8 +29,6 @@ from diffaccel.run.machine import announce, device_type
 from diffaccel.run.processes import Processes, Workers, check_agreed
 from diffaccel.storage import check_target, occupied, write_whole
 from diffaccel.text.terminal import say, side_output
-
-T = TypeVar("T")
 
 
 def build_loggers(config: Config) -> list[Logger]:
@@ -165,15 +163,15 @@ def build_trainer(config: Config, callbacks: list[L.Callback], phases: int = 1) 
     return trainer
 
 
-def everywhere(config: Config, work: Callable[[World, torch.device], T]) -> T:
+def everywhere(config: Config, work: Callable[[World, torch.device], object]) -> bool:
     """Call a function on every rank of a run without training, on the rank's device.
 
     Args:
         config: Configuration of the run.
-        work: Function (world, device) -> result.
+        work: Function of the world and the device.
 
     Returns:
-        Result on this rank.
+        Whether this is the first rank, which prints the results.
 
     Raises:
         UsageError: A GPU is required by the configuration and not visible, or the port is in use.
@@ -188,12 +186,14 @@ def everywhere(config: Config, work: Callable[[World, torch.device], T]) -> T:
     )
     announce(config)  # after everything that may raise an error
 
-    def run(fabric: Fabric) -> T:
+    def run(fabric: Fabric) -> bool:
         check_agreed(config.precision)
+        world = World(fabric.global_rank, fabric.world_size)
         with torch.inference_mode():
-            return work(World(fabric.global_rank, fabric.world_size), fabric.device)
+            work(world, fabric.device)
+        return world.first
 
-    return cast(T, fabric.launch(run))
+    return bool(fabric.launch(run))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
-from diffaccel.nfe import EvaluationCounter
+from diffaccel.nfe import EvaluationCounter, total_flops
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
 from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
@@ -151,7 +151,7 @@ class Sampler:
                 flops |= made.flops
                 seconds += made.seconds
         total, burned = self.evaluations_per_image(plan, nfe, evaluations, burn_in, n)
-        gflops = sum(count * flops.get(name, 0.0) for name, count in evaluations.items()) / n / 1e9
+        gflops = total_flops(evaluations, flops) / n / 1e9
         self.spent = Spent(n, total, burned, dict(evaluations), gflops, seconds / n)
         return images
 
@@ -162,16 +162,19 @@ class Sampler:
         """Device of the denoiser."""
         return self.denoiser.device
 
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values()))
+
     def to(self, device: torch.device | str) -> "Sampler":
         """Move the networks, and convert their weights if the precision is ``64-true``."""
         dtype = torch.float64 if self.precision == "64-true" else None
-        for module in (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values())):
+        for module in self._modules():
             module.to(device, dtype)
         return self
 
     def eval(self) -> "Sampler":
         """Set the networks to evaluation mode."""
-        for module in (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values())):
+        for module in self._modules():
             module.eval()
         return self
 

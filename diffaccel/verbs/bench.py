@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import torch
-
 from diffaccel import experiment
-from diffaccel.collective import World
 from diffaccel.config import Config
 from diffaccel.report.table import print_points
 from diffaccel.run import launch
@@ -31,12 +28,7 @@ def bench(config: Config) -> list[dict[str, Any]]:
         check_room(config.folder, *evaluator.room(), "features")
     launch.write_config(config, "points.jsonl")
     with launch.logging(config) as loggers:
-
-        def measure(world: World, device: torch.device) -> bool:
-            evaluator.run(sampler.to(device), world, loggers)
-            return world.first
-
-        first = launch.everywhere(config, measure)
+        first = launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, loggers))
     if first:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
     return evaluator.points
@@ -44,8 +36,7 @@ def bench(config: Config) -> list[dict[str, Any]]:
 
 def planned(config: Config) -> Sampler | None:
     """Build an experiment's sampler and plan its budgets; a dry run prints their cost and returns None."""
-    method = experiment.build_method(config, load=not config.dry_run, frozen=True)
-    sampler = method.eval().sampler.eval()
+    sampler = experiment.build_method(config, load=not config.dry_run, frozen=True).sampler.eval()
     plans: dict[float, Any] = {budget: sampler.plan(budget, config.n) for budget in config.nfe}
     if not config.dry_run:
         return sampler

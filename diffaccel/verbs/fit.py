@@ -30,13 +30,14 @@ def fit(config: Config) -> Path:
     Raises:
         UsageError: The input is invalid, or a loss is NaN or infinite.
     """
-    if not is_subclass(METHODS[config.method["name"]], Diffusion):
+    kind: Any = METHODS[config.method["name"]]
+    if not is_subclass(kind, Diffusion):
         if config.init:
             raise UsageError(
                 "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"
             )
         return fit_features(config)
-    frozen = experiment.keeps_denoiser(config)
+    frozen = kind.keeps_denoiser(config.method)
     if config.init and (frozen or not config.network):
         raise UsageError(
             "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"

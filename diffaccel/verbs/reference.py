@@ -47,10 +47,9 @@ def reference(config: Config) -> dict[str, Path]:
         del paths["test"]
     found: dict[str, Reference] = {}
 
-    def run(world: World, device: torch.device) -> bool:
+    def run(_: World, device: torch.device) -> None:
         extractor.to(device)
         found.update({split: compute_reference(data, split, extractor) for split in paths})
-        return world.first
 
     # Features are computed in float32 for any precision of a run.
     if not launch.everywhere(dataclasses.replace(config, precision="32-true"), run):

@@ -49,10 +49,9 @@ def sample(config: Config) -> list[Path]:
         return []
     writer = ImageWriter(config, sampler, loading.describe_checkpoint(config, sampler.denoiser))
 
-    def run(world: World, device: torch.device) -> bool:
+    def run(world: World, device: torch.device) -> None:
         sampler.to(device)
         writer.run(world)
-        return world.first
 
     folders = list(writer.folders.values())
     if launch.everywhere(config, run):

@@ -17,15 +17,10 @@ def search(config: Config) -> dict[int, dict[str, dict[str, Any]]]:
     Raises:
         UsageError: The input is invalid, or no setting can be measured.
     """
-    sampler = experiment.build_method(config, frozen=True).eval().sampler.eval()
+    sampler = experiment.build_method(config, frozen=True).sampler.eval()
     searcher = experiment.build_searcher(config, sampler)
     launch.write_config(config, "trials.jsonl", "best.yaml")
-
-    def run(world: Any, device: Any) -> bool:
-        searcher.run(sampler.to(device), world)
-        return world.first
-
-    if launch.everywhere(config, run):
+    if launch.everywhere(config, lambda world, device: searcher.run(sampler.to(device), world)):
         print_lines(
             f"{len(searcher.measured)} trials are in {searcher.out / 'trials.jsonl'}, the winners in "
             f"{searcher.out / 'best.yaml'}: measure them on another seed with `diffaccel bench`"

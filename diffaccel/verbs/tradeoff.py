@@ -1,7 +1,5 @@
 """``tradeoff``: likelihood bound and distance of small T against the start time."""
 
-from typing import Any
-
 from diffaccel import experiment
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
@@ -21,7 +19,7 @@ def tradeoff(config: Config) -> list[Row]:
     Raises:
         UsageError: The input is invalid, or the experiment has no density prior.
     """
-    sampler = experiment.build_method(config, frozen=True).eval().sampler.eval()
+    sampler = experiment.build_method(config, frozen=True).sampler.eval()
     if not isinstance(sampler.prior, DensityPrior):
         raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
     if launch.is_first(config):
@@ -32,12 +30,7 @@ def tradeoff(config: Config) -> list[Row]:
     likelihood = experiment.build_likelihood(config, sampler)
     curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
     launch.write_config(config, "tradeoff.csv")
-
-    def run(world: Any, device: Any) -> bool:
-        curve.run(sampler.to(device), world)
-        return world.first
-
-    if launch.everywhere(config, run):
+    if launch.everywhere(config, lambda world, device: curve.run(sampler.to(device), world)):
         found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
         print_lines(f"lowest bound: {found}; tradeoff.csv and tradeoff.png are in {config.folder}")
     return curve.rows
