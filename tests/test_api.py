@@ -346,3 +346,10 @@ def test_toy_points_are_measured_as_the_bench_does(tmp_path: Path):
     points = sampler(150, nfe=6)
     assert points.dtype == torch.float32 and sha256(points) == point["images_sha256"]
     assert da.measure(points, "toy", batch_size=sampler.batch_size) == point["metrics"]
+
+
+def test_a_model_s_own_sampler_keeps_that_its_settings_are_tuned():
+    model = da.load("cifar10_small/edm_best", precision="32-true")
+    own, other = da.Sampler(model), da.Sampler(model, solver="dpmpp2m")
+    assert own.tuned and own.by_nfe and own.spent is None
+    assert own is not da.Sampler(model) and other.by_nfe[5].solver != own.by_nfe[5].solver
