@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffaccel.nn.compiling import uncompiled
+
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
 _OTHER_NAME: ContextVar[str | None] = ContextVar("other_name", default=None)
 
@@ -76,8 +78,9 @@ class EvaluationCounter:
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
             if name not in self.flops and samples and not measuring:
-                eager = torch.compiler.set_stance("force_eager")  # the counter can't see operations of compiled graphs
-                eager.__enter__()
+                eager = ExitStack()  # the counter can't see operations of compiled graphs
+                eager.enter_context(torch.compiler.set_stance("force_eager"))
+                eager.enter_context(uncompiled())
                 mode = FlopCounterMode(display=False)
                 mode.__enter__()
                 measuring.append((mode, eager, samples))

@@ -74,7 +74,7 @@ BENCHES = {
     "restarts": ["toy/dlg", "chains=60", "nfe=60", "n=1500", "batch_size=10", "prior.restart_every=7"],
     "stochastic": ["toy/edm", "solver=edm_stochastic", "nfe=41", "n=5000", "batch_size=20"],
 }
-SECONDS = ("seconds_per_image", "seconds_scoring")
+SECONDS = ("seconds_per_image", "seconds_scoring", "seconds_warm_up")
 """What differs between two equal runs."""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.deferred import check
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 from diffaccel.process import Prediction, Process, batch_of
@@ -93,12 +94,14 @@ class Denoiser(nn.Module, ABC):
             UsageError: A ratio is outside ``ratio_range``.
         """
         low, high = self.ratio_range
-        if len(ratio) and not (low * 0.999 <= ratio.min().item() and ratio.max().item() <= high * 1.001):
-            raise UsageError(
+        check(
+            (ratio >= low * 0.999) & (ratio <= high * 1.001),
+            lambda: UsageError(
                 f"sampling would start at a noise-to-data ratio in [{ratio.min().item():.4g}, {ratio.max().item():.4g}]"
                 f", but the denoiser is trained on [{low:.4g}, {high:.4g}]: choose a start level (ratio_star, "
                 "sigma_max) in this range, or use another denoiser"
-            )
+            ),
+        )
 
 
 class ConditionedDenoiser(Denoiser):

@@ -222,13 +222,12 @@ class Evaluator:
         mine = world.share(plan.prior.schedule(n, self.batch_size))
         with failing_together(), progress(self.console, world.first, budget) as bars:
             bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
-            for group in mine:
-                for chunk in produce(
-                    sampler, plan, group, self.seed, partial, world.rank, self.extractor, shown, partial.kept,
-                    afresh=self.again and partial.kept,
-                ):  # fmt: skip
-                    scores.add(chunk)
-                    bars.advance(bar, len(chunk.indices))
+            for chunk in produce(
+                sampler, plan, mine, self.seed, partial, world.rank, self.extractor, shown, partial.kept,
+                afresh=self.again and partial.kept,
+            ):  # fmt: skip
+                scores.add(chunk)
+                bars.advance(bar, len(chunk.indices))
         scores.reduce()
         return self._point(sampler, budget, plan, scores, n, world)
 

@@ -39,6 +39,7 @@ class Chunk:
         sampling: Time for sampling, in seconds.
         scoring: Time for the features, in seconds.
         trace: Records of a chain in this round.
+        warm_up: Time for compilation and other work that only a first batch requires, in seconds.
     """
 
     indices: Tensor
@@ -54,6 +55,7 @@ class Chunk:
     sampling: float
     scoring: float
     trace: list[dict[str, Any]] = field(default_factory=list)
+    warm_up: float = 0.0
 
 
 class Partial:

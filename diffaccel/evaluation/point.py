@@ -11,6 +11,7 @@ from diffaccel.evaluation.provenance import device_name, git_commit, versions
 from diffaccel.evaluation.scores import Real, Scores
 from diffaccel.features.extractors import Extractor
 from diffaccel.nfe import total_flops
+from diffaccel.noise import GENERATOR
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.sampling import Sampler
@@ -56,7 +57,9 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "gflops_per_image": flops / 1e9,
         "seconds_per_image": scores.seconds[0].item() / n,
         "seconds_scoring": scores.seconds[1].item() / n,
+        "seconds_warm_up": scores.seconds[2].item(),
         "n": n,
+        "noise": GENERATOR,
         "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
         "images_by_rank": [scores.images_by_rank[rank] for rank in range(ranks)],
         "world_size": world.size,

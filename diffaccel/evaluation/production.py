@@ -1,26 +1,44 @@
 """Sampling batch by batch, with finished batches on disk until the result is complete."""
 
 import math
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffaccel.deferred import Stopwatch, as_numbers, runs_ahead, to_host
 from diffaccel.evaluation.partial import Chunk, Partial
 from diffaccel.evaluation.scores import digests
 from diffaccel.features.extractors import Extractor
 from diffaccel.prior import ChainPrior, Group, Plan
-from diffaccel.sampling import Sampler
+from diffaccel.sampling import Sampled, Sampler
 from diffaccel.text.terminal import description_column
+
+
+@dataclass
+class _Launched:
+    """Batch on which the device may still be working, and what is needed to finish it on the host."""
+
+    number: int
+    group: Group
+    made: Sampled
+    images: Tensor
+    features: Tensor
+    state: Any
+    trace: list[dict[str, Any]]
+    scoring: Stopwatch
 
 
 def produce(
     sampler: Sampler,
     plan: Plan,
-    group: Group,
+    groups: Sequence[Group],
     seed: int,
     partial: Partial,
     rank: int = 0,
@@ -29,12 +47,14 @@ def produce(
     keep_images: bool = True,
     afresh: bool = False,
 ) -> Iterator[Chunk]:
-    """Yield the batches of a group, first those on disk from an earlier run, then new ones.
+    """Yield the batches of some groups, of each first those on disk from an earlier run, then new ones.
+
+    While the host hashes and writes a batch, a GPU samples the next one.
 
     Args:
         sampler: Sampler of the images.
         plan: Plan of the budget.
-        group: Image indices, one range per batch.
+        groups: Image indices, one range per batch.
         seed: Seed; image i has the noise stream (seed, i).
         partial: Finished batches on disk.
         rank: This rank.
@@ -43,31 +63,69 @@ def produce(
         keep_images: Whether the chunks contain all images.
         afresh: Whether to sample batches on disk again.
     """
-    done, saved = (0, None) if afresh else partial.done(group, isinstance(plan.prior, ChainPrior))
-    for indices in group[:done]:
+
+    def finished(batch: Chunk | _Launched) -> Chunk:
+        if isinstance(batch, Chunk):
+            return batch
+        made, final = batch.made, batch.images
+        seconds, scoring = made.settle(), batch.scoring.seconds  # which wait for the device
+        chunk = Chunk(
+            made.indices, batch.features, digests(final), final[made.indices < shown], final if keep_images else None,
+            extractor.sha256 if extractor is not None else "", rank, made.evaluations, made.burn_in, made.flops,
+            seconds, scoring, [as_numbers(record) for record in batch.trace], made.seconds_warm_up,
+        )  # fmt: skip
+        partial.save(batch.group, batch.number, chunk, batch.state)
+        return chunk
+
+    ahead, queued = int(runs_ahead(sampler.device)), deque[Chunk | _Launched]()
+    for group in groups:
+        done, saved = (0, None) if afresh else partial.done(group, isinstance(plan.prior, ChainPrior))
+        known = _read(group[:done], partial, extractor, sampler.device)
+        new = _launch(sampler, plan, group, seed, done, saved, extractor)
+        batches: Iterator[Chunk | _Launched] = chain(known, new)
+        for batch in batches:
+            queued.append(batch)
+            if len(queued) > ahead:
+                yield finished(queued.popleft())
+    while queued:
+        yield finished(queued.popleft())
+
+
+def _read(
+    batches: Sequence[range], partial: Partial, extractor: Extractor | None, device: torch.device
+) -> Iterator[Chunk]:
+    """Read batches from disk, and compute features for those of another extractor."""
+    for indices in batches:
         chunk = partial.read(indices)
         if extractor is not None and chunk.extractor != extractor.sha256:
             assert chunk.images is not None  # without images, the name of the folder depends on the extractor
-            started = time.perf_counter()
-            chunk.features = _features(extractor, chunk.images.to(sampler.device))
-            chunk.scoring, chunk.extractor = time.perf_counter() - started, extractor.sha256
+            stopwatch = Stopwatch(device)
+            chunk.features = _features(extractor, chunk.images.to(device)).cpu()
+            stopwatch.stop()
+            chunk.scoring, chunk.extractor = stopwatch.seconds, extractor.sha256
         yield chunk
+
+
+def _launch(
+    sampler: Sampler,
+    plan: Plan,
+    group: Group,
+    seed: int,
+    done: int,
+    saved: dict[str, Any] | None,
+    extractor: Extractor | None,
+) -> Iterator[_Launched]:
+    """Sample and score batches, without waiting for the device."""
     for number, made in enumerate(sampler.batches(plan, group, seed, done, saved), start=done):
-        started = time.perf_counter()
-        features = _features(extractor, made.images)
-        scoring = time.perf_counter() - started
-        final = made.images.cpu()
-        chunk = Chunk(
-            made.indices, features, digests(final), final[made.indices < shown], final if keep_images else None,
-            extractor.sha256 if extractor is not None else "", rank, made.evaluations, made.burn_in, made.flops,
-            made.seconds, scoring, made.trace,
-        )  # fmt: skip
-        partial.save(group, number, chunk, made.state)
-        yield chunk
+        images, state, trace = to_host(made.images), to_host(made.state), to_host(made.trace)
+        stopwatch = Stopwatch(sampler.device)
+        features = to_host(_features(extractor, made.images))
+        stopwatch.stop()
+        yield _Launched(number, group, made, images, features, state, trace, stopwatch)
 
 
 def _features(extractor: Extractor | None, images: Tensor) -> Tensor:
-    return torch.zeros(len(images), 0) if extractor is None else extractor(images).float().cpu()
+    return torch.zeros(len(images), 0) if extractor is None else extractor(images).float()
 
 
 def progress(console: Console, shown: bool, budget: float) -> Progress:

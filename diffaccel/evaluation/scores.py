@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.collective import all_gather, all_reduce
+from diffaccel.deferred import to_device
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.metrics import FrechetDistance
 from diffaccel.metrics.base import Made, Real
@@ -62,16 +63,17 @@ class Scores:
         self.evaluations: Counter[str] = Counter()
         self.burn_in: Counter[str] = Counter()
         self.flops: dict[str, float] = {}
-        self.seconds = torch.zeros(2, dtype=torch.float64)
+        self.seconds = torch.zeros(3, dtype=torch.float64)
         self.images_by_rank: Counter[int] = Counter()
         self.traces: dict[int, list[Any]] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Add a batch of this rank."""
-        indices, features = chunk.indices, chunk.features.to(self.device)
-        blocks = blocks_of(indices, self.chains).to(self.device)
+        indices, features = chunk.indices, to_device(chunk.features, self.device)
+        blocks = blocks_of(indices, self.chains)
         for block in blocks.unique().tolist():
-            self.frechet.update(features[blocks == block], block)
+            chosen = to_device((blocks == block).nonzero()[:, 0], self.device)
+            self.frechet.update(features[chosen], block)
         kept = indices < len(self.features)
         self.features[indices[kept]] = chunk.features[kept]
         self.digests[indices] = chunk.digests
@@ -79,7 +81,7 @@ class Scores:
         self.evaluations.update(chunk.evaluations)
         self.burn_in.update(chunk.burn_in)
         self.flops |= chunk.flops
-        self.seconds += torch.tensor([chunk.sampling, chunk.scoring], dtype=torch.float64)
+        self.seconds += torch.tensor([chunk.sampling, chunk.scoring, chunk.warm_up], dtype=torch.float64)
         self.images_by_rank[chunk.rank] += len(indices)
         if chunk.trace:
             self.traces.setdefault(int(indices[0]) % (self.chains or self.n), []).extend(chunk.trace)

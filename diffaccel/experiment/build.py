@@ -26,6 +26,7 @@ from diffaccel.experiment.loading import (
 )
 from diffaccel.methods import METHODS  # its methods, and Lightning, are imported at the first lookup
 from diffaccel.nn import NETWORKS, UNet
+from diffaccel.nn.compiling import compile_forward
 from diffaccel.pretrained import Pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
@@ -184,10 +185,7 @@ def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: 
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         if config.compile and not isinstance(network, Density):  # which is copied to other levels
-            # forward instead of the module, so that names in checkpoints do not change and the counter's hooks run
-            # outside the graph.
-            constant = not training or (frozen_denoiser and name == "denoiser")  # applies where no gradient is computed
-            network.forward = torch.compile(network.forward, options={"freezing": constant})
+            compile_forward(network, constant=not training or (frozen_denoiser and name == "denoiser"))
             if training and isinstance(network, UNet):
                 network.encode = torch.compile(network.encode)  # type: ignore[method-assign]  # a critic may use it alone
 

@@ -138,6 +138,9 @@ class Prior(nn.Module, ABC):
         """Split image indices 0 .. n - 1 into batches, and the batches into groups that must be sampled on one rank."""
         return [[range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
 
+    def warm_up(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> None:  # noqa: B027
+        """Evaluate the prior's own networks once, so that they are compiled before sampling is timed."""
+
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> Any:
         """Create the state shared by a group's batches, including burn-in; None for independent images."""
         return None
@@ -219,12 +222,10 @@ class GaussianPrior(Prior):
         """Time of the starting states, (count,)."""
         process = denoiser.process
         t = torch.full((count,), process.t_max, dtype=torch.float64, device=denoiser.device)
-        top = process.ratio(t).clamp_max(denoiser.ratio_range[1])
         if self.ratio_star is not None:
-            t = process.time(torch.full_like(t, self.ratio_star))
-        elif (top < process.ratio(t)).any():
-            t = process.time(top)
-        return t
+            return process.time(torch.full_like(t, self.ratio_star))
+        highest, trained = process.ratio(t), denoiser.ratio_range[1]
+        return torch.where(highest > trained, process.time(highest.clamp_max(trained)), t)
 
     @override
     def start_ratio(self, denoiser: Denoiser) -> float:

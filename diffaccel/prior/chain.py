@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.deferred import as_numbers, is_deferring
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import burn_in
@@ -46,7 +47,7 @@ class ChainState:
         return {
             "y": self.y,
             "ratio": self.ratio,
-            "noise": self.noise.state_dict(),
+            "draws": self.noise.draws,
             "rounds": self.rounds,
             "restarts": self.restarts,
             "trace": list(self.trace),
@@ -55,7 +56,7 @@ class ChainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by :meth:`state_dict`."""
         self.y, self.ratio = state["y"].to(self.y), state["ratio"].to(self.ratio)
-        self.noise.load_state_dict(state["noise"])
+        self.noise.draws = state["draws"]
         self.rounds, self.restarts, self.trace = state["rounds"], state["restarts"], list(state["trace"])
 
 
@@ -170,7 +171,8 @@ class ChainPrior(Prior):
         return state
 
     def _empty(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
-        noise, device = NoiseStreams(seed, group[0], "chain"), denoiser.device
+        device = denoiser.device
+        noise = NoiseStreams(seed, group[0], "chain", device)
         ratio = torch.empty(len(noise), dtype=torch.float64, device=device)
         return ChainState(torch.empty(len(noise), *shape, device=device), ratio, noise)
 
@@ -197,7 +199,9 @@ class ChainPrior(Prior):
         return denoiser.process.from_ratio(y, ratio)
 
 
-def record(state: ChainState, y: Tensor, ratio: Tensor, carried: float = 0.0, at_end_levels: float = 0.0) -> None:
+def record(
+    state: ChainState, y: Tensor, ratio: Tensor, carried: float | Tensor = 0.0, at_end_levels: float | Tensor = 0.0
+) -> None:
     """Append the diagnostics of a round.
 
     Args:
@@ -207,15 +211,14 @@ def record(state: ChainState, y: Tensor, ratio: Tensor, carried: float = 0.0, at
         carried: Fraction of the starting states that repeat the state of the previous round.
         at_end_levels: Fraction of the sweeps that ended at one of the two end levels.
     """
-    state.trace.append(
-        {
-            "rounds_since_start": state.rounds,
-            "start_ratio": ratio.tolist(),
-            "mean": y.flatten(1).mean(1).tolist(),
-            "carried": carried,
-            "at_end_levels": at_end_levels,
-        }
-    )
+    found = {
+        "rounds_since_start": state.rounds,
+        "start_ratio": ratio,
+        "mean": y.flatten(1).mean(1),
+        "carried": carried,
+        "at_end_levels": at_end_levels,
+    }
+    state.trace.append(found if is_deferring() else as_numbers(found))
 
 
 def require(holds: bool, problem: str) -> None:

@@ -86,6 +86,10 @@ class DensityPrior(Prior):
         ratio = torch.full((len(y),), self.ratio_star, dtype=torch.float64, device=y.device)
         return denoiser.process.from_ratio(y, ratio)
 
+    @override
+    def warm_up(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> None:
+        self(denoiser, noise, shape)
+
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         """See :class:`Prior`; the density of x_t is the density of y = x_t / alpha, divided by alpha^D."""
         ratio = torch.full((len(x_t),), self.ratio_star, dtype=torch.float64, device=x_t.device)

@@ -173,6 +173,10 @@ class ImplicitPrior(Prior):
         ratio = torch.full((len(y),), self.ratio_star, dtype=torch.float64, device=y.device)
         return denoiser.process.from_ratio(y, ratio)
 
+    @override
+    def warm_up(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> None:
+        self.generate(denoiser, noise, shape)
+
     def latent(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> Tensor:
         """Draw the generator's input, standard normal noise, (B, C, H, W)."""
         return noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))

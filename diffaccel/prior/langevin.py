@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.deferred import check
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
 from diffaccel.prior.base import PRIORS, GaussianPrior
 from diffaccel.prior.chain import ChainPrior, ChainState, record, require
 from diffaccel.prior.posterior import ClassifierPosterior, LevelPosterior, Update
@@ -133,6 +135,10 @@ class LangevinGibbsPrior(ChainPrior):
     def burn_in_per_chain(self) -> int:
         return super().burn_in_per_chain + sum(steps for steps, _ in self.warmup)
 
+    @override
+    def warm_up(self, denoiser: Denoiser, noise: NoiseStreams, shape: tuple[int, ...]) -> None:
+        self.posterior.logits(noise.normal(torch.empty(len(noise), *shape, device=denoiser.device)))
+
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
         """Integrate from pure noise, add noise, and warm up."""
         shape = tuple(state.y.shape[1:])
@@ -157,10 +163,12 @@ class LangevinGibbsPrior(ChainPrior):
         denoiser.check_range(state.ratio)
         x_t, t = denoiser.process.from_ratio(state.y, state.ratio)
         eps = denoiser(x_t, t).eps
-        step = torch.as_tensor(eta, dtype=state.ratio.dtype, device=state.ratio.device).expand_as(state.ratio)
+        step = eta * torch.ones_like(state.ratio)
         state.y = langevin_step(state.y, eps, state.ratio, step, state.noise.normal(state.y), self.corrected)
-        if not state.y.isfinite().all():
-            raise UsageError("a chain's state is NaN or infinite: lower prior.eta, or check the network's weights")
+        check(
+            state.y.isfinite(),
+            lambda: UsageError("a chain's state is NaN or infinite: lower prior.eta, or check the network's weights"),
+        )
         state.ratio, at_end = self.posterior(state.y, self.update, state.noise)
         return at_end
 
@@ -174,8 +182,8 @@ class LangevinGibbsPrior(ChainPrior):
             best, lower = keep_lower(best, state.y, state.ratio)
             moved |= lower
         y, ratio = best if self.select == "minimum" else (state.y, state.ratio)
-        carried = float((~moved).double().mean()) if self.select == "minimum" else 0.0
-        record(state, y, ratio, carried, float(ends.mean()) / max(1, chain_steps))
+        carried = (~moved).double().mean() if self.select == "minimum" else 0.0
+        record(state, y, ratio, carried, ends.mean() / max(1, chain_steps))
         return y, ratio
 
 

@@ -81,7 +81,7 @@ class LevelPosterior(nn.Module, ABC):
         probability = logits.softmax(1)
         if update == "mean":
             return (probability @ self.levels.log()).exp(), at_end
-        u = noise.uniform().to(probability.device)
+        u = noise.uniform()
         index = (probability.cumsum(1) < u[:, None]).sum(1).clamp_max(len(self.levels) - 1)
         return self.levels[index], at_end
 

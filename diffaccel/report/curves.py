@@ -112,7 +112,7 @@ class _Sorter:
         """Settings of a point that are shared by all points of its curve."""
         point, settings = self.points[number], dict(self.settings[number])
         configuration = _leaves(point["configuration"])
-        shared = {"method": _as_text(point["method"])}
+        shared = {"method": _as_text(point["method"]), "noise": point["noise"]}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
         elif point["configuration"]:

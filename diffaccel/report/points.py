@@ -12,6 +12,8 @@ NUMBERS = (
     *("nfe", "nfe_marginal", "nfe_burn_in", "nfe_sequential", "nfe_equivalent"),
     *("gflops_per_image", "seconds_per_image", "seconds_scoring"),
 )
+FORMER_NOISE = "mt19937"
+"""Random number generator of points that do not name theirs, up to version 0.1."""
 COUNTS = ("n", "seed", "chains")
 MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
 
@@ -31,6 +33,7 @@ def normalised(point: Point) -> dict[str, Any]:
     found |= {name: _number(point.get(name)) for name in NUMBERS}
     found |= {name: _count(point.get(name)) for name in COUNTS}
     found |= {name: _mapping(point.get(name)) for name in MAPPINGS}
+    found["noise"] = _text(point.get("noise")) or FORMER_NOISE
     found["tuned"] = point.get("tuned") is True
     found["metrics"] = {name: _number(value) for name, value in found["metrics"].items()}
     for name, keys in (("extractor", ("name", "sha256")), ("reference", ("name", "sha256"))):

@@ -1,13 +1,15 @@
 """Checks of a sampler's arguments."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.prior import PRIORS, Prior
 from diffaccel.sampling.images import ImageKind
-from diffaccel.sampling.model import Part
+from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.settings import Setting, Tweedie
+from diffaccel.solver import Solver
 
 
 def check_part(key: str, part: object, kind: type) -> None:
@@ -63,3 +65,18 @@ def build_prior(part: Part, denoiser: Denoiser, shape: tuple[int, int, int]) -> 
     if prior.networks():
         raise UsageError(f"prior {name!r} has a network of its own, whose weights are not loaded by its name: {remedy}")
     return prior
+
+
+def derived(model: Model, prior: Prior | Part, solver: Solver | Part) -> Any:
+    """Return a model's sampler with other parts, given by name or as objects, at every budget."""
+    made = model.derive(*(None if isinstance(part, Prior | Solver) else part for part in (prior, solver)))
+    if not isinstance(prior, Prior) and not isinstance(solver, Solver):
+        return made
+
+    def laid_over(setting: Setting) -> Setting:
+        own = solver if isinstance(solver, Solver) else setting.solver
+        return Setting(prior if isinstance(prior, Prior) else setting.prior, own)
+
+    own = laid_over(Setting(made.prior, made.solver))
+    by_nfe = {budget: laid_over(setting) for budget, setting in made.by_nfe.items()}
+    return made.using(own.prior, own.solver, by_nfe)

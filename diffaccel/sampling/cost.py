@@ -5,10 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
+from diffaccel.deferred import Checks, Stopwatch
+
 
 @dataclass
 class Sampled:
     """Batch of generated images with its cost.
+
+    The device may still be working on it: :meth:`settle` waits.
 
     Attributes:
         indices: Indices of the images, (b,) int64.
@@ -16,9 +20,11 @@ class Sampled:
         evaluations: Number of evaluations by network, including burn-in.
         burn_in: Number of burn-in evaluations by network.
         flops: FLOPs per sample by network.
-        seconds: Time for sampling, in seconds.
         trace: Records of a chain in this round.
         state: State of the chains after the batch; None for independent images.
+        stopwatch: Stopwatch of prior and solver.
+        checks: Checks of the values that were computed.
+        seconds_warm_up: Time for compilation and other work that the first batch alone requires, in seconds.
     """
 
     indices: Tensor
@@ -26,9 +32,21 @@ class Sampled:
     evaluations: dict[str, int]
     burn_in: dict[str, int]
     flops: dict[str, float]
-    seconds: float
     trace: list[dict[str, Any]]
     state: dict[str, Any] | None
+    stopwatch: Stopwatch
+    checks: Checks
+    seconds_warm_up: float = 0.0
+
+    def settle(self) -> float:
+        """Wait for the device, and return the time for sampling, in seconds.
+
+        Raises:
+            UsageError: A value is NaN or infinite, or a level out of range.
+        """
+        seconds = self.stopwatch.seconds
+        self.checks.settle()
+        return seconds
 
 
 @dataclass(frozen=True)

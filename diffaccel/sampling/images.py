@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffaccel.deferred import check
 from diffaccel.errors import UsageError
 
 
@@ -37,6 +38,10 @@ class ImageKind:
         Raises:
             UsageError: A value is NaN or infinite, which would become a dark pixel in uint8.
         """
-        if not x_0.isfinite().all():
-            raise UsageError("an image contains NaN or infinity: check the network's weights, or set precision=32-true")
+        check(
+            x_0.isfinite(),
+            lambda: UsageError(
+                "an image contains NaN or infinity: check the network's weights, or set precision=32-true"
+            ),
+        )
         return to_uint8(x_0, self.truncate) if self.discrete else x_0.float()

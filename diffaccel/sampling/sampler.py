@@ -4,27 +4,28 @@ The sampler does not require a trainer. All commands, evaluation during training
 """
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffaccel.deferred import Checks, Stopwatch, runs_ahead
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter, total_flops
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
 from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
-from diffaccel.sampling.arguments import build_prior, check_part, check_settings, checked_shape
+from diffaccel.sampling.arguments import build_prior, check_part, check_settings, checked_shape, derived
 from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic, check_precision
 from diffaccel.sampling.settings import Setting, Tweedie, nearest
+from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
 
@@ -67,6 +68,7 @@ class Sampler:
     batch_size: int
     tuned: bool
     spent: Spent | None
+    _warm: dict[tuple[int, float], tuple[int, dict[str, float]]]
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Sampler:
         check_part("solver", solver, Solver)
         check_settings(by_nfe, tweedie, kind)
         if isinstance(model, Model):
-            vars(self).update(vars(_derived(model, prior, solver)))
+            vars(self).update(vars(derived(model, prior, solver)))
             if shape is not None and checked_shape(shape) != self.shape:
                 raise UsageError(f"Sampler: shape={shape}, but {model.name} makes images of {self.shape}: leave it out")
         else:
@@ -110,7 +112,7 @@ class Sampler:
         self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
-        self.by_nfe, self.tuned, self.spent = {}, False, None
+        self.by_nfe, self.tuned, self.spent, self._warm = {}, False, None, {}
         self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
 
     def __call__(
@@ -146,10 +148,10 @@ class Sampler:
         for group in plan.prior.schedule(n, batch_size):
             for made in self.batches(plan, group, seed, labels=given):
                 images[made.indices] = made.images.cpu()
+                seconds += made.settle()
                 evaluations.update(made.evaluations)
                 burn_in.update(made.burn_in)
                 flops |= made.flops
-                seconds += made.seconds
         total, burned = self.evaluations_per_image(plan, nfe, evaluations, burn_in, n)
         gflops = total_flops(evaluations, flops) / n / 1e9
         self.spent = Spent(n, total, burned, dict(evaluations), gflops, seconds / n)
@@ -283,7 +285,7 @@ class Sampler:
             Indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
         """
         for indices in group:
-            noise = NoiseStreams(seed, indices)
+            noise = NoiseStreams(seed, indices, device=self.device)
             bound = self.labels(plan, indices) if labels is None else labels[indices.start : indices.stop]
             denoiser = self.denoiser.given(bound)
             x_t, t = plan.prior(denoiser, noise, self.shape, plan.chain_steps, state)
@@ -312,26 +314,47 @@ class Sampler:
         if done == len(group):
             return
         networks = {**self.evaluated_networks(plan.prior), **self.auxiliary_networks(plan.prior)}
+        seconds, flops = self._warm_up(plan, len(group[0]))
         rounds = len(saved["trace"]) if saved else 0
-        clock = time.perf_counter()
-        counter = EvaluationCounter(networks)
-        with self.arithmetic(), counter:
+        stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
+        with self._watched(checks, counter):
             state = self.restore(plan, seed, group, saved) if done else self.open(plan, seed, group)
         batches = self.draw(plan, seed, group[done:], state, labels)
         for _ in group[done:]:
             # Left between batches, so that the caller computes in full precision; the generator runs inside ``next``.
-            with self.arithmetic(), counter:
+            with self._watched(checks, counter):
                 indices, x_0 = next(batches)
-            seconds = time.perf_counter() - clock
+                images = self.kind(x_0)
+            stopwatch.stop()
             chained = isinstance(state, ChainState)
             trace = state.trace[rounds:] if chained else []
             yield Sampled(
-                torch.tensor(indices), self.kind(x_0), dict(counter.evaluations), dict(counter.burn_in),
-                dict(counter.flops), seconds, trace, state.state_dict() if chained else None,
+                torch.arange(indices.start, indices.stop), images, dict(counter.evaluations), dict(counter.burn_in),
+                dict(counter.flops), trace, state.state_dict() if chained else None, stopwatch, checks, seconds,
             )  # fmt: skip
-            rounds += len(trace)
-            counter = EvaluationCounter(networks, counter.flops)
-            clock = time.perf_counter()
+            rounds, seconds = rounds + len(trace), 0.0
+            stopwatch, checks, counter = (
+                Stopwatch(self.device), Checks(), EvaluationCounter(networks, counter.flops),
+            )  # fmt: skip
+
+    @contextmanager
+    def _watched(self, checks: Checks, counter: EvaluationCounter) -> Iterator[None]:
+        """Evaluate in the precision of the networks, counted, with checks that do not make the host wait."""
+        deferred = checks.collected() if runs_ahead(self.device) else nullcontext()
+        with self.arithmetic(), counter, deferred:
+            yield
+
+    def _warm_up(self, plan: Plan, count: int) -> tuple[float, dict[str, float]]:
+        """Warm up once for each prior, and for larger batches: the time, 0 for later calls, and FLOPs by network."""
+        if not needs_warm_up(self, plan):
+            return 0.0, {}
+        key = (id(plan.prior), plan.solver.guidance)
+        known, flops = self._warm.get(key, (0, {}))
+        if count <= known:
+            return 0.0, flops
+        seconds, flops = warm_up(self, plan, count)
+        self._warm[key] = count, flops
+        return seconds, flops
 
     def labels(self, plan: Plan, indices: range) -> Tensor | None:
         """Return the class labels of images, index mod classes, (B,), which are balanced and independent of the batch.
@@ -340,7 +363,7 @@ class Sampler:
         """
         if not self.classes or isinstance(plan.prior, ChainPrior):
             return None
-        return torch.tensor(indices, device=self.device) % self.classes
+        return torch.arange(indices.start, indices.stop, device=self.device) % self.classes
 
     def _checked(self, plan: Plan, labels: Sequence[int] | None, n: int) -> Tensor | None:
         """Check given labels and move them to the device.
@@ -370,18 +393,3 @@ class Sampler:
                 "a chain samples without labels, but this conditional network was trained with labels only: choose "
                 "another prior, or a network fitted with training.label_drop"
             )
-
-
-def _derived(model: Model, prior: Prior | Part, solver: Solver | Part) -> Sampler:
-    """Return a model's sampler with other parts, given by name or as objects, at every budget."""
-    made = model.derive(*(None if isinstance(part, Prior | Solver) else part for part in (prior, solver)))
-    if not isinstance(prior, Prior) and not isinstance(solver, Solver):
-        return made
-
-    def laid_over(setting: Setting) -> Setting:
-        own = solver if isinstance(solver, Solver) else setting.solver
-        return Setting(prior if isinstance(prior, Prior) else setting.prior, own)
-
-    own = laid_over(Setting(made.prior, made.solver))
-    by_nfe = {budget: laid_over(setting) for budget, setting in made.by_nfe.items()}
-    return made.using(own.prior, own.solver, by_nfe)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.deferred import check
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
@@ -201,11 +202,13 @@ class Solver(ABC):
         for i, (now, then) in enumerate(pairwise(times)):
             trajectory.final = self.denoise and i == steps - 1
             x_t = self.step(denoiser, x_t, now, then, trajectory)
-        if not x_t.isfinite().all():
-            raise UsageError(
+        check(
+            x_t.isfinite(),
+            lambda: UsageError(
                 "the network returned NaN or infinity while sampling: check the weights, and that their units and "
                 "precision fit (try precision=32-true)"
-            )
+            ),
+        )
         return x_t
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.deferred import check, to_device
 from diffaccel.errors import UsageError
 from diffaccel.parts.checks import positive
 from diffaccel.parts.registry import Registry
@@ -133,7 +134,7 @@ class Listed(LogSNR):
 
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
-        nodes = torch.tensor(self.fractions, dtype=fraction.dtype, device=fraction.device)
+        nodes = to_device(torch.tensor(self.fractions, dtype=fraction.dtype), fraction.device)
         position = fraction * (len(nodes) - 1)
         below = position.floor().clamp_max(len(nodes) - 2).long()
         fraction = torch.lerp(nodes[below], nodes[below + 1], position - below)
@@ -169,11 +170,13 @@ class Quadratic(Grid):
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
-        if (b < 0).any():
-            raise UsageError(
+        check(
+            b >= 0,
+            lambda: UsageError(
                 f"grid 'quadratic': the last level, ratio {stop[b < 0].min().item():.4g}, is at a negative time on this"
                 " process: raise ratio_min, or use the grid 'karras', 'log_snr' or 'time'"
-            )
+            ),
+        )
         return (a.sqrt() + fraction * (b.sqrt() - a.sqrt())).square()
 
 
@@ -204,11 +207,13 @@ class TimeToZero(Grid):
         if not self.final_evaluation:
             return process.time(start) * (1 - fraction * (len(fraction) / (len(fraction) + 1)))
         last, levels = process.time(stop), process.time(start) * (1 - fraction)
-        if (levels[:-1] <= last).any():
-            raise UsageError(
+        check(
+            levels[:-1] > last,
+            lambda: UsageError(
                 f"grid 'ddm': {len(levels)} equal steps in time pass ratio_min {self.ratio_min:.4g} before the last:"
                 " use fewer steps, a lower ratio_min, or the grid 'time'"
-            )
+            ),
+        )
         return torch.maximum(levels, last)
 
 
@@ -229,9 +234,11 @@ class Indices(Grid):
         if not isinstance(process, DiscreteVariancePreserving):
             raise UsageError("grid 'index' needs process=vp_discrete: use this process, or another grid")
         top = process.time(start).round()
-        if (len(fraction) > top).any():
-            raise UsageError(
+        check(
+            top >= len(fraction),
+            lambda: UsageError(
                 f"grid 'index': more than {int(top.min()) + 1} steps from index {int(top.min())}: lower nfe, or use "
                 "another grid"
-            )
+            ),
+        )
         return (top * (1 - fraction)).round()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch
 from diffaccel.errors import UsageError
-from diffaccel.noise import NoiseStreams, stream_seed
+from diffaccel.noise import NoiseStreams, stream_key
 from diffaccel.training.ema import EMA
 from diffaccel.training.plan import Training
 
@@ -132,7 +132,7 @@ class TrainedModule(L.LightningModule):
         """
         self.mid_step = True  # an interrupt before the end leaves weights and counters inconsistent
         self.logs_now = self.steps % self.training_plan.log_every == 0
-        torch.manual_seed(stream_seed(self.seed, f"step {self.steps} rank {self.global_rank}"))
+        torch.manual_seed(stream_key(self.seed, f"step {self.steps} rank {self.global_rank}"))
         noise = NoiseStreams(self.seed, batch.index, "training")
         optimizers = self.optimizers(use_pl_optimizer=True)
         for phase, optimizer in zip(

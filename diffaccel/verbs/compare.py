@@ -1,7 +1,7 @@
 """``compare``: points of several runs in a table and a page, with curves and differences under common noise.
 
-Two points are a pair if their budget, number of images, seed, reference and extractor are equal. Image i of both then
-comes from the same noise, so that the difference of the distances has a smaller error than each distance.
+Two points are a pair if their budget, number of images, seed, noise, reference and extractor are equal. Image i of both
+then comes from the same noise, so that the difference of the distances has a smaller error than each distance.
 """
 
 import base64
@@ -142,7 +142,7 @@ def _check(lines: Sequence[tuple[Path, Point]]) -> None:
 
 
 def _pair(point: Point) -> tuple[Any, ...]:
-    return point["nfe_budget"], point["n"], point["seed"]
+    return point["nfe_budget"], point["n"], point["seed"], point["noise"]
 
 
 class _Pairs:

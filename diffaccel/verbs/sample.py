@@ -130,11 +130,10 @@ class ImageWriter:
         with failing_together(), progress(self.console, world.first, budget) as bars:
             mine = world.share(groups)
             bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
-            for group in mine:
-                for chunk in produce(self.sampler, plan, group, config.seed, partial, world.rank):
-                    evaluations.update(chunk.evaluations)
-                    burn_in.update(chunk.burn_in)
-                    bars.advance(bar, len(chunk.indices))
+            for chunk in produce(self.sampler, plan, mine, config.seed, partial, world.rank):
+                evaluations.update(chunk.evaluations)
+                burn_in.update(chunk.burn_in)
+                bars.advance(bar, len(chunk.indices))
         shares = all_gather((evaluations, burn_in))
         evaluations, burn_in = (sum(parts, Counter[str]()) for parts in zip(*shares, strict=True))
         nfe, burned = self.sampler.evaluations_per_image(plan, budget, evaluations, burn_in, config.n)

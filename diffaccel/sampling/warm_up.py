@@ -1,0 +1,55 @@
+"""Work that the first batch alone requires: compilation, and counting FLOPs without compiled graphs."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffaccel.deferred import Stopwatch
+from diffaccel.nfe import EvaluationCounter
+from diffaccel.nn.compiling import is_compiled
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import Plan
+
+if TYPE_CHECKING:
+    from diffaccel.sampling.sampler import Sampler
+
+
+def needs_warm_up(sampler: "Sampler", plan: Plan) -> bool:
+    """Whether the first batch takes much longer than others: with compiled networks, and on GPUs."""
+    networks = sampler.evaluated_networks(plan.prior).values()
+    return sampler.device.type == "cuda" or any(is_compiled(network) for network in networks)
+
+
+@torch.no_grad()
+def warm_up(sampler: "Sampler", plan: Plan, count: int) -> tuple[float, dict[str, float]]:
+    """Evaluate the networks of a plan once for one image, counting FLOPs, and once for a batch.
+
+    Args:
+        sampler: Sampler.
+        plan: Plan of the budget.
+        count: Number of images of a batch.
+
+    Returns:
+        Time, in seconds, and FLOPs per evaluation by network.
+    """
+    stopwatch = Stopwatch(sampler.device)
+    networks = {**sampler.evaluated_networks(plan.prior), **sampler.auxiliary_networks(plan.prior)}
+    with sampler.arithmetic(), EvaluationCounter(networks) as counter:
+        _evaluate(sampler, plan, 1)
+    with sampler.arithmetic():
+        _evaluate(sampler, plan, count)
+    stopwatch.stop()
+    return stopwatch.seconds, counter.flops
+
+
+def _evaluate(sampler: "Sampler", plan: Plan, count: int) -> None:
+    indices = range(count)
+    noise, denoiser = NoiseStreams(0, indices, "warm-up", sampler.device), sampler.denoiser
+    plan.prior.warm_up(denoiser.given(sampler.labels(plan, indices)), noise, sampler.shape)
+    if not plan.steps:
+        return
+    denoiser = denoiser.given(sampler.labels(plan, indices))
+    x_t = noise.normal(torch.empty(count, *sampler.shape, device=sampler.device))
+    # A chain evaluates without guidance, also where the solver guides.
+    for each in (denoiser, *((denoiser.guided(plan.solver.guidance),) if plan.solver.guidance else ())):
+        each(*each.process.from_ratio(x_t, torch.full((count,), 1.0, dtype=torch.float64, device=x_t.device)))
