@@ -174,7 +174,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
         tweedie=Tweedie(config.tweedie_ratio, config.tweedie_counted) if config.tweedie_ratio is not None else None,
         kind=ImageKind(SOURCES.build(config.data).has_images(), config.truncate),
         precision=None if config.precision == "auto" else config.precision,  # which a run replaces before it builds
-        batch_size=config.batch_size,
+        batch_size=config.images_per_batch,
     )
     return sampler, header, posterior
 

@@ -87,7 +87,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
         budgets=config.nfe,
         n=config.n,
         seed=config.seed,
-        batch_size=config.batch_size,
+        batch_size=config.images_per_batch,
         extractor=extractor,
         reference=reference,
         floor=floor,
@@ -120,7 +120,8 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
         return None
     sampler.prior.start_ratio(sampler.denoiser)
     identity = {**identify_parts(config), "data": config.data, "prior": by_content("prior", config.prior)}
-    return BitsPerDim(build_data(config), config.likelihood_n, config.seed, config.batch_size, config.folder, identity)
+    n, batch_size = config.likelihood_n, config.images_per_batch
+    return BitsPerDim(build_data(config), n, config.seed, batch_size, config.folder, identity)
 
 
 def build_fitted(config: Config, sampler: Sampler) -> list[DensityPrior]:

@@ -20,7 +20,7 @@ ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512
 
 
 def settle(config: Config) -> None:
-    """Resolve ``precision: auto``, set the number of threads, and check that the machine can run the configuration.
+    """Resolve ``precision: auto``, choose batch size and threads, and check that the machine can run the rest.
 
     Raises:
         UsageError: Devices are missing, the launched processes differ from the configuration, the device does not
@@ -33,6 +33,7 @@ def settle(config: Config) -> None:
     chosen = config.precision == "auto"
     if chosen:
         config.precision = "bf16-mixed" if has_bf16_units(config) else "32-true"
+    config.batch_size = config.batch_size or default_batch_size(config.shape, device)
     if config.precision == "16-mixed" and device == "cpu":
         raise UsageError("precision=16-mixed requires a GPU: on a CPU set precision=auto, bf16-mixed or 32-true")
     if config.compile:
@@ -52,6 +53,15 @@ def device_type(config: Config) -> str:
     if config.accelerator == "gpu" and not visible:
         raise UsageError("accelerator=gpu, but no GPU is visible: set accelerator=cpu or auto")
     return "cuda" if visible and config.accelerator != "cpu" else "cpu"
+
+
+def default_batch_size(shape: list[int], device: str) -> int:
+    """Return the number of images per sampling batch that keeps a device busy: by their pixels, and a GPU's memory."""
+    pixels = shape[1] * shape[2]
+    if device == "cpu":
+        return max(1, min(100, 20 * 256**2 // pixels))
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, int(2500 * min(1.0, memory / 40e9) * min(1.0, 32**2 / pixels)))
 
 
 def has_bf16_units(config: Config) -> bool:

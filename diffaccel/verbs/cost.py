@@ -126,7 +126,7 @@ def seconds_per_evaluation(config: Config, sampler: Sampler, plan: Plan, forward
     Returns:
         Time per evaluation and image, in seconds.
     """
-    group = plan.prior.schedule(config.n, config.batch_size)[0]
+    group = plan.prior.schedule(config.n, config.images_per_batch)[0]
     nfe = sampler.planned_nfe(plan, config.n)
     burn_in = plan.prior.burn_in_per_chain if isinstance(plan.prior, ChainPrior) else 0
     if math.isnan(nfe) or (nfe + burn_in) * len(group[0]) * forward > AFFORDABLE:
@@ -153,7 +153,7 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
     for column in ("budget", "chain steps", "solver steps", "burn-in", "nfe", "FLOPs/image", "sampling of n"):
         table.add_column(column, justify="right")
     with sampler.arithmetic():
-        cost = forward_cost(sampler, min(config.batch_size, config.n))
+        cost = forward_cost(sampler, min(config.images_per_batch, config.n))
         for budget, plan in plans.items():
             nfe = sampler.planned_nfe(plan, config.n)
             spent = ("by its tolerance", "")
@@ -172,6 +172,7 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
 
 
 def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
+    batch_size = config.images_per_batch
     print_lines(f"{describe(config)}; times do not include start-up, scoring and metrics")
     if config.compile:
         print_lines(f"compiling takes {cost.compiling:.3g} s in addition for each batch size")
@@ -180,6 +181,6 @@ def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
         f"{human(cost.activations, 'B')} of activations per image"
     )
     print_lines(
-        f"memory per process: {human(weights, 'B')} of weights, {human(config.batch_size * cost.activations, 'B')} of "
-        f"activations at batch_size={config.batch_size}, without the extractor and libraries"
+        f"memory per process: {human(weights, 'B')} of weights, {human(batch_size * cost.activations, 'B')} of "
+        f"activations at batch_size={batch_size}, without the extractor and libraries"
     )

@@ -125,7 +125,7 @@ class ImageWriter:
         """Sample the images of a budget on all ranks, and write them on the first."""
         config = self.config
         partial = Partial(config.folder / "partial" / f"sample-{self._key(budget)}")
-        groups = plan.prior.schedule(config.n, config.batch_size)
+        groups = plan.prior.schedule(config.n, config.images_per_batch)
         evaluations, burn_in = Counter[str](), Counter[str]()
         with failing_together(), progress(self.console, world.first, budget) as bars:
             mine = world.share(groups)
@@ -191,7 +191,7 @@ class ImageWriter:
             "settings": config.at(budget),
             "n": config.n,
             "seed": config.seed,
-            "batch_size": config.batch_size,
+            "batch_size": config.images_per_batch,
             "classes": self.sampler.classes or None,
             "format": self.format,
             "truncate": config.truncate,

@@ -28,7 +28,8 @@ def tradeoff(config: Config) -> list[Row]:
     settings, data = config.tradeoff, experiment.build_data(config)
     evaluator = experiment.build_evaluator(config, sampler, measured=False) if settings.fd else None
     likelihood = experiment.build_likelihood(config, sampler)
-    curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, config.batch_size, config.folder)
+    batch_size, out = config.images_per_batch, config.folder
+    curve = TradeoffCurve(settings, starts, data, evaluator, likelihood, config.seed, batch_size, out)
     launch.write_config(config, "tradeoff.csv")
     if launch.everywhere(config, lambda world, device: curve.run(sampler.to(device), world)):
         found = ", ".join(f"{name} at T = {T:g}" for name, T in best(curve.rows).items())
