@@ -16,6 +16,7 @@ from torch import Tensor
 from diffaccel.noise.philox import ANGLE, LOW, MULTIPLIERS, ROUNDS, round_keys
 
 Words = NDArray[np.uint64]
+Floats = NDArray[np.float32]
 PIECE = 49_152
 """Number of blocks per piece, as many as 64 images of 3 x 32 x 32 have; 4 MB of buffers."""
 _KEPT = threading.local()
@@ -60,7 +61,8 @@ def normal(index: Tensor, key: int, draw: int, size: int) -> Tensor:
     third = _third_round(found, highest[:1], np.arange(blocks, dtype=np.uint64), draw, keys.reshape(-1, 2))
     numbers = np.empty((len(found), 4, blocks), np.float32)
     rows = min(len(found), max(1, PIECE // blocks))
-    words, floats = (buffer[..., : rows * blocks].reshape(3, 2, rows, blocks) for buffer in _buffers(rows * blocks))
+    words, floats = _buffers(rows * blocks)
+    words, floats = words.reshape(3, 2, rows, blocks), floats.reshape(3, 2, rows, blocks)
     for first in range(0, len(found), rows):
         piece = slice(first, first + rows)
         count = len(numbers[piece])
@@ -69,13 +71,13 @@ def normal(index: Tensor, key: int, draw: int, size: int) -> Tensor:
     return torch.from_numpy(numbers.reshape(len(found), -1)[:, :size])
 
 
-def _buffers(size: int) -> tuple[Words, NDArray[np.float32]]:
-    """Buffers of a piece, (3, 2, size or more), which a thread keeps: new memory costs more than the numbers."""
-    kept = getattr(_KEPT, "buffers", None)
+def _buffers(size: int) -> tuple[Words, Floats]:
+    """Buffers of a piece, (3, 2, size) each, which a thread keeps: new memory costs more than the numbers."""
+    kept: tuple[Words, Floats] | None = getattr(_KEPT, "buffers", None)
     if kept is None or kept[0].shape[2] < size:
         shape = 3, 2, max(size, PIECE)
         kept = _KEPT.buffers = np.empty(shape, np.uint64), np.empty(shape, np.float32)
-    return kept
+    return kept[0][..., :size], kept[1][..., :size]
 
 
 def _multiplied(word: Words, which: int) -> tuple[Words, Words]:
@@ -124,7 +126,7 @@ def _rounds(third: _Third, piece: slice, keys: Words, buffers: Words) -> tuple[W
     return x, y
 
 
-def _box_muller(x: Words, y: Words, buffers: NDArray[np.float32], made: NDArray[np.float32]) -> None:
+def _box_muller(x: Words, y: Words, buffers: Floats, made: Floats) -> None:
     """Convert words (2, 0) and (3, 1) to normal numbers, (rows, 4, blocks)."""
     r, a, sine = buffers
     r[...], a[...] = (words.view(np.uint32)[..., ::2] for words in (x, y))  # the low halves, on little-endian machines
