@@ -159,6 +159,13 @@ def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), torch.log1p(-beta).cumsum(0)])
 
 
+@lru_cache(maxsize=8)
+def _table(steps: int, beta_0: float, beta_1: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same table on a device, kept there, because each copy to a GPU would wait for the work before it."""
+    with torch.inference_mode(False):  # or a table that is first used in sampling could not be used in training
+        return _log_alpha_bar(steps, beta_0, beta_1).to(device, dtype)
+
+
 @PROCESSES.register("vp_discrete")
 @dataclass(frozen=True)
 class DiscreteVariancePreserving(Process):
@@ -196,7 +203,7 @@ class DiscreteVariancePreserving(Process):
         return self.steps - 1.0
 
     def _table(self, like: Tensor) -> Tensor:
-        return _log_alpha_bar(self.steps, self.beta_0, self.beta_1).to(like)
+        return _table(self.steps, self.beta_0, self.beta_1, like.dtype, like.device)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Index into the table of the segment that contains a time, and the slope of the segment."""
