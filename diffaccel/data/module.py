@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
 from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
@@ -61,7 +62,10 @@ class DataModule(LightningDataModule):
         limit: Maximum number of images of each split, the first in the order of the source; None for all. The number
             of classes is that of the whole training split.
         flip: Whether to mirror training images left to right with probability 1/2.
-        num_workers: Number of worker processes that read training images; 0 suits data in memory.
+        num_workers: Number of worker processes that read training images; 0 suits data in memory. Ignored for resident
+            images.
+        resident: Whether all training images stay on the device, as uint8, and batches are gathered there; None for
+            images in memory on a GPU, if they take at most a quarter of its free memory. Batches are the same.
 
     Attributes:
         start_step: First step of the training loader; set this before iterating over the loader, to resume.
@@ -78,6 +82,7 @@ class DataModule(LightningDataModule):
         limit: int | None = None,
         flip: bool = False,
         num_workers: int = 0,
+        resident: bool | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -91,9 +96,10 @@ class DataModule(LightningDataModule):
         self.source: Source = SOURCES.build(source)
         self.source_name = str(source["name"])
         self.batch_size, self.seed, self.limit = batch_size, seed, limit
-        self.flip, self.num_workers = flip, num_workers
+        self.flip, self.num_workers, self.resident = flip, num_workers, resident
         self.start_step = 0
         self._splits: dict[str, Images] = {}
+        self._on_device: ResidentImages | None = None
 
     @property
     @override
@@ -160,19 +166,38 @@ class DataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless loader of this rank's batches, from ``start_step`` on.
+        """Endless loader of this rank's batches, from ``start_step`` on; with resident images, of what they consist of.
 
         Raises:
-            UsageError: The batch size is not a multiple of the number of ranks.
+            UsageError: The batch size is not a multiple of the number of ranks, or images don't fit on the device.
         """
-        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world, device = 0, 1, torch.device("cpu")
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
         images = self.images("train")
+        batches = GlobalBatches(self.batch_size, rank, world, lambda: self.start_step)
+        stream = Stream(len(images), self.seed)
+        self._on_device = None  # frees that of an earlier loader
+        if stays_resident(images, device, self.resident):
+            self._on_device = ResidentImages(images, device, self.flip)
+        resident = self._on_device is not None
         return DataLoader(
-            TrainingSet(images, Stream(len(images), self.seed), self.flip),
-            batch_sampler=GlobalBatches(self.batch_size, rank, world, lambda: self.start_step),
+            ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip),
+            batch_sampler=batches,
             collate_fn=_as_read,
-            num_workers=self.num_workers,
+            num_workers=0 if resident else self.num_workers,
+            pin_memory=device.type == "cuda",  # for copies to the device that don't wait for it
         )
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gather a batch of resident images."""
+        if not isinstance(batch, Chosen):
+            return batch
+        assert self._on_device is not None
+        gathered = self._on_device.gather(batch)
+        return gathered if self.trainer is None else self.trainer.precision_plugin.convert_input(gathered)
 
     @override
     def val_dataloader(self) -> DataLoader[int]:

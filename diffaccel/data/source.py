@@ -31,6 +31,8 @@ class Images(ABC):
     labels: Tensor | None
     classes: int
     notes: Sequence[str] = ()
+    in_memory: ClassVar[bool] = False
+    """Whether the images are already in memory, so that reading them is cheap."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,6 +68,8 @@ class ArrayImages(Images):
         classes: Number of classes; None for the largest label plus 1.
         notes: See :class:`Images`.
     """
+
+    in_memory = True
 
     def __init__(
         self, images: Tensor, labels: Tensor | None = None, classes: int | None = None, notes: Sequence[str] = ()

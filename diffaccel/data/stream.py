@@ -40,6 +40,11 @@ def to_float(images: Tensor) -> Tensor:
     return images
 
 
+def mirrored(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the ``chosen`` images (B,) bool of a batch (B, C, H, W) left to right."""
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
 # A batch may span two epochs, and more if the data set is smaller than a batch.
 @lru_cache(maxsize=8)
 def _epoch(size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +102,7 @@ class TrainingSet(Dataset[Batch]):
         chosen, coins = self.stream(index)
         images = self.images.read(chosen)
         if self.flip:
-            images = torch.where(coins[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, coins)
         labels = self.images.labels
         return Batch(to_float(images), None if labels is None else labels[chosen], index)
 

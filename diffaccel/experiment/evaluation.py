@@ -33,6 +33,7 @@ def build_data(config: Config) -> DataModule:
         limit=config.limit,
         flip=training.flip,
         num_workers=training.workers,
+        resident={"true": True, "false": False}.get(training.resident),
     )
     if "label" in config.data:
         data.source.label = as_given(config.data["label"]) or data.source.label
