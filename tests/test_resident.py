@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from stored import N, RGB, data, same, save_folder, training
+from stored import RGB, N, data, same, save_folder, training
 from test_training import BATCH, STEPS, SaveAt, assert_same, diffusion, everything
 
 from diffaccel.config import load

@@ -93,8 +93,8 @@ def stays_resident(images: Images, device: torch.device, wanted: bool | None) ->
     size, free = size_in_bytes(images), free_memory(device)
     if wanted and size > free:
         raise UsageError(
-            f"training.resident=true: the images take {size / 2**30:.1f} GiB, but {device} has {free / 2**30:.1f} GiB of "
-            "free memory: set training.resident=false, or limit= to use fewer images"
+            f"training.resident=true: the images take {size / 2**30:.1f} GiB, but {device} has {free / 2**30:.1f} GiB "
+            "of free memory: set training.resident=false, or limit= to use fewer images"
         )
     return size <= (free if wanted else SHARE * free)
 

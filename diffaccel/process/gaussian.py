@@ -209,11 +209,11 @@ class DiscreteVariancePreserving(Process):
         """Index into the table of the segment that contains a time, and the slope of the segment."""
         table = self._table(t)
         below = (t.detach() + 1).floor().clamp(0, self.steps - 1).long()
-        return below, table[below + 1] - table[below]
+        return below, table.take(below + 1) - table.take(below)  # indexing by a number would read it from the device
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         below, slope = self._segment(t)
-        return self._table(t)[below] + (t + 1 - below) * slope
+        return self._table(t).take(below) + (t + 1 - below) * slope
 
     @override
     def alpha(self, t: Tensor) -> Tensor:
@@ -227,7 +227,8 @@ class DiscreteVariancePreserving(Process):
     def time(self, ratio: Tensor) -> Tensor:
         log_alpha_bar, table = -torch.log1p(ratio.square()), self._table(ratio)
         below = (torch.searchsorted(-table, -log_alpha_bar, right=True) - 1).clamp(0, self.steps - 1)
-        return below - 1 + (log_alpha_bar - table[below]) / (table[below + 1] - table[below])
+        start = table.take(below)
+        return below - 1 + (log_alpha_bar - start) / (table.take(below + 1) - start)
 
     @override
     def drift(self, t: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
-from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams, stream_seed
 from diffaccel.training.ema import EMA
 from diffaccel.training.finite import FiniteCheck

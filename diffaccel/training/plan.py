@@ -18,9 +18,9 @@ class Training:
     workers: int = 0
     """Number of worker processes that load images; 0 is suitable for data in memory."""
     resident: str = "auto"
-    """``true`` to keep all training images on the device as uint8 and gather batches there, ``false`` to read batches on
-    the CPU, or ``auto``: true on a GPU for images in memory that take at most a quarter of its free memory. The batches
-    are the same."""
+    """``true`` to keep all training images on the device as uint8 and gather batches there, ``false`` to read batches
+    on the CPU, ``auto`` for true on a GPU if the images are in memory and take at most a quarter of the GPU's free
+    memory. The batches are the same."""
     lr: float = 1e-3
     """Learning rate after warm-up."""
     warmup: int = 10_000
