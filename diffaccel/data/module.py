@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
@@ -182,8 +182,9 @@ class DataModule(LightningDataModule):
         if stays_resident(images, device, self.resident):
             self._on_device = ResidentImages(images, device, self.flip)
         resident = self._on_device is not None
+        chosen: Dataset[Any] = ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip)
         return DataLoader(
-            ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip),
+            chosen,
             batch_sampler=batches,
             collate_fn=_as_read,
             num_workers=0 if resident else self.num_workers,

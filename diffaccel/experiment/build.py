@@ -179,8 +179,13 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
 
 
 def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:
-    """Compile the networks and set their memory format, if configured."""
-    for name, network in sampler.evaluated_networks().items() if config.network else ():
+    """Compile the networks and set their memory format, if configured.
+
+    In training, a noise classifier is included. A critic is not, because R1 differentiates it twice, which compiled
+    graphs do not support.
+    """
+    networks = {**sampler.evaluated_networks(), **(sampler.auxiliary_networks() if training else {})}
+    for name, network in networks.items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         if config.compile and not isinstance(network, Density):  # which is copied to other levels
