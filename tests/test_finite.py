@@ -155,12 +155,14 @@ def test_a_loss_whose_gradient_is_finite_counts():
 
 
 def test_the_flag_stays_set():
+    torch.set_default_dtype(torch.float64)
     check = FiniteCheck(torch.device("cpu"), deferred=True)
     flags = []
     for value in (1.0, float("inf"), 1.0):
         check.add("p", 7, torch.tensor(value), torch.tensor(1.0))
         flags.append(check.failed.item())
     assert flags == [0, 1, 1]
+    assert check.failed.dtype == torch.float32, "as fused optimisers require"
     with pytest.raises(UsageError, match="p: the loss is inf and its gradient 1 after 7 images"):
         check.read()
     check.read()  # what was read is not read again

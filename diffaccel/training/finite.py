@@ -34,7 +34,8 @@ class FiniteCheck:
     """
 
     def __init__(self, device: torch.device, deferred: bool) -> None:
-        self.failed = torch.zeros((), device=device) if deferred else None
+        # float32 in every precision, which fused optimisers require
+        self.failed = torch.zeros((), dtype=torch.float32, device=device) if deferred else None
         self._unread: list[Checked] = []
 
     def add(self, phase: str, images: int, loss: Tensor, norm: Tensor) -> None:

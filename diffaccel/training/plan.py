@@ -20,7 +20,7 @@ class Training:
     resident: str = "auto"
     """``true`` to keep all training images on the device as uint8 and gather batches there, ``false`` to read batches
     on the CPU, ``auto`` for true on a GPU if the images are in memory and take at most a quarter of the GPU's free
-    memory. The batches are the same."""
+    memory. The batches are the same. Images in files are then decoded once, at the start."""
     lr: float = 1e-3
     """Learning rate after warm-up."""
     warmup: int = 10_000
