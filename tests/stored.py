@@ -57,7 +57,8 @@ def whole(module: DataModule, split: str = "train") -> tuple[Tensor, Tensor | No
 
 
 def training(module: DataModule, steps: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=world)  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy)  # type: ignore[assignment]
     return list(islice(module.train_dataloader(), steps))
 
 

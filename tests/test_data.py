@@ -57,7 +57,7 @@ def test_training_images_are_the_stored_ones_in_minus_one_to_one(npz: str) -> No
     """Images and labels stay together: position -> index -> the stored pixels, x / 127.5 - 1."""
     module = data("npz", path=npz, module={"batch_size": 8, "seed": 3})
     for batch in training(module, 5):
-        index, _ = Stream(N, 3)(batch.index)
+        index = Stream(N, 3)(batch.index)
         expected = torch.from_numpy(RGB[index.numpy()].astype(np.float64) / 127.5 - 1).permute(0, 3, 1, 2)
         assert batch.image.dtype == torch.float32
         torch.testing.assert_close(batch.image.double(), expected, atol=1e-6, rtol=0)
@@ -154,7 +154,7 @@ def test_limit_takes_the_first_images_and_keeps_the_classes(tmp_path: Path, npz:
     ):
         assert (module.size("train"), module.classes) == (5, CLASSES)
         assert np.array_equal(whole(module)[0].permute(0, 2, 3, 1).numpy(), RGB[:5])
-        assert sorted(Stream(5)(training(module, 1)[0].index)[0].tolist()) == sorted([*range(5), *range(5)])
+        assert sorted(Stream(5)(training(module, 1)[0].index).tolist()) == sorted([*range(5), *range(5)])
     assert data("npz", path=npz, module={"limit": 100}).size("train") == N
 
 
@@ -178,7 +178,7 @@ def test_toy_points_have_the_moments_of_the_mixture() -> None:
 def test_toy_points_train_in_their_own_units() -> None:
     module = data("toy", n=50, module={"batch_size": 50, "flip": True})
     batch = training(module, 1)[0]
-    assert torch.equal(batch.image, whole(module)[0][Stream(50)(batch.index)[0]])
+    assert torch.equal(batch.image, whole(module)[0][Stream(50)(batch.index)])
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

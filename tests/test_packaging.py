@@ -41,6 +41,10 @@ print(json.dumps({name: re.findall(f"{EXPERIMENTS}/([^\\"]+)", tree) for name, t
 """
 
 
+BROUGHT = {"triton": "torch"}
+"""Package -> dependency that requires it wherever it is imported: PyTorch with CUDA."""
+
+
 def imported() -> list[tuple[str, str]]:
     """Packages that the code imports, anywhere in a file, each with the extra that the import names, '' for none."""
     found: list[tuple[str, str]] = []
@@ -67,7 +71,7 @@ def test_what_is_imported_is_installed_or_names_its_extra():
     providers, used = packages_distributions(), imported()
     for extra, package in used:
         required = {re.split("[>=]", one)[0] for one in REQUIREMENTS[extra]}
-        names = {name.lower().replace("_", "-") for name in providers[package]}
+        names = {name.lower().replace("_", "-") for name in providers.get(package, [])} | {BROUGHT.get(package, "")}
         assert names & required, f"{package} is of none of the {extra or 'plain'} dependencies"
     assert {extra: [package] for extra, package in used if extra} == EXTRAS
     assert REQUIREMENTS.keys() == {"", *EXTRAS, "all", "dev"}

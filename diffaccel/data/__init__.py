@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from diffaccel.data import arrays, files
-from diffaccel.data.source import SOURCES, ArrayImages, Images, MissingSplit, Source
+from diffaccel.data.source import SOURCES, ArrayImages, Images, MissingSplit, Source, build_source
 from diffaccel.data.stream import Batch, Stream, to_float
 from diffaccel.parts.lazy import lazy
 
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "Stream",
     "arrays",
+    "build_source",
     "files",
     "to_float",
 ]

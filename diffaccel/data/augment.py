@@ -34,8 +34,7 @@ def augment(images: Tensor, probability: float, noise: NoiseStreams) -> tuple[Te
     """
     draws = noise.normal(images.new_empty(len(images), 13, dtype=torch.float32))
     u, z, turned = torch.special.ndtr(draws[:, :8]), draws[:, 8:12], draws[:, 12] < 0
-    chances = torch.tensor([0.5, 0.5 * probability, *[probability] * 4], device=u.device)
-    on = (u[:, :6] < chances).to(draws)
+    on = torch.cat([u[:, :1] < 0.5, u[:, 1:2] < 0.5 * probability, u[:, 2:6] < probability], 1).to(draws)
     mirror, flip, shift = on[:, 0], on[:, 1], on[:, 5:] * z[:, 2:]
     scale, angle = on[:, 2] * z[:, 0], on[:, 3] * math.pi * (2 * u[:, 6] - 1)
     stretch, towards = on[:, 4] * z[:, 1], math.pi * (2 * u[:, 7] - 1) * turned
@@ -67,12 +66,11 @@ def _resampled(images: Tensor, back: Tensor, shift: Tensor, moved: Tensor) -> Te
         shift: Shifts in units of SHIFT times the image size, (B, 2).
         moved: Images to resample, (B,) bool; other images are returned unchanged.
     """
-    if not moved.any():
-        return images
     height, width = images.shape[-2:]
-    aspect = torch.tensor([width, height], device=back.device) / max(height, width)  # rotate pixels, not fractions
-    matrix = (back[moved] * aspect) / aspect[:, None]
-    offset = -(matrix @ (2 * SHIFT * shift[moved])[:, :, None])
-    points = F.affine_grid(torch.cat([matrix, offset], 2), [int(moved.sum()), *images.shape[1:]], align_corners=False)
-    resampled = F.grid_sample(images[moved].float(), points, "bicubic", "reflection", align_corners=False)
-    return images.index_put((moved,), resampled.to(images))
+    aspect = torch.stack([back.new_full((), side / max(height, width)) for side in (width, height)])
+    matrix = (back * aspect) / aspect[:, None]  # rotates pixels, not fractions
+    offset = -(matrix @ (2 * SHIFT * shift)[:, :, None])
+    points = F.affine_grid(torch.cat([matrix, offset], 2), list(images.shape), align_corners=False)
+    # All images, because a selection by `moved` would wait for the device to know how many they are.
+    resampled = F.grid_sample(images.float(), points, "bicubic", "reflection", align_corners=False)
+    return torch.where(moved[:, None, None, None], resampled.to(images), images)

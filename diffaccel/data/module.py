@@ -6,10 +6,11 @@ from typing import Any, cast
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from diffaccel.data.source import SOURCES, SPLITS, Images, Source, Split
+from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
+from diffaccel.data.source import SPLITS, Images, Source, Split, build_source
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
 from diffaccel.text.terminal import say
@@ -49,19 +50,34 @@ def check_labels(data: "DataModule", classes: int) -> None:
         say(f"{data.label}: the labels have {data.classes} classes, the network {classes}: the others are untrained")
 
 
+def _resident(value: object) -> bool | None:
+    """Convert the key ``resident`` to a choice; None for ``auto``.
+
+    Raises:
+        UsageError: The value is invalid.
+    """
+    known = {None: None, "auto": None, True: True, False: False, "true": True, "false": False}
+    if not isinstance(value, str | bool | None) or value not in known:
+        raise UsageError(f"data.resident={value}: set auto, true or false")
+    return known[value]
+
+
 class DataModule(LightningDataModule):
     """Data set for training and scoring.
 
     The training loader is endless: the method ends the training. Use ``Trainer(use_distributed_sampler=False)``.
 
     Args:
-        source: Name and keys of a source, ``{"name": ..., key: value, ...}``; see ``SOURCES``.
+        source: Name and keys of a source, ``{"name": ..., key: value, ...}``; see ``SOURCES``. With ``resident: true``
+            all training images stay on the device, as uint8, and batches are gathered there; by default, ``auto``,
+            images in memory do so on a GPU, if they take at most a quarter of its free memory. Batches are the same.
         batch_size: Global batch size; each of W ranks has 1 / W of it.
         seed: Seed of the training order and of the flips.
         limit: Maximum number of images of each split, the first in the order of the source; None for all. The number
             of classes is that of the whole training split.
         flip: Whether to mirror training images left to right with probability 1/2.
-        num_workers: Number of worker processes that read training images; 0 suits data in memory.
+        num_workers: Number of worker processes that read training images; 0 suits data in memory. Ignored for resident
+            images.
 
     Attributes:
         start_step: First step of the training loader; set this before iterating over the loader, to resume.
@@ -88,12 +104,14 @@ class DataModule(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise UsageError(f"data.{key}={value}: set {least} or more")
-        self.source: Source = SOURCES.build(source)
+        self.source: Source = build_source(source)
         self.source_name = str(source["name"])
         self.batch_size, self.seed, self.limit = batch_size, seed, limit
         self.flip, self.num_workers = flip, num_workers
+        self.resident = _resident(source.get("resident"))
         self.start_step = 0
         self._splits: dict[str, Images] = {}
+        self._on_device: ResidentImages | None = None
 
     @property
     @override
@@ -160,19 +178,39 @@ class DataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless loader of this rank's batches, from ``start_step`` on.
+        """Endless loader of this rank's batches, from ``start_step`` on; with resident images, of what they consist of.
 
         Raises:
-            UsageError: The batch size is not a multiple of the number of ranks.
+            UsageError: The batch size is not a multiple of the number of ranks, or images don't fit on the device.
         """
-        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world, device = 0, 1, torch.device("cpu")
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
         images = self.images("train")
+        batches = GlobalBatches(self.batch_size, rank, world, lambda: self.start_step)
+        stream = Stream(len(images), self.seed)
+        self._on_device = None  # frees that of an earlier loader
+        if stays_resident(images, device, self.resident):
+            self._on_device = ResidentImages(images, device, self.flip, self.seed)
+        resident = self._on_device is not None
+        chosen: Dataset[Any] = ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip)
         return DataLoader(
-            TrainingSet(images, Stream(len(images), self.seed), self.flip),
-            batch_sampler=GlobalBatches(self.batch_size, rank, world, lambda: self.start_step),
+            chosen,
+            batch_sampler=batches,
             collate_fn=_as_read,
-            num_workers=self.num_workers,
+            num_workers=0 if resident else self.num_workers,
+            pin_memory=device.type == "cuda",  # for copies to the device that don't wait for it
         )
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gather a batch of resident images."""
+        if not isinstance(batch, Chosen):
+            return batch
+        assert self._on_device is not None
+        gathered = self._on_device.gather(batch)
+        return gathered if self.trainer is None else self.trainer.precision_plugin.convert_input(gathered)
 
     @override
     def val_dataloader(self) -> DataLoader[int]:

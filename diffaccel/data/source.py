@@ -1,8 +1,8 @@
 """Interfaces of data sets: sources, and splits of images that are read by index."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Images(ABC):
     labels: Tensor | None
     classes: int
     notes: Sequence[str] = ()
+    in_memory: ClassVar[bool] = False
+    """Whether the images are already in memory, so that reading them is cheap."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,6 +68,8 @@ class ArrayImages(Images):
         classes: Number of classes; None for the largest label plus 1.
         notes: See :class:`Images`.
     """
+
+    in_memory = True
 
     def __init__(
         self, images: Tensor, labels: Tensor | None = None, classes: int | None = None, notes: Sequence[str] = ()
@@ -128,8 +132,21 @@ class Source(ABC):
         """
 
 
-SOURCES: Registry[Source] = Registry("source", builtins=["diffaccel.data.arrays", "diffaccel.data.files"])
+SOURCES: Registry[Source] = Registry(
+    "source",
+    builtins=["diffaccel.data.arrays", "diffaccel.data.files"],
+    extra={"resident": bool | Literal["auto"]},  # of the data module, for any source
+)
 SOURCES.base(Source)
+
+
+def build_source(node: Mapping[str, Any]) -> Source:
+    """Build a source from its node, without the keys of the data module; reads no images.
+
+    Raises:
+        UsageError: An unknown source or key, or an invalid value.
+    """
+    return SOURCES.build({key: value for key, value in node.items() if key not in SOURCES.extra})
 
 
 def path_of(split: Split, path: str, test_path: str | None) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from diffaccel.data.source import Images
 from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
 
 
 class Batch(NamedTuple):
@@ -40,12 +41,17 @@ def to_float(images: Tensor) -> Tensor:
     return images
 
 
+def mirrored(images: Tensor, index: Tensor, seed: int) -> Tensor:
+    """Mirror images (B, C, H, W) left to right with probability 1/2, by their positions (B,) in the training stream."""
+    chosen = NoiseStreams(seed, index, "mirror").uniform() < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
 # A batch may span two epochs, and more if the data set is smaller than a batch.
 @lru_cache(maxsize=8)
-def _epoch(size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Permutation (size,) int64 and coin tosses (size,) bool of an epoch."""
-    rng = np.random.default_rng((seed, epoch))
-    return torch.from_numpy(rng.permutation(size)), torch.from_numpy(rng.integers(2, size=size, dtype=bool))
+def _epoch(size: int, seed: int, epoch: int) -> Tensor:
+    """Permutation of an epoch, (size,) int64."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(size))
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,21 @@ class Stream:
     size: int
     seed: int = 0
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor) -> Tensor:
         """Look up the images at stream positions.
 
         Args:
             positions: Stream positions, (B,) int64.
 
         Returns:
-            Image indices (B,) int64, and fair coin tosses (B,) bool for augmentation.
+            Image indices, (B,) int64.
         """
-        indices, coins = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.bool)
+        indices = torch.empty_like(positions)
         epochs = positions // self.size
         for epoch in epochs.unique().tolist():
             inside = epochs == epoch
-            order, tosses = _epoch(self.size, self.seed, epoch)
-            offset = positions[inside] % self.size
-            indices[inside], coins[inside] = order[offset], tosses[offset]
-        return indices, coins
+            indices[inside] = _epoch(self.size, self.seed, epoch)[positions[inside] % self.size]
+        return indices
 
 
 class TrainingSet(Dataset[Batch]):
@@ -94,10 +98,10 @@ class TrainingSet(Dataset[Batch]):
     def __getitems__(self, positions: list[int]) -> Batch:
         """Return the batch at ``positions``."""
         index = torch.as_tensor(positions, dtype=torch.int64)
-        chosen, coins = self.stream(index)
+        chosen = self.stream(index)
         images = self.images.read(chosen)
         if self.flip:
-            images = torch.where(coins[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, index, self.stream.seed)
         labels = self.images.labels
         return Batch(to_float(images), None if labels is None else labels[chosen], index)
 

@@ -65,7 +65,7 @@ class Uniform:
 
     def __call__(self, denoiser: Denoiser, u: Tensor) -> Tensor:
         """See :class:`Levels`."""
-        low, high = denoiser.process.time(torch.tensor(denoiser.ratio_range, dtype=u.dtype, device=u.device))
+        low, high = (denoiser.process.time(u.new_full((), ratio)) for ratio in denoiser.ratio_range)
         return low + u * (high - low)
 
 
@@ -84,7 +84,7 @@ class Index:
         """See :class:`Levels`."""
         if not isinstance(denoiser.process, DiscreteVariancePreserving):
             raise UsageError("levels=index needs process=vp_discrete: use this process, or levels=uniform or lognormal")
-        top = denoiser.process.time(torch.tensor(denoiser.ratio_range[1], dtype=u.dtype, device=u.device)).round()
+        top = denoiser.process.time(u.new_full((), denoiser.ratio_range[1])).round()
         return torch.minimum((u * (top + 1)).floor(), top)  # a mirrored u may be 1
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffaccel.config import Config
-from diffaccel.data import SOURCES
+from diffaccel.data import build_source
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
@@ -172,7 +172,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
         solver,
         shape,
         tweedie=Tweedie(config.tweedie_ratio, config.tweedie_counted) if config.tweedie_ratio is not None else None,
-        kind=ImageKind(SOURCES.build(config.data).has_images(), config.truncate),
+        kind=ImageKind(build_source(config.data).has_images(), config.truncate),
         precision=None if config.precision == "auto" else config.precision,  # which a run replaces before it builds
         batch_size=config.images_per_batch,
     )
@@ -180,8 +180,13 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
 
 
 def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:
-    """Compile the networks and set their memory format, if configured."""
-    for name, network in sampler.evaluated_networks().items() if config.network else ():
+    """Compile the networks and set their memory format, if configured.
+
+    In training, a noise classifier is included. A critic is not, because R1 differentiates it twice, which compiled
+    graphs do not support.
+    """
+    networks = {**sampler.evaluated_networks(), **(sampler.auxiliary_networks() if training else {})}
+    for name, network in networks.items() if config.network else ():
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         if config.compile and not isinstance(network, Density):  # which is copied to other levels

@@ -3,7 +3,7 @@
 import dataclasses
 
 from diffaccel.config import Config, find
-from diffaccel.data import SOURCES, DataModule
+from diffaccel.data import DataModule, build_source
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
@@ -63,7 +63,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
     """
     if config.n < 2:
         raise UsageError(f"n={config.n}: a distance requires at least 2 images")
-    source = SOURCES.build(config.data)  # reads nothing
+    source = build_source(config.data)  # reads nothing
     if source.fixed_shape not in (None, shape_of(config)):
         raise UsageError(
             f"data={config.data['name']}: images have shape {source.fixed_shape}, but the experiment has "

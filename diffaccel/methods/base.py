@@ -176,8 +176,8 @@ class Diffusion(TrainedModule):
         if not self.training_plan.antithetic:
             return noise.uniform()
         # Neighbours in the stream share a number, whichever batches and ranks they are in.
-        u = NoiseStreams(self.seed, batch.index // 2, "pairs of levels").uniform()
-        return torch.where(batch.index.cpu() % 2 == 1, 1 - u, u)
+        u = NoiseStreams(self.seed, batch.index // 2, "pairs of levels").uniform().to(batch.index.device)
+        return torch.where(batch.index % 2 == 1, 1 - u, u)
 
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the times at quantiles of the levels, and the weights of the loss: (B,) -> (B,) each, float64."""

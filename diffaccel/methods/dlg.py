@@ -71,7 +71,7 @@ class DenoisingLangevinGibbs(Diffusion):
 
     def classifier_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Compute the cross-entropy at one level per sample, uniform over the levels, (B,) in nats."""
-        index = (noise.uniform() * len(self.classifier.levels)).long().to(self.device)
+        index = (noise.uniform().to(self.device) * len(self.classifier.levels)).long()
         return self.classifier.loss(batch.image, index, noise.normal(batch.image))
 
 

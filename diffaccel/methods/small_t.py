@@ -171,10 +171,10 @@ class SmallTimeDiffusion(Diffusion):
         """Draw stratified quantiles, with one stratum per image of the global batch by its position in the stream."""
         if not self.stratified:
             return super().level_quantiles(batch, noise)
-        size, index = self.training_plan.batch_size, batch.index.cpu()
+        size, index = self.training_plan.batch_size, batch.index
         if not self.training_plan.antithetic:
-            return ((index % size) + noise.uniform()) / size
-        u = NoiseStreams(self.seed, index // 2, "pairs of levels").uniform()
+            return ((index % size) + noise.uniform().to(index.device)) / size
+        u = NoiseStreams(self.seed, index // 2, "pairs of levels").uniform().to(index.device)
         lower = (
             (index // 2) % (size // 2) + u
         ) / size  # the first of a pair is in the lower half, its mirror image in the upper half

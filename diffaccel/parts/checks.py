@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from diffaccel.errors import UsageError
@@ -141,7 +142,7 @@ def check(config: Any) -> None:
     if len(config.training.betas) != 2:
         raise UsageError(f"training.betas={config.training.betas}: give two numbers")
     for key, choices in CHOICES.items():
-        if (choice := getattr(config, key)) is not None and choice not in choices:
+        if (choice := attrgetter(key)(config)) is not None and choice not in choices:
             raise UsageError(f"{key}={choice!r} is not one of {', '.join(choices)}")
 
 
@@ -285,6 +286,8 @@ def conform(key: str, value: Any, kind: Any) -> Any:
         return {float(name) if isinstance(name, int) else name: item for name, item in value.items()}
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if kind is str and isinstance(value, bool):
+        return str(value).lower()  # as written
     if kind is bool and type(value) in (int, float) and value not in (0, 1):
         raise UsageError(f"{key}={value}: give true or false")
     return value

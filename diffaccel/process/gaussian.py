@@ -159,6 +159,13 @@ def _log_alpha_bar(steps: int, beta_0: float, beta_1: float) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), torch.log1p(-beta).cumsum(0)])
 
 
+@lru_cache(maxsize=8)
+def _table(steps: int, beta_0: float, beta_1: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same table on a device, kept there, because each copy to a GPU would wait for the work before it."""
+    with torch.inference_mode(False):  # or a table that is first used in sampling could not be used in training
+        return _log_alpha_bar(steps, beta_0, beta_1).to(device, dtype)
+
+
 @PROCESSES.register("vp_discrete")
 @dataclass(frozen=True)
 class DiscreteVariancePreserving(Process):
@@ -196,17 +203,17 @@ class DiscreteVariancePreserving(Process):
         return self.steps - 1.0
 
     def _table(self, like: Tensor) -> Tensor:
-        return _log_alpha_bar(self.steps, self.beta_0, self.beta_1).to(like)
+        return _table(self.steps, self.beta_0, self.beta_1, like.dtype, like.device)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Index into the table of the segment that contains a time, and the slope of the segment."""
         table = self._table(t)
         below = (t.detach() + 1).floor().clamp(0, self.steps - 1).long()
-        return below, table[below + 1] - table[below]
+        return below, table.take(below + 1) - table.take(below)  # indexing by a number would read it from the device
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         below, slope = self._segment(t)
-        return self._table(t)[below] + (t + 1 - below) * slope
+        return self._table(t).take(below) + (t + 1 - below) * slope
 
     @override
     def alpha(self, t: Tensor) -> Tensor:
@@ -220,7 +227,8 @@ class DiscreteVariancePreserving(Process):
     def time(self, ratio: Tensor) -> Tensor:
         log_alpha_bar, table = -torch.log1p(ratio.square()), self._table(ratio)
         below = (torch.searchsorted(-table, -log_alpha_bar, right=True) - 1).clamp(0, self.steps - 1)
-        return below - 1 + (log_alpha_bar - table[below]) / (table[below + 1] - table[below])
+        start = table.take(below)
+        return below - 1 + (log_alpha_bar - start) / (table.take(below + 1) - start)
 
     @override
     def drift(self, t: Tensor) -> Tensor:

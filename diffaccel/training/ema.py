@@ -27,12 +27,24 @@ class EMA:
         self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, images: int, images_seen: int) -> None:
-        """Update the average after a step with ``images`` images."""
+    def update(self, images: int, images_seen: int, failed: Tensor | None = None) -> None:
+        """Update the average after a step.
+
+        Args:
+            images: Images of the step.
+            images_seen: Images of all steps, including this one.
+            failed: 1 if the average must not change, otherwise 0, as a 0-dimensional tensor on the average's device,
+                where it stays; None for an update in any case.
+        """
         half_life = min(self.half_life, self.rampup * images_seen)
         keep = 0.5 ** (images / max(half_life, 1e-8))
-        current = [parameter.detach() for parameter in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - keep)
+        average, current = list(self.average.values()), [parameter.detach() for parameter in self.module.parameters()]
+        if failed is None:
+            torch._foreach_lerp_(average, current, 1 - keep)
+            return
+        step = torch._foreach_sub(current, average)  # lerp takes no weight from the device
+        torch._foreach_mul_(step, (1 - keep) * (1 - failed))
+        torch._foreach_add_(average, step)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

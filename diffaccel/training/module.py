@@ -1,4 +1,8 @@
-"""Training loop: phases with separate optimisers, counters in images, exact resuming."""
+"""Training loop: phases with separate optimisers, counters in images, exact resuming.
+
+A step on a GPU is only queued: nothing in it reads a value from the device, except in every ``log_every``-th step. Such
+a read would wait until the device has finished all work before it, and the device would then wait for the next work.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
-from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams, stream_key
 from diffaccel.training.ema import EMA
+from diffaccel.training.finite import FiniteCheck
 from diffaccel.training.plan import Training
 
 
@@ -53,6 +57,10 @@ class TrainedModule(L.LightningModule):
     Args:
         training: Settings of the training.
         seed: Seed of the run.
+
+    Attributes:
+        defer_check: Whether losses are checked for NaN in logged steps and before they have any effect on a file or an
+            evaluation, and not in each step; None for a deferred check on GPUs only.
     """
 
     def __init__(self, training: Training, seed: int) -> None:
@@ -62,7 +70,10 @@ class TrainedModule(L.LightningModule):
         self.images_seen, self.steps = 0, 0
         self.mid_step = self.logs_now = False
         self.ema: EMA | None = None
+        self.defer_check: bool | None = None
+        self._check = FiniteCheck(torch.device("cpu"), deferred=False)
         self._phases: list[Phase] = []
+        self._noted: dict[str, Tensor] = {}
 
     def phases(self) -> list[Phase]:
         """Return the phases; empty for a method without training."""
@@ -74,14 +85,32 @@ class TrainedModule(L.LightningModule):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Use the averaged weights, if there are any, within a ``with`` block."""
+        """Use the averaged weights, if there are any, within a ``with`` block.
+
+        Raises:
+            UsageError: A loss or gradient was NaN or infinite.
+        """
+        self._check.read()
         with nullcontext() if self.ema is None else self.ema.swapped():
             yield
 
     def note(self, values: Mapping[str, Tensor]) -> None:
-        """Log values of a phase under ``train/``, if the step is logged."""
+        """Log values of a phase, 0-dimensional tensors, under ``train/`` at the end of the step, if it is logged."""
         if self.logs_now:
-            self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
+            self._noted |= {name: value.detach() for name, value in values.items()}
+
+    def _log_noted(self) -> None:
+        """Log the values of the step, read at once, and the number of images.
+
+        On the CPU, because Lightning reads the values of the progress bar again in each of the following steps.
+        """
+        noted, self._noted = self._noted, {}
+        losses = {f"{phase.name}_loss" for phase in self._phases}
+        values = torch.stack([value.double() for value in noted.values()]).cpu() if noted else ()
+        for name, value in zip(noted, values, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name in losses)
+        images = torch.tensor(self.images_seen, dtype=torch.float64, device="cpu")
+        self.log("train/images", images, prog_bar=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing; a callback runs the evaluator."""
@@ -103,6 +132,7 @@ class TrainedModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Continue the data at the position of the checkpoint, and start the average unless it was restored."""
+        self._check = FiniteCheck(self.device, self._defers_check())
         # Not in on_train_start, before which Lightning has drawn the first batch.
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.start_step = self.images_seen // data.batch_size
@@ -111,6 +141,14 @@ class TrainedModule(L.LightningModule):
             self.ema = EMA(network, self.training_plan.ema_half_life)
         if self.ema is not None:
             self.ema.to(self.device)
+
+    def _defers_check(self) -> bool:
+        """Whether the check for NaN is deferred: by default where reading a number from the device takes time."""
+        if self.defer_check is not None:
+            return self.defer_check
+        # In 16-mixed, a gradient scaler sets the optimiser's flag itself.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return self.device.type != "cpu" and not scaled
 
     def on_train_start(self) -> None:
         """Stop if the checkpoint is of a finished run."""
@@ -128,7 +166,7 @@ class TrainedModule(L.LightningModule):
         """Run the active phases and count the images of the global batch.
 
         Raises:
-            UsageError: A loss or gradient is NaN or infinite.
+            UsageError: A loss or gradient is NaN or infinite, or was, if the check is deferred.
         """
         self.mid_step = True  # an interrupt before the end leaves weights and counters inconsistent
         self.logs_now = self.steps % self.training_plan.log_every == 0
@@ -140,38 +178,58 @@ class TrainedModule(L.LightningModule):
         ):
             if self.steps % phase.every or not phase.since <= self.images_seen < phase.until:
                 continue
-            loss = phase.loss(batch, noise).mean()
-            optimizer.zero_grad()
-            with torch.autocast(self.device.type, enabled=False):  # to keep float32 products in full precision
-                self.manual_backward(loss)
-            self._check_finite(phase, loss, optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate() * phase.lr
-            optimizer.step()
-            if self.logs_now:
-                self.log(f"train/{phase.name}_loss", loss.detach(), prog_bar=True)
+            self._optimise(phase, optimizer, phase.loss(batch, noise).mean())
         self.steps += 1
         images = len(batch.index) * self.trainer.world_size
         self.images_seen += images
         if self.ema is not None:
-            self.ema.update(images, self.images_seen)
+            self.ema.update(images, self.images_seen, self._check.failed)
+        ends = self.images_seen >= self.training_plan.images
+        if self.logs_now or ends:
+            self._check.read()
+        if self.logs_now:
+            self._log_noted()
         self.mid_step = self.logs_now = False
-        if self.steps % self.training_plan.log_every == 1:
-            self.log("train/images", float(self.images_seen), prog_bar=True)
-        if self.images_seen >= self.training_plan.images:
+        if ends:
             self.trainer.should_stop = True
 
-    def _check_finite(self, phase: Phase, loss: Tensor, optimizer: Any) -> None:
+    def _optimise(self, phase: Phase, optimizer: Any, loss: Tensor) -> None:
+        """Take an optimiser step, unless the loss or the gradient of this or an earlier step is not finite."""
+        optimizer.zero_grad()
+        with torch.autocast(self.device.type, enabled=False):  # to keep float32 products in full precision
+            self.manual_backward(loss)
+        norm = self._clip(phase, optimizer)
+        self._check.add(phase.name, self.images_seen, loss, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate() * phase.lr
+        if self._check.failed is not None:
+            optimizer.optimizer.found_inf = self._check.failed  # a fused optimiser takes no step where this is 1
+        optimizer.step()
+        self.note({f"{phase.name}_loss": loss})
+
+    def _clip(self, phase: Phase, optimizer: Any) -> Tensor:
+        """Clip the gradient of a phase, and return its norm before."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, (phase.clip and self.training_plan.clip) or float("inf"))
-        if not norm.isfinite():  # also if the loss is not finite, because its gradient is NaN
-            raise UsageError(
-                f"{phase.name}: the loss is {loss.item():.4g} and its gradient {norm.item():.4g} after "
-                f"{self.images_seen} images: lower training.lr, or resume from an older checkpoint with resume=FILE"
-            )
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if phase.clip and self.training_plan.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.training_plan.clip, norm)
+        return norm
+
+    def on_train_end(self) -> None:
+        """Check the losses of the last steps, also if the training was stopped.
+
+        Raises:
+            UsageError: A loss or gradient was NaN or infinite.
+        """
+        self._check.read()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the average."""
+        """Add the counters and the average.
+
+        Raises:
+            UsageError: A loss or gradient was NaN or infinite, so that the state must not be kept.
+        """
+        self._check.read()
         checkpoint.setdefault("diffaccel", {}).update(images_seen=self.images_seen, steps=self.steps)
         if self.ema is not None:
             checkpoint["diffaccel"]["ema"] = self.ema.state_dict()

@@ -143,12 +143,12 @@ class OdePair(Objective):
 
     def end(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
         """Return the solution from z (B, C, H, W), kept or integrated, in units of variance preserving processes."""
-        index = batch.index.cpu()
-        if self.pairs is not None and self._made[index].all():
+        if self.pairs is None:
+            return in_units(prior, self.integrate(given(batch), prior, z, noise))
+        index = batch.index.cpu()  # waits for the device
+        if self._made[index].all():
             return self._ends[index].to(z)
         end = in_units(prior, self.integrate(given(batch), prior, z, noise))
-        if self.pairs is None:
-            return end
         self._ends[index], self._made[index] = end.to(self._ends), True
         return self._ends[index].to(z)  # rounded the first time too, so that a resumed run uses the same values
 

@@ -28,6 +28,7 @@ EXTRA = {
     "checkpoint": "Weights of the part's own networks.",
     "init": "Initial weights of these networks in a fit.",
     "metric": "Name of the features in metrics; only for the method `extractor`.",
+    "resident": "Whether training images stay on the device; auto: in memory, and a quarter of a GPU's at most.",
     "label": "Name in points and tables; the method's own by default.",
 }
 """Descriptions of keys that are not parameters of constructors."""
