@@ -114,7 +114,7 @@ def to_host(value: Any) -> Any:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the host to a device, without waiting for the work that is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def as_numbers(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from waits import GPU, Waits, allow, attach, batch_on_gpu, move, refusing
 from diffaccel.config import load
 from diffaccel.data import ArrayImages
 from diffaccel.data.resident import Chosen, ResidentImages
+from diffaccel.deferred import Checks
 from diffaccel.experiment import build_data, build_method
 from diffaccel.run import launch
+from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.training.ema import EMA
 
 STEPS = {
@@ -126,3 +128,52 @@ def test_no_step_waits_on_a_gpu(name: str, tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert method.steps == 16
+
+
+SAMPLERS = {
+    **{solver: ["digits/edm", f"solver={solver}"] for solver in SOLVERS if not SOLVERS[solver].adaptive},
+    **{grid: ["digits/edm", "solver=euler", f"solver.grid={grid}"] for grid in sorted({*GRIDS} - {"index", "listed"})},
+    "listed": ["digits/edm", "solver=euler", "solver.grid={name: listed, fractions: [0, 0.4, 1]}"],
+    "index": ["digits/edm", "process=vp_discrete", "solver=ddim", "solver.grid=index", "denoiser.ratio_max=100"],
+    "guidance": ["digits/edm", "network.classes=10", "solver.guidance=1.0"],
+    "ddm": ["digits/ddm", "by_nfe=null"],
+    "dlg": ["digits/dlg", "by_nfe=null", "prior.chains=4", "prior.burn_in_counted=false"],
+    "dlg, sampled levels": ["digits/dlg", "by_nfe=null", "prior.chains=4", "prior.burn_in_counted=false",
+                            "prior.update=sample"],
+    "restart": ["digits/edm", "solver=dpmpp2m",
+                "prior={name: restart, chains: 4, init_steps: 2}"],
+    "tdpm": ["digits/edm", "prior=implicit", "method=tdpm"],
+    "tweedie": ["digits/edm", "tweedie_ratio=0.02"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_no_batch_waits(words: list[str]):
+    """From the first noise to the image: prior, chain, solver, last step, conversion."""
+    sampler = build_method(load(words[0], [*words[1:], "checkpoint=null"]), load=False).sampler
+    for module in sampler._modules():
+        move(module)
+    assert sampler.device == GPU
+    n = 8
+    plan = sampler.plan(30, n)
+    (group, *_) = plan.prior.schedule(n, 4)
+    checks = Checks()
+    checks.add = lambda holds, error: None  # the results have no values
+    with torch.no_grad(), checks.collected(), refusing():
+        state = sampler.open(plan, 0, group)
+        images = [sampler.kind(x_0) for _, x_0 in sampler.draw(plan, 0, group, state)]
+    assert {one.device for one in images} == {GPU}
+
+
+def test_a_loss_that_samples_does_not_wait(monkeypatch: pytest.MonkeyPatch):
+    words = ["method=tdpm", "method.frozen=true", "prior=implicit", "method.objectives=[{name: ode_pair, steps: 3}]"]
+    method = build_method(load("digits/edm", [*words, "checkpoint=null"]), load=False)
+    allow(monkeypatch)
+    monkeypatch.setattr(Checks, "add", lambda self, holds, error: None)
+    move(method)
+    attach(method)
+    batch = batch_on_gpu(method.shape, 10)
+    method.steps = 15
+    method.training_step(batch, 0)
+    with refusing():
+        method.training_step(batch, 1)

@@ -1,10 +1,12 @@
 """Detection of losses and gradients that are NaN or infinite, without a wait for the device in each step."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffaccel.deferred import Checks
 from diffaccel.errors import UsageError
 
 
@@ -37,6 +39,11 @@ class FiniteCheck:
         # float32 in every precision, which fused optimisers require
         self.failed = torch.zeros((), dtype=torch.float32, device=device) if deferred else None
         self._unread: list[Checked] = []
+        self._checks = Checks()
+
+    def collected(self) -> AbstractContextManager[None]:
+        """Defer the checks of sampling in a ``with`` block too, for losses that sample."""
+        return nullcontext() if self.failed is None else self._checks.collected()
 
     def add(self, phase: str, images: int, loss: Tensor, norm: Tensor) -> None:
         """Check the loss and the norm of the gradient of a phase, 0-dimensional tensors, after ``images`` images.
@@ -57,6 +64,10 @@ class FiniteCheck:
             UsageError: One of them is not finite.
         """
         unread, self._unread = self._unread, []
+        self._raise_first(unread)
+        self._checks.settle()
+
+    def _raise_first(self, unread: list[Checked]) -> None:
         if not unread:
             return
         numbers = torch.stack([number.double() for one in unread for number in (one.loss, one.norm)])

@@ -178,7 +178,9 @@ class TrainedModule(L.LightningModule):
         ):
             if self.steps % phase.every or not phase.since <= self.images_seen < phase.until:
                 continue
-            self._optimise(phase, optimizer, phase.loss(batch, noise).mean())
+            with self._check.collected():
+                loss = phase.loss(batch, noise).mean()
+            self._optimise(phase, optimizer, loss)
         self.steps += 1
         images = len(batch.index) * self.trainer.world_size
         self.images_seen += images
