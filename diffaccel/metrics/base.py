@@ -42,8 +42,7 @@ class Made:
 
     def moments(self) -> Moments:
         """Compute mean and covariance of the features of all n images; collective."""
-        with self.sums.sync_context(dist_sync_fn=self.sums.dist_sync_fn):
-            return self.sums.moments()
+        return self.sums.gathered().moments()
 
 
 class Real:
