@@ -82,6 +82,34 @@ def test_sampling_loads_no_trainer_and_no_plots():
     assert fresh(SAMPLING) == "[]"
 
 
+PLANNING = """\
+import sys
+from diffaccel.config import load
+from diffaccel.verbs.bench import planned
+for name in ("digits/edm", "digits/dlg", "digits/ddm"):
+    assert planned(load(name, ["nfe=20"])) is not None
+print([name for name in {heavy} if name in sys.modules])
+"""
+BENCH = """\
+import sys
+from diffaccel.__main__ import main
+assert main(["bench", "digits/edm", "nfe=3", "n=20", "logger={logger}", "threads=1", "out={out}"]) == 0
+print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+sys.exit(any(name in sys.modules for name in {heavy}))
+"""
+TRAINER = "lightning", "torchmetrics", "torchvision", "torch._dynamo", "scipy", "sklearn"
+
+
+def test_planning_a_bench_loads_no_trainer_no_logger_and_no_plots():
+    assert fresh(PLANNING.format(heavy=(*TRAINER, "wandb", "matplotlib"))) == "[]"
+
+
+@pytest.mark.parametrize(("logger", "unused"), [("none", ("wandb",)), ("wandb", ())])
+def test_a_bench_loads_no_trainer(logger: str, unused: tuple[str, ...], tmp_path: Path):
+    fresh(BENCH.format(logger=logger, out=tmp_path, heavy=(*TRAINER, *unused)))
+    assert (tmp_path / "curve.png").is_file() and (tmp_path / "wandb").is_dir() == (logger == "wandb")
+
+
 def test_types_are_checked(tmp_path: Path):
     """A user's type checker sees the package's annotations through its lazy names."""
     user = tmp_path / "user.py"
