@@ -110,6 +110,20 @@ def test_a_bench_loads_no_trainer(logger: str, unused: tuple[str, ...], tmp_path
     assert (tmp_path / "curve.png").is_file() and (tmp_path / "wandb").is_dir() == (logger == "wandb")
 
 
+COLLECTED = """\
+import gc, sys
+from diffaccel.__main__ import main
+words = ["bench", "toy/edm", "nfe=3", "n=20", "dry_run=true"]
+assert main(words) == 0 and gc.get_freeze_count() == 0, "a caller's objects are collected"
+sys.argv[1:] = words
+assert main() == 0 and gc.isenabled() and gc.get_freeze_count() > 10_000
+"""
+
+
+def test_a_command_leaves_its_modules_out_of_garbage_collection():
+    fresh(COLLECTED)
+
+
 def test_types_are_checked(tmp_path: Path):
     """A user's type checker sees the package's annotations through its lazy names."""
     user = tmp_path / "user.py"

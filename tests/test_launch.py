@@ -1,10 +1,12 @@
 """Loggers: what a user of W&B sets in the environment holds, unless the configuration says otherwise, which is said."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch.loggers.wandb
 import pytest
+import wandb
 
 from diffaccel.config import load
 from diffaccel.errors import UsageError
@@ -12,15 +14,16 @@ from diffaccel.run import loggers
 
 
 @pytest.fixture
-def initial(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What wandb.init would be called with, for a run with some words."""
+def initial(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What wandb.init would be called with, for a run with some words; the run that is started is ended."""
 
     def of(out: Path, *words: str) -> dict[str, Any]:
         (logger,) = loggers.build_loggers(load("toy/edm", [f"out={out}", *words]))
         assert isinstance(logger, lightning.pytorch.loggers.wandb.WandbLogger)
         return logger._wandb_init
 
-    return of
+    yield of
+    wandb.finish()
 
 
 def test_a_bench_starts_the_run_that_a_fit_starts(initial: Any, tmp_path: Path):
