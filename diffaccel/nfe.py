@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.fx.experimental.symbolic_shapes  # decompositions import it, which would count as time of sampling
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -62,13 +63,13 @@ class FlopCounter(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket not in flop_registry:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if formula is None:
             with self:  # composite operations, such as attention in inference mode, are counted by their parts
                 if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return output
         output = func(*args, **kwargs)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if formula is not None:
             self.total += formula(*args, **kwargs, out_val=output)
         return output
 

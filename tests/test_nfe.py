@@ -65,7 +65,7 @@ class Attending(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.conv(x).flatten(2).mT
         attended = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-        return torch.einsum("bnc,bnd->bcd", self.linear(attended), tokens)
+        return torch.einsum("bnc,bnd->bcd", self.linear(attended), tokens) @ (tokens.mT @ tokens)[0] @ tokens[0, 0]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
