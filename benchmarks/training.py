@@ -29,7 +29,7 @@ from benchmarks.sampling import SHAPE, build_network
 from benchmarks.timing import Ratio, Stopwatch, clock, compare, show
 from diffaccel import experiment
 from diffaccel.config import Config, load
-from diffaccel.run import launch
+from diffaccel.run import trainer
 from diffaccel.training.ema import EMA
 from diffaccel.verbs.run import quiet
 
@@ -105,8 +105,8 @@ def fit(config: Config, case: Case, stopwatch: Stopwatch) -> float:
     timer = StepTimer(case, stopwatch)
     stopwatch.watch(method.denoiser.network, "forward")
     stopwatch.watch(method, "manual_backward")
-    callbacks = [launch.build_checkpointer(config), timer]
-    launch.build_trainer(config, callbacks).fit(method, data)
+    callbacks = [trainer.build_checkpointer(config), timer]
+    trainer.build_trainer(config, callbacks).fit(method, data)
     return timer.ended - timer.started
 
 

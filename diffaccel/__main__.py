@@ -1,10 +1,13 @@
 """Command line: ``diffaccel VERB [EXPERIMENT] key=value ...``."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from diffaccel.errors import SharedError, UsageError, suggest
@@ -74,12 +77,28 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(
                 f"no command is called {verb!r}{suggest(verb, [*VERBS, *PATH_VERBS])} (see `diffaccel help`)"
             )
-        from diffaccel.config import FLAGS, KEYS
-        from diffaccel.parts.overrides import one_experiment
+        with _uncollected() if arguments is None else nullcontext():
+            from diffaccel.config import FLAGS, KEYS  # imports PyTorch
+            from diffaccel.parts.overrides import one_experiment
 
         run_verb(verb, *one_experiment(words, KEYS, FLAGS))
 
     return _guarded(run)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave the objects of imported modules out of garbage collection, which takes a second of a short run.
+
+    This is for a process that ends with the command: objects that exist now or at its end are not collected.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.freeze)
 
 
 def _guarded(run: Callable[[], None]) -> int:

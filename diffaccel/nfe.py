@@ -4,15 +4,19 @@ One evaluation is one sample in one forward pass. Evaluations are counted by a h
 formula, so that correctors, Langevin steps and burn-in are included.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.fx.experimental.symbolic_shapes  # decompositions import it, which would count as time of sampling
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
 
 from diffaccel.nn.compiling import uncompiled
 
@@ -40,6 +44,38 @@ def counted_apart(name: str) -> Iterator[None]:
         _OTHER_NAME.reset(token)
 
 
+class FlopCounter(TorchDispatchMode):
+    """Count FLOPs by the formulas of ``torch.utils.flop_counter``: matrix products and convolutions only.
+
+    ``FlopCounterMode``, which has the same formulas, also counts by module, and imports TorchDynamo, which takes a
+    second.
+
+    Attributes:
+        total: FLOPs of all operations; a multiplication and an addition count as two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: PyTorch imports TorchDynamo to exclude a mode from graphs, and there are none here."""
+        return False
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:  # composite operations, such as attention in inference mode, are counted by their parts
+                if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return output
+        output = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=output)
+        return output
+
+
 class EvaluationCounter:
     """Context manager that counts evaluations and FLOPs of networks.
 
@@ -50,8 +86,7 @@ class EvaluationCounter:
     Attributes:
         evaluations: Number of evaluations by name, including burn-in.
         burn_in: Number of evaluations in burn-in by name.
-        flops: FLOPs per evaluation by name, measured on the first call. ``torch.utils.flop_counter`` counts a
-            multiplication and an addition as two, for matrix products and convolutions only.
+        flops: FLOPs per evaluation by name, measured on the first call by :class:`FlopCounter`.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], flops: Mapping[str, float] | None = None) -> None:
@@ -70,7 +105,7 @@ class EvaluationCounter:
         self._stack.close()
 
     def _watch(self, network: str, module: nn.Module) -> None:
-        measuring: list[tuple[FlopCounterMode, Any, int]] = []
+        measuring: list[tuple[FlopCounter, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             samples, name = len(inputs[0]), _OTHER_NAME.get() or network
@@ -78,10 +113,10 @@ class EvaluationCounter:
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
             if name not in self.flops and samples and not measuring:
-                eager = ExitStack()  # the counter can't see operations of compiled graphs
-                eager.enter_context(torch.compiler.set_stance("force_eager"))
+                eager = ExitStack()
+                eager.enter_context(_eagerly())
                 eager.enter_context(uncompiled())
-                mode = FlopCounterMode(display=False)
+                mode = FlopCounter()
                 mode.__enter__()
                 measuring.append((mode, eager, samples))
 
@@ -92,11 +127,18 @@ class EvaluationCounter:
                 eager.__exit__(None, None, None)
                 if output is None:  # the call failed: measure the next one
                     return
-                self.flops[_OTHER_NAME.get() or network] = mode.get_total_flops() / samples
+                self.flops[_OTHER_NAME.get() or network] = mode.total / samples
 
         self._stack.callback(after, module, (), None)  # hooks are not called after an interrupt
         self._stack.callback(module.register_forward_pre_hook(before).remove)
         self._stack.callback(module.register_forward_hook(after, always_call=True).remove)
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Run without compiled graphs, whose operations the counter can't see."""
+    if "torch._dynamo" not in sys.modules:  # there are none, and the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def total_flops(evaluations: Mapping[str, int], flops: Mapping[str, float]) -> float:

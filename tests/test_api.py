@@ -82,6 +82,48 @@ def test_sampling_loads_no_trainer_and_no_plots():
     assert fresh(SAMPLING) == "[]"
 
 
+PLANNING = """\
+import sys
+from diffaccel.config import load
+from diffaccel.verbs.bench import planned
+for name in ("digits/edm", "digits/dlg", "digits/ddm"):
+    assert planned(load(name, ["nfe=20"])) is not None
+print([name for name in {heavy} if name in sys.modules])
+"""
+BENCH = """\
+import sys
+from diffaccel.__main__ import main
+assert main(["bench", "digits/edm", "nfe=3", "n=20", "logger={logger}", "threads=1", "out={out}"]) == 0
+print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+sys.exit(any(name in sys.modules for name in {heavy}))
+"""
+TRAINER = "lightning", "torchmetrics", "torchvision", "torch._dynamo", "scipy", "sklearn"
+
+
+def test_planning_a_bench_loads_no_trainer_no_logger_and_no_plots():
+    assert fresh(PLANNING.format(heavy=(*TRAINER, "wandb", "matplotlib"))) == "[]"
+
+
+@pytest.mark.parametrize(("logger", "unused"), [("none", ("wandb",)), ("wandb", ())])
+def test_a_bench_loads_no_trainer(logger: str, unused: tuple[str, ...], tmp_path: Path):
+    fresh(BENCH.format(logger=logger, out=tmp_path, heavy=(*TRAINER, *unused)))
+    assert (tmp_path / "curve.png").is_file() and (tmp_path / "wandb").is_dir() == (logger == "wandb")
+
+
+COLLECTED = """\
+import gc, sys
+from diffaccel.__main__ import main
+words = ["bench", "toy/edm", "nfe=3", "n=20", "dry_run=true"]
+assert main(words) == 0 and gc.get_freeze_count() == 0, "a caller's objects are collected"
+sys.argv[1:] = words
+assert main() == 0 and gc.isenabled() and gc.get_freeze_count() > 10_000
+"""
+
+
+def test_a_command_leaves_its_modules_out_of_garbage_collection():
+    fresh(COLLECTED)
+
+
 def test_types_are_checked(tmp_path: Path):
     """A user's type checker sees the package's annotations through its lazy names."""
     user = tmp_path / "user.py"

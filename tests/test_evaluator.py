@@ -32,7 +32,7 @@ from diffaccel.metrics.reference import load_reference
 from diffaccel.parts.registry import Registry
 from diffaccel.prior import ExactPosterior, LangevinGibbsPrior, Plan
 from diffaccel.report import read_points
-from diffaccel.run import launch
+from diffaccel.run import launch, loggers, trainer
 from diffaccel.sampling import Sampler
 
 CHAINS = ["chains=10", "nfe=20"]
@@ -59,8 +59,8 @@ def measure(out: Path, name: str, *words: str, steps: int | None = None, whole: 
         evaluator._draw = evaluator._draw_curve = lambda *_: None  # type: ignore[method-assign]
         few = dataclasses.replace(evaluator.real.reference, features=evaluator.real.reference.features[:50])
         evaluator.real = Real(few, evaluator.real.floor)
-    with launch.logging(config) as loggers:
-        launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, loggers))
+    with loggers.logging(config) as logs:
+        launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, logs))
     return evaluator
 
 
@@ -390,8 +390,8 @@ def test_after_a_fit_the_averaged_weights_are_measured(tmp_path: Path, monkeypat
     evaluation.on_train_end(None, method)  # type: ignore[arg-type]
     assert not measured, "a run that broke off is not measured"
     method.images_seen = 0
-    trainer = launch.build_trainer(config, [evaluation])
-    trainer.fit(method, experiment.build_data(config))
+    fitting = trainer.build_trainer(config, [evaluation])
+    fitting.fit(method, experiment.build_data(config))
     (weights,) = measured
     raw = method.denoiser.network.state_dict()
     assert method.ema is not None and method.images_seen == 320

@@ -1,26 +1,39 @@
 """Loggers: what a user of W&B sets in the environment holds, unless the configuration says otherwise, which is said."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch.loggers.wandb
 import pytest
+import wandb
 
 from diffaccel.config import load
 from diffaccel.errors import UsageError
-from diffaccel.run import launch
+from diffaccel.run import loggers
 
 
 @pytest.fixture
-def initial(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What wandb.init would be called with, for a run with some words."""
+def initial(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What wandb.init would be called with, for a run with some words; the run that is started is ended."""
 
     def of(out: Path, *words: str) -> dict[str, Any]:
-        (logger,) = launch.build_loggers(load("toy/edm", [f"out={out}", *words]))
+        (logger,) = loggers.build_loggers(load("toy/edm", [f"out={out}", *words]))
         assert isinstance(logger, lightning.pytorch.loggers.wandb.WandbLogger)
         return logger._wandb_init
 
-    return of
+    yield of
+    wandb.finish()
+
+
+def test_a_bench_starts_the_run_that_a_fit_starts(initial: Any, tmp_path: Path):
+    """Without Lightning, whose import takes seconds."""
+    config = load("toy/edm", [f"out={tmp_path}"])
+    (logger,) = loggers.build_loggers(config, training=False)
+    loggers.close_wandb(config)
+    assert isinstance(logger, loggers.WandbRun)
+    of_a_fit = {key: value for key, value in initial(tmp_path).items() if key != "anonymous"}
+    assert logger.settings == {**of_a_fit, "id": logger.settings["id"]} and logger.settings["id"] != of_a_fit["id"]
 
 
 def test_the_environment_s_words_hold(initial: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -49,15 +62,15 @@ def test_the_mode_is_the_environment_s(variable: str | None, mode: str, monkeypa
         monkeypatch.delenv("WANDB_MODE", raising=False)
     else:
         monkeypatch.setenv("WANDB_MODE", variable)
-    assert launch.wandb_mode(load("toy/edm")) == mode
+    assert loggers.wandb_mode(load("toy/edm")) == mode
 
 
 def test_a_conflict_of_modes_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert launch.wandb_mode(load("toy/edm", ["wandb_mode=offline"])) == "offline"
+    assert loggers.wandb_mode(load("toy/edm", ["wandb_mode=offline"])) == "offline"
     assert capsys.readouterr().err == "wandb_mode=offline overrides WANDB_MODE=online of the environment\n"
-    assert launch.wandb_mode(load("toy/edm", ["wandb_mode=online"])) == "online"
+    assert loggers.wandb_mode(load("toy/edm", ["wandb_mode=online"])) == "online"
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(UsageError, match="WANDB_MODE=ofline"):
-        launch.wandb_mode(load("toy/edm"))
+        loggers.wandb_mode(load("toy/edm"))

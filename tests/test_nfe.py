@@ -1,17 +1,19 @@
 """Counting: FLOPs of known layers, burn-in apart, and every evaluation of every integrator."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from oracles import assemble, plan_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
-from diffaccel.nfe import EvaluationCounter, burn_in, total_flops
+from diffaccel.nfe import EvaluationCounter, FlopCounter, burn_in, total_flops
 from diffaccel.nn.classifier import NoiseLevelClassifier
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import (
@@ -51,6 +53,31 @@ def test_flops_of_known_layers(batch):
                 conv(torch.zeros(batch, 2, 8, 8))
     assert counter.flops == {"linear": 2 * 3 * 5, "conv": 2 * 2 * 6 * 9 * 64}
     assert total_flops(counter.evaluations, counter.flops) == 3 * batch * (30 + 2 * 2 * 6 * 9 * 64)
+
+
+class Attending(nn.Module):
+    """A convolution, attention, and products as functions and as layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(x).flatten(2).mT
+        attended = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return torch.einsum("bnc,bnd->bcd", self.linear(attended), tokens) @ (tokens.mT @ tokens)[0] @ tokens[0, 0]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_flops_are_pytorch_s(mode: Any, bf16: bool):
+    network, x = Attending(), torch.randn(2, 3, 4, 4)
+    with mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with FlopCounterMode(display=False) as theirs:
+            expected = network(x)
+        with FlopCounter() as counter:
+            found = network(x)
+    assert counter.total == theirs.get_total_flops() > 0 and torch.equal(found, expected)
 
 
 def test_flops_of_a_network_within_another():

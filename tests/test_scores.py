@@ -10,7 +10,7 @@ from diffaccel.config import STANDARD
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.evaluation.scores import BLOCKS, Scores, blocks_of
-from diffaccel.metrics import Moments
+from diffaccel.metrics import Moments, memorisation
 from diffaccel.metrics.base import METRICS, Made, Measured, Metric, Real, build_metrics, measure, spread
 from diffaccel.metrics.reference import Reference
 from diffaccel.sampling import to_uint8
@@ -79,6 +79,18 @@ def test_copies_are_those_of_training_images():
     assert len(found["closest"]) == 8 and all(a == b and d == 4 for a, b, d in found["closest"])
     few = Real(real.reference, reference(0.0, 1.0, held_out[:99]))
     assert measured(scores(training, few), "memorisation").details == {"memorisation": None}
+
+
+def test_the_threshold_of_copies_is_computed_once_for_all_points(monkeypatch: pytest.MonkeyPatch):
+    """And is that of :func:`memorised` alone."""
+    rows, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5
+    real, searched = Real(reference(0.0, 1.0, rows), reference(0.0, 1.0, held_out)), []
+    nearest = memorisation.nearest
+    monkeypatch.setattr(memorisation, "nearest", lambda x, *rest: (searched.append(len(x)), nearest(x, *rest))[1])
+    found = [measured(scores(rows[:150] + i, real), "memorisation").details["memorisation"] for i in (4, 6)]
+    assert searched == [200, 150, 150]
+    alone = [memorisation.memorised(rows[:150] + i, rows, held_out) for i in (4, 6)]
+    assert [(one["share"], one["threshold"]) for one in found] == [(one.share, one.threshold) for one in alone]
 
 
 def test_rounding_and_truncation():

@@ -170,8 +170,8 @@ def test_a_later_process_leaves_the_folder_to_the_first(
     if words[0] == "bench":
         files = [f"{key}={tmp_path / key}.npz" for key in ("reference", "floor")]
         assert main(["reference", "toy/edm", "data.n=50", "accelerator=cpu", *files]) == 0
-    for name in ("build_trainer", "everywhere"):
-        monkeypatch.setattr(f"diffaccel.run.launch.{name}", reached)
+    for name in ("trainer.build_trainer", "launch.everywhere"):
+        monkeypatch.setattr(f"diffaccel.run.{name}", reached)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(Path, "mkdir", mkdir)
     out = tmp_path / "out"

@@ -12,6 +12,7 @@ from typing_extensions import override
 from diffaccel.collective import all_reduce
 from diffaccel.density.base import TrainingImages
 from diffaccel.errors import UsageError
+from diffaccel.metrics.moments import MomentSums
 
 BasisName = Literal["pca", "dct"]
 
@@ -80,8 +81,6 @@ class PrincipalBasis(Basis):
 
     @override
     def fit(self, images: TrainingImages) -> None:
-        from diffaccel.metrics.moments import MomentSums  # imported here, because torchmetrics takes seconds
-
         sums = MomentSums(self.size, blocks=1).to(self.mean.device)
         for index, batch in images.own():
             sums.update(batch.flatten(1), index)

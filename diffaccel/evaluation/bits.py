@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffaccel.collective import World, all_gather
-from diffaccel.data import DataModule
 from diffaccel.denoiser import Denoiser
 from diffaccel.evaluation.likelihood import bits_per_dim, dequantised, probability_flow, rademacher
 from diffaccel.evaluation.partial import read_whole, write_whole
@@ -21,6 +21,9 @@ from diffaccel.prior import Prior
 from diffaccel.sampling import Sampler
 from diffaccel.text.terminal import track
 from diffaccel.weights import tensors_sha256
+
+if TYPE_CHECKING:
+    from diffaccel.data import DataModule
 
 EXACT = 16
 """Maximum number of dimensions with an exact divergence; above, one random probe per image estimates the divergence."""
@@ -46,7 +49,7 @@ class BitsPerDim:
     """
 
     def __init__(
-        self, data: DataModule, n: int, seed: int, batch_size: int, out: Path | None = None, identity: object = None
+        self, data: "DataModule", n: int, seed: int, batch_size: int, out: Path | None = None, identity: object = None
     ) -> None:
         self.data, self.n, self.seed, self.batch_size = data, n, seed, batch_size
         self.folder = out and out / "partial"

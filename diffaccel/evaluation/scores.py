@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffaccel.collective import all_gather, all_reduce
-from diffaccel.deferred import to_device
+from diffaccel.deferred import Checks, runs_ahead, to_device
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.metrics import FrechetDistance
 from diffaccel.metrics.base import Made, Real
@@ -58,6 +59,7 @@ class Scores:
         self.n, self.real, self.chains, self.device = n, real, chains, device
         self.frechet = FrechetDistance(dim, real.reference.moments, blocks=BLOCKS).to(device)
         self.features = torch.zeros(min(n, KEPT), dim)
+        self.checks = Checks()
         self.digests = torch.zeros(n, 32, dtype=torch.uint8)
         self.shown = torch.zeros(min(shown, n), *shape, dtype=dtype)
         self.evaluations: Counter[str] = Counter()
@@ -73,7 +75,8 @@ class Scores:
         blocks = blocks_of(indices, self.chains)
         for block in blocks.unique().tolist():
             chosen = to_device((blocks == block).nonzero()[:, 0], self.device)
-            self.frechet.update(features[chosen], block)
+            with self.checks.collected() if runs_ahead(self.device) else nullcontext():
+                self.frechet.update(features[chosen], block)
         kept = indices < len(self.features)
         self.features[indices[kept]] = chunk.features[kept]
         self.digests[indices] = chunk.digests
@@ -88,6 +91,7 @@ class Scores:
 
     def reduce(self) -> None:
         """Sum over all ranks, once; collective. The sums of the moments are reduced when they are used."""
+        self.checks.settle()
         # Every row was written by one rank, so that the sum equals the row.
         self.features = all_reduce(self.features.to(self.device)).cpu()
         self.digests = all_reduce(self.digests.to(self.device, torch.int32)).to("cpu", torch.uint8)

@@ -6,6 +6,7 @@ from diffaccel.parts.lazy import lazy
 
 if TYPE_CHECKING:
     from diffaccel.experiment.build import (
+        build_frozen,
         build_method,
         build_model,
         build_posterior,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from diffaccel.experiment.identity import identify, identify_images
 
-_BUILD = ("method", "model", "posterior", "prior", "sampler")
+_BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
 _MEASURE = ("data", "evaluator", "extractor", "fitted", "likelihood", "searcher")
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "build_evaluator",
     "build_extractor",
     "build_fitted",
+    "build_frozen",
     "build_likelihood",
     "build_method",
     "build_model",

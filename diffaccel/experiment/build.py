@@ -25,6 +25,7 @@ from diffaccel.experiment.loading import (
     load_prior,
 )
 from diffaccel.methods import METHODS  # its methods, and Lightning, are imported at the first lookup
+from diffaccel.methods.sampled import sampled
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.compiling import compile_forward
 from diffaccel.pretrained import Pretrained
@@ -132,17 +133,49 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         training=config.training,
         seed=config.seed,
     )
-    denoiser = sampler.denoiser
-    if load and isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
-        # After the method has restricted the range to the levels that it uses.
-        check_ratios(Path(config.checkpoint), header, denoiser.ratio_range)
+    if load:
+        _check_levels(config, sampler.denoiser, header)  # after the method has restricted the range
     if load and frozen:
         check_trained(config, sampler, "denoiser" in method.trained_networks())
     set_budgets(config, sampler, posterior, load, verify=load or not frozen)  # a dry run does not read weights
     if load and frozen:
-        check_start(config, method)
+        check_start(config, sampler, method.starts_from)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
     return method
+
+
+def build_frozen(config: Config, load: bool = True) -> Sampler:
+    """Build the sampler of an experiment that is measured and not trained, as :func:`build_method` does.
+
+    The method is built only if its class has to check the experiment, because its import takes seconds.
+
+    Args:
+        config: Configuration of the run.
+        load: Whether to read the configured weights.
+
+    Raises:
+        UsageError: See :func:`build_method`.
+    """
+    required = sampled(config.method)
+    if required is None:
+        return build_method(config, load, frozen=True).sampler.eval()
+    sampler, header, posterior = _build_parts(config, load)
+    if not isinstance(sampler.denoiser.process, required.process):
+        return build_method(config, load, frozen=True).sampler.eval()  # raises the method's error
+    if load:
+        _check_levels(config, sampler.denoiser, header)
+        check_trained(config, sampler, required.fits_denoiser)
+    set_budgets(config, sampler, posterior, load, verify=load)
+    if load:
+        check_start(config, sampler, required.starts_from)
+    _compile(config, sampler, training=False)
+    return sampler.eval()
+
+
+def _check_levels(config: Config, denoiser: Denoiser, header: Mapping[str, Any]) -> None:
+    """Check that the weights were trained on the denoiser's range of levels."""
+    if isinstance(denoiser, NetworkDenoiser) and config.checkpoint:
+        check_ratios(Path(config.checkpoint), header, denoiser.ratio_range)
 
 
 def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], LevelPosterior | None]:
@@ -239,15 +272,15 @@ def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def check_start(config: Config, method: "Diffusion") -> None:
+def check_start(config: Config, sampler: Sampler, starts_from: type) -> None:
     """Check that samples start from the type of prior that defines the method.
 
     Raises:
         UsageError: None of the experiment's priors has this type.
     """
-    priors = [method.prior, *(setting.prior for setting in method.sampler.by_nfe.values())]
-    if not any(isinstance(prior, method.starts_from) for prior in priors):
-        known = [name for name in PRIORS if is_subclass(PRIORS[name], method.starts_from)]
+    priors = [sampler.prior, *(setting.prior for setting in sampler.by_nfe.values())]
+    if not any(isinstance(prior, starts_from) for prior in priors):
+        known = [name for name in PRIORS if is_subclass(PRIORS[name], starts_from)]
         raise UsageError(
             f"method {config.method_name!r} starts from prior={' or '.join(known)}, but {config.experiment} has "
             f"{config.prior['name']!r}: use the method's own experiment, or set prior="

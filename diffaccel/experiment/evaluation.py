@@ -1,9 +1,10 @@
 """Construction of data, extractor, evaluator, likelihood and search from a configuration."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from diffaccel.config import Config, find
-from diffaccel.data import DataModule, build_source
+from diffaccel.data import build_source
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
@@ -18,13 +19,18 @@ from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
 from diffaccel.sampling import Sampler
 
+if TYPE_CHECKING:
+    from diffaccel.data import DataModule
 
-def build_data(config: Config) -> DataModule:
+
+def build_data(config: Config) -> "DataModule":
     """Build the data module and check that its images have the experiment's shape.
 
     Raises:
         UsageError: The data are missing or damaged, or the images have another shape.
     """
+    from diffaccel.data import DataModule  # imported here, because it requires Lightning, which takes seconds
+
     training = config.training
     data = DataModule(
         config.data,

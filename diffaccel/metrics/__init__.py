@@ -7,7 +7,7 @@ from diffaccel.metrics.frechet import Frechet, FrechetDistance, frechet_distance
 from diffaccel.metrics.kernel import KernelDistance, KernelReference, kernel_sum, mean_off_diagonal
 from diffaccel.metrics.manifold import Manifold, manifold_scores
 from diffaccel.metrics.memorisation import Memorisation, memorised
-from diffaccel.metrics.moments import Moments, MomentSums, all_reduce, check_features
+from diffaccel.metrics.moments import Moments, MomentSums, check_features
 from diffaccel.metrics.neighbours import Neighbours, distances, nearest
 from diffaccel.metrics.paired import paired_difference
 
@@ -21,7 +21,6 @@ __all__ = [
     "MomentSums",
     "Moments",
     "Neighbours",
-    "all_reduce",
     "check_features",
     "distances",
     "frechet_distance",

@@ -16,6 +16,7 @@ from diffaccel.errors import UsageError
 from diffaccel.metrics.frechet import FrechetDistance
 from diffaccel.metrics.kernel import KernelReference
 from diffaccel.metrics.manifold import Manifold, manifold_scores
+from diffaccel.metrics.memorisation import copy_threshold
 from diffaccel.metrics.moments import Moments
 from diffaccel.metrics.neighbours import Neighbours
 from diffaccel.metrics.reference import Reference
@@ -42,8 +43,7 @@ class Made:
 
     def moments(self) -> Moments:
         """Compute mean and covariance of the features of all n images; collective."""
-        with self.sums.sync_context(dist_sync_fn=self.sums.dist_sync_fn):
-            return self.sums.moments()
+        return self.sums.gathered().moments()
 
 
 class Real:
@@ -65,6 +65,7 @@ class Real:
         self.held_out = floor.features.float() if floor else self.features[:0]
         self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
         self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
+        self._thresholds: dict[int, Tensor] = {}
 
     def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
         """Return the neighbourhoods of m training images, and the scores of m held-out images; None if too few."""
@@ -73,6 +74,12 @@ class Real:
             held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
             self._manifolds[m] = neighbours, held_out
         return self._manifolds[m]
+
+    def copy_threshold(self, h: int) -> Tensor:
+        """Return the distance within which an image counts as a copy, by the first h held-out images, () float64."""
+        if h not in self._thresholds:
+            self._thresholds[h] = copy_threshold(self.features, self.held_out[:h])
+        return self._thresholds[h]
 
 
 def spread(rows: Tensor, m: int) -> Tensor:

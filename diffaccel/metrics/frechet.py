@@ -12,7 +12,7 @@ References:
     Delete-m Jackknife for Unequal m (Busing et al., 1999), https://doi.org/10.1023/A:1008800423698
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,27 +59,27 @@ class FrechetDistance(MomentSums):
         UsageError: The reference has a different number of features.
     """
 
-    def __init__(self, dim: int, reference: Moments, blocks: int = 10, **kwargs: Any) -> None:
+    def __init__(self, dim: int, reference: Moments, blocks: int = 10) -> None:
         if reference.dim != dim:
             raise UsageError(
                 f"the reference has {reference.dim} features, but the extractor has {dim}: compute the reference "
                 "again with "
                 "`diffaccel reference`"
             )
-        super().__init__(dim, blocks, origin=reference.mean, **kwargs)
+        super().__init__(dim, blocks, origin=reference.mean)
         self.reference = reference
 
     def compute(self) -> Frechet:
-        """Compute the distance of all images of all ranks.
+        """Compute the distance of all images of all ranks; collective.
 
         Raises:
             UsageError: Fewer than two images were given.
         """
-        full, kept, sizes = self.leave_one_out()
+        full, kept, sizes = self.gathered().leave_one_out()
         return Frechet(full, *jackknife(full, kept, sizes))
 
     def leave_one_out(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the distance with all images, and with each block left out.
+        """Compute the distance with all images of this rank, and with each block left out.
 
         Returns:
             Distance of all images (), distances without each of the K blocks that have data (K,), and the number of

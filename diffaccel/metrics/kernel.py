@@ -7,13 +7,12 @@ References:
 """
 
 from functools import cached_property
-from typing import Any
+from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
+from diffaccel.collective import all_gather
 from diffaccel.errors import UsageError
 from diffaccel.metrics.moments import check_features
 
@@ -43,36 +42,35 @@ class KernelReference:
         return mean_off_diagonal(self.features, self.rows)
 
 
-class KernelDistance(Metric):
+class KernelDistance:
     """Kernel distance (KID): the full unbiased U-statistic over all pairs, not an average over random subsets.
 
     As an unbiased estimate, KID may be negative near zero. Features are kept as float32 and gathered from all ranks;
     kernels are summed in float64, tile by tile. The time is proportional to n (n + m) d, which is suitable for n up to
-    about 10,000.
+    about 10,000. The methods are those of a metric of torchmetrics; see :class:`~diffaccel.metrics.MomentSums`.
 
     Args:
         dim: Number of features, d.
         reference: Features of real images, (m, d), m >= 2, or a :class:`KernelReference` shared by several distances.
         rows: Number of rows of a tile; a tile takes 8 rows (rows + 2 d) bytes.
+        sync_on_compute: Whether ``compute`` gathers the features of all ranks; False if every rank has all of them.
 
     Raises:
         UsageError: The reference has a different number of features, fewer than two rows, or a value that is not
             finite.
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    features: list[Tensor]
-    order: list[Tensor]
-
-    def __init__(self, dim: int, reference: Tensor | KernelReference, rows: int = 1024, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, dim: int, reference: Tensor | KernelReference, rows: int = 1024, sync_on_compute: bool = True
+    ) -> None:
         self.reference = reference if isinstance(reference, KernelReference) else KernelReference(reference, rows)
         check_features(self.reference.features, dim, "the reference features")
-        self.dim, self.rows = dim, rows
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("order", [], dist_reduce_fx="cat")
+        self.dim, self.rows, self.sync_on_compute = dim, rows, sync_on_compute
+        self.reset()
+
+    def reset(self) -> None:
+        """Remove all features."""
+        self.batches: list[tuple[int, Tensor]] = []
 
     def update(self, features: Tensor, batch_index: int) -> None:
         """Add the features of a batch.
@@ -85,30 +83,27 @@ class KernelDistance(Metric):
             UsageError: The shape is wrong, or a value is NaN or infinite.
         """
         check_features(features, self.dim, f"the features of batch {batch_index}")
-        self.features.append(features.detach().to(self.device, torch.float32))
-        self.order.append(torch.full((len(features),), batch_index, device=self.device))
+        self.batches.append((batch_index, features.detach().to("cpu", torch.float32)))
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the features; a rank without batches sends an empty tensor with the right number of features."""
-        if not self.features:
-            self.features.append(torch.empty(0, self.dim, device=self.device))
-            self.order.append(torch.empty(0, dtype=torch.int64, device=self.device))
-        super().sync(*args, **kwargs)
+    def merge_state(self, other: "KernelDistance") -> None:
+        """Add the features of other images."""
+        self.batches += other.batches
 
     def compute(self) -> Tensor:
-        """Return the distance to the reference, () float64.
+        """Return the distance to the reference, () float64; collective, if features are gathered.
 
         Raises:
             UsageError: Fewer than two images were given.
         """
-        features = dim_zero_cat(self.features) if len(self.features) else torch.empty(0, self.dim)
+        batches = sum(all_gather(self.batches), []) if self.sync_on_compute else self.batches
+        # in the order of the batches, so that rounding does not depend on the number of ranks
+        ordered = [features for _, features in sorted(batches, key=itemgetter(0))]
+        features = torch.cat([torch.empty(0, self.dim), *ordered])
         if len(features) < 2:
             raise UsageError(f"KID requires at least 2 images, not {len(features)}: score more")
-        # in the order of the batches, so that rounding does not depend on the number of ranks
-        features = features[torch.argsort(dim_zero_cat(self.order), stable=True)]
-        reference = self.reference.features.to(features.device)
-        cross = kernel_sum(features, reference, self.rows) / (len(features) * len(reference))
-        within = mean_off_diagonal(features, self.rows) + self.reference.within.to(features.device)
+        real = self.reference.features
+        cross = kernel_sum(features, real, self.rows) / (len(features) * len(real))
+        within = mean_off_diagonal(features, self.rows) + self.reference.within
         return within - 2 * cross
 
 
@@ -117,7 +112,8 @@ def kernel_sum(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for some_x in x.split(rows):
         for some_y in y.split(rows):
-            total += (some_x.double() @ some_y.double().T / x.shape[1] + 1).pow(3).sum()
+            tile = some_x.double() @ some_y.double().T
+            total += tile.div_(x.shape[1]).add_(1).pow_(3).sum()  # in place, which is faster
     return total
 
 

@@ -33,7 +33,13 @@ class Memorisation(NamedTuple):
 
 
 def memorised(
-    generated: Tensor, training: Tensor, held_out: Tensor, quantile: float = 0.01, closest: int = 8, rows: int = 1024
+    generated: Tensor,
+    training: Tensor,
+    held_out: Tensor,
+    quantile: float = 0.01,
+    closest: int = 8,
+    rows: int = 1024,
+    threshold: Tensor | None = None,
 ) -> Memorisation:
     """Measure how often generated images are as close to training images as only few held-out images are.
 
@@ -50,6 +56,7 @@ def memorised(
         quantile: Fraction of the held-out images that counts as close.
         closest: Number of the closest pairs to return.
         rows: Number of rows of a tile, which takes 8 rows m bytes.
+        threshold: Threshold of the same training and held-out images, if it is known, () float64.
 
     Raises:
         UsageError: The dimensions differ, a value is NaN or infinite, or there are no images or too few held-out
@@ -59,10 +66,20 @@ def memorised(
         check_features(features, training.shape[-1], f"the {what} features")
         if not len(features):
             raise UsageError(f"there are no {what} features: give at least 1")
-    if not 1 <= (j := int(quantile * (len(held_out) + 1))) <= len(held_out):
-        raise UsageError(f"{len(held_out)} held-out images are too few for the quantile {quantile:g}: hold out more")
-    threshold = nearest(held_out, training, rows)[0].kthvalue(j).values
+    if threshold is None:
+        threshold = copy_threshold(training, held_out, quantile, rows)
     distance, index = nearest(generated, training, rows)
     shortest, chosen = distance.topk(min(closest, len(distance)), largest=False)
     share = (distance <= threshold).double().mean()
     return Memorisation(share.item(), threshold.item(), chosen, index[chosen], shortest)
+
+
+def copy_threshold(training: Tensor, held_out: Tensor, quantile: float = 0.01, rows: int = 1024) -> Tensor:
+    """Compute the distance to a training image within which an image counts as a copy, () float64.
+
+    Raises:
+        UsageError: There are too few held-out images.
+    """
+    if not 1 <= (j := int(quantile * (len(held_out) + 1))) <= len(held_out):
+        raise UsageError(f"{len(held_out)} held-out images are too few for the quantile {quantile:g}: hold out more")
+    return nearest(held_out, training, rows)[0].kthvalue(j).values

@@ -3,14 +3,17 @@
 The block of a batch follows from its *global* index, so that results do not depend on the world size.
 """
 
+import copy
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
+from typing_extensions import Self
 
+from diffaccel.collective import all_reduce
+from diffaccel.deferred import check
 from diffaccel.errors import UsageError
 
 
@@ -61,19 +64,22 @@ def check_features(features: Tensor, dim: int, what: str) -> None:
     """
     if features.ndim != 2 or features.shape[1] != dim:
         raise UsageError(f"{what} have shape {tuple(features.shape)}, not (n, {dim}): use the reference's extractor")
-    if bad := int((~torch.isfinite(features)).sum()):
-        raise UsageError(f"{what} contain {bad} values that are NaN or infinite: check the images")
+    finite = torch.isfinite(features)
+    check(
+        finite,
+        lambda: UsageError(f"{what} contain {int((~finite).sum())} values that are NaN or infinite: check the images"),
+    )
 
 
-def all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Sum a state over all ranks: a ``dist_sync_fn`` for torchmetrics without a copy of the state per rank."""
-    total = state.clone()
-    dist.all_reduce(total, group=group)
-    return [total]
+STATES = ("count", "total", "outer")
+"""Sums of :class:`MomentSums`, which are added over ranks."""
 
 
-class MomentSums(Metric):
+class MomentSums:
     """Sums of features and of their outer products, in blocks; ``compute`` returns :class:`Moments`.
+
+    The methods are those of a metric of torchmetrics, whose import takes longer than a short bench: it imports SciPy,
+    torchvision, TorchDynamo and matplotlib.
 
     Args:
         dim: Number of features, d.
@@ -84,22 +90,35 @@ class MomentSums(Metric):
             precision; zero by default.
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    count: Tensor
-    total: Tensor
-    outer: Tensor
-    origin: Tensor
-
-    def __init__(self, dim: int, blocks: int = 10, origin: Tensor | None = None, **kwargs: Any) -> None:
-        super().__init__(**{"dist_sync_fn": all_reduce, **kwargs})
+    def __init__(self, dim: int, blocks: int = 10, origin: Tensor | None = None) -> None:
         self.dim, self.blocks = dim, blocks
-        zeros = {"count": (blocks,), "total": (blocks, dim), "outer": (blocks, dim, dim)}
-        for name, shape in zeros.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        origin = torch.zeros(dim, dtype=torch.float64) if origin is None else origin
-        self.register_buffer("origin", origin, persistent=False)
+        self.origin = torch.zeros(dim, dtype=torch.float64) if origin is None else origin.detach().double()
+        self.reset()
+
+    def reset(self) -> None:
+        """Remove all features."""
+        self.count = self.origin.new_zeros(self.blocks)
+        self.total = self.origin.new_zeros(self.blocks, self.dim)
+        self.outer = self.origin.new_zeros(self.blocks, self.dim, self.dim)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the sums to a device, in place."""
+        for name in (*STATES, "origin"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def merge_state(self, other: "MomentSums") -> None:
+        """Add the sums of other images."""
+        for name in STATES:
+            getattr(self, name).add_(getattr(other, name))
+
+    def gathered(self) -> Self:
+        """Return the sums over all ranks; collective."""
+        found = copy.copy(self)
+        if dist.is_available() and dist.is_initialized():
+            for name in STATES:
+                setattr(found, name, all_reduce(getattr(self, name).clone()))
+        return found
 
     def update(self, features: Tensor, batch_index: int) -> None:
         """Add the features of a batch.
@@ -112,18 +131,18 @@ class MomentSums(Metric):
             UsageError: The shape is wrong, or a value is NaN or infinite.
         """
         check_features(features, self.dim, f"the features of batch {batch_index}")
-        block, centred = batch_index % self.blocks, features.to(self.total) - self.origin
+        block, centred = batch_index % self.blocks, features.detach().to(self.total) - self.origin
         self.count[block] += len(centred)
         self.total[block] += centred.sum(0)
         self.outer[block] += centred.T @ centred
 
     def compute(self) -> Any:
-        """Return the moments of all images of all ranks.
+        """Return the moments of all images of all ranks; collective.
 
         Raises:
             UsageError: Fewer than two images were given.
         """
-        return self.moments()
+        return self.gathered().moments()
 
     def moments(self, drop: int | None = None) -> Moments:
         """Return the moments of this rank's sums, without the block ``drop`` if given."""

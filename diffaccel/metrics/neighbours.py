@@ -53,15 +53,15 @@ def smallest(x: Tensor, y: Tensor, k: int, rows: int = 1024) -> tuple[Tensor, Te
     y = y.double()
     squares, found = y.square().sum(1), []
     for some in x.double().split(rows):
-        own = some.square().sum(1, keepdim=True)
-        tile = (some @ y.T).mul_(-2).add_(squares).add_(own)
+        own = some.square().sum(1)
+        tile = torch.addmm(squares, some, y.T, alpha=-2)  # squared distances without |x|^2, equal in a row
         values, candidates = tile.topk(min(k + SPARE, len(y)), largest=False)
         candidates = candidates.sort(1).values  # of equal distances the first counts
         exact = torch.cdist(some[:, None], y[candidates], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
         order = exact.sort(dim=1, stable=True)
         distance, index = order.values[:, :k], candidates.gather(1, order.indices[:, :k])
         if candidates.shape[1] < len(y):
-            hidden = values[:, -1] - ROUNDING * (own[:, 0] + squares.max()) <= distance[:, -1].square()
+            hidden = values[:, -1] + own - ROUNDING * (own + squares.max()) <= distance[:, -1].square()
             if hidden.any():
                 (whole,) = distances(some[hidden], y, len(some))
                 order = whole.sort(dim=1, stable=True)

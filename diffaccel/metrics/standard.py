@@ -101,7 +101,8 @@ class MemorisationMetric(Metric):
     def details(self, made: Made, real: Real) -> Mapping[str, Any]:
         if len(real.held_out) < 100:
             return {"memorisation": None}
-        found = memorised(made.features[:COMPARED], real.features, real.held_out[:COMPARED])
+        held_out, threshold = real.held_out[:COMPARED], real.copy_threshold(COMPARED)
+        found = memorised(made.features[:COMPARED], real.features, held_out, threshold=threshold)
         pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
         closest = [list(pair) for pair in pairs]
         return {"memorisation": {"share": found.share, "threshold": found.threshold, "closest": closest}}

@@ -5,13 +5,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from einops import rearrange, repeat
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +18,10 @@ from diffaccel.report.curves import places_of
 from diffaccel.report.files import frechet_key
 from diffaccel.report.points import Point, distance, normalised
 from diffaccel.text.escape import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -71,6 +72,8 @@ def plot_curve(
     Raises:
         UsageError: No points, points of several extractors, or no point that can be plotted.
     """
+    from matplotlib.figure import Figure  # imported here, because only drawing requires it
+
     key = frechet_key(points)
     series = _series([normalised(point) for point in points], key, labels)
     drawn = [point for members in series.values() for point in members]
@@ -126,7 +129,7 @@ def _by_budget(members: Iterable[Point]) -> dict[float | None, list[Point]]:
 
 
 def _draw_series(
-    axes: Axes, points: Sequence[Point], key: str, label: str, marker: str, style: Mapping[str, Any]
+    axes: "Axes", points: Sequence[Point], key: str, label: str, marker: str, style: Mapping[str, Any]
 ) -> None:
     colour = style["color"]
     for point in points:
@@ -141,7 +144,7 @@ def _draw_series(
     axes.plot([], [], **style, marker=marker, linewidth=1.5, markersize=5, markeredgecolor="white", gid=label)
 
 
-def _draw_floor(axes: Axes, floor: float | None, drawn: Sequence[Point], key: str) -> None:
+def _draw_floor(axes: "Axes", floor: float | None, drawn: Sequence[Point], key: str) -> None:
     """Draw the distance of real images as a line, or only in the legend if the line would be far below the points."""
     if floor is None:
         floor = next((value for point in drawn if (value := point["metrics"].get(f"{key}_floor")) is not None), None)
@@ -156,7 +159,7 @@ def _draw_floor(axes: Axes, floor: float | None, drawn: Sequence[Point], key: st
         axes.plot([], [], **style)
 
 
-def _legend(axes: Axes, where: Axes | Figure) -> None:
+def _legend(axes: "Axes", where: "Axes | Figure") -> None:
     """Draw the legend with ``gid`` as the labels of lines, because matplotlib ignores labels that begin with ``_``."""
     place: dict[str, Any] = {"loc": "outside right upper"} if where is not axes else {}
     lines = [line for line in axes.lines if line.get_gid()]
@@ -172,14 +175,14 @@ def _wrapped(text: str) -> str:
     return "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: "Figure", path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # drawn as boxes
         figure.savefig(path)
 
 
-def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
+def _draw_published(axes: "Axes", published: Sequence[Published]) -> None:
     for figure in published:
         axes.plot(figure.nfe, figure.value, "x", color="0.6", markersize=5, zorder=1)
         axes.annotate(
@@ -194,14 +197,16 @@ def _draw_published(axes: Axes, published: Sequence[Published]) -> None:
         )
 
 
-def _finish(axes: Axes, nfes: Sequence[float], ticks: Sequence[float]) -> None:
+def _finish(axes: "Axes", nfes: Sequence[float], ticks: Sequence[float]) -> None:
     """Set up logarithmic axes with plain numbers.
 
     Args:
-        axes: Axes of the plot.
+        axes: "Axes" of the plot.
         nfes: All NFE that the axes must include.
         ticks: Positions of ticks on the NFE axis.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(nfes) / 1.25, max(nfes) * 1.25)
@@ -257,6 +262,8 @@ def scatter(points: Tensor, path: str | Path, reference: Tensor | None = None, t
         reference: Real points, (M, 2) or (M, 2, 1, 1), float, or None.
         title: Title of the plot.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     if reference is not None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.loggers import Logger, WandbLogger
+from typing import Any, TypeVar
 
 from diffaccel.report import Point
 from diffaccel.text.terminal import side_output
+
+Logger = TypeVar("Logger")
 
 CALLS = ("log_hyperparams", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
 """Methods of a logger that Lightning and :func:`log_curve` call."""
@@ -35,14 +35,14 @@ def unfailing(logger: Logger) -> Logger:
     return logger
 
 
-def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:
+def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:
     """Log a complete curve: a row per point against NFE, and for W&B also the table and the pictures.
 
     W&B plots ``curve/*`` against ``curve/nfe``. Rows are logged once, at the end, because W&B would plot repeated rows
     with the same NFE as one line.
 
     Args:
-        logger: Logger of the run.
+        logger: Logger of Lightning, or :class:`~diffaccel.run.loggers.WandbRun`.
         points: Points of the curve.
         out: Output folder with the pictures.
         provenance: Provenance of the run, for W&B's config.
@@ -56,7 +56,7 @@ def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: di
         }
         for point in points
     ]
-    if not isinstance(logger, WandbLogger):
+    if not hasattr(logger, "log_image"):
         for i, row in enumerate(rows):
             logger.log_metrics({key: value for key, value in row.items() if value == value}, step=i)
         return
@@ -78,9 +78,9 @@ def log_curve(logger: Logger, points: Sequence[Point], out: Path, provenance: di
     run.config.update({"provenance": provenance}, allow_val_change=True)
 
 
-def log_weights(logger: Logger, path: Path, name: str, description: dict[str, Any]) -> None:
+def log_weights(logger: Any, path: Path, name: str, description: dict[str, Any]) -> None:
     """Log a file of weights as an artifact, if the logger supports artifacts (W&B)."""
-    if isinstance(logger, WandbLogger):
+    if hasattr(logger, "log_image"):
         import wandb
 
         artifact = wandb.Artifact(name.replace("/", "-"), type="model", metadata=description)

@@ -1,5 +1,6 @@
 """Processes of a run on one machine, which are started by the first and end together after a failure."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from diffaccel.collective import all_gather
 from diffaccel.errors import SharedError, UsageError
 from diffaccel.text.terminal import PlainConsole
+
+for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(name).setLevel(logging.ERROR)  # after the imports above, which set these levels
 
 LAUNCHER = "DIFFACCEL_LAUNCHER"
 """Environment variable with the id of the process that started the others."""

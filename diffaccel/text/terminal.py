@@ -1,6 +1,7 @@
 """Terminal output. Everything is printed through this module, so that text from files is always escaped."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from diffaccel.text.escape import printable
 
 T = TypeVar("T")
 
+RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"}
+"""Variables by which a launcher tells a process its rank, and from which Lightning reads it."""
 WIDTH = 130
 """Minimum width of a table; the default of 80 columns for pipes would cut off names."""
 
@@ -48,7 +51,7 @@ def print_lines(*lines: str) -> None:
 def say(text: str) -> None:
     """Print a line on stderr, on rank zero; stdout is for results only."""
     show = PlainConsole(stderr=True, soft_wrap=True).print
-    if "lightning" in sys.modules:  # without it there is one process, and its import takes seconds
+    if "lightning" in sys.modules or RANKS & os.environ.keys():  # else one process, and the import takes seconds
         from lightning.pytorch.utilities import rank_zero_only
 
         show = rank_zero_only(show)

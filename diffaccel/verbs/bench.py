@@ -5,7 +5,7 @@ from typing import Any
 from diffaccel import experiment
 from diffaccel.config import Config
 from diffaccel.report.table import print_points
-from diffaccel.run import launch
+from diffaccel.run import launch, loggers
 from diffaccel.sampling import Sampler
 from diffaccel.storage import check_room
 from diffaccel.verbs.cost import print_cost
@@ -27,8 +27,8 @@ def bench(config: Config) -> list[dict[str, Any]]:
     if launch.is_first(config):
         check_room(config.folder, *evaluator.room(), "features")
     launch.write_config(config, "points.jsonl")
-    with launch.logging(config) as loggers:
-        first = launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, loggers))
+    with loggers.logging(config) as logs:
+        first = launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, logs))
     if first:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)
     return evaluator.points
@@ -36,7 +36,7 @@ def bench(config: Config) -> list[dict[str, Any]]:
 
 def planned(config: Config) -> Sampler | None:
     """Build an experiment's sampler and plan its budgets; a dry run prints their cost and returns None."""
-    sampler = experiment.build_method(config, load=not config.dry_run, frozen=True).sampler.eval()
+    sampler = experiment.build_frozen(config, load=not config.dry_run)
     plans: dict[float, Any] = {budget: sampler.plan(budget, config.n) for budget in config.nfe}
     if not config.dry_run:
         return sampler

@@ -13,7 +13,7 @@ from diffaccel.experiment import loading
 from diffaccel.experiment.build import is_subclass
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.report.table import print_points
-from diffaccel.run import launch
+from diffaccel.run import launch, loggers, trainer
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
 from diffaccel.verbs.extractor import fit_features
@@ -48,7 +48,7 @@ def fit(config: Config) -> Path:
     data = experiment.build_data(config)
     check_labels(data, method.trained_classes)
     resume = resume_from(config, [*method.exports()], console)
-    checkpointer = launch.build_checkpointer(config)
+    checkpointer = trainer.build_checkpointer(config)
     if launch.is_first(config):
         checkpointer.check_outputs(method)
     if resume is not None:
@@ -58,14 +58,14 @@ def fit(config: Config) -> Path:
     if evaluator is not None:
         callbacks.append(EvaluationCallback(evaluator))
         if config.training.keep_best is not None:
-            callbacks.append(launch.build_best(config, evaluator))
+            callbacks.append(trainer.build_best(config, evaluator))
     launch.write_config(config)
-    trainer = launch.build_trainer(config, callbacks, phases=len(method.phases()))
+    fitting = trainer.build_trainer(config, callbacks, phases=len(method.phases()))
     try:
-        trainer.fit(method, data, ckpt_path=resume, weights_only=True)
+        fitting.fit(method, data, ckpt_path=resume, weights_only=True)
     finally:
-        launch.close_wandb(config)
-    if trainer.is_global_zero:
+        loggers.close_wandb(config)
+    if fitting.is_global_zero:
         for line in method.describe_fit(data):
             console.print(line)
         if evaluator is not None:

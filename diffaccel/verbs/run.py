@@ -1,6 +1,5 @@
 """Running of commands: configuration, output folder, and settings of the machine."""
 
-import logging
 import os
 import warnings
 from collections.abc import Iterable
@@ -41,12 +40,8 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
 
 
 def quiet() -> None:
-    """Suppress messages of other packages on the terminal."""
+    """Suppress messages of other packages on the terminal; for Lightning's log see :mod:`diffaccel.run.processes`."""
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    import lightning.pytorch  # first, because its import sets these levels
-
-    for name in ("lightning.pytorch", "lightning.fabric", lightning.pytorch.utilities.rank_zero.__name__):
-        logging.getLogger(name).setLevel(logging.ERROR)

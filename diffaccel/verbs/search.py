@@ -17,7 +17,7 @@ def search(config: Config) -> dict[int, dict[str, dict[str, Any]]]:
     Raises:
         UsageError: The input is invalid, or no setting can be measured.
     """
-    sampler = experiment.build_method(config, frozen=True).sampler.eval()
+    sampler = experiment.build_frozen(config)
     searcher = experiment.build_searcher(config, sampler)
     launch.write_config(config, "trials.jsonl", "best.yaml")
     if launch.everywhere(config, lambda world, device: searcher.run(sampler.to(device), world)):

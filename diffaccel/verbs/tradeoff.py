@@ -19,7 +19,7 @@ def tradeoff(config: Config) -> list[Row]:
     Raises:
         UsageError: The input is invalid, or the experiment has no density prior.
     """
-    sampler = experiment.build_method(config, frozen=True).sampler.eval()
+    sampler = experiment.build_frozen(config)
     if not isinstance(sampler.prior, DensityPrior):
         raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
     if launch.is_first(config):

@@ -1,0 +1,164 @@
+"""Loggers of a run: W&B, CSV, TensorBoard. They and Lightning are imported when they are used, which takes seconds."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from diffaccel.config import Config, as_written
+from diffaccel.errors import UsageError
+from diffaccel.report.logs import unfailing
+from diffaccel.run.launch import is_first
+from diffaccel.text.terminal import say, side_output
+
+
+class WandbRun:
+    """W&B run of a command without training, with the methods of Lightning's logger that such a command uses.
+
+    Args:
+        settings: Arguments of ``wandb.init``.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    @cached_property
+    def experiment(self) -> Any:
+        """The run, which is started by the first access."""
+        import wandb
+
+        return wandb.run or wandb.init(**self.settings)
+
+    def log_image(self, key: str, images: list[str]) -> None:
+        """Log image files."""
+        import wandb
+
+        self.experiment.log({key: [wandb.Image(image) for image in images]})
+
+    def finalize(self, status: str) -> None:
+        """Do nothing; :func:`close_wandb` ends the run."""
+
+
+def build_loggers(config: Config, training: bool = True) -> list[Any]:
+    """Build the configured logger.
+
+    Args:
+        config: Configuration of the run.
+        training: Whether the logger is for a trainer, which requires a logger of Lightning.
+
+    Raises:
+        UsageError: W&B can't go online, for example without a key.
+    """
+    mode = wandb_mode(config) if config.logger == "wandb" else ""
+    if config.logger == "none":
+        return []
+    if config.logger == "tensorboard" and find_spec("tensorboard") is None:
+        raise UsageError("logger=tensorboard requires tensorboard: `pip install tensorboard`, or set logger=csv")
+    wandb = partial(_wandb, mode=mode, training=training)
+    if mode in ("online", "shared"):
+        return [unfailing(_online(config, wandb))]
+    builders: dict[str, Callable[[Config], Any]] = {"csv": _csv, "tensorboard": _tensorboard, "wandb": wandb}
+    with side_output(f"logger={config.logger}"):
+        logger = builders[config.logger](config)
+        if is_first(config):
+            logger.experiment  # noqa: B018 (starts it now, because Lightning would end the run after a failure)
+        return [unfailing(logger)]
+    return []
+
+
+def _csv(config: Config) -> Any:
+    from lightning.pytorch.loggers import CSVLogger
+
+    return CSVLogger(config.folder, name="csv")
+
+
+def _tensorboard(config: Config) -> Any:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(config.folder, name="tensorboard")
+
+
+def _online(config: Config, build: Callable[[Config], Any]) -> Any:
+    import wandb
+
+    logger = build(config)
+    try:
+        logger.experiment  # noqa: B018 (starts the run, on rank zero)
+    except wandb.errors.Error as error:
+        raise UsageError(f"W&B can't go online ({error}): log in, or set wandb_mode=offline") from None
+    return logger
+
+
+def _wandb(config: Config, mode: str, training: bool) -> Any:
+    import wandb
+
+    wandb.setup()  # reads WANDB_SILENT before the first message
+    variables = os.environ
+    folder = variables.get("WANDB_DIR", str(config.folder))
+    settings: dict[str, Any] = {
+        "project": variables.get("WANDB_PROJECT", "diffaccel"),
+        "name": variables.get("WANDB_NAME", f"{config.data_name}/{Path(config.experiment).stem}"),
+        "mode": mode,
+        "id": variables.get("WANDB_RUN_ID") or _run_id(config),
+        "resume": variables.get("WANDB_RESUME", "allow"),
+        "config": as_written(config),
+    }
+    if not training:
+        return WandbRun({**settings, "dir": folder})
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(**settings, save_dir=folder, log_model=False)
+
+
+def wandb_mode(config: Config) -> str:
+    """Return W&B's mode: that of the configuration, else WANDB_MODE, else offline; conflicts are reported.
+
+    Raises:
+        UsageError: WANDB_MODE is invalid.
+    """
+    modes = {mode: mode for mode in ("offline", "online", "shared", "disabled")}
+    modes |= {"dryrun": "offline", "run": "online"}  # older names of W&B
+    given = os.environ.get("WANDB_MODE", "offline")
+    if config.wandb_mode is None:
+        if given not in modes:
+            raise UsageError(f"WANDB_MODE={given} in the environment is not one of {', '.join(sorted(modes))}")
+        return modes[given]
+    if "WANDB_MODE" in os.environ and modes.get(given) != config.wandb_mode:
+        say(f"wandb_mode={config.wandb_mode} overrides WANDB_MODE={given} of the environment")
+    return config.wandb_mode
+
+
+def _run_id(config: Config) -> str | None:
+    """Return the id of the W&B run, from OUT if the run is resumed, otherwise new and written to OUT; on rank zero."""
+    if not is_first(config):
+        return None
+    file = config.folder / "wandb_run_id"
+    if config.resume is None or not file.is_file():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+@contextmanager
+def logging(config: Config) -> Iterator[list[Any]]:
+    """Build the loggers of a command without training for a ``with`` block, and close them at its end."""
+    loggers, status = build_loggers(config, training=False), "failed"
+    try:
+        yield loggers
+        status = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(status)
+        close_wandb(config)
+
+
+def close_wandb(config: Config) -> None:
+    """Close the W&B run, so that a later run in this process does not write to it."""
+    if config.logger == "wandb":
+        with side_output("W&B, as it closed,"):
+            import wandb
+
+            wandb.finish()

@@ -1,0 +1,118 @@
+"""Trainer and callbacks of a fit."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+
+from diffaccel.config import Config
+from diffaccel.errors import UsageError
+from diffaccel.evaluation import Evaluator
+from diffaccel.parts.overrides import as_given
+from diffaccel.pretrained import files_sha256
+from diffaccel.run.checkpoint import Checkpointer, WholeFiles
+from diffaccel.run.loggers import build_loggers
+from diffaccel.run.machine import announce, device_type
+from diffaccel.run.processes import Processes
+
+
+class StepsBar(RichProgressBar):
+    """Lightning's progress bar over the steps of a run without epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
+def build_trainer(config: Config, callbacks: list[L.Callback], phases: int = 1) -> L.Trainer:
+    """Build the trainer of a fit: processes, precision, logger.
+
+    Args:
+        config: Configuration of the run.
+        callbacks: Callbacks for evaluation and checkpoints.
+        phases: Number of phases of a training step. With several phases, each trains only some of the parameters,
+            which the strategy must find.
+
+    Raises:
+        UsageError: A GPU is required by the configuration and not visible.
+    """
+    world = config.devices * config.num_nodes
+    every = evaluation_steps(config)
+    trainer = L.Trainer(
+        accelerator=device_type(config),  # Lightning's own auto includes devices without float64
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        plugins=[WholeFiles()],
+        strategy=Processes(find_unused_parameters=phases > 1) if world > 1 else "auto",
+        precision=cast(Any, config.precision),
+        max_epochs=-1,  # the method stops by images; the limit sets the length of the progress bar
+        limit_train_batches=-(-config.training.images // config.training.batch_size),
+        logger=build_loggers(config),
+        callbacks=[*callbacks, StepsBar()],
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        limit_val_batches=int(every is not None),
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        enable_model_summary=False,
+        enable_progress_bar=True,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.training.log_every,
+    )
+    announce(config)  # after everything that may raise an error
+    return trainer
+
+
+def evaluation_steps(config: Config) -> int | None:
+    """Return the number of steps between evaluations during training; None for no such evaluations.
+
+    Raises:
+        UsageError: The interval is shorter than a step, or ``keep_best`` is set without evaluations.
+    """
+    training = config.training
+    if training.evaluate_every is None:
+        if training.keep_best is not None:
+            raise UsageError("training.keep_best requires evaluations during training: set training.evaluate_every")
+        return None
+    if training.evaluate_every < training.batch_size:
+        raise UsageError(f"training.evaluate_every={training.evaluate_every} is below training.batch_size: raise it")
+    return training.evaluate_every // training.batch_size
+
+
+def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
+    """Build the callback that keeps the state with the smallest distance as best.ckpt.
+
+    Raises:
+        UsageError: The budget of ``keep_best`` is not evaluated.
+    """
+    budget = config.training.keep_best
+    if budget not in config.nfe:
+        raise UsageError(f"training.keep_best={budget:g} is not among the budgets nfe={config.nfe}: add it to nfe")
+    monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
+    return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
+
+
+def build_checkpointer(config: Config) -> Checkpointer:
+    """Build the callback that saves the training state and, at the end, the weights."""
+    prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
+    if init := config.prior.get("init"):  # identified by content, not by path
+        prior["init_sha256"] = files_sha256(Path(init))
+    description = {
+        "method": config.method_name,
+        "experiment": config.experiment,
+        "data": config.data.get("label") or config.data["name"],
+        "seed": config.seed,
+        "shape": config.shape,
+        "network": config.network,
+        "denoiser": config.denoiser,
+        "process": config.process,
+        "prior": prior,
+        **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
+        **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
+        **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
+    }
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def _without_path(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "checkpoint"}
