@@ -84,7 +84,7 @@ class Extractor(nn.Module, ABC):
 
 EXTRACTORS: Registry[Extractor] = Registry(
     "extractor",
-    builtins=["diffaccel.features.extractors", "diffaccel.features.packaged"],
+    builtins=["diffaccel.features.extractors", "diffaccel.features.packaged", "diffaccel.features.embeddings"],
 )
 EXTRACTORS.base(Extractor)
 
