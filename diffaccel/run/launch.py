@@ -21,6 +21,7 @@ from diffaccel.collective import World
 from diffaccel.config import Config, as_written, to_yaml
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
+from diffaccel.experiment.loading import feature_networks_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import files_sha256
 from diffaccel.report.logs import unfailing
@@ -265,6 +266,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
         **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
+        **({"feature_networks": used} if (used := feature_networks_of(config.init, config.prior.get("init"))) else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
