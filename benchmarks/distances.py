@@ -1,9 +1,12 @@
-"""Test whether Frechet distances increase with the strength of damage to real images.
+"""Test whether Frechet and kernel distances increase with the strength of damage to real images.
 
-    python -m benchmarks.distances DATA.npz EXTRACTOR.safetensors [EXTRACTOR2.safetensors ...] [--test FILE] [--n 5000]
+    python -m benchmarks.distances DATA.npz EXTRACTOR [EXTRACTOR2 ...] [--test FILE] [--n 5000] [--only noise,blur]
 
-The reference is DATA, and the images of the test file are damaged. Without a test file, DATA is split at random into
-two halves. The exit status is 1 if a distance doesn't increase with the strength.
+An extractor is a safetensors file, or a name with keys: efficientnet_lite0, mobilenetv2,resolution=160 ... The
+reference is DATA, and the images of the test file are damaged. Without a test file, DATA is split at random into two
+halves. Images that were JPEG files show little of the damage by JPEG. With several extractors, a second table contains
+the rank correlation of their distances over all damaged images. The exit status is 1 if a distance doesn't increase
+with the strength.
 """
 
 import argparse
@@ -11,9 +14,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,9 +27,10 @@ from torchvision.transforms.functional import gaussian_blur
 
 from diffaccel.data.arrays import Npz
 from diffaccel.errors import UsageError
-from diffaccel.features.extractors import Extractor, Small
+from diffaccel.features.extractors import EXTRACTORS, Extractor, Small
 from diffaccel.features.jpeg import jpeg
-from diffaccel.metrics import Frechet, FrechetDistance, Moments
+from diffaccel.metrics import Frechet, FrechetDistance, Kernel, KernelReference, Moments, kernel_distance
+from diffaccel.metrics.base import spread
 
 # The smallest blur is 0.4 pixels: a blur of 0.25 changes values by less than half a level, and no uint8 value.
 BLUR = (0, 0.4, 0.5, 0.75, 1, 1.5)
@@ -32,6 +38,8 @@ NOISE = (0, 2, 4, 8, 16, 32)
 QUALITY = (100, 90, 75, 50, 25, 10)
 DROPPED = (0, 1, 2, 4, 6, 8)
 BLOCKS = 10
+KEPT = 5000
+"""Maximum number of images of the reference of kernel distances; the time is proportional to its square."""
 
 
 class Damage(NamedTuple):
@@ -104,43 +112,118 @@ def damages(
     ]
 
 
-def moments(images: Tensor, extractor: Extractor, batch_size: int = 250) -> Moments:
-    """Moments of the features of images (N, C, H, W)."""
-    return Moments.from_features(torch.cat([extractor(batch) for batch in images.split(batch_size)]))
+class Standard(NamedTuple):
+    """Statistics of real images."""
+
+    moments: Moments
+    kernel: KernelReference
 
 
-def score(images: Tensor, extractor: Extractor, reference: Moments, batch_size: int = 250) -> Frechet:
-    """Distance of images (N, C, H, W) in random order, with its jackknife standard error."""
-    distance = FrechetDistance(extractor.dim, reference, BLOCKS)
-    for i, batch in enumerate(images.split(min(batch_size, -(-len(images) // (2 * BLOCKS))))):
-        distance.update(extractor(batch), i)
-    return distance.compute()
+class Distances(NamedTuple):
+    """Both distances of a set of images."""
+
+    frechet: Frechet
+    kernel: Kernel
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Distances with their standard errors; the kernel distance in thousandths."""
+        (fd, _, fd_se), (kid, kid_se) = self.frechet, self.kernel
+        return [(fd.item(), fd_se.item()), (1000 * kid.item(), 1000 * kid_se.item())]
 
 
-def ladder(damage: Damage, extractor: Extractor, reference: Moments) -> list[Frechet]:
+NAMES = ("FD", "KID x 1000")
+"""Names of :meth:`Distances.pairs`."""
+
+
+@torch.no_grad()
+def features_of(images: Tensor, extractor: Extractor, batch_size: int = 250) -> Tensor:
+    """Features of images (N, C, H, W), (N, d) float32."""
+    return torch.cat([extractor(batch).float() for batch in images.split(batch_size)])
+
+
+def standard(images: Tensor, extractor: Extractor) -> Standard:
+    """Statistics of the features of images (N, C, H, W)."""
+    features = features_of(images, extractor)
+    return Standard(Moments.from_features(features), KernelReference(spread(features, min(KEPT, len(features)))))
+
+
+def score(images: Tensor, extractor: Extractor, real: Standard) -> Distances:
+    """Distances of images (N, C, H, W) in random order, with their jackknife standard errors."""
+    features, distance = features_of(images, extractor), FrechetDistance(extractor.dim, real.moments, BLOCKS)
+    for i, batch in enumerate(features.double().split(-(-len(images) // (2 * BLOCKS)))):
+        distance.update(batch, i)
+    return Distances(distance.compute(), kernel_distance(features, real.kernel, BLOCKS))
+
+
+def ladder(damage: Damage, extractor: Extractor, real: Standard) -> list[Distances]:
     """Distances at each strength."""
-    return [score(damage.apply(strength), extractor, reference) for strength in damage.strengths]
+    return [score(damage.apply(strength), extractor, real) for strength in damage.strengths]
 
 
-def rises(found: Sequence[Frechet]) -> bool:
-    """Whether the distances increase."""
-    return all(weaker.fd < stronger.fd for weaker, stronger in pairwise(found))
+def rises(found: Sequence[float]) -> bool:
+    """Whether distances increase."""
+    return all(weaker < stronger for weaker, stronger in pairwise(found))
 
 
-def show(names: Sequence[str], rows: Sequence[tuple[Damage, Sequence[Sequence[Frechet]]]]) -> None:
+def rises_in(found: Sequence[Distances]) -> list[bool]:
+    """Whether each kind of distance increases."""
+    return [rises([value for value, _ in pairs]) for pairs in zip(*(one.pairs() for one in found), strict=True)]
+
+
+Rows = Sequence[tuple[Damage, Sequence[Sequence[Distances]]]]
+"""Damages, each with a ladder per extractor."""
+
+
+def show(names: Sequence[str], rows: Rows) -> None:
     """Print a table of the distances for each damage, strength and extractor."""
-    table = Table(title="Frechet distance (jackknife se)", title_justify="left", box=None, header_style="bold")
-    for column in ("damage", "strength", "n", *names):
+    table = Table(title="distance (jackknife se)", title_justify="left", box=None, header_style="bold")
+    columns = [f"{name} {kind}" for name in names for kind in NAMES]
+    for column in ("damage", "strength", "n", *columns):
         table.add_column(column, justify="left" if column == "damage" else "right", no_wrap=True)
     for damage, ladders in rows:
         for strength, *found in zip(damage.strengths, *ladders, strict=True):
-            cells = (f"{each.fd:.4g} ({each.se:.2g})" for each in found)
+            cells = (f"{value:.4g} ({se:.2g})" for each in found for value, se in each.pairs())
             table.add_row(damage.name, f"{strength:g}", str(damage.n), *cells)
-        verdicts = ("[green]rises[/]" if rises(found) else "[red]does not rise[/]" for found in ladders)
+        verdicts = ("[green]rises[/]" if up else "[red]does not rise[/]" for each in ladders for up in rises_in(each))
         table.add_row("", "", "", *verdicts)
     console = Console()
-    console.width = max(console.width, 40 + 24 * len(names))  # the default for pipes is 80
+    console.width = max(console.width, 40 + 36 * len(columns))  # the default for pipes is 80
     console.print(table)
+
+
+def show_correlations(names: Sequence[str], rows: Rows) -> None:
+    """Print the rank correlations of the extractors' distances over all damaged images."""
+    columns = [f"{name} {kind}" for name in names for kind in NAMES]
+    by_judge = [[one for _, ladders in rows for one in ladders[k]] for k in range(len(names))]
+    series = [[one.pairs()[kind][0] for one in found] for found in by_judge for kind in range(len(NAMES))]
+    table = Table(title="rank correlation", title_justify="left", box=None, header_style="bold")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for column, one in zip(columns, series, strict=True):
+        table.add_row(column, *(f"{rank_correlation(one, other):.3f}" for other in series))
+    console = Console()
+    console.width = max(console.width, 40 + 36 * len(columns))
+    console.print(table)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's correlation of two series; equal values have different ranks, in order."""
+    ranks = torch.tensor([one, other], dtype=torch.float64).argsort(dim=1, stable=True).argsort(dim=1).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def build(text: str) -> Extractor:
+    """Build an extractor from a safetensors file, or from a name with keys.
+
+    Raises:
+        UsageError: The file is missing or damaged, or the name or a key is unknown.
+    """
+    if text.endswith(".safetensors"):
+        return Small(Path(text))
+    name, *keys = text.split(",")
+    pairs = (key.partition("=") for key in keys)
+    return EXTRACTORS.build({"name": name, **{key: yaml.safe_load(value) for key, _, value in pairs}})
 
 
 def read(path: str, test_path: str | None, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,25 +248,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0 if all distances increase, 1 if not, and 2 for invalid input."""
     parser = argparse.ArgumentParser("python -m benchmarks.distances", description=str(__doc__).splitlines()[0])
     parser.add_argument("data", help="npz with the arrays images (N, H, W, C) uint8 and labels (N,)")
-    parser.add_argument("extractors", nargs="+", help="safetensors files written by `diffaccel fit DATA/extractor`")
+    parser.add_argument("extractors", nargs="+", help="names with keys, or files of `diffaccel fit DATA/extractor`")
     parser.add_argument("--test", help="npz with the images to damage; half of DATA by default")
     parser.add_argument("--n", type=int, default=5000, help="number of images to damage")
+    parser.add_argument("--only", default="", help="damages whose names begin so, separated by commas; all by default")
     given = parser.parse_args(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         real, images, labels = read(given.data, given.test)
-        extractors = [Small(path) for path in given.extractors]
-        kinds = damages(images, labels, given.n)
-        references = [moments(real, extractor) for extractor in extractors]
+        extractors = [build(text) for text in given.extractors]
+        kinds = [one for one in damages(images, labels, given.n) if one.name.startswith(tuple(given.only.split(",")))]
+        standards = [standard(real, extractor) for extractor in extractors]
     except UsageError as error:
         console.print(f"distances: {error}", style="red", markup=False)
         return 2
     rows = []
     for damage in track(kinds, "damaging", console=console, transient=True):
-        pairs = zip(extractors, references, strict=True)
-        rows.append((damage, [ladder(damage, extractor, reference) for extractor, reference in pairs]))
-    show([extractor.metric_name for extractor in extractors], rows)
-    return 0 if all(rises(found) for _, ladders in rows for found in ladders) else 1
+        pairs = zip(extractors, standards, strict=True)
+        rows.append((damage, [ladder(damage, extractor, one) for extractor, one in pairs]))
+    names = [extractor.name for extractor in extractors]
+    show(names, rows)
+    if len(names) > 1:
+        show_correlations(names, rows)
+    return 0 if all(all(rises_in(found)) for _, ladders in rows for found in ladders) else 1
 
 
 if __name__ == "__main__":

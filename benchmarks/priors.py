@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.distances import moments, score
+from benchmarks.distances import score, standard
 from diffaccel.config import Config, load
 from diffaccel.data import DataModule, to_float
 from diffaccel.errors import UsageError
@@ -66,14 +66,14 @@ def measure(config: Config) -> dict[str, Frechet]:
         raise UsageError(f"{config.experiment}: the method has no generator: use a tdpm experiment")
     ratio = method.implicit.ratio_made
     real = real_states(data, "train", ratio, data.size("train"))
-    reference = moments(to_uint8(real), extractor)
+    reference = standard(to_uint8(real), extractor)
     rows = {
         "generator": made_states(method, config.seed, config.n, config.batch_size),
         "matched Gaussian": matched_gaussian(real, config.n),
         "standard normal": torch.randn(config.n, *method.shape, generator=torch.Generator().manual_seed(0)),
         "held-out images": real_states(data, "test", ratio, config.n),
     }
-    return {name: score(to_uint8(states), extractor, reference) for name, states in rows.items()}
+    return {name: score(to_uint8(states), extractor, reference).frechet for name, states in rows.items()}
 
 
 def main(arguments: Sequence[str]) -> int:

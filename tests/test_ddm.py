@@ -14,6 +14,7 @@ from diffaccel.denoiser import KarrasDenoiser, MixtureDenoiser
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
 from diffaccel.denoiser.levels import Uniform
 from diffaccel.errors import UsageError
+from diffaccel.features.perceptual import VGG16_SHA256
 from diffaccel.methods import DecoupledDiffusion, Training
 from diffaccel.nn import MLP, UNet
 from diffaccel.noise import NoiseStreams
@@ -327,9 +328,11 @@ def test_lpips_stays_frozen_in_evaluation_mode_and_out_of_everything(lpips) -> N
     keys = {"shape": (3, 16, 16), "weighting": "none", "perceptual_weight": 0.5}
     model = method(reconstruction="pixel", **keys)
     names = list(model.state_dict())
+    assert model.feature_networks() == []
     (phase,) = model.phases()
     (network,) = model._lpips
     model.train()
+    assert model.feature_networks() == [network.weights_sha256] == [VGG16_SHA256]
     assert not any(module.training for module in network.modules())
     assert any(isinstance(module, nn.Dropout) for module in network.modules())
     assert list(model.state_dict()) == names and len(list(phase.parameters)) == len(list(model.parameters()))

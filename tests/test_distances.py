@@ -7,10 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.distances import blurred, damages, ladder, main, moments, noisy, read, rises, without_classes
+from benchmarks.distances import (
+    blurred,
+    build,
+    damages,
+    ladder,
+    main,
+    noisy,
+    rank_correlation,
+    read,
+    rises,
+    rises_in,
+    standard,
+    without_classes,
+)
 from diffaccel.data.arrays import Digits
+from diffaccel.errors import UsageError
 from diffaccel.features.extractors import Small
-from diffaccel.metrics import Frechet
 
 EXTRACTOR = Path(__file__).parents[1] / "experiments" / "digits" / "weights" / "extractor.safetensors"
 DAMAGES = ("blur, pixels", "noise, of 255", "JPEG quality", "classes dropped")
@@ -32,17 +45,28 @@ def test_the_distance_rises_with_the_damage(data: Path, name: str):
     damage = {damage.name: damage for damage in damages(images, labels, n=700, **strengths)}[name]
     assert all(len(damage.apply(strength)) == damage.n for strength in damage.strengths)
     extractor = Small(str(EXTRACTOR))
-    found = ladder(damage, extractor, moments(real, extractor))
-    assert rises(found)
-    assert found[-1].fd - found[0].fd > 5 * (found[-1].se + found[0].se), "not by chance"
+    found = ladder(damage, extractor, standard(real, extractor))
+    assert rises_in(found) == [True, True]
+    for (weakest, weakest_se), (strongest, strongest_se) in zip(found[0].pairs(), found[-1].pairs(), strict=True):
+        assert strongest - weakest > 5 * (strongest_se + weakest_se), "not by chance"
 
 
 def test_rising_is_strict():
-    def ladder_of(*distances: float) -> list[Frechet]:
-        return [Frechet(*torch.tensor([fd, fd, 0.1], dtype=torch.float64)) for fd in distances]
+    assert rises([1, 2, 3])
+    assert not rises([1, 1, 3]) and not rises([1, 3, 2])
 
-    assert rises(ladder_of(1, 2, 3))
-    assert not rises(ladder_of(1, 1, 3)) and not rises(ladder_of(1, 3, 2))
+
+def test_rank_correlation_is_of_the_ranks():
+    assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3], [2, 1, 3]) == pytest.approx(1 - 6 * 2 / (3 * 8)), "Spearman's formula"
+
+
+def test_an_extractor_is_a_file_or_a_name_with_keys():
+    assert build(str(EXTRACTOR)).name == "digits"
+    assert build("identity,dim=5").dim == 5
+    with pytest.raises(UsageError, match="no extractor is called 'identify'; did you mean 'identity'"):
+        build("identify")
 
 
 def grey(n: int = 50, side: int = 32) -> Tensor:
@@ -80,13 +104,17 @@ def test_classes_are_dropped_and_the_number_stays():
 def test_the_command_says_whether_it_rises(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(data), str(EXTRACTOR), "--n", "700"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" rises") == len(DAMAGES) and all(name in printed for name in DAMAGES)
+    assert printed.count(" rises") == 2 * len(DAMAGES) and all(name in printed for name in DAMAGES)
     arrays = dict(np.load(data))
     images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
     np.savez(tmp_path / "noisy.npz", images=noisy(images, 32).permute(0, 2, 3, 1).numpy())
     words = [str(tmp_path / "noisy.npz"), str(EXTRACTOR), str(EXTRACTOR), "--test", str(data), "--n", "100"]
     assert main(words) == 1, "noise brings the images nearer to a noisy reference"
-    assert "does not rise" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "does not rise" in printed and "rank correlation" in printed
+    assert main([str(data), str(EXTRACTOR), "--n", "100", "--only", "blur"]) == 0
+    printed = capsys.readouterr().out
+    assert "blur" in printed and "noise" not in printed
     assert main([str(tmp_path / "noisy.npz"), str(EXTRACTOR)]) == 2
     assert "noisy.npz has no array 'labels'" in capsys.readouterr().err
     np.savez(tmp_path / "few.npz", images=arrays["images"], labels=arrays["labels"] % 8)

@@ -19,6 +19,7 @@ from diffaccel.metrics import (
     frechet_distance,
     jackknife,
     kernel,
+    kernel_distance,
 )
 
 
@@ -254,6 +255,17 @@ def test_kernel_distance_is_unbiased_and_not_clamped():
     values = torch.stack(values)
     assert values.min() < 0 < values.max()
     assert values.mean().abs() < 3 * values.std() / 20**0.5
+
+
+def test_the_error_of_the_kernel_distance_is_the_spread_of_repeated_draws():
+    """And the distance is that of the metric, for blocks of unequal size too."""
+    reference = KernelReference(gaussian(200, 4, seed=1))
+    found = [kernel_distance(gaussian(123, 4, seed=100 + seed, mean=0.2), reference) for seed in range(200)]
+    distances, errors = (torch.stack(values) for values in zip(*found, strict=True))
+    assert errors.square().mean().sqrt() == pytest.approx(distances.std().item(), rel=0.15)
+    metric = KernelDistance(4, reference)
+    metric.update(gaussian(123, 4, seed=100, mean=0.2), 0)
+    torch.testing.assert_close(distances[0], metric.compute(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

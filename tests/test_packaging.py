@@ -20,6 +20,7 @@ from diffaccel.__main__ import main
 from diffaccel.data import SOURCES
 from diffaccel.density import DENSITIES, TrainingImages
 from diffaccel.errors import UsageError
+from diffaccel.features.packaged import EfficientNetLite0, MobileNetV2
 from diffaccel.features.perceptual import build_lpips
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,9 @@ REQUIREMENTS, LOWEST = (
     runpy.run_path(str(ROOT / ".ci" / "lowest.py"))[name](PYPROJECT) for name in ("requirements", "lowest")
 )
 EXTRAS = {"flow": ["zuko"], "sklearn": ["sklearn"], "vision": ["torchvision"]}
+"""Extra -> packages that the code imports."""
+JUDGES = "judges"
+"""Extra with weights alone, which the code doesn't import."""
 
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
@@ -74,11 +78,20 @@ def test_what_is_imported_is_installed_or_names_its_extra():
         names = {name.lower().replace("_", "-") for name in providers.get(package, [])} | {BROUGHT.get(package, "")}
         assert names & required, f"{package} is of none of the {extra or 'plain'} dependencies"
     assert {extra: [package] for extra, package in used if extra} == EXTRAS
-    assert REQUIREMENTS.keys() == {"", *EXTRAS, "all", "dev"}
+    assert REQUIREMENTS.keys() == {"", *EXTRAS, JUDGES, "all", "dev"}
+    assert [EfficientNetLite0.shipped.package] == [one.partition(">=")[0] for one in REQUIREMENTS[JUDGES]]
+
+
+def test_make_setup_installs_both_judges():
+    """One is an extra; the other has dependencies that nothing needs, and an extra can't leave them out."""
+    recipe = (ROOT / "Makefile").read_text().partition("\n$(STAMP):")[2].partition("\n\n")[0]
+    for judge in (EfficientNetLite0, MobileNetV2):
+        command = judge.shipped.install.removeprefix("pip install ")
+        assert command.replace("'diffaccel[judges]'", "-e '.[dev]'") in recipe
 
 
 def test_all_and_dev_install_every_extra():
-    assert REQUIREMENTS["all"] == [f"diffaccel[{','.join(sorted(EXTRAS))}]"]
+    assert REQUIREMENTS["all"] == [f"diffaccel[{','.join(sorted([*EXTRAS, JUDGES]))}]"]
     assert "diffaccel[all]" in REQUIREMENTS["dev"]
 
 
@@ -121,7 +134,7 @@ def test_run_without_its_extra_prints_that_line(
 
 
 def test_every_dependency_has_a_lowest_version_that_is_tried():
-    installed = [one for extra in ("", *EXTRAS) for one in REQUIREMENTS[extra]]
+    installed = [one for extra in REQUIREMENTS if extra not in ("all", "dev") for one in REQUIREMENTS[extra]]
     assert [f"{name}>={version}" for name, version in LOWEST.items()] == installed, "a dependency without a lower bound"
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["lowest"]["steps"]
     commands = [step.get("run", "") for step in steps]

@@ -10,8 +10,9 @@ from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
 from diffaccel.experiment.build import build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
-from diffaccel.experiment.loading import describe_checkpoint
+from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
 from diffaccel.features.extractors import EXTRACTORS, Extractor
+from diffaccel.features.independence import check_independent
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.reference import Reference, check_same_data, load_reference
@@ -65,7 +66,8 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
         measured: Whether the sampler has the configured weights, and not weights in training.
 
     Raises:
-        UsageError: ``n`` is less than 2, or the extractor's weights or the reference are missing or don't match.
+        UsageError: ``n`` is less than 2; the extractor's weights or the reference are missing or don't match; or the
+            extractor's weights trained the model.
     """
     if config.n < 2:
         raise UsageError(f"n={config.n}: a distance requires at least 2 images")
@@ -88,6 +90,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
             check_same_data(path, found, source.label, shape_of(config))
     if config.jpeg is not None:
         extractor = AsJPEG(extractor, config.jpeg)
+    check_independent([extractor], feature_networks_of(*_own_weights(config, sampler)), config.experiment)
     likelihood = build_likelihood(config, sampler) if measured else None
     return Evaluator(
         budgets=config.nfe,
@@ -114,6 +117,12 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
         likelihood=likelihood,
         metrics=build_metrics(config.metrics),
     )
+
+
+def _own_weights(config: Config, sampler: Sampler) -> list[str | None]:
+    """Weights files of the sampler that diffaccel trained."""
+    nodes = [config.prior, config.posterior, *(entry.get("prior", {}) for entry in config.by_nfe.values())]
+    return [config.checkpoint if sampler.denoiser.source is None else None, *(node.get("checkpoint") for node in nodes)]
 
 
 def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:

@@ -150,6 +150,12 @@ def adopt(config: Config) -> Pretrained | None:
     return found
 
 
+def feature_networks_of(*paths: str | None) -> list[str]:
+    """Return the hashes of the feature networks that weights were trained with, sorted, by the headers of the files."""
+    headers = (open_weights(path).header for path in paths if path and Path(path).exists())
+    return sorted({one for header in headers for one in header.get("feature_networks", ())})
+
+
 def check_grid(solver: Solver, denoiser: Denoiser) -> None:
     """Check that the solver's grid does not extend below the levels that a checkpoint was trained on.
 

@@ -37,7 +37,8 @@ class Extractor(nn.Module, ABC):
 
     Attributes:
         name: Name in tables and metric keys.
-        sha256: Hash of the weights file, or of no bytes for an extractor without weights.
+        sha256: Hash of all that determines the features: of the weights file, if nothing else does, and of no bytes for
+            an extractor without weights.
         dim: Number of features.
         of_images: Whether it reads uint8 images only, which JPEG can compress.
     """
@@ -51,6 +52,11 @@ class Extractor(nn.Module, ABC):
     def metric_name(self) -> str:
         """Key of the Frechet distance in these features."""
         return distance_key(self.name)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the weights alone, equal for all extractors on them; a loss that uses them is recorded by it."""
+        return self.sha256
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +82,10 @@ class Extractor(nn.Module, ABC):
         """Extract features, (N, C, H, W) uint8 -> (N, dim) in the precision of the weights."""
 
 
-EXTRACTORS: Registry[Extractor] = Registry("extractor", builtins=["diffaccel.features.extractors"])
+EXTRACTORS: Registry[Extractor] = Registry(
+    "extractor",
+    builtins=["diffaccel.features.extractors", "diffaccel.features.packaged", "diffaccel.features.embeddings"],
+)
 EXTRACTORS.base(Extractor)
 
 
@@ -137,10 +146,7 @@ class Inception(Extractor):
     @override
     def features(self, images: Tensor) -> Tensor:
         """Extract pool3 features; grey images are repeated to three channels."""
-        _check_images(images, self.name, channels=(1, 3))
-        if images.shape[1] == 1:
-            images = repeat(images, "n 1 h w -> n three h w", three=3)
-        return self.network(images)[0]
+        return self.network(in_colour(images, self.name))[0]
 
 
 def _inception_weights(path: Path | None) -> bytes:
@@ -169,7 +175,26 @@ def _download_inception(file: Path) -> None:
         ) from None
 
 
-def _check_images(images: Tensor, name: str, channels: Sequence[int]) -> None:
+def in_colour(images: Tensor, name: str) -> Tensor:
+    """Repeat grey uint8 images to three channels, (N, 1 or 3, H, W) -> (N, 3, H, W).
+
+    Args:
+        images: Images.
+        name: Name of the extractor, for the message.
+
+    Raises:
+        UsageError: The images have another dtype or shape.
+    """
+    check_images(images, name, channels=(1, 3))
+    return repeat(images, "n 1 h w -> n three h w", three=3) if images.shape[1] == 1 else images
+
+
+def check_images(images: Tensor, name: str, channels: Sequence[int]) -> None:
+    """Check that images are uint8, (N, C, H, W), with a supported number of channels.
+
+    Raises:
+        UsageError: They are not.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels:
         raise UsageError(
             f"extractor {name!r} reads uint8 images (N, C, H, W) with C in {tuple(channels)}, not {images.dtype} "
@@ -263,7 +288,7 @@ class Small(Extractor):
     @override
     def features(self, images: Tensor) -> Tensor:
         """Extract the features of the penultimate layer."""
-        _check_images(images, self.name, channels=(self.network.config["channels"],))
+        check_images(images, self.name, channels=(self.network.config["channels"],))
         return self.network.features(to_unit(images))
 
 

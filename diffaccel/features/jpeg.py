@@ -60,6 +60,11 @@ class AsJPEG(Extractor):
         self.name, self.dim = f"{extractor.name}_jpeg{quality}", extractor.dim
         self.sha256 = hashlib.sha256(f"{extractor.sha256} jpeg {quality}".encode()).hexdigest()
 
+    @property
+    @override
+    def weights_sha256(self) -> str:
+        return self.extractor.weights_sha256
+
     @override
     def features(self, images: Tensor) -> Tensor:
         """Extract features of the compressed images, (N, C, H, W) uint8 -> (N, dim)."""

@@ -7,12 +7,16 @@ from torch import nn
 from diffaccel.errors import UsageError
 from diffaccel.parts.optional import extra
 
+VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+"""Hash of torchvision's weights file, vgg16-397923af.pth."""
+
 
 def build_lpips() -> nn.Module:
     """Build the LPIPS distance of two batches of images in [-1, 1], (B, 3, H, W) each -> (B, 1, 1, 1).
 
     The module has gradients with respect to its inputs only. It remains in evaluation mode after ``train()``, because
-    it contains dropout.
+    it contains dropout. Its attribute ``weights_sha256`` is recorded with the trained weights, see
+    :mod:`~diffaccel.features.independence`.
 
     Raises:
         UsageError: VGG's weights are not in torchvision's cache and can't be downloaded, or torchvision is missing.
@@ -31,4 +35,6 @@ def build_lpips() -> nn.Module:
             f"method.perceptual_weight needs torchvision's VGG-16 weights, which can't be downloaded ({error}): put "
             "them into torch.hub's folder of checkpoints, or set method.perceptual_weight=0"
         ) from None
-    return metric.net.requires_grad_(False)
+    network = metric.net.requires_grad_(False)
+    network.weights_sha256 = VGG16_SHA256  # type: ignore[assignment]  # no tensor, but an attribute
+    return network

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
 from diffaccel.errors import UsageError
+from diffaccel.features.independence import feature_networks
 from diffaccel.features.perceptual import build_lpips
 from diffaccel.methods.base import Diffusion
 from diffaccel.methods.registry import METHODS
@@ -92,6 +93,10 @@ class DecoupledDiffusion(Diffusion):
         # In a list, so that LPIPS is in no checkpoint, average or optimiser, and train() does not change it.
         self._lpips = [build_lpips()] if self.perceptual_weight else []
         return phases
+
+    def feature_networks(self) -> list[str]:
+        """See :class:`~diffaccel.training.module.TrainedModule`; VGG-16, with LPIPS."""
+        return sorted({*super().feature_networks(), *feature_networks(self._lpips)})
 
     def level_loss(
         self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None

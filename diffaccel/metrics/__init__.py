@@ -4,7 +4,14 @@ Everything is computed in float64, which MPS does not support: on such devices, 
 """
 
 from diffaccel.metrics.frechet import Frechet, FrechetDistance, frechet_distance, jackknife
-from diffaccel.metrics.kernel import KernelDistance, KernelReference, kernel_sum, mean_off_diagonal
+from diffaccel.metrics.kernel import (
+    Kernel,
+    KernelDistance,
+    KernelReference,
+    kernel_distance,
+    kernel_sum,
+    mean_off_diagonal,
+)
 from diffaccel.metrics.manifold import Manifold, manifold_scores
 from diffaccel.metrics.memorisation import Memorisation, memorised
 from diffaccel.metrics.moments import Moments, MomentSums, check_features
@@ -14,6 +21,7 @@ from diffaccel.metrics.paired import paired_difference
 __all__ = [
     "Frechet",
     "FrechetDistance",
+    "Kernel",
     "KernelDistance",
     "KernelReference",
     "Manifold",
@@ -25,6 +33,7 @@ __all__ = [
     "distances",
     "frechet_distance",
     "jackknife",
+    "kernel_distance",
     "kernel_sum",
     "manifold_scores",
     "mean_off_diagonal",

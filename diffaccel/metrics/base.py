@@ -22,7 +22,7 @@ from diffaccel.metrics.neighbours import Neighbours
 from diffaccel.metrics.reference import Reference
 from diffaccel.parts.registry import Registry
 
-METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.standard"])
+METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.standard", "diffaccel.metrics.cmmd"])
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ References:
 
 from functools import cached_property
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffaccel.collective import all_gather
 from diffaccel.errors import UsageError
+from diffaccel.metrics.frechet import jackknife
 from diffaccel.metrics.moments import check_features
 
 
@@ -105,6 +107,43 @@ class KernelDistance:
         cross = kernel_sum(features, real, self.rows) / (len(features) * len(real))
         within = mean_off_diagonal(features, self.rows) + self.reference.within
         return within - 2 * cross
+
+
+class Kernel(NamedTuple):
+    """Kernel distance and its standard error, () float64."""
+
+    kid: Tensor
+    se: Tensor
+
+
+def kernel_distance(features: Tensor, reference: KernelReference, blocks: int = 10) -> Kernel:
+    """Compute the kernel distance with its jackknife standard error over images, for a fixed reference.
+
+    Args:
+        features: Features in random order, (n, d), n >= 4.
+        reference: Features of real images.
+        blocks: Number of blocks of the jackknife.
+    """
+    parts = [features[block::blocks] for block in range(min(blocks, len(features) // 2))]
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    within = torch.zeros(len(parts), len(parts), dtype=torch.float64)  # sums over pairs of different images
+    for i, x in enumerate(parts):
+        for j, y in enumerate(parts[: i + 1]):
+            if i == j:
+                within[i, i] = mean_off_diagonal(x, reference.rows) * len(x) * (len(x) - 1)
+            else:
+                within[i, j] = within[j, i] = kernel_sum(x, y, reference.rows)
+    cross = torch.stack([kernel_sum(part, reference.features, reference.rows) for part in parts])
+    cross = cross / len(reference.features)
+
+    def distance(used: Tensor) -> Tensor:
+        n = sizes[used].sum()
+        return within[used][:, used].sum() / (n * (n - 1)) + reference.within - 2 * cross[used].sum() / n
+
+    everything = torch.arange(len(parts))
+    full = distance(everything)
+    kept = torch.stack([distance(everything[everything != block]) for block in everything])
+    return Kernel(full, jackknife(full, kept, sizes)[1])
 
 
 def kernel_sum(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:

@@ -59,7 +59,12 @@ class Checkpointer(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the description of the weights to the checkpoint."""
         assert isinstance(pl_module, Diffusion)
-        checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **stands_on(pl_module)}
+        checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **self._trained_with(pl_module)}
+
+    def _trained_with(self, method: Diffusion) -> dict[str, Any]:
+        """Header entries with the hashes of the frozen networks of the fit, and of the fits that it continues."""
+        used = sorted({*self.description.get("feature_networks", ()), *method.feature_networks()})
+        return {**stands_on(method), **({"feature_networks": used} if used else {})}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,7 +141,7 @@ class Checkpointer(L.Callback):
             "images_seen": method.images_seen,
             "hours": round(self._seconds() / 3600, 3),
             "version": __version__,
-            **stands_on(method),
+            **self._trained_with(method),
         }
         written = []
         for name, (state, said) in method.exports().items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.data import Batch
+from diffaccel.features.independence import feature_networks
 from diffaccel.noise import NoiseStreams, stream_key
 from diffaccel.training.ema import EMA
 from diffaccel.training.finite import FiniteCheck
@@ -82,6 +83,14 @@ class TrainedModule(L.LightningModule):
     def averaged(self) -> nn.Module | None:
         """Return the module whose weights are averaged; None for no average."""
         return None
+
+    def feature_networks(self) -> list[str]:
+        """Return the hashes of the frozen feature networks that losses and critics use, once there are phases.
+
+        An extractor with such weights does not score the trained model. A part that keeps its network out of the
+        submodules, for example in a list, overrides this.
+        """
+        return feature_networks(self.modules())
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

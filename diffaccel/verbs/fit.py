@@ -11,6 +11,7 @@ from diffaccel.evaluation import Evaluator
 from diffaccel.evaluation.callback import EvaluationCallback
 from diffaccel.experiment import loading
 from diffaccel.experiment.build import is_subclass
+from diffaccel.features.independence import check_independent
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.report.table import print_points
 from diffaccel.run import launch, loggers, trainer
@@ -59,8 +60,11 @@ def fit(config: Config) -> Path:
         callbacks.append(EvaluationCallback(evaluator))
         if config.training.keep_best is not None:
             callbacks.append(trainer.build_best(config, evaluator))
+    phases = len(method.phases())
+    if evaluator is not None:
+        check_independent([evaluator.extractor], method.feature_networks(), "this run")  # losses are built by now
     launch.write_config(config)
-    fitting = trainer.build_trainer(config, callbacks, phases=len(method.phases()))
+    fitting = trainer.build_trainer(config, callbacks, phases=phases)
     try:
         fitting.fit(method, data, ckpt_path=resume, weights_only=True)
     finally:

@@ -10,6 +10,7 @@
 | ``trained_ratios`` | lowest and highest noise-to-data ratio of a denoiser's training |
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
 | ``stands_on`` | :func:`~diffaccel.weights.tensors_sha256` of the frozen denoiser's network during the fit |
+| ``feature_networks`` | SHA-256 of the weights of the frozen feature networks that losses and critics used, sorted |
 | ``source`` | provenance of weights imported from another codebase |
 
 Keys that are missing from a file are not compared with an experiment.
@@ -81,6 +82,10 @@ def _is_range(value: Any) -> bool:
     return not any(math.isnan(end) for end in value)
 
 
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 _PART = (_is_part, "a part's name and keys")
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior"), _PART),
@@ -89,5 +94,6 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),
     "images_seen": (lambda value: value is None or type(value) is int, "a number of images"),
     "stands_on": (lambda value: isinstance(value, str), "a hash"),
+    "feature_networks": (_are_hashes, "a list of hashes"),
     "source": (lambda value: isinstance(value, dict), "a mapping"),
 }
