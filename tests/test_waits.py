@@ -44,7 +44,9 @@ def test_no_step_waits(words: list[str], monkeypatch: pytest.MonkeyPatch):
     move(method)
     attach(method)
     network = method.averaged()
-    method.ema = None if network is None else EMA(network, 1000)
+    if network is not None:
+        method.ema = EMA(network, 1000)
+        method.ema.failed = method._check.failed
     batch = batch_on_gpu(method.shape, 10)
     method.steps = 15
     method.training_step(batch, 0)  # makes tables and the optimiser's state

@@ -18,32 +18,30 @@ class EMA:
         half_life: Number of images after which the weight of a past value is halved.
         rampup: Maximum half-life as a fraction of the images seen.
 
+    Attributes:
+        failed: 1 from when on the average must not change, otherwise 0, as a 0-dimensional tensor on the average's
+            device, which is not read on the host; None for an average that changes in every step.
+
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, appendix F.2
     """
 
     def __init__(self, module: nn.Module, half_life: float, rampup: float = 0.05) -> None:
         self.module, self.half_life, self.rampup = module, half_life, rampup
+        self.failed: Tensor | None = None
         self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, images: int, images_seen: int, failed: Tensor | None = None) -> None:
-        """Update the average after a step.
-
-        Args:
-            images: Images of the step.
-            images_seen: Images of all steps, including this one.
-            failed: 1 if the average must not change, otherwise 0, as a 0-dimensional tensor on the average's device,
-                where it stays; None for an update in any case.
-        """
+    def update(self, images: int, images_seen: int) -> None:
+        """Update the average after a step with ``images`` images."""
         half_life = min(self.half_life, self.rampup * images_seen)
         keep = 0.5 ** (images / max(half_life, 1e-8))
         average, current = list(self.average.values()), [parameter.detach() for parameter in self.module.parameters()]
-        if failed is None:
+        if self.failed is None:
             torch._foreach_lerp_(average, current, 1 - keep)
             return
         step = torch._foreach_sub(current, average)  # lerp takes no weight from the device
-        torch._foreach_mul_(step, (1 - keep) * (1 - failed))
+        torch._foreach_mul_(step, (1 - keep) * (1 - self.failed))
         torch._foreach_add_(average, step)
 
     @contextmanager

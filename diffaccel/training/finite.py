@@ -55,7 +55,8 @@ class FiniteCheck:
         if self.failed is None:
             self.read()
         else:
-            self.failed = torch.maximum(self.failed, 1.0 - (loss.detach() + norm).isfinite().to(self.failed))
+            failed = 1.0 - (loss.detach() + norm).isfinite().to(self.failed)
+            torch.maximum(self.failed, failed, out=self.failed)  # in place, because averages share the tensor
 
     def read(self) -> None:
         """Read the numbers that were added since the last call; the only method that waits for the device.

@@ -150,6 +150,7 @@ class TrainedModule(L.LightningModule):
             self.ema = EMA(network, self.training_plan.ema_half_life)
         if self.ema is not None:
             self.ema.to(self.device)
+            self.ema.failed = self._check.failed
 
     def _defers_check(self) -> bool:
         """Whether the check for NaN is deferred: by default where reading a number from the device takes time."""
@@ -194,7 +195,7 @@ class TrainedModule(L.LightningModule):
         images = len(batch.index) * self.trainer.world_size
         self.images_seen += images
         if self.ema is not None:
-            self.ema.update(images, self.images_seen, self._check.failed)
+            self.ema.update(images, self.images_seen)
         ends = self.images_seen >= self.training_plan.images
         if self.logs_now or ends:
             self._check.read()
