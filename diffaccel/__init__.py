@@ -19,7 +19,7 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, search, tradeoff
+    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, tradeoff
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -45,11 +45,12 @@ __all__ = [
     "measure",
     "reference",
     "sample",
+    "score",
     "search",
     "tradeoff",
 ]
 
-_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "search", "tradeoff")
+_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "tradeoff")
 
 __getattr__, __dir__ = lazy(
     __name__,

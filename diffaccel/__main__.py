@@ -28,11 +28,16 @@ diffaccel: compare methods for few-step sampling on your data, at your budget
   diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC describes it
   diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
   diffaccel reference EXPERIMENT                    write statistics of the data for bench
+  diffaccel score SOURCE EXPERIMENT [name=mine]     the metrics of bench for images of any origin: a folder, zip or npz
   diffaccel list GROUP                              list the parts of a group (solver, prior ...), or all groups
   diffaccel explain GROUP NAME                      describe a part: keys, defaults, references (explain solver heun)
 
 EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
 (`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
+
+SOURCE is a folder or zip of images, an npz with images or arr_0 (N, H, W, C), or statistics (mu, sigma). In score,
+EXPERIMENT may be a data set (`diffaccel score images digits`), or be omitted with reference=FILE extractor=inception,
+where FILE is a file of `diffaccel reference`, statistics, or images. nfe=10 places the point on the curve.
 
 Keys may be set on the command line; frequently used keys:
   nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one point each
@@ -126,7 +131,7 @@ def _guarded(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; finished results are kept (bench, sample and search resume from them, "
+            "diffaccel: interrupted; finished results are kept (bench, sample, score and search resume from them, "
             "fit with resume=auto)"
         )
         return 130
@@ -146,6 +151,14 @@ def compare(words: list[str]) -> None:
     comparison.write(rows, out)
     comparison.show(rows)
     print_lines(f"index.html, curve.png, compare.csv and table.md are in {out}")
+
+
+def score(words: list[str]) -> None:
+    """Score images of any origin, or statistics of images."""
+    from diffaccel.verbs.score import read_words
+    from diffaccel.verbs.score import score as run
+
+    run(read_words(words))
 
 
 def convert(words: list[str]) -> None:
@@ -172,6 +185,7 @@ def explain(words: list[str]) -> None:
 PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "convert": convert,
+    "score": score,
     "list": list_parts,
     "explain": explain,
 }

@@ -119,6 +119,26 @@ def reference(experiment: str | Path, **settings: Any) -> dict[str, Path]:
     return _run("reference", experiment, settings)
 
 
+def score(source: str | Path, experiment: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Score images of any origin as a bench does, and return the point; see ``diffaccel score``.
+
+    Args:
+        source: Folder or zip archive of images, npz file, or statistics (``mu``, ``sigma``).
+        experiment: Experiment (``digits/edm``) or data set (``digits``) whose extractor and statistics are used; None
+            if ``reference`` is given.
+        settings: ``name`` and ``nfe`` of the method, ``n``, ``seed``, ``image_size``, and keys of an experiment
+            (``reference``, ``floor``, ``extractor``, ``out`` ...).
+
+    Example:
+        >>> point = score("made/images", "digits", name="mine", nfe=4)  # doctest: +SKIP
+    """
+    from diffaccel.verbs.score import Asked
+    from diffaccel.verbs.score import score as run
+
+    path = str(Path(source).expanduser())
+    return run(Asked.of(path, None if experiment is None else str(experiment), words(settings)))
+
+
 def compare(
     folders: str | Path | Sequence[str | Path], out: str | Path = "runs/compare", reference: str | Path | None = None
 ) -> Path:

@@ -1,7 +1,7 @@
 """Configuration of experiments: schema, and merging of files and command line."""
 
 from diffaccel.config.keys import holds_path
-from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, parse_overrides, read, to_yaml
+from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, load_tree, parse_overrides, read, to_yaml
 from diffaccel.config.schema import FLAGS, KEYS, PARTS, PRECISIONS, STANDARD, TUNABLE, Config, Search, Tradeoff
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "find",
     "holds_path",
     "load",
+    "load_tree",
     "parse_overrides",
     "read",
     "to_yaml",

@@ -56,9 +56,29 @@ def load(
         experiment = _chosen(given)
     file = find(experiment)
     tree = merge(merge(read(file, given=given, trains=trains), instead or {}), given)
+    tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
+    return _complete(tree, given, experiment)
+
+
+def load_tree(tree: Mapping[str, Any], settings: Iterable[str], where: str) -> Config:
+    """Apply overrides to keys that are not from an experiment's file; nothing is trained.
+
+    Args:
+        tree: Keys, ``shape``, ``method`` and ``data`` among them.
+        settings: See :func:`load`.
+        where: Name of the keys in messages.
+
+    Raises:
+        UsageError: See :func:`load`.
+    """
+    given = parse_overrides(settings, trains=False)
+    return _complete(merge(tree, given), given, where)
+
+
+def _complete(tree: dict[str, Any], given: Mapping[str, Any], experiment: str) -> Config:
+    """Check a merged tree, and convert it to a configuration."""
     check_finite(tree, experiment)
     _check_keys(tree)
-    tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     _tune(tree, given)
     check_parts(tree)
     if "shape" not in tree:

@@ -9,7 +9,7 @@ import torch
 from diffaccel.collective import World
 from diffaccel.evaluation.provenance import device_name, git_commit, versions
 from diffaccel.evaluation.scores import Real, Scores
-from diffaccel.features.extractors import Extractor
+from diffaccel.evaluation.scoring import Named
 from diffaccel.nfe import total_flops
 from diffaccel.noise import GENERATOR
 from diffaccel.prior import ChainPrior, Plan
@@ -71,7 +71,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
     }
 
 
-def describe_judges(extractor: Extractor, real: Real, n: int) -> dict[str, Any]:
+def describe_judges(extractor: Named, real: Real, n: int) -> dict[str, Any]:
     """Describe the extractor and the statistics with which n images were scored."""
     reference, floor = real.reference, real.floor
     return {
@@ -79,8 +79,8 @@ def describe_judges(extractor: Extractor, real: Real, n: int) -> dict[str, Any]:
         "reference": {
             "name": reference.provenance["label"],
             "split": reference.provenance["split"],
-            "n": reference.moments.n,
+            "n": reference.moments.n or None,
             "sha256": reference.sha256,
         },
-        "floor": floor and {"n": floor.moments_of(n).n, "sha256": floor.sha256},
+        "floor": floor and {"n": floor.moments_of(n).n or None, "sha256": floor.sha256},
     }

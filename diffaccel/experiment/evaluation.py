@@ -90,7 +90,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
             check_same_data(path, found, source.label, shape_of(config))
     if config.jpeg is not None:
         extractor = AsJPEG(extractor, config.jpeg)
-    check_independent([extractor], feature_networks_of(*_own_weights(config, sampler)), config.experiment)
+    check_independent([extractor], feature_networks_of(*own_weights(config, sampler)), config.experiment)
     likelihood = build_likelihood(config, sampler) if measured else None
     return Evaluator(
         budgets=config.nfe,
@@ -119,7 +119,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
     )
 
 
-def _own_weights(config: Config, sampler: Sampler) -> list[str | None]:
+def own_weights(config: Config, sampler: Sampler) -> list[str | None]:
     """Weights files of the sampler that diffaccel trained."""
     nodes = [config.prior, config.posterior, *(entry.get("prior", {}) for entry in config.by_nfe.values())]
     return [config.checkpoint if sampler.denoiser.source is None else None, *(node.get("checkpoint") for node in nodes)]

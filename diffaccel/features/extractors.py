@@ -127,12 +127,14 @@ class Inception(Extractor):
         https://github.com/toshas/torch-fidelity
     """
 
+    dim = 2048
+
     def __init__(self, path: Path | None = None) -> None:
         # imported here, because it takes seconds
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        self.name, self.dim, self.sha256 = "inception", 2048, INCEPTION_SHA256
+        self.name, self.sha256 = "inception", INCEPTION_SHA256
         # torch-fidelity unpickles its input, so it must be the same bytes whose hash has been checked.
         weights = io.BytesIO(_inception_weights(path))
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)

@@ -114,11 +114,12 @@ def lacking(point: Point, key: str) -> list[str]:
         key: Key of the Frechet distance.
     """
     extractor, settings = point["extractor"], point["settings"]
+    sampled = not point.get("source")  # by diffaccel; otherwise given images, of which these values may be unknown
     values = {
         key: point["metrics"].get(key),
-        **{name: point[name] for name in ("nfe", "method", "n", "seed")},
-        **{part: settings[part].get("name") for part in ("prior", "solver")},
-        "extractor": extractor["name"] and extractor["sha256"],
+        **{name: point[name] for name in ("nfe", "method", *(("n", "seed") if sampled else ()))},
+        **{part: settings[part].get("name") for part in ("prior", "solver") if sampled},
+        "extractor": extractor["name"] and (extractor["sha256"] or not sampled),
         "reference": point["reference"]["sha256"],
     }
     return [name for name, value in values.items() if value is None]

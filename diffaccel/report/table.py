@@ -13,13 +13,18 @@ NEIGHBOURHOODS = ("recall", "coverage")
 """Optional metrics in additional columns."""
 
 
-def print_points(points: Sequence[Point], name: str, out: Path) -> None:
+FILES = "points.jsonl, curve.png, curve.csv, config.yaml and sample grids"
+"""Output files of a bench."""
+
+
+def print_points(points: Sequence[Point], name: str, out: Path, files: str = FILES) -> None:
     """Print a row for each point, the scores of real images, and the output folder.
 
     Args:
         points: Points with the same extractor and reference.
         name: Key of the Frechet distance.
         out: Output folder.
+        files: Names of the files in it.
     """
     if not points:
         return
@@ -28,7 +33,8 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
     likelihood = ("bits_per_dim", "bits_per_dim_se")
     standard = (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood)
     shown = [key for key in standard if key in last] + further_metrics(points, name)
-    heads = {name: f"{name}@{number(n, 12)}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
+    size = "" if n is None else f"@{number(n, 12)}"
+    heads = {name: f"{name}{size}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -45,4 +51,4 @@ def print_points(points: Sequence[Point], name: str, out: Path) -> None:
         others = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
         held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
         print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")
-    print_lines(f"points.jsonl, curve.png, curve.csv, config.yaml and sample grids are in {out}")
+    print_lines(f"{files} are in {out}")

@@ -20,12 +20,18 @@ from torch import Tensor
 from diffaccel import experiment
 from diffaccel.collective import World, all_gather, failing_together
 from diffaccel.config import Config
+from diffaccel.data import build_source
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.experiment import loading
-from diffaccel.prior import Plan
+from diffaccel.experiment.evaluation import own_weights
+from diffaccel.experiment.identity import describe_configuration
+from diffaccel.experiment.loading import feature_networks_of
+from diffaccel.noise import GENERATOR
+from diffaccel.parts.overrides import as_given
+from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report.image_files import write_npz, write_png
 from diffaccel.run import launch
 from diffaccel.sampling import Sampler
@@ -182,15 +188,23 @@ class ImageWriter:
 
     def _describe(self, world: World, budget: float) -> dict[str, Any]:
         """Describe the images, with keys of a point."""
-        config = self.config
+        config, prior = self.config, self.plans[budget].prior
         return {
             "experiment": config.experiment,
             "method": config.method_name,
+            "process": config.process["name"],
+            "data": as_given(config.data.get("label")) or build_source(config.data).label,
             "checkpoint": self.checkpoint,
+            "feature_networks": feature_networks_of(*own_weights(config, self.sampler)),
+            "configuration": describe_configuration(config, measured=True),
+            "by_budget": bool(self.sampler.by_nfe),
+            "tuned": self.sampler.tuned,
             "nfe_budget": budget if math.isfinite(budget) else None,
             "settings": config.at(budget),
             "n": config.n,
             "seed": config.seed,
+            "noise": GENERATOR,
+            "chains": prior.chains if isinstance(prior, ChainPrior) else None,
             "batch_size": config.images_per_batch,
             "classes": self.sampler.classes or None,
             "format": self.format,

@@ -1,0 +1,383 @@
+"""``score``: the metrics of a bench for images of any origin, or for statistics of images.
+
+The point is appended to OUT/points.jsonl. The point of images that ``sample`` wrote has the method, budget, seed and
+settings of their description, and their features are kept, so that ``compare`` pairs them with a bench. Other images
+are not paired.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from diffaccel.collective import World
+from diffaccel.config import EXPERIMENTS, FLAGS, Config, load, load_tree, to_yaml
+from diffaccel.data import build_source
+from diffaccel.data.given import GivenImages
+from diffaccel.errors import UsageError, suggest
+from diffaccel.evaluation.partial import Partial
+from diffaccel.evaluation.pictures import draw_curve, draw_samples
+from diffaccel.evaluation.point import describe_judges
+from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
+from diffaccel.evaluation.scores import Real
+from diffaccel.evaluation.scoring import hash_all, hash_each, score_images, score_moments
+from diffaccel.experiment.judging import Judge, build_judge
+from diffaccel.features.independence import check_independent
+from diffaccel.metrics.base import Measured, build_metrics, measure
+from diffaccel.metrics.reference import Reference
+from diffaccel.metrics.statistics import read_any
+from diffaccel.parts.checks import real_number, whole_number
+from diffaccel.parts.overrides import as_given, scalar, sort_words
+from diffaccel.report import append_point, distance, normalised, read_points
+from diffaccel.report.table import print_points
+from diffaccel.run import launch
+from diffaccel.run.machine import settle
+from diffaccel.storage import check_room, check_target, whole, write_whole
+from diffaccel.text.terminal import say, side_output
+from diffaccel.verbs.run import quiet
+from diffaccel.verbs.sample import DESCRIPTION, read_description
+
+OWN = ("name", "nfe", "n", "seed", "image_size")
+"""Keys that describe the source."""
+JUDGING = ("extractor", "reference", "floor", "metrics", "jpeg")
+"""Keys of an experiment that determine the scores."""
+RUNNING = ("out", "batch_size", "threads", "accelerator", "devices", "num_nodes", "keep_features", "again")
+KEYS = (*OWN, *JUDGING, *RUNNING)
+DESCRIBED = (
+    *("experiment", "process", "data", "checkpoint", "configuration", "by_budget", "tuned", "settings", "truncate"),
+    *("nfe_budget", "nfe", "nfe_burn_in", "evaluations", "chains", "noise", "precision"),
+)
+"""Keys of a description that are those of a point."""
+UNKNOWN = "unknown"
+"""Noise of images whose origin is not known; equal seeds don't make them pairs."""
+SHOWN = 64
+"""Number of images on the sample grid."""
+
+
+@dataclass
+class Asked:
+    """Words of the command.
+
+    Attributes:
+        path: Folder, zip archive or npz file to score.
+        experiment: Experiment or data set; None if ``settings`` give the reference.
+        own: Values of the keys in ``OWN``.
+        settings: Other settings, ``key=value``.
+    """
+
+    path: str
+    experiment: str | None
+    own: dict[str, Any]
+    settings: list[str]
+
+    @classmethod
+    def of(cls, path: str, experiment: str | None, settings: Sequence[str]) -> "Asked":
+        """Separate the keys that describe the source from other settings, and check them.
+
+        Raises:
+            UsageError: A key is unknown, or has an invalid value.
+        """
+        own: dict[str, Any] = {}
+        rest = []
+        for word in settings:
+            key, _, value = word.partition("=")
+            if (top := key.partition(".")[0]) not in KEYS:
+                raise UsageError(f"score has no key {top!r}{suggest(top, KEYS)}")
+            if key in OWN:
+                own[key] = value if key == "name" else scalar(value)
+            else:
+                rest.append(word)
+        for key in ("n", "seed"):
+            if own.get(key) is not None:
+                own[key] = whole_number(key, own[key])
+        if own.get("nfe") is not None:
+            own["nfe"] = real_number("nfe", own["nfe"])
+        if not isinstance(own.get("image_size"), int | None):
+            raise UsageError(f"image_size={own['image_size']!r}: give a whole number")
+        return cls(path, experiment, own, rest)
+
+    @property
+    def given(self) -> set[str]:
+        """Top-level keys of the settings."""
+        return {word.partition("=")[0].partition(".")[0] for word in self.settings}
+
+
+def read_words(words: Sequence[str]) -> Asked:
+    """Separate source, experiment and settings of a command line.
+
+    Raises:
+        UsageError: The source is missing, there are further words, or a key is unknown or has an invalid value.
+    """
+    others, settings = sort_words(words, FLAGS)
+    if not 1 <= len(others) <= 2:
+        raise UsageError(
+            f"score requires a source and an experiment{f', not {others!r}' if others else ''}: give a folder, a zip "
+            "archive or an npz file, as in `diffaccel score images digits/edm`"
+        )
+    return Asked.of(os.path.expanduser(others[0]), others[1] if len(others) == 2 else None, settings)
+
+
+def score(asked: Asked) -> dict[str, Any]:
+    """Score images or statistics, write the point, and print it.
+
+    Args:
+        asked: Source, experiment and settings.
+
+    Returns:
+        Point.
+
+    Raises:
+        UsageError: The input is invalid.
+    """
+    quiet()
+    path, description = _described(asked.path)
+    source = read_any(path, prefer_images=True) or GivenImages(path, asked.own.get("image_size"))
+    config = _configure(asked, source)
+    judge = build_judge(config, source, asked.path, asked.given)
+    with launch.folder_of(config):
+        settle(config)
+        return Scoring(asked, config, source, judge, description).run()
+
+
+def _described(path: str) -> tuple[str, dict[str, Any] | None]:
+    """Return the path of the images, and the description by ``sample`` beside them or None."""
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    said = read_description(folder)
+    if said is None or not (place.is_dir() or place == folder / "images.npz"):
+        return path, None
+    inside = folder / "images.npz"
+    return (str(inside) if place.is_dir() and inside.is_file() else path), said
+
+
+def _configure(asked: Asked, source: GivenImages | Reference) -> Config:
+    """Configuration of the scoring: that of the experiment or data set, with the settings of the command."""
+    instead: dict[str, Any] = {"precision": "32-true", "method": {"name": "diffusion"}}
+    if "reference" in asked.given:
+        instead["floor"] = None  # the experiment's own is of other data or features
+    name, data = asked.experiment, ""
+    if name is None:
+        shape = list(source.shape) if isinstance(source, GivenImages) else [1, 1, 1]
+        config = load_tree(
+            {**instead, "shape": shape, "data": {"name": "folder", "path": asked.path}}, asked.settings, "score"
+        )
+    else:
+        if (EXPERIMENTS / name / "base.yaml").is_file():
+            name = f"{name}/base"
+        config = load(name, asked.settings, instead, trains=False)
+        data = config.data_name
+    config.out = config.out or str(Path("runs", data, "scores"))
+    return config
+
+
+class Scoring:
+    """Scoring of a source.
+
+    Args:
+        asked: Words of the command.
+        config: Configuration.
+        source: Images or statistics.
+        judge: Extractor and statistics of real images.
+        description: Description of images that ``sample`` wrote, or None.
+
+    Raises:
+        UsageError: The description is of other images, or the command contradicts it; or there are too few images.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        config: Config,
+        source: GivenImages | Reference,
+        judge: Judge,
+        description: Mapping[str, Any] | None,
+    ) -> None:
+        self.asked, self.config, self.source, self.judge = asked, config, source, judge
+        self.of_images, self.described = isinstance(source, GivenImages), description is not None
+        self.hashes = self._hashes(description)
+        self.metrics = build_metrics(config.metrics)
+        if judge.distance_only or not self.of_images:
+            self.metrics = [metric for metric in self.metrics if metric.gives_distance]
+        self.origin = self._origin(description)
+        self.shown: torch.Tensor | None = None
+        self.features: torch.Tensor | None = None
+
+    def _hashes(self, description: Mapping[str, Any] | None) -> torch.Tensor | None:
+        """Hash the images to score, and compare all images with their description; None for statistics."""
+        path, n = self.asked.path, self.asked.own.get("n")
+        if not isinstance(self.source, GivenImages):
+            if n is not None:
+                raise UsageError(f"{path} has statistics, of all of its images: omit n=")
+            return None
+        if (n or len(self.source)) > len(self.source) or (n or len(self.source)) < 2:
+            raise UsageError(
+                f"{path} has {len(self.source)} images{'' if n is None else f', n={n}'}: a distance requires at least "
+                "2, and n is at most the number of images"
+            )
+        hashes = hash_each(self.source.images)
+        if description is not None and description.get("images_sha256") != hash_all(hashes):
+            raise UsageError(
+                f"{path}: {DESCRIPTION} describes other images: remove it to score these without a description, or "
+                "make them again with `diffaccel sample`"
+            )
+        return hashes[:n]
+
+    def _origin(self, description: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Keys of the point on method, cost and noise: those of the description, or as the user gave them."""
+        own, path = self.asked.own, Path(self.asked.path)
+        if description is None:
+            name = own.get("name") or path.resolve().stem
+            data = as_given(self.config.data.get("label")) or build_source(self.config.data).label
+            return {
+                "method": name,
+                "data": data if self.config.experiment else None,
+                "nfe_budget": own.get("nfe"),
+                "nfe": own.get("nfe"),
+                "seed": own.get("seed"),
+                "noise": UNKNOWN,
+                "configuration": {"made": "elsewhere"},
+            }
+        said = normalised({"noise": UNKNOWN, **description})
+        for key in ("nfe", "seed"):
+            if own.get(key) not in (None, said[key]):
+                raise UsageError(f"{path / DESCRIPTION} has {key} {said[key]}, not {own[key]}: omit {key}=")
+        check = [self.judge.extractor] if self.judge.extractor is not None else []
+        check_independent(check, description.get("feature_networks") or (), str(path))
+        found = {key: said[key] for key in DESCRIBED if key in said}
+        parts = {part: said["settings"][part].get("name") for part in ("prior", "solver")}
+        return {"method": own.get("name") or said["method"] or path.stem, **parts, **found, "seed": said["seed"]}
+
+    def run(self) -> dict[str, Any]:
+        """Score, write and print the point."""
+        config, point = self.config, dict[str, Any]()
+        if launch.is_first(config):
+            check_target(config.folder / "points.jsonl")
+            self._write_settings()
+
+        def work(world: World, device: torch.device) -> None:
+            point.update(self._point(world, device))
+
+        if launch.everywhere(config, work):
+            self._print(point)
+        return point
+
+    def _point(self, world: World, device: torch.device) -> dict[str, Any]:
+        """Return the point, scored now or before; collective."""
+        for extractor in (self.judge.extractor, self.judge.base):
+            if extractor is not None:
+                extractor.to(device)
+        real = self.judge.real()
+        key, partial = self._key(real), self._partial()
+        point = world.broadcast(self._before(key))
+        if point is None:
+            found, measured = self._measured(real, partial, world)
+            point = {
+                **self.origin,
+                "source": self._source(),
+                **found,
+                "world_size": world.size,
+                "device": device_name(device),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+                "git": git_commit(),
+                "metrics": measured.values,
+                **measured.details,
+                **describe_judges(self.judge.named, real, found["n"] or 0),
+                "key": key,
+            }
+            if world.first:
+                self._write(point)
+        elif world.first:
+            say(f"{self.asked.path}: scored before (set again=true to score it again)")
+        if world.first:
+            partial.clear()
+            with suppress(OSError):  # the folder may contain batches of another point
+                (self.config.folder / "partial").rmdir()
+        return point
+
+    def _measured(self, real: Real, partial: Partial, world: World) -> tuple[dict[str, Any], Measured]:
+        """Compute the metrics, and keys of the point on what was scored; collective."""
+        name = self.judge.named.metric_name
+        if isinstance(self.source, Reference):
+            return {"n": self.source.moments.n or None}, score_moments(self.source.moments, real, self.metrics, name)
+        assert self.judge.extractor is not None and self.hashes is not None
+        n, dim = len(self.hashes), self.judge.extractor.dim
+        if world.first:
+            check_room(self.config.folder, 8 * n * dim, 4 * n * dim, "features")
+        scores = score_images(
+            self.source.images, self.hashes, self.judge.extractor, real, self.config.images_per_batch,
+            self.origin.get("chains"), SHOWN, partial, world,
+        )  # fmt: skip
+        self.shown, self.features = scores.shown, scores.features
+        found = {"n": n, "images_sha256": hash_all(self.hashes), "seconds_scoring": float(scores.seconds[1]) / n}
+        return found, measure(self.metrics, scores.made(name), real)
+
+    def _key(self, real: Real) -> str:
+        """Cache key of everything that determines the point, except for versions of other packages."""
+        scored = self.source.sha256 if isinstance(self.source, Reference) else hash_all(self._given_hashes())
+        floor = real.floor.sha256 if real.floor else None
+        scores = {"extractor": self.judge.named.sha256, "reference": real.reference.sha256, "floor": floor}
+        own = {key: self.origin.get(key) for key in ("method", "nfe_budget", "nfe", "seed", "settings", "chains")}
+        return identity_hash({"scored": scored, **scores, "metrics": self.config.metrics, **own})
+
+    def _given_hashes(self) -> torch.Tensor:
+        assert self.hashes is not None
+        return self.hashes
+
+    def _partial(self) -> Partial:
+        """Finished batches of images on disk, in a folder that is named by all that determines them."""
+        if self.judge.extractor is None:
+            return Partial(None)
+        identity = {"images": hash_all(self._given_hashes()), "extractor": self.judge.extractor.sha256}
+        key = identity_hash({**identity, "batch_size": self.config.images_per_batch})
+        return Partial(self.config.folder / "partial" / f"score-{key}")
+
+    def _before(self, key: str) -> dict[str, Any] | None:
+        """Point with this key in OUT."""
+        path = self.config.folder / "points.jsonl"
+        if self.config.again or not path.is_file():
+            return None
+        return next((point for point in read_points(path) if point.get("key") == key), None)
+
+    def _source(self) -> dict[str, Any]:
+        """Description of the source in the point."""
+        if isinstance(self.source, Reference):
+            return {"path": self.asked.path, "kind": "statistics", "sha256": self.source.sha256}
+        size = self.asked.own.get("image_size")
+        found = {"path": self.asked.path, "kind": self.source.name, "files": len(self.source)}
+        return {**found, "image_size": size} if size else found
+
+    def _write(self, point: dict[str, Any]) -> None:
+        """Write the features of images that may be paired, the point, its sample grid, and the curve."""
+        folder, key = self.config.folder, self.judge.named.metric_name
+        if self.described and self.features is not None and self.config.keep_features:
+            path = folder / "features" / f"{point['key']}.npy"
+            with side_output(str(path)), whole(path) as part, part.open("wb") as file:
+                np.save(file, self.features.numpy())
+        append_point(folder / "points.jsonl", point)
+        if distance(normalised(point), key) is not None:
+            if self.shown is not None:
+                draw_samples(self.shown, True, point, folder)
+            draw_curve(point, folder)
+
+    def _write_settings(self) -> None:
+        """Write the settings that determine the scores to OUT/config.yaml, by which ``compare`` finds the reference."""
+        path = self.config.folder / "config.yaml"
+        if not path.exists():
+            tree = yaml.safe_load(to_yaml(self.config, self.config.folder))
+            write_whole(path, yaml.safe_dump({key: tree[key] for key in JUDGING}, sort_keys=False))
+
+    def _print(self, point: Mapping[str, Any]) -> None:
+        """Print the point, and which metrics it lacks for what reason."""
+        if self.judge.distance_only or not self.of_images:
+            which = str(self.config.reference) if self.judge.distance_only else self.asked.path
+            say(f"{which} has statistics without features of single images: only the Frechet distance is computed")
+        drawn = distance(normalised(point), self.judge.named.metric_name) is not None
+        files = "points.jsonl, curve.png and config.yaml" if drawn else "points.jsonl and config.yaml"
+        print_points([point], self.judge.named.metric_name, self.config.folder, files)
