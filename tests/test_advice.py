@@ -31,10 +31,11 @@ from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
+from diffaccel.verbs.score import OWN, read_words
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "list", "explain")
+VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "score", "list", "explain")
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 
@@ -100,6 +101,16 @@ def check_named(verb: str, words: Sequence[str]) -> None:
         assert all(one in registry_of(group) for one in name)
 
 
+def check_score(words: Sequence[str]) -> None:
+    """Check that ``score`` accepts the words, and that there is what it compares with."""
+    asked = read_words(words)
+    data = ROOT / "experiments" / str(asked.experiment) / "base.yaml"
+    if asked.experiment is None:
+        assert "reference" in asked.given
+    elif not data.is_file():
+        load(asked.experiment, asked.settings)
+
+
 def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solver: None):
     built = set()
     seen = {words[:2] for words in commands}
@@ -110,6 +121,9 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if verb in ("compare", "convert"):
             paths, _ = paths_and_options(words, ["out", "reference", *pretrained.OPTIONS], verb, ["inspect", "again"])
             assert paths, words
+            continue
+        if verb == "score":
+            check_score(words)
             continue
         if verb in ("list", "explain"):
             check_named(verb, words)
@@ -185,6 +199,8 @@ def settings() -> list[tuple[str, str, str]]:
 def known(key: str) -> bool:
     """Whether some experiment may set a key."""
     top, *path = ALIASES.get(key, key).split(".")
+    if key in OWN:  # of `diffaccel score`
+        return True
     if not path or top not in KINDS:
         place: Any = Config()
         for name in (top, *path):
@@ -212,7 +228,12 @@ def test_messages_and_prose_name_keys_and_parts_that_exist():
         kind = KINDS.get(key.removesuffix(".name").split(".")[-1])
         if kind is not None and value and not value.isupper():
             assert value in kind or (key == "method" and value == "extractor") or key == "data", (where, key, value)
-        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and key not in pretrained.OPTIONS:
+        elif (
+            key not in OWN
+            and "." not in ALIASES.get(key, key)
+            and re.fullmatch(r"[a-z\d_-]+", value)
+            and key not in pretrained.OPTIONS
+        ):
             load("toy/edm", [f"{key}={value}"])
 
 
@@ -223,6 +244,8 @@ def test_commands_in_messages_are_the_programs():
             assert verb in (*VERBS, "help", "VERB"), (where, command)
             if verb in ("list", "explain"):
                 check_named(verb, words)
+            elif verb == "score":
+                check_score(words)
             elif words and verb in VERBS and verb not in ("compare", "convert"):
                 load(*one_experiment(words, KEYS, FLAGS))
 

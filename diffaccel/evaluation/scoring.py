@@ -119,11 +119,16 @@ class GivenMoments(FrechetDistance):
         return self.given
 
 
+def number_of(n: int | None, real: Real) -> int:
+    """Return the number of scored images or, if it is unknown (0 or None), that of all held-out images."""
+    return n or (real.floor.moments.n if real.floor else 0)
+
+
 def score_moments(moments: Moments, real: Real, metrics: Sequence[Metric], distance: str) -> Measured:
     """Compute the metrics of moments; ``distance`` is the key of the Frechet distance.
 
     The floor is that of as many images or, if their number is unknown, of all held-out images.
     """
-    n = moments.n or (real.floor.moments.n if real.floor else 0)
+    n = number_of(moments.n, real)
     sums = GivenMoments(moments, real.reference.moments)
     return measure(metrics, Made(n, torch.zeros(0, moments.dim), sums, distance), real)

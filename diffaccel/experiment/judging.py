@@ -145,10 +145,7 @@ def check_dims(path: str, dim: int, other: str, dim_of_other: int | None) -> Non
         UsageError: They differ.
     """
     if dim_of_other not in (None, dim):
-        raise UsageError(
-            f"{path} has {dim} features, {other} has {dim_of_other}: use statistics and an extractor that belong "
-            "together (extractor=inception has 2048)"
-        )
+        raise UsageError(f"{path} has {dim} features, {other} has {dim_of_other}: use statistics of the same extractor")
 
 
 def _of_statistics(
@@ -202,6 +199,7 @@ def _check_shape(config: Config, source: GivenImages | Reference, path: str, ref
     own = source.provenance.get("shape") if isinstance(source, Reference) else source.shape
     if wanted is None or own is None or tuple(own) == tuple(wanted):
         return
+    label = reference.provenance["label"] if isinstance(reference, Reference) else reference.label
     (channels, *size), (wanted_channels, *wanted_size) = own, wanted
     remedies = []
     if size != wanted_size:
@@ -211,8 +209,8 @@ def _check_shape(config: Config, source: GivenImages | Reference, path: str, ref
     if channels != wanted_channels:
         remedies.append(f"convert them to {_colours(wanted_channels)}")
     raise UsageError(
-        f"{path}: the images are {_described(own)}, those of {config.reference} {_described(wanted)}: "
-        f"{'; '.join(remedies)}"
+        f"{path}: the images are {_described(own)}, those of the reference {label!r} {_described(wanted)}: "
+        f"{' and '.join(remedies)}"
     )
 
 
@@ -222,4 +220,4 @@ def _described(shape: Any) -> str:
 
 
 def _colours(channels: int) -> str:
-    return {1: "grey", 3: "RGB"}.get(channels, f"with {channels} channels")
+    return {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")

@@ -285,10 +285,8 @@ def markdown(rows: Sequence[Row]) -> str:
     found: dict[str, dict[float | None, list[Point]]] = {}
     for row in rows:
         found.setdefault(row.label, defaultdict(list))[row.point["nfe_budget"]].append(row.point)
-    unknown = (
-        "no NFE" if all(row.point["nfe"] is None for row in rows if row.point["nfe_budget"] is None) else "adaptive"
-    )
-    heads = [key, *(unknown if budget is None else f"NFE {budget:g}" for budget in budgets)]
+    adaptive = any(row.point["nfe"] for row in rows if row.point["nfe_budget"] is None)
+    heads = [key, *(f"NFE {budget:g}" if budget else "adaptive" if adaptive else "no NFE" for budget in budgets)]
     lines = [[markdown_cell(head) for head in heads], ["---"] * len(heads)]
     for label, at in found.items():
         lines.append([markdown_cell(label), *(_cell(at[budget], key) if budget in at else "" for budget in budgets)])

@@ -26,7 +26,7 @@ from diffaccel.evaluation.pictures import draw_curve, draw_samples
 from diffaccel.evaluation.point import describe_judges
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.evaluation.scores import Real
-from diffaccel.evaluation.scoring import hash_all, hash_each, score_images, score_moments
+from diffaccel.evaluation.scoring import hash_all, hash_each, number_of, score_images, score_moments
 from diffaccel.experiment.judging import Judge, build_judge
 from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import Measured, build_metrics, measure
@@ -39,7 +39,7 @@ from diffaccel.report.table import print_points
 from diffaccel.run import launch
 from diffaccel.run.machine import settle
 from diffaccel.storage import check_room, check_target, whole, write_whole
-from diffaccel.text.terminal import say, side_output
+from diffaccel.text.terminal import number, say, side_output
 from diffaccel.verbs.run import quiet
 from diffaccel.verbs.sample import DESCRIPTION, read_description
 
@@ -246,7 +246,8 @@ class Scoring:
         said = normalised({"noise": UNKNOWN, **description})
         for key in ("nfe", "seed"):
             if own.get(key) not in (None, said[key]):
-                raise UsageError(f"{path / DESCRIPTION} has {key} {said[key]}, not {own[key]}: omit {key}=")
+                given, made = number(own[key], 12), number(said[key], 12)
+                raise UsageError(f"{path / DESCRIPTION} has {key} {made}, not {given}: omit {key}=")
         check = [self.judge.extractor] if self.judge.extractor is not None else []
         check_independent(check, description.get("feature_networks") or (), str(path))
         found = {key: said[key] for key in DESCRIBED if key in said}
@@ -288,7 +289,7 @@ class Scoring:
                 "git": git_commit(),
                 "metrics": measured.values,
                 **measured.details,
-                **describe_judges(self.judge.named, real, found["n"] or 0),
+                **describe_judges(self.judge.named, real, number_of(found["n"], real)),
                 "key": key,
             }
             if world.first:
