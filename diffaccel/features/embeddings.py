@@ -167,7 +167,6 @@ class DINOv2(Embedding):
     dgm-eval, which EDM2 follows. Files of the authors and of the library transformers are read.
 
     Args:
-        path: See :class:`Embedding`.
         size: Network to download without ``path``: ViT-S/14, ViT-B/14 or ViT-L/14.
 
     References:
@@ -200,9 +199,6 @@ class CLIPImages(Embedding):
 
     Images are cropped to squares, resized by PIL's bicubic interpolation to the resolution of the network, and
     normalised as for CLIP. Files of the library transformers are read.
-
-    Args:
-        path: See :class:`Embedding`.
 
     References:
         Rethinking FID: Towards a Better Evaluation Metric for Image Generation (Jayasumana et al., 2024),
