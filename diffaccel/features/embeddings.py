@@ -112,8 +112,8 @@ class Embedding(Extractor):
         except (LookupError, TypeError, ArithmeticError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
-                f"extractor {self.kind!r}: {path} holds no such network ({reason:.150}): give the published weights as "
-                "path="
+                f"extractor {self.kind!r}: {path} holds no such network ({reason:.150}): set extractor.path= to the "
+                "published weights"
             ) from None
         return network.requires_grad_(False).eval()
 
@@ -274,7 +274,9 @@ def weights_file(path: Path) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise UsageError(f"there are no weights at {' or '.join(map(str, files))}: set path= to a file, or leave it out")
+    raise UsageError(
+        f"there are no weights at {' or '.join(map(str, files))}: set extractor.path= to a file, or leave it out"
+    )
 
 
 def downloaded(name: str, url: str, file: str) -> Path:
@@ -297,6 +299,6 @@ def downloaded(name: str, url: str, file: str) -> Path:
     except (OSError, RuntimeError) as error:  # no network or no room
         raise UsageError(
             f"extractor {name!r}: there are no weights at {path}, and downloading them failed ({error}): put {url} "
-            "there, or set path= to the file"
+            "there, or set extractor.path= to the file"
         ) from None
     return path
