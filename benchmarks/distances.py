@@ -5,7 +5,7 @@
 An extractor is a safetensors file, or a name with keys: efficientnet_lite0, mobilenetv2,resolution=160 ... The
 reference is DATA, and the images of the test file are damaged. Without a test file, DATA is split at random into two
 halves. Images that were JPEG files show little of the damage by JPEG. With several extractors, a second table contains
-the rank correlation of their distances over all damaged images. The exit status is 1 if a distance doesn't increase
+the rank correlations of their distances over all damaged images. The exit status is 1 if a distance doesn't increase
 with the strength.
 """
 
@@ -192,7 +192,12 @@ def show(names: Sequence[str], rows: Rows) -> None:
 
 
 def show_correlations(names: Sequence[str], rows: Rows) -> None:
-    """Print the rank correlations of the extractors' distances over all damaged images."""
+    """Print the rank correlations of the extractors' distances over all damages of the most images.
+
+    Frechet distances of fewer images have a larger bias and do not compare.
+    """
+    most = max(damage.n for damage, _ in rows)
+    rows = [row for row in rows if row[0].n == most]
     columns = [f"{name} {kind}" for name in names for kind in NAMES]
     by_judge = [[one for _, ladders in rows for one in ladders[k]] for k in range(len(names))]
     series = [[one.pairs()[kind][0] for one in found] for found in by_judge for kind in range(len(NAMES))]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +42,19 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
         started = clock()
         function()
         return clock() - started
+
+    return run
+
+
+def timed_on_gpu(function: Callable[[], object]) -> Callable[[], float]:
+    """Wrap a function to return its wall time in seconds, with all work that it queues on the GPU."""
+
+    def run() -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
 
     return run
 

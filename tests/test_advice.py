@@ -214,7 +214,7 @@ def known(key: str) -> bool:
         return True
     registry: Registry[Any] | None = KINDS[top]
     while registry is not None and path:
-        keys = {"name", "checkpoint", "init"}.union(*(registry.keys_of(name) for name in registry))
+        keys = {"name", "checkpoint", "init"}.union(registry.extra, *(registry.keys_of(name) for name in registry))
         if path[0] not in keys and path[0] not in fit_extractor.__annotations__:
             return False
         registry = KINDS.get(path.pop(0))

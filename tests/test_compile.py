@@ -10,7 +10,7 @@ from torch import fx
 
 from diffaccel.config import load
 from diffaccel.experiment import build_data, build_method
-from diffaccel.run import launch
+from diffaccel.run import trainer
 
 TINY = ["network.widths=[8]", "network.attention=[]", "network.embedding=16", "training.batch_size=16", "images=96"]
 
@@ -58,5 +58,5 @@ def test_every_step_calls_the_compiled_graphs(
     config = load(words[0], ["threads=1", "logger=none", "compile=true", f"out={tmp_path}", "checkpoint=null",
                              *TINY, *words[1:]])  # fmt: skip
     method = build_method(config, load=False)
-    launch.build_trainer(config, [Look()], len(method.phases())).fit(method, build_data(config))
+    trainer.build_trainer(config, [Look()], len(method.phases())).fit(method, build_data(config))
     assert steps == [(graphs, calls * step, with_gradient * step) for step in range(1, 7)]

@@ -14,7 +14,7 @@ from diffaccel.config import load
 from diffaccel.errors import UsageError
 from diffaccel.experiment import build_data, build_method
 from diffaccel.methods import Diffusion, Training
-from diffaccel.run import launch
+from diffaccel.run import trainer
 from diffaccel.training.finite import FiniteCheck
 
 POISONED = 5
@@ -103,7 +103,7 @@ def test_a_fit_keeps_the_files_from_before_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(method, "denoiser_loss", denoiser_loss)
     early = SaveAt(tmp_path / "last.ckpt", POISONED)
     with pytest.raises(UsageError, match="denoiser: the loss is nan and its gradient nan"):
-        launch.build_trainer(config, [launch.build_checkpointer(config), early]).fit(method, build_data(config))
+        trainer.build_trainer(config, [trainer.build_checkpointer(config), early]).fit(method, build_data(config))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["diffaccel"]["steps"] == POISONED
     assert not list(tmp_path.glob("*.safetensors"))
 

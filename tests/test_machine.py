@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,9 +65,25 @@ def test_auto_on_gpus_is_what_the_oldest_has_units_for(capability: Any, precisio
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0) if i == 0 else capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80e9))
     config = load("digits/edm", ["precision=auto", "devices=2"])
     machine.settle(config)
-    assert config.precision == precision
+    assert (config.precision, config.batch_size) == (precision, 2500)
+
+
+def test_the_batch_size_is_that_of_the_device(monkeypatch: Any):
+    """By pixels and, on a GPU, memory; a size that is set stays."""
+    memory = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: memory)
+    shapes = [1, 8, 8], [3, 32, 32], [3, 64, 64], [3, 256, 256]
+    assert [machine.default_batch_size(shape, "cpu") for shape in shapes] == [100, 100, 100, 20]
+    assert [machine.default_batch_size(shape, "cuda") for shape in shapes] == [2500, 2500, 625, 39]
+    memory.total_memory = 8e9
+    assert [machine.default_batch_size(shape, "cuda") for shape in shapes] == [500, 500, 125, 7]
+    for words, size in (([], 100), (["batch_size=7"], 7)):
+        config = load("digits/edm", words)
+        machine.settle(config)
+        assert config.batch_size == config.images_per_batch == size
 
 
 def test_an_experiment_without_the_key_computes_alike_everywhere(tmp_path: Path):

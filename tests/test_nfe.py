@@ -14,6 +14,7 @@ from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
 from diffaccel.nfe import EvaluationCounter, FlopCounter, burn_in, total_flops
+from diffaccel.nn import compiling
 from diffaccel.nn.classifier import NoiseLevelClassifier
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import (
@@ -285,3 +286,11 @@ def test_classifier_is_no_evaluation_but_its_flops_count():
     sizes, widths = (8, 4, 2, 2), (1, 4, 8, 16, 32)
     convolutions = sum(2 * 9 * a * b * s**2 for s, a, b in zip(sizes, widths, widths[1:], strict=False))
     assert counter.flops["classifier"] == convolutions + 2 * 128 * 20
+
+
+def test_counters_within_each_other_leave_compiled_graphs_in_use():
+    network = nn.Linear(2, 2)
+    with EvaluationCounter({"a": network}) as outer, EvaluationCounter({"a": network}) as inner:
+        network(torch.zeros(3, 2))
+    assert outer.evaluations == inner.evaluations == {"a": 3} and outer.flops == inner.flops == {"a": 8}
+    assert not compiling._EAGER.get()

@@ -11,7 +11,7 @@ from diffaccel.data import ArrayImages
 from diffaccel.data.resident import Chosen, ResidentImages
 from diffaccel.deferred import Checks
 from diffaccel.experiment import build_data, build_method
-from diffaccel.run import launch
+from diffaccel.run import trainer as run_trainer
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.training.ema import EMA
 
@@ -124,7 +124,9 @@ def test_no_step_waits_on_a_gpu(name: str, tmp_path):
     words = ["accelerator=gpu", "precision=bf16-mixed", "logger=csv", f"out={tmp_path}", "checkpoint=null"]
     config = load(name, [*words, "training.log_every=10", "images=2000", "training.batch_size=128"])
     method = build_method(config, load=False)
-    trainer = launch.build_trainer(config, [launch.build_checkpointer(config), Strict()], len(method.phases()))
+    trainer = run_trainer.build_trainer(
+        config, [run_trainer.build_checkpointer(config), Strict()], len(method.phases())
+    )
     try:
         trainer.fit(method, build_data(config))
     finally:

@@ -112,8 +112,8 @@ class Embedding(Extractor):
         except (LookupError, TypeError, ArithmeticError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
-                f"extractor {self.kind!r}: {path} holds no such network ({reason:.150}): give the published weights as "
-                "path="
+                f"extractor {self.kind!r}: {path} holds no such network ({reason:.150}): set extractor.path= to the "
+                "published weights"
             ) from None
         return network.requires_grad_(False).eval()
 
@@ -167,7 +167,6 @@ class DINOv2(Embedding):
     dgm-eval, which EDM2 follows. Files of the authors and of the library transformers are read.
 
     Args:
-        path: See :class:`Embedding`.
         size: Network to download without ``path``: ViT-S/14, ViT-B/14 or ViT-L/14.
 
     References:
@@ -200,9 +199,6 @@ class CLIPImages(Embedding):
 
     Images are cropped to squares, resized by PIL's bicubic interpolation to the resolution of the network, and
     normalised as for CLIP. Files of the library transformers are read.
-
-    Args:
-        path: See :class:`Embedding`.
 
     References:
         Rethinking FID: Towards a Better Evaluation Metric for Image Generation (Jayasumana et al., 2024),
@@ -278,7 +274,9 @@ def weights_file(path: Path) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise UsageError(f"there are no weights at {' or '.join(map(str, files))}: set path= to a file, or leave it out")
+    raise UsageError(
+        f"there are no weights at {' or '.join(map(str, files))}: set extractor.path= to a file, or leave it out"
+    )
 
 
 def downloaded(name: str, url: str, file: str) -> Path:
@@ -301,6 +299,6 @@ def downloaded(name: str, url: str, file: str) -> Path:
     except (OSError, RuntimeError) as error:  # no network or no room
         raise UsageError(
             f"extractor {name!r}: there are no weights at {path}, and downloading them failed ({error}): put {url} "
-            "there, or set path= to the file"
+            "there, or set extractor.path= to the file"
         ) from None
     return path

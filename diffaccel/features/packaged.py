@@ -154,11 +154,6 @@ class EfficientNetLite0(Packaged):
     The weights are those of TensorFlow's model, so that convolutions are padded as there and images are normalised as
     (x - 127) / 128.
 
-    Args:
-        path: See :class:`Packaged`.
-        resolution: See :class:`Packaged`.
-        resize: See :class:`Packaged`.
-
     References:
         EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks (Tan and Le, 2019),
         https://arxiv.org/abs/1905.11946
@@ -185,11 +180,6 @@ class MobileNetV2(Packaged):
 
     The package tracks objects and requires OpenCV. Only its weights are read, and it is installed without its
     dependencies.
-
-    Args:
-        path: See :class:`Packaged`.
-        resolution: See :class:`Packaged`.
-        resize: See :class:`Packaged`.
 
     References:
         MobileNetV2: Inverted Residuals and Linear Bottlenecks (Sandler et al., 2018), https://arxiv.org/abs/1801.04381

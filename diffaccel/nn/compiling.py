@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_EAGER: ContextVar[bool] = ContextVar("eager", default=False)
+_EAGER: ContextVar[int] = ContextVar("eager", default=0)
+"""Number of reasons to call no graphs."""
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Call compiled networks without their graphs in a ``with`` block, for example to count their operations."""
-    token = _EAGER.set(True)
+    _EAGER.set(_EAGER.get() + 1)
     try:
         yield
-    finally:
-        _EAGER.reset(token)
+    finally:  # not a reset to what was before, because blocks may end in the order in which they began
+        _EAGER.set(_EAGER.get() - 1)
 
 
 class FixedBatch:
