@@ -17,6 +17,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 import diffaccel as da
 from diffaccel.__main__ import HELP, main
+from diffaccel.data import DataModule
 from diffaccel.evaluation import pictures as pictures_of_points
 from diffaccel.evaluation import scoring
 from diffaccel.metrics.reference import read_reference
@@ -349,7 +350,7 @@ def test_images_are_read_as_the_data_module_reads_them(tmp_path: Path):
         lambda image: Image.merge("RGBA", (*image.split(), noise(9, 1))),
     ]  # fmt: skip
     folder = pictures(tmp_path / "kinds", [kinds[i % 4](noise(i)) for i in range(12)])
-    module = da.data.module.DataModule({"name": "folder", "path": str(folder)})
+    module = DataModule({"name": "folder", "path": str(folder)})
     ((_, images, _),) = module.batches("train", 12)
     array = save(tmp_path / "kinds.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     words = [f"reference={folder}", "extractor=identity", "extractor.dim=192", "metrics=frechet"]
