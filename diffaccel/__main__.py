@@ -143,11 +143,11 @@ def compare(words: list[str]) -> None:
     from diffaccel.parts.overrides import paths_and_options
     from diffaccel.verbs import compare as comparison
 
-    sources, options = paths_and_options(words, ["out", "reference"], "compare")
+    sources, options = paths_and_options(words, ["out", "reference", "judge"], "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
     check_target(out / "index.html")
-    rows = comparison.compare(sources, options.get("reference"), console.print)
+    rows = comparison.compare(sources, options.get("reference"), console.print, options.get("judge"))
     comparison.write(rows, out)
     comparison.show(rows)
     print_lines(f"index.html, curve.png, compare.csv and table.md are in {out}")

@@ -140,7 +140,10 @@ def score(source: str | Path, experiment: str | Path | None = None, **settings: 
 
 
 def compare(
-    folders: str | Path | Sequence[str | Path], out: str | Path = "runs/compare", reference: str | Path | None = None
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path = "runs/compare",
+    reference: str | Path | None = None,
+    judge: str | None = None,
 ) -> Path:
     """Compare points of several runs, and return the page; see ``diffaccel compare``.
 
@@ -148,6 +151,7 @@ def compare(
         folders: Folders of runs, or their points.jsonl; the points of the others are paired with those of the first.
         out: Folder of the page.
         reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
+        judge: Name of the judge whose metrics are shown, of points that several judges scored; by default the first.
 
     Raises:
         UsageError: There are no points, they were scored differently, or the folder can't be written to.
@@ -162,7 +166,8 @@ def compare(
     check_target(page / "index.html")
     note = PlainConsole(stderr=True, soft_wrap=True).print
     named = None if reference is None else str(reference)
-    comparison.write(comparison.compare([str(Path(one).expanduser()) for one in sources], named, note), page)
+    rows = comparison.compare([str(Path(one).expanduser()) for one in sources], named, note, judge)
+    comparison.write(rows, page)
     return page / "index.html"
 
 

@@ -16,8 +16,8 @@ from diffaccel.evaluation import BLOCKS, comparable
 from diffaccel.metrics import Frechet, paired_difference
 from diffaccel.metrics.reference import read_reference
 from diffaccel.report import append_point, plot_curve, read_points, title_of, write_curve_csv
-from diffaccel.verbs import compare as comparison
-from diffaccel.verbs.compare import Row, compare, table
+from diffaccel.verbs import pairs
+from diffaccel.verbs.compare import Row, compare, markdown, table
 
 N = 300
 RUNS = {
@@ -210,7 +210,7 @@ def test_a_block_holds_whole_chains_of_both(
         seen.append(block)
         return paired_difference(a, b, block, *rest)
 
-    monkeypatch.setattr(comparison, "paired_difference", spy)
+    monkeypatch.setattr(pairs, "paired_difference", spy)
     folders = []
     for count, solver in zip(chains, ("dpmpp2m", "heun"), strict=True):
         words = ["toy/dlg", f"chains={count}"] if count else ["toy/edm"]
@@ -332,7 +332,7 @@ def test_settings_are_curves_of_their_own_and_seeds_are_not(bench: Bench, tmp_pa
     bench(tmp_path / "seed", "toy/edm", "solver=ddim", "solver.eta=1", "nfe=4", "seed=1")
     rows = compare([str(tmp_path / "run"), str(tmp_path / "seed")])
     assert [row.label for row in rows] == ["edm (eta=0)"] * 2 + ["edm (eta=1)"] * 3
-    lines = comparison.markdown(rows).splitlines()
+    lines = markdown(rows).splitlines()
     assert len(lines) == 5
     first, second = (row.point["metrics"] for row in rows if row.label == "edm (eta=1)" and row.point["nfe"] == 4)
     mean = (first["fd_identity"] + second["fd_identity"]) / 2

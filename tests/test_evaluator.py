@@ -26,6 +26,7 @@ from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator, Real
 from diffaccel.evaluation.callback import EvaluationCallback
+from diffaccel.evaluation.judges import Judge
 from diffaccel.features.extractors import Identity, Inception
 from diffaccel.metrics.base import METRICS
 from diffaccel.metrics.reference import load_reference
@@ -57,8 +58,9 @@ def measure(out: Path, name: str, *words: str, steps: int | None = None, whole: 
         sampler.plan = lambda nfe, n: Plan(sampler.prior, sampler.solver, steps)  # type: ignore[method-assign]
     if not whole:
         evaluator._draw = evaluator._draw_curve = lambda *_: None  # type: ignore[method-assign]
-        few = dataclasses.replace(evaluator.real.reference, features=evaluator.real.reference.features[:50])
-        evaluator.real = Real(few, evaluator.real.floor)
+        (judge,) = evaluator.judges
+        few = dataclasses.replace(judge.real.reference, features=judge.real.reference.features[:50])
+        evaluator.judges = [Judge(judge.extractor, Real(few, judge.real.floor))]
     with loggers.logging(config) as logs:
         launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, logs))
     return evaluator
@@ -79,7 +81,7 @@ def test_a_point_has_every_key(tmp_path: Path):
     neighbourhoods = {
         f"{name}{end}" for name in ("precision", "recall", "density", "coverage") for end in ("", "_real")
     }
-    distances = {f"fd_identity{end}" for end in ("", "_inf", "_se", "_floor")} | {"kid"}
+    distances = {f"fd_identity{end}" for end in ("", "_inf", "_se", "_floor")} | {"kid", "kid_se", "kid_floor"}
     assert set(point["metrics"]) == distances | neighbourhoods
     assert set(point["memorisation"]) == {"share", "threshold", "closest"}
     expected = {"method": "dlg", "experiment": "toy/dlg", "prior": "chain", "chains": 10, "n": 60, "world_size": 1}

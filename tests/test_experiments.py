@@ -31,7 +31,9 @@ def weights_of(name: str) -> list[Path]:
     config = load(name)
     parts = (config.posterior, config.prior)
     paths = [config.checkpoint, *(part.get("checkpoint") for part in parts), config.extractor.get("path")]
-    return [Path(path) for path in [*paths, config.reference, config.floor] if path]
+    for files in (config.reference, config.floor):
+        paths += files.values() if isinstance(files, dict) else [files]
+    return [Path(path) for path in paths if path]
 
 
 def test_there_are_experiments():

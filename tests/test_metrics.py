@@ -16,11 +16,13 @@ from diffaccel.metrics import (
     KernelReference,
     Moments,
     MomentSums,
+    frechet,
     frechet_distance,
     jackknife,
     kernel,
     kernel_distance,
 )
+from diffaccel.metrics.frechet import Resampled, frechet_of_few
 
 
 def gaussian(n: int, dim: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -202,6 +204,66 @@ def test_two_processes_are_one(tmp_path: Path):
     assert first == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
+# The extrapolation to the second order
+
+
+def test_the_second_order_cancels_both_terms_for_any_sizes():
+    """Unequal blocks, and halves that are not of half the images."""
+    sizes = torch.tensor([3.0, 5.0, 8.0, 4.0, 7.0], dtype=torch.float64)
+    halves = torch.stack([sizes[::2].sum(), sizes[1::2].sum(), sizes[:2].sum(), sizes[2:].sum()])
+
+    def law(n: Tensor) -> Tensor:
+        return 0.7 + 11 / n + 130 / n**2
+
+    parts = Resampled(law(sizes.sum()), law(sizes.sum() - sizes), sizes, law(halves), halves)
+    assert parts.extrapolated().fd_inf == pytest.approx(0.7, rel=1e-10)
+    first = parts._replace(halves=sizes[:0], half_sizes=sizes[:0]).extrapolated()
+    assert first.fd_inf == jackknife(parts.full, parts.kept, sizes)[0] != pytest.approx(0.7, rel=0.05)
+    assert first.se == parts.extrapolated().se
+
+
+def drawn(variance: Tensor, n: int, seeds: range, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Errors of fd_inf and their standard errors, of n images that differ from the reference by a shift of the mean."""
+    dim = len(variance)
+    reference, found = Moments(10**9, torch.zeros(dim), variance.diag()), []
+    offset = shift * variance.sqrt()
+    for seed in seeds:
+        noise = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        one = scored(noise * variance.sqrt() + offset, reference, batch=n // 20).compute()
+        found.append(torch.stack([one.fd_inf - offset.square().sum(), one.se]))
+    errors, ses = torch.stack(found).unbind(1)
+    return errors, ses
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.05])
+def test_few_images_per_feature_are_extrapolated_to_the_second_order(shift: float, monkeypatch: pytest.MonkeyPatch):
+    """As many as 5,000 in 1,280 features: the first order is off by more than its error, the second is not."""
+    variance = torch.logspace(0, -1, 160, dtype=torch.float64)
+    errors, ses = drawn(variance, 620, range(30), shift)
+    assert errors.mean().abs() < 0.8 * ses.mean()
+    assert (errors.abs() < 2 * ses).double().mean() >= 0.85
+    monkeypatch.setattr(frechet, "SECOND_ORDER", (3, 3))
+    first, ses = drawn(variance, 620, range(30), shift)
+    assert first.mean() < -1.4 * ses.mean() and errors.std() < 1.3 * first.std()
+    assert (first.abs() < 2 * ses).double().mean() < 0.7
+
+
+@pytest.mark.slow
+def test_the_distance_of_5000_images_in_1280_features():
+    """A spectrum as of EfficientNet-Lite0's features."""
+    index = torch.arange(1280, dtype=torch.float64)
+    errors, ses = drawn(30 / (1 + index / 4) * (-index / 800).exp(), 5000, range(4))
+    assert errors.mean().abs() < 1.5 * ses.mean() and (errors.abs() < 3 * ses).all()
+
+
+def test_many_images_per_feature_keep_the_first_order():
+    """And very few, whose halves would have singular covariances."""
+    reference = Moments(10**9, torch.zeros(20), torch.eye(20))
+    for n, second in ((40, False), (60, True), (159, True), (160, False)):
+        features = torch.randn(n, 20, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        assert (len(scored(features, reference, batch=1).resampled().halves) > 0) == second, n
+
+
 def naive_kernel_distance(x: Tensor, y: Tensor) -> float:
     def k(a, b):
         return (float(a @ b) / len(a) + 1) ** 3
@@ -268,6 +330,53 @@ def test_the_error_of_the_kernel_distance_is_the_spread_of_repeated_draws():
     torch.testing.assert_close(distances[0], metric.compute(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [7, 50, 1024])
+def test_the_kernel_distance_with_its_error_is_the_metrics_to_the_bit(rows):
+    reference = KernelReference(gaussian(90, 6, seed=2).float(), rows)
+    x = gaussian(123, 6, seed=3, mean=0.2).float()
+    metric = KernelDistance(6, reference, rows)
+    metric.update(x, 0)
+    assert kernel_distance(x, reference).kid == metric.compute()
+
+
+def test_the_jackknife_of_the_kernel_distance_leaves_out_whole_blocks():
+    """Against distances of the images that are left, for unequal blocks in any order."""
+    reference = KernelReference(gaussian(60, 5, seed=2).float(), rows=16)
+    x, block = (
+        gaussian(70, 5, seed=3, mean=0.2).float(),
+        torch.randint(4, (70,), generator=torch.Generator().manual_seed(5)),
+    )
+
+    def alone(features: Tensor) -> Tensor:
+        metric = KernelDistance(5, reference)
+        metric.update(features, 0)
+        return metric.compute()
+
+    kept = torch.stack([alone(x[block != k]) for k in range(4)])
+    expected = jackknife(alone(x), kept, block.bincount().double())[1]
+    assert kernel_distance(x, reference, block=block).se == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_error_of_correlated_images_needs_their_blocks():
+    """Ten draws of each of 40 features: as if there were 40 images."""
+    reference, errors = KernelReference(gaussian(300, 4, seed=1).float()), []
+    draws = [gaussian(40, 4, seed=100 + seed, mean=0.3).float().repeat(10, 1) for seed in range(60)]
+    chains = torch.arange(400) % 40 % 10
+    found = [kernel_distance(x, reference, block=chains) for x in draws]
+    errors = [kernel_distance(x, reference, block=torch.arange(400) // 40) for x in draws]
+    spread = torch.stack([one.kid for one in found]).std().item()
+    rms, wrong = (float(torch.stack([one.se for one in some]).square().mean().sqrt()) for some in (found, errors))
+    assert rms == pytest.approx(spread, rel=0.25) and wrong < spread / 3
+
+
+def test_the_kernel_distance_of_many_images_takes_its_tiles_once(monkeypatch: pytest.MonkeyPatch):
+    reference, tiles, tile = KernelReference(gaussian(40, 3, seed=1).float(), rows=20), [], kernel._tile
+    assert reference.within.isfinite()
+    monkeypatch.setattr(kernel, "_tile", lambda x, y: (tiles.append(len(x)), tile(x, y))[1])
+    kernel_distance(gaussian(60, 3, seed=2).float(), reference)
+    assert len(tiles) == 3 * 3 + 3 * 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
 def test_features_that_are_not_finite_are_refused(kind, bad):
@@ -302,3 +411,14 @@ def test_reset_starts_anew():
     for index, part in enumerate(features.split(50)):
         metric.update(part, index)
     torch.testing.assert_close(metric.compute(), scored(features, Moments.from_features(reference)).compute())
+
+
+def test_few_images_have_the_distance_of_their_moments():
+    """Fewer images than features: the eigenvalues of a matrix of their number are those of their covariance."""
+    generator = torch.Generator().manual_seed(0)
+    reference = Moments.from_features(torch.randn(500, 40, generator=generator))
+    for n in (2, 7, 40):
+        features = 1.5 * torch.randn(n, 40, generator=generator) + 0.3
+        expected = frechet_distance(Moments.from_features(features), reference)
+        # the covariance has eigenvalues that are 0 up to rounding, whose roots add up to 1e-6
+        torch.testing.assert_close(frechet_of_few(features, reference), expected, rtol=1e-7, atol=0)

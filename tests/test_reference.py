@@ -18,7 +18,13 @@ from diffaccel.data import DataModule
 from diffaccel.errors import UsageError
 from diffaccel.features.extractors import Identity
 from diffaccel.metrics import Moments
-from diffaccel.metrics.reference import compute_reference, load_reference, read_reference, save_references
+from diffaccel.metrics.reference import (
+    compute_reference,
+    compute_references,
+    load_reference,
+    read_reference,
+    save_references,
+)
 from diffaccel.report import read_points
 from diffaccel.verbs import reference as statistics
 
@@ -234,7 +240,7 @@ def test_nothing_is_replaced_unasked(images, tmp_path, capsys, monkeypatch):
     for path in files:  # the other one alone is enough
         kept = path.rename(tmp_path / "kept.npz")
         with monkeypatch.context() as patch:
-            patch.setattr(statistics, "compute_reference", None)
+            patch.setattr(statistics, "compute_references", None)
             assert main([*words, "limit=20"]) == 2
         assert "again=true" in capsys.readouterr().err
         kept.rename(path)
@@ -262,7 +268,7 @@ def test_either_file_alone(images, tmp_path, word):
 
 
 def test_what_cannot_be_written_or_read_is_said_before_the_work(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(statistics, "compute_reference", None)
+    monkeypatch.setattr(statistics, "compute_references", None)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder").mkdir()
     for words, named in (
@@ -281,13 +287,13 @@ def test_a_failure_leaves_none_of_two_files(images, tmp_path, capsys, monkeypatc
     """Whether in the second split or in the second file."""
     words = ["reference", *images[1], f"out={tmp_path / 'out'}"]
 
-    def failing(data, split, extractor):
+    def failing(data, split, extractors, keep):
         if split == "test":
             raise UsageError("a broken image")
-        return compute_reference(data, split, extractor)
+        return compute_references(data, split, extractors, keep=keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr(statistics, "compute_reference", failing)
+        patch.setattr(statistics, "compute_references", failing)
         assert main(words) == 2
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", full_at(2, np.savez_compressed))
@@ -358,3 +364,47 @@ def test_two_processes_write_the_files_of_one(images, tmp_path):
     for name in ("reference.npz", "floor.npz"):
         one, two = (read_reference(tmp_path / out / name) for out in ("one", "two"))
         assert one.sha256 == two.sha256
+
+
+# Many features
+
+
+class Many(Identity):
+    """Random projections, as many as need packing."""
+
+    def features(self, images):
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(2, self.dim, generator=generator, dtype=torch.float32)
+        return (images.flatten(1).float() @ weights).tanh()
+
+
+def test_the_covariance_of_many_features_is_packed(data, tmp_path):
+    """A quarter of the size; what is computed is what is read, and rounding is that of float32."""
+    judge, path = Many(600), tmp_path / "many.npz"
+    points = data.images("train").images
+    reference = compute_reference(data, "train", judge, keep=20)
+    assert reference.provenance["covariance"] == "upper triangle, float32"
+    expected = Moments.from_features(judge(points))
+    torch.testing.assert_close(reference.moments.covariance, expected.covariance, rtol=1e-7, atol=1e-12)
+    reference.save(path)
+    with np.load(path) as arrays:
+        assert arrays["covariance"].shape == (600 * 601 // 2,) and arrays["covariance"].dtype == np.float32
+    loaded = load_reference(path, judge)
+    assert torch.equal(loaded.moments.covariance, reference.moments.covariance)
+    assert torch.equal(loaded.moments.covariance, loaded.moments.covariance.T)
+    assert loaded.sha256 == reference.sha256 and len(loaded.features) == 20
+
+
+def test_a_triangle_of_the_wrong_size_is_refused(data, tmp_path):
+    compute_reference(data, "train", Many(600), keep=20).save(tmp_path / "many.npz")
+    arrays = dict(np.load(tmp_path / "many.npz"))
+    np.savez(tmp_path / "many.npz", **{**arrays, "covariance": arrays["covariance"][:-1]})
+    with pytest.raises(UsageError, match="many.npz is not a complete reference .*triangle"):
+        read_reference(tmp_path / "many.npz")
+
+
+def test_as_many_rows_are_kept_as_the_key_says(tmp_path):
+    words = [f"reference={tmp_path / 'reference.npz'}", f"floor={tmp_path / 'floor.npz'}"]
+    assert main(["reference", "toy/edm", "data.n=400", "keep_rows=30", *words]) == 0
+    found = read_reference(tmp_path / "reference.npz")
+    assert found.features.shape == (30, 2) and found.moments.n == 400

@@ -10,7 +10,7 @@ from diffaccel.config import STANDARD
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.evaluation.scores import BLOCKS, Scores, blocks_of
-from diffaccel.metrics import Moments, memorisation
+from diffaccel.metrics import Moments, kernel_distance, memorisation
 from diffaccel.metrics.base import METRICS, Made, Measured, Metric, Real, build_metrics, measure, spread
 from diffaccel.metrics.reference import Reference
 from diffaccel.sampling import to_uint8
@@ -81,6 +81,22 @@ def test_copies_are_those_of_training_images():
     assert measured(scores(training, few), "memorisation").details == {"memorisation": None}
 
 
+def test_the_kernel_distance_has_an_error_and_a_floor():
+    """The floor is that of as many held-out images, and is computed once for all points."""
+    rows = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+    real = Real(reference(0.0, 1.0, rows[:200]), reference(0.0, 1.0, rows[200:]))
+    found = scores(rows[:80] + 1, real, chains=20)
+    values, details = measured(found, "kid").values, found.made("fd")
+    assert details.block is not None and torch.equal(details.block, blocks_of(torch.arange(80), 20))
+    expected = kernel_distance(rows[:80] + 1, real.kernel, block=blocks_of(torch.arange(80), 20))
+    assert (values["kid"], values["kid_se"]) == (expected.kid.item(), expected.se.item())
+    assert values["kid_se"] > 0
+    assert values["kid_floor"] == kernel_distance(spread(real.held_out, 80), real.kernel).kid.item()
+    assert real.kernel_floor(80) is real.kernel_floor(80)
+    assert "kid_floor" not in measured(scores(rows[:80], Real(real.reference, None)), "kid").values
+    assert measured(scores(rows[:3], real), "kid").values.keys() & {"kid", "kid_se"} == {"kid"}
+
+
 def test_the_threshold_of_copies_is_computed_once_for_all_points(monkeypatch: pytest.MonkeyPatch):
     """And is that of :func:`memorised` alone."""
     rows, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5
@@ -119,7 +135,7 @@ def test_what_batches_took_adds_up():
         found.add(chunk(torch.full((count, 1), float(first)), first))
     assert found.evaluations == {"denoiser": 25} and found.flops == {"denoiser": 100.0}
     assert found.seconds.tolist() == [1.0, 0.5, 6.0] and found.images_by_rank == {0: 5}
-    assert found.features.flatten().tolist() == [0, 0, 0, 3, 3]
+    assert found.features[0].flatten().tolist() == [0, 0, 0, 3, 3]
     assert math.isnan(measured(found).values["fd_inf"]) is False
 
 

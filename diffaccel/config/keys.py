@@ -52,8 +52,10 @@ def _in_schema(schema: Any, names: list[str]) -> Any:
 
 def name_parts(tree: dict[str, Any]) -> None:
     """Replace each part of a tree that is given by its name by a mapping, in place."""
-    for nodes, key, _ in _parts(tree):
-        nodes[key] = registry_of(key).normal(nodes[key])
+    if isinstance(judges := tree.get("judges"), str | Mapping):
+        tree["judges"] = [judges] if isinstance(judges, Mapping) else judges.replace(",", " ").split()
+    for nodes, key, part, _ in _parts(tree):
+        nodes[key] = registry_of(part).normal(nodes[key])
 
 
 def map_paths(tree: dict[str, Any], change: Callable[[str], str], below: Mapping[str, Any] | None = None) -> None:
@@ -64,9 +66,9 @@ def map_paths(tree: dict[str, Any], change: Callable[[str], str], below: Mapping
         change: Function path -> new path.
         below: Tree that ``tree`` is merged into, which contains the names of parts without a name in ``tree``.
     """
-    for nodes, key, _ in _parts(tree):
+    for nodes, key, part, _ in _parts(tree):
         whole = merge({key: (below or {}).get(key)}, {key: tree.get(key, {})} if nodes is not tree else {})
-        _map_part(registry_of(key), nodes[key], change, merge(whole, {key: nodes[key]})[key])
+        _map_part(registry_of(part), nodes[key], change, merge(whole, {key: nodes[key]})[key])
     _map_fields(Config, tree, change)
 
 
@@ -81,18 +83,20 @@ def check_parts(tree: dict[str, Any]) -> None:
         if not isinstance(value, Mapping) or "name" in value:  # a name merged into a mapping
             shown = value["name"] if isinstance(value, Mapping) else value
             raise UsageError(f"{key}={shown!r}: give a mapping of keys to values")
-    for nodes, key, where in _parts(tree):
+    for nodes, key, part, where in _parts(tree):
         if nodes is tree or nodes[key] is not None:
-            _check_part(registry_of(key), nodes[key], where)
+            _check_part(registry_of(part), nodes[key], where)
 
 
-def _parts(tree: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
-    """Mapping that contains each part of a tree, with the key of the part there and its dotted key."""
-    found = [(tree, key, key) for key in PARTS if key in tree]
+def _parts(tree: dict[str, Any]) -> list[tuple[Any, Any, str, str]]:
+    """Mapping or list that contains each part of a tree, with the part's key there, its kind, and its dotted key."""
+    found: list[tuple[Any, Any, str, str]] = [(tree, key, key, key) for key in PARTS if key in tree]
+    judges = tree.get("judges")
+    found += [(judges, i, "extractor", f"judges.{i}") for i in range(len(judges) if isinstance(judges, list) else 0)]
     by_nfe = tree.get("by_nfe")
     for budget, entry in by_nfe.items() if isinstance(by_nfe, dict) else ():
         own = [key for key in TUNABLE if isinstance(entry, dict) and key in entry]
-        found += [(entry, key, f"by_nfe.{budget}.{key}") for key in own]
+        found += [(entry, key, key, f"by_nfe.{budget}.{key}") for key in own]
     return found
 
 

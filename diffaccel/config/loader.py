@@ -23,7 +23,7 @@ from diffaccel.methods.registry import FORMER
 from diffaccel.parts import overrides
 from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
-from diffaccel.parts.trees import merge
+from diffaccel.parts.trees import STATISTICS, merge
 
 _INSTALLED = Path(__file__).parents[1] / "experiments"  # only in a wheel; in a clone they are at the top level
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
@@ -55,7 +55,7 @@ def load(
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
-    tree = merge(merge(read(file, given=given, trains=trains), instead or {}), given)
+    tree = _layered(merge(read(file, given=given, trains=trains), instead or {}), given, "the command line")
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     return _complete(tree, given, experiment)
 
@@ -72,7 +72,7 @@ def load_tree(tree: Mapping[str, Any], settings: Iterable[str], where: str) -> C
         UsageError: See :func:`load`.
     """
     given = parse_overrides(settings, trains=False)
-    return _complete(merge(tree, given), given, where)
+    return _complete(_layered(dict(tree), given, "the command line"), given, where)
 
 
 def _complete(tree: dict[str, Any], given: Mapping[str, Any], experiment: str) -> Config:
@@ -178,7 +178,7 @@ def read(
 
     if base is None:
         map_paths(own, resolve)
-        return own
+        return _layered({}, own, file)
     parent = file.parent / str(base)
     if not parent.is_file():
         raise UsageError(f"{file}: its base {parent} does not exist")
@@ -186,6 +186,19 @@ def read(
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
     below = read(parent, (*above, file.resolve()), given, trains)
     map_paths(own, resolve, below)
+    return _layered(below, own, file)
+
+
+def _layered(below: dict[str, Any], own: dict[str, Any], where: object) -> dict[str, Any]:
+    """Merge settings; the last to set ``extractor`` or ``judges`` decides what scores images.
+
+    Raises:
+        UsageError: ``own`` sets both.
+    """
+    if "extractor" in own and own.get("judges"):
+        raise UsageError(f"{where}: both extractor and judges are set: list all extractors in judges")
+    if "extractor" in own:
+        below = {key: value for key, value in below.items() if key != "judges"}
     return merge(below, own)
 
 
@@ -241,12 +254,19 @@ def _check(config: Config) -> None:
     for key, part in (("method", config.method), ("data", config.data)):
         if "name" not in part:
             raise UsageError(f"{config.experiment}: the key '{key}' is missing: give its name")
+    for key in STATISTICS:
+        value = getattr(config, key)
+        files = list(value.values()) if isinstance(value, dict) else [value]
+        if not all(file is None or isinstance(file, str) for file in files):
+            raise UsageError(f"{key}={value!r}: give a file, or a mapping of judges to files")
     check(config)
 
 
 def as_written(config: Config) -> dict[str, Any]:
     """Return the configuration as a tree for writing, with references to the environment unresolved."""
-    return cast(dict[str, Any], as_given(dataclasses.asdict(config)))
+    tree = cast(dict[str, Any], as_given(dataclasses.asdict(config)))
+    tree.pop("extractor" if config.judges else "judges")  # a file sets one of them
+    return tree
 
 
 def to_yaml(config: Config, folder: Path = Path()) -> str:

@@ -34,6 +34,8 @@ class Search:
     """Images per setting in each round."""
     keep: float = 0.25
     """Fraction of the settings that are kept for the next round."""
+    judge: str | None = None
+    """Name of the judge whose distance is minimised; by default the first."""
     space: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does not
     have are ignored."""
@@ -94,11 +96,18 @@ class Config:
     init: str | None = field(default=None, metadata=FILE)
     """Initial weights of the denoiser in a fit, from the same kinds of files; random if not set."""
     extractor: dict[str, Any] = field(default_factory=lambda: {"name": "inception"})
-    """Feature network that scores images."""
-    reference: str | None = field(default=None, metadata=FILE)
-    """Statistics of training images (npz, from ``diffaccel reference``)."""
-    floor: str | None = field(default=None, metadata=FILE)
-    """Statistics of held-out images, for the floor."""
+    """Feature network that scores images, if ``judges`` is empty. Of a file and its bases, and the command line, the
+    last that sets ``extractor`` or ``judges`` decides."""
+    judges: list[Any] = field(default_factory=list)
+    """Feature networks that score images in one pass: names, or mappings with a ``name`` and keys. The first one is the
+    one that tables, curves, searches and ``training.keep_best`` use by default."""
+    reference: Any = field(default=None, metadata=FILE)
+    """Statistics of training images (npz, from ``diffaccel reference``); for several judges, ``{JUDGE: FILE, ...}``."""
+    floor: Any = field(default=None, metadata=FILE)
+    """Statistics of held-out images, for the floor; for several judges, ``{JUDGE: FILE, ...}``."""
+    keep_rows: int = 10_000
+    """Number of images, evenly spaced over the split, whose features `diffaccel reference` writes: files grow by two
+    bytes per feature and image, and KID, precision and recall use these images only."""
     metrics: list[Any] = field(default_factory=lambda: list(STANDARD))
     """Metrics of a point: names, or mappings with a ``name`` and keys; ``frechet`` must be among them."""
     nfe: list[float] = field(default_factory=lambda: [10.0])
@@ -172,6 +181,11 @@ class Config:
     def method_name(self) -> str:
         """Name of the method in points, tables and headers: the label, or the name of the method."""
         return str(self.method.get("label") or self.method["name"])
+
+    @property
+    def extractors(self) -> list[Any]:
+        """Names or mappings of the feature networks that score images."""
+        return self.judges or [self.extractor]
 
     @property
     def images_per_batch(self) -> int:

@@ -29,15 +29,20 @@ class EvaluationCallback(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure every budget with fewer images during training, and log the metrics.
 
+        The names of the metrics of all judges but the first contain the judge: ``eval/nfe_010/mobilenetv2/kid``.
         Every rank logs the same values, so that a ``ModelCheckpoint`` can monitor them.
         """
         assert isinstance(pl_module, Diffusion)
         n, sampler = pl_module.training_plan.evaluate_n, pl_module.sampler
-        self.evaluator.extractor.to(pl_module.device)
+        self.evaluator.to(pl_module.device)
         with pl_module.averaged_weights():
             for budget in self.evaluator.budgets:
                 point = self.evaluator.measure(sampler, budget, sampler.plan(budget, n), n, world=_world(trainer))
-                for name, value in {**point["metrics"], "nfe": point["nfe"]}.items():
+                values = {**point["metrics"], "nfe": point["nfe"]}
+                for judge in self.evaluator.judges[1:]:
+                    own = point["judges"][judge.name]["metrics"]
+                    values |= {f"{judge.name}/{name}": value for name, value in own.items()}
+                for name, value in values.items():
                     if value == value:  # the extrapolation of few images is NaN
                         pl_module.log(f"eval/nfe_{budget:03g}/{name}", value)
 

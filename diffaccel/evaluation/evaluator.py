@@ -14,17 +14,18 @@ import torch
 from diffaccel.collective import World, failing_together
 from diffaccel.config import STANDARD
 from diffaccel.evaluation.bits import BitsPerDim
+from diffaccel.evaluation.judges import Judge, further, judgements
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.pictures import comparable, draw_curve, draw_samples
-from diffaccel.evaluation.point import describe_judges, describe_point
+from diffaccel.evaluation.point import describe_point
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import identity_hash
-from diffaccel.evaluation.scores import KEPT, Real, Scores
+from diffaccel.evaluation.scores import KEPT, Scores
 from diffaccel.features.extractors import Extractor
-from diffaccel.metrics.base import Metric, build_metrics, measure
-from diffaccel.metrics.reference import Reference
+from diffaccel.metrics.base import Metric, build_metrics
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report import append_point, read_points
+from diffaccel.report.judges import features_name
 from diffaccel.report.logs import log_curve
 from diffaccel.report.points import normalised, undrawn
 from diffaccel.sampling import Sampler
@@ -42,7 +43,7 @@ class Identity(NamedTuple):
 
     Attributes:
         images: What determines the images: parts, hashes of weights, n, seed, budget.
-        scores: What else determines the metrics: hashes of extractor and statistics.
+        scores: What else determines the metrics: hashes of extractors and statistics.
     """
 
     images: dict[str, Any]
@@ -57,9 +58,8 @@ class Evaluator:
         n: Number of images per point.
         seed: Seed; image i has the noise stream (seed, i).
         batch_size: Number of images per batch; images do not depend on it beyond rounding.
-        extractor: Feature extractor.
-        reference: Statistics of training images.
-        floor: Statistics of held-out real images, whose distance is the floor of the curve; None for no floor.
+        judges: Extractors with their statistics, one or more, all of which score the same images. Tables and curves
+            show the first.
         out: Folder for points, curve and sample grids.
         provenance: Keys that are added to every point (method, experiment, checkpoint ...).
         settings: Budget -> ``{"prior": ..., "solver": ...}``, each with name and keys, for the points.
@@ -78,9 +78,7 @@ class Evaluator:
         n: int,
         seed: int,
         batch_size: int,
-        extractor: Extractor,
-        reference: Reference,
-        floor: Reference | None,
+        judges: Sequence[Judge],
         out: Path,
         provenance: dict[str, Any],
         settings: Callable[[float], dict[str, dict[str, Any]]],
@@ -92,13 +90,23 @@ class Evaluator:
         metrics: Sequence[Metric] | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
-        self.extractor, self.real = extractor, Real(reference, floor)
+        self.judges = list(judges)
         self.out, self.provenance, self.settings = out, provenance, settings
         self.metrics = build_metrics(STANDARD) if metrics is None else list(metrics)
         self.identity, self.again = identity, again
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
         self.console = PlainConsole(stderr=True)  # stdout is reserved for results
+
+    @property
+    def extractor(self) -> Extractor:
+        """Extractor of the first judge."""
+        return self.judges[0].extractor
+
+    def to(self, device: torch.device) -> None:
+        """Move the extractors to a device, in place."""
+        for judge in self.judges:
+            judge.extractor.to(device)
 
     def run(self, sampler: Sampler, world: World = World(), loggers: Sequence[Any] = ()) -> list[dict[str, Any]]:  # noqa: B008 (frozen)
         """Plan all budgets, then measure, write and log their points one after the other.
@@ -115,7 +123,7 @@ class Evaluator:
             UsageError: A budget is below the minimum or was exceeded, or a network returned NaN.
         """
         plans = [(budget, sampler.plan(budget, self.n)) for budget in self.budgets]
-        self.extractor.to(sampler.device)
+        self.to(sampler.device)
         before, left = world.broadcast((self._measured(), [self._left(budget) for budget in self.budgets]))
         try:
             for (budget, plan), batches_left in zip(plans, left, strict=True):
@@ -148,7 +156,9 @@ class Evaluator:
         """Measure a point and write it."""
         point = self.measure(sampler, budget, plan, world=world)
         if self.likelihood is not None:
-            point["metrics"] |= self.likelihood(sampler, plan.prior, world)
+            bits = self.likelihood(sampler, plan.prior, world)
+            for own in (point, *point.get("judges", {}).values()):
+                own["metrics"] = own["metrics"] | bits
         if world.first:
             append_point(self.out / "points.jsonl", point)
         return point
@@ -165,9 +175,10 @@ class Evaluator:
 
     def room(self) -> tuple[int, int]:
         """Minimum number of bytes of batches and features, in total and in the largest file."""
-        batches, features = (4 * images * self.extractor.dim for images in (self.n, min(self.n, KEPT)))
+        dims = [judge.extractor.dim for judge in self.judges]
+        batches, features = (4 * images * sum(dims) for images in (self.n, min(self.n, KEPT)))
         kept = len(self.budgets) * features * self.keep_features
-        return batches + kept, features * self.keep_features
+        return batches + kept, 4 * min(self.n, KEPT) * max(dims) * self.keep_features
 
     def _left(self, budget: float) -> bool:
         """Whether a measured point has batches on disk: the run was killed before writing features and plots."""
@@ -218,13 +229,16 @@ class Evaluator:
         partial, shown = self._partial(budget), SHOWN if sampler.kind.discrete else SCATTERED
         chains = plan.prior.chains if isinstance(plan.prior, ChainPrior) else None
         kind = sampler.kind.dtype
-        scores = Scores(n, self.extractor.dim, sampler.shape, shown, kind, self.real, chains, sampler.device)
+        first, device = self.judges[0], sampler.device
+        scores = Scores(
+            n, first.extractor.dim, sampler.shape, shown, kind, first.real, chains, device, further(self.judges)
+        )
         mine = world.share(plan.prior.schedule(n, self.batch_size))
         with failing_together(), progress(self.console, world.first, budget) as bars:
             bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for chunk in produce(
-                sampler, plan, mine, self.seed, partial, world.rank, self.extractor, shown, partial.kept,
-                afresh=self.again and partial.kept,
+                sampler, plan, mine, self.seed, partial, world.rank, [judge.extractor for judge in self.judges], shown,
+                partial.kept, afresh=self.again and partial.kept,
             ):  # fmt: skip
                 scores.add(chunk)
                 bars.advance(bar, len(chunk.indices))
@@ -237,7 +251,6 @@ class Evaluator:
         """Compute the metrics of a point and describe it; collective."""
         self.shown, self.discrete, self.features = scores.shown, sampler.kind.discrete, scores.features
         settings, final = self.settings(budget), self.identity is not None
-        measured = measure(self.metrics, scores.made(self.extractor.metric_name), self.real, in_training=not final)
         point = {
             **self.provenance,
             "prior": settings["prior"]["name"],
@@ -245,9 +258,7 @@ class Evaluator:
             "settings": settings,
             "seed": self.seed,
             **describe_point(sampler, plan, budget, n, scores, world),
-            "metrics": measured.values,
-            **measured.details,
-            **describe_judges(self.extractor, self.real, n),
+            **judgements(self.judges, scores, self.metrics, in_training=not final),
         }
         return {**point, "key": self.key(budget)} if final else point
 
@@ -256,20 +267,25 @@ class Evaluator:
     def _leave(self, budget: float) -> None:
         """Write features and plots of a point that is on disk, then remove its batches."""
         if not self._features_kept(budget):
-            path = self._features_path(budget)
-            with side_output(str(path)), whole(path) as part, part.open("wb") as file:
-                np.save(file, self.features.numpy())
+            for path, features in zip(self._features_paths(budget), self.features, strict=True):
+                with side_output(str(path)), whole(path) as part, part.open("wb") as file:
+                    np.save(file, features.numpy())
         self._draw()
         if self._features_kept(budget):
             self._partial(budget).clear()
         self._draw_curve()
 
-    def _features_path(self, budget: float) -> Path:
-        return self.out / "features" / f"{self.key(budget)}.npy"
+    def _features_paths(self, budget: float) -> list[Path]:
+        """Files of the features of each judge."""
+        key = str(self.key(budget))
+        names = [features_name(key, judge.extractor.sha256, not number) for number, judge in enumerate(self.judges)]
+        return [self.out / "features" / name for name in names]
 
     def _features_kept(self, budget: float) -> bool:
         """Whether the features are on disk, or need not be."""
-        return self.identity is None or not self.keep_features or self._features_path(budget).is_file()
+        if self.identity is None or not self.keep_features:
+            return True
+        return all(path.is_file() for path in self._features_paths(budget))
 
     def _draw(self) -> None:
         draw_samples(self.shown, self.discrete, self.points[-1], self.out)

@@ -14,7 +14,7 @@ from diffaccel.evaluation.scores import Real, Scores, digests
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.base import measure as compute
-from diffaccel.metrics.reference import load_reference, read_reference
+from diffaccel.metrics.reference import file_of, load_reference, read_reference
 from diffaccel.parts.checks import whole_number
 
 
@@ -83,11 +83,34 @@ def _judges(
                 f"reference={reference}: no statistics are shipped: compute them with `diffaccel reference` and give "
                 "the file"
             )
-        reference, shape = keys["reference"], tuple(keys["shape"])
-        floor, extractor = floor or keys.get("floor"), extractor or keys.get("extractor")
-    built = EXTRACTORS.build(extractor or _extractor_of(Path(reference)))
+        shape = tuple(keys["shape"])
+        built = EXTRACTORS.build(extractor or _first(keys))
+        reference = _shipped(keys["reference"], built, str(reference))
+        floor = floor or (file_of(keys["floor"], built.name) if "floor" in keys else None)
+    else:
+        built = EXTRACTORS.build(extractor or _extractor_of(Path(reference)))
     real = Real(load_reference(str(reference), built), load_reference(str(floor), built) if floor else None)
     return built, real, shape
+
+
+def _first(keys: Mapping[str, Any]) -> Any:
+    """Return the first judge of an experiment."""
+    return keys["judges"][0] if keys.get("judges") else keys.get("extractor")
+
+
+def _shipped(files: Any, extractor: Extractor, name: str) -> str:
+    """Return the statistics of an experiment for an extractor.
+
+    Raises:
+        UsageError: There are none.
+    """
+    file = file_of(files, extractor.name)
+    if file is None:
+        raise UsageError(
+            f"reference={name}: no statistics of {extractor.name!r} are shipped: compute them with "
+            "`diffaccel reference` and give the file"
+        )
+    return file
 
 
 def _extractor_of(reference: Path) -> str:

@@ -40,6 +40,7 @@ class Chunk:
         scoring: Time for the features, in seconds.
         trace: Records of a chain in this round.
         warm_up: Time for compilation and other work that only a first batch requires, in seconds.
+        others: Features of further extractors by the hash of the extractor, (b, dim) float32 each.
     """
 
     indices: Tensor
@@ -56,6 +57,11 @@ class Chunk:
     scoring: float
     trace: list[dict[str, Any]] = field(default_factory=list)
     warm_up: float = 0.0
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, extractor: str) -> Tensor | None:
+        """Return the features of the extractor with this hash; None if there are none."""
+        return self.features if extractor == self.extractor else self.others.get(extractor)
 
 
 class Partial:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.report import plot_curve, read_points, sample_grid, scatter, title_of, write_curve_csv
+from diffaccel.report.judges import seen_by
 from diffaccel.report.logs import budget_name
 from diffaccel.report.points import Point, normalised
 from diffaccel.storage import whole
@@ -42,10 +43,14 @@ def draw_curve(point: Point, out: Path) -> None:
 
 
 def comparable(points: Sequence[dict[str, Any]], point: Point) -> list[dict[str, Any]]:
-    """Return the points that are comparable with ``point``: those with the same extractor and reference."""
+    """Return the points that are comparable with ``point``, as its first judge sees them.
+
+    They have the same extractor and reference.
+    """
+    judge = str(point["extractor"]["name"])
     return [
         other
-        for other in points
+        for other in (seen_by(one, judge) for one in points)
         if all(
             normalised(other)[kind]["sha256"] in (point[kind]["sha256"], None) for kind in ("extractor", "reference")
         )

@@ -29,7 +29,7 @@ class _Launched:
     group: Group
     made: Sampled
     images: Tensor
-    features: Tensor
+    features: list[Tensor]
     state: Any
     trace: list[dict[str, Any]]
     scoring: Stopwatch
@@ -42,7 +42,7 @@ def produce(
     seed: int,
     partial: Partial,
     rank: int = 0,
-    extractor: Extractor | None = None,
+    extractors: Sequence[Extractor] = (),
     shown: int = 0,
     keep_images: bool = True,
     afresh: bool = False,
@@ -58,7 +58,7 @@ def produce(
         seed: Seed; image i has the noise stream (seed, i).
         partial: Finished batches on disk.
         rank: This rank.
-        extractor: Feature extractor; None for no features.
+        extractors: Feature extractors, all of which see the same images.
         shown: Number of first images that the sample grid shows.
         keep_images: Whether the chunks contain all images.
         afresh: Whether to sample batches on disk again.
@@ -70,18 +70,19 @@ def produce(
         made, final = batch.made, batch.images
         seconds, scoring = made.settle(), batch.scoring.seconds  # which wait for the device
         chunk = Chunk(
-            made.indices, batch.features, digests(final), final[made.indices < shown], final if keep_images else None,
-            extractor.sha256 if extractor is not None else "", rank, made.evaluations, made.burn_in, made.flops,
+            made.indices, torch.zeros(len(final), 0), digests(final), final[made.indices < shown],
+            final if keep_images else None, "", rank, made.evaluations, made.burn_in, made.flops,
             seconds, scoring, [as_numbers(record) for record in batch.trace], made.seconds_warm_up,
         )  # fmt: skip
+        _assign(chunk, extractors, batch.features)
         partial.save(batch.group, batch.number, chunk, batch.state)
         return chunk
 
     ahead, queued = int(runs_ahead(sampler.device)), deque[Chunk | _Launched]()
     for group in groups:
         done, saved = (0, None) if afresh else partial.done(group, isinstance(plan.prior, ChainPrior))
-        known = _read(group[:done], partial, extractor, sampler.device)
-        new = _launch(sampler, plan, group, seed, done, saved, extractor)
+        known = _read(group[:done], partial, extractors, sampler.device)
+        new = _launch(sampler, plan, group, seed, done, saved, extractors)
         batches: Iterator[Chunk | _Launched] = chain(known, new)
         for batch in batches:
             queued.append(batch)
@@ -91,18 +92,30 @@ def produce(
         yield finished(queued.popleft())
 
 
+def _assign(chunk: Chunk, extractors: Sequence[Extractor], features: Sequence[Tensor]) -> None:
+    """Set the features of a batch, one tensor per extractor."""
+    if extractors:
+        chunk.features, chunk.extractor = features[0], extractors[0].sha256
+        chunk.others = {one.sha256: own for one, own in zip(extractors[1:], features[1:], strict=True)}
+
+
 def _read(
-    batches: Sequence[range], partial: Partial, extractor: Extractor | None, device: torch.device
+    batches: Sequence[range], partial: Partial, extractors: Sequence[Extractor], device: torch.device
 ) -> Iterator[Chunk]:
-    """Read batches from disk, and compute features for those of another extractor."""
+    """Read batches from disk, and compute the features of extractors that have not seen them."""
     for indices in batches:
         chunk = partial.read(indices)
-        if extractor is not None and chunk.extractor != extractor.sha256:
-            assert chunk.images is not None  # without images, the name of the folder depends on the extractor
+        found = [chunk.of(one.sha256) for one in extractors]
+        new = [one for one, own in zip(extractors, found, strict=True) if own is None]
+        if new:
+            assert chunk.images is not None  # without images, the name of the folder depends on the extractors
             stopwatch = Stopwatch(device)
-            chunk.features = _features(extractor, chunk.images.to(device)).cpu()
+            images = chunk.images.to(device)
+            computed = {one.sha256: _features(one, images).cpu() for one in new}
+            found = [computed.get(one.sha256, own) for one, own in zip(extractors, found, strict=True)]
             stopwatch.stop()
-            chunk.scoring, chunk.extractor = stopwatch.seconds, extractor.sha256
+            chunk.scoring = stopwatch.seconds + (chunk.scoring if len(new) < len(extractors) else 0)
+        _assign(chunk, extractors, [own for own in found if own is not None])
         yield chunk
 
 
@@ -113,19 +126,19 @@ def _launch(
     seed: int,
     done: int,
     saved: dict[str, Any] | None,
-    extractor: Extractor | None,
+    extractors: Sequence[Extractor],
 ) -> Iterator[_Launched]:
     """Sample and score batches, without waiting for the device."""
     for number, made in enumerate(sampler.batches(plan, group, seed, done, saved), start=done):
         images, state, trace = to_host(made.images), to_host(made.state), to_host(made.trace)
         stopwatch = Stopwatch(sampler.device)
-        features = to_host(_features(extractor, made.images))
+        features = [to_host(_features(one, made.images)) for one in extractors]
         stopwatch.stop()
         yield _Launched(number, group, made, images, features, state, trace, stopwatch)
 
 
-def _features(extractor: Extractor | None, images: Tensor) -> Tensor:
-    return torch.zeros(len(images), 0) if extractor is None else extractor(images).float()
+def _features(extractor: Extractor, images: Tensor) -> Tensor:
+    return extractor(images).float()
 
 
 def progress(console: Console, shown: bool, budget: float) -> Progress:

@@ -2,7 +2,9 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,18 +33,58 @@ def blocks_of(indices: Tensor, chains: int | None) -> Tensor:
     return (indices % chains if chains else indices) % BLOCKS
 
 
+class FeatureSums:
+    """Sums over the features of a point's images in one extractor, and the features of its first images.
+
+    Args:
+        n: Number of images.
+        dim: Number of features.
+        real: Statistics of real images.
+        chains: Number of chains; None for independent images.
+        device: Device of the sums.
+    """
+
+    def __init__(self, n: int, dim: int, real: Real, chains: int | None, device: torch.device) -> None:
+        self.n, self.chains, self.device = n, chains, device
+        self.frechet = FrechetDistance(dim, real.reference.moments, blocks=BLOCKS).to(device)
+        self.features = torch.zeros(min(n, KEPT), dim)
+        self.checks = Checks()
+
+    def add(self, indices: Tensor, features: Tensor) -> None:
+        """Add the features (b, dim) of a batch of this rank, by the indices of its images, (b,)."""
+        own, blocks = to_device(features, self.device), blocks_of(indices, self.chains)
+        for block in blocks.unique().tolist():
+            chosen = to_device((blocks == block).nonzero()[:, 0], self.device)
+            with self.checks.collected() if runs_ahead(self.device) else nullcontext():
+                self.frechet.update(own[chosen], block)
+        kept = indices < len(self.features)
+        self.features[indices[kept]] = features[kept]
+
+    def reduce(self) -> None:
+        """Gather the features of all ranks, once; collective."""
+        self.checks.settle()
+        # Every row was written by one rank, so that the sum equals the row.
+        self.features = all_reduce(self.features.to(self.device)).cpu()
+
+    def made(self, distance: str) -> Made:
+        """Return the inputs of the metrics, after :meth:`reduce`; ``distance`` is the key of the Frechet distance."""
+        block = blocks_of(torch.arange(len(self.features)), self.chains)
+        return Made(self.n, self.features, self.frechet, distance, block)
+
+
 class Scores:
     """Sums over the images of a point.
 
     Args:
         n: Number of images.
-        dim: Number of features.
+        dim: Number of features of the first extractor.
         shape: Shape of an image on the sample grid, (C, H, W).
         shown: Number of images on the sample grid.
         dtype: Data type of an image on the sample grid.
-        real: Statistics of real images.
+        real: Statistics of real images in the features of the first extractor.
         chains: Number of chains; None for independent images.
         device: Device of the sums.
+        others: Statistics of real images in the features of further extractors, by the hash of the extractor.
     """
 
     def __init__(
@@ -55,11 +97,13 @@ class Scores:
         real: Real,
         chains: int | None,
         device: torch.device,
+        others: Mapping[str, Real] = MappingProxyType({}),
     ) -> None:
         self.n, self.real, self.chains, self.device = n, real, chains, device
-        self.frechet = FrechetDistance(dim, real.reference.moments, blocks=BLOCKS).to(device)
-        self.features = torch.zeros(min(n, KEPT), dim)
-        self.checks = Checks()
+        self.first = FeatureSums(n, dim, real, chains, device)
+        self.others = {
+            sha256: FeatureSums(n, own.reference.moments.dim, own, chains, device) for sha256, own in others.items()
+        }
         self.digests = torch.zeros(n, 32, dtype=torch.uint8)
         self.shown = torch.zeros(min(shown, n), *shape, dtype=dtype)
         self.evaluations: Counter[str] = Counter()
@@ -71,14 +115,10 @@ class Scores:
 
     def add(self, chunk: Chunk) -> None:
         """Add a batch of this rank."""
-        indices, features = chunk.indices, to_device(chunk.features, self.device)
-        blocks = blocks_of(indices, self.chains)
-        for block in blocks.unique().tolist():
-            chosen = to_device((blocks == block).nonzero()[:, 0], self.device)
-            with self.checks.collected() if runs_ahead(self.device) else nullcontext():
-                self.frechet.update(features[chosen], block)
-        kept = indices < len(self.features)
-        self.features[indices[kept]] = chunk.features[kept]
+        indices = chunk.indices
+        self.first.add(indices, chunk.features)
+        for sha256, sums in self.others.items():
+            sums.add(indices, chunk.others[sha256])
         self.digests[indices] = chunk.digests
         self.shown[indices[indices < len(self.shown)]] = chunk.shown
         self.evaluations.update(chunk.evaluations)
@@ -91,9 +131,9 @@ class Scores:
 
     def reduce(self) -> None:
         """Sum over all ranks, once; collective. The sums of the moments are reduced when they are used."""
-        self.checks.settle()
+        for sums in (self.first, *self.others.values()):
+            sums.reduce()
         # Every row was written by one rank, so that the sum equals the row.
-        self.features = all_reduce(self.features.to(self.device)).cpu()
         self.digests = all_reduce(self.digests.to(self.device, torch.int32)).to("cpu", torch.uint8)
         self.shown = all_reduce(self.shown.to(self.device, torch.float32)).to("cpu", self.shown.dtype)
         own = (self.evaluations, self.burn_in, self.flops, self.seconds, self.images_by_rank, self.traces)
@@ -107,6 +147,16 @@ class Scores:
             self.images_by_rank.update(images)
             self.traces |= traces
 
-    def made(self, distance: str) -> Made:
-        """Return the inputs of the metrics, after :meth:`reduce`; ``distance`` is the key of the Frechet distance."""
-        return Made(self.n, self.features, self.frechet, distance)
+    @property
+    def features(self) -> list[Tensor]:
+        """Features of the first images by each extractor, (min(n, 10,000), dim) each, after :meth:`reduce`."""
+        return [sums.features for sums in (self.first, *self.others.values())]
+
+    def made(self, distance: str, number: int = 0) -> Made:
+        """Return the inputs of the metrics, after :meth:`reduce`.
+
+        Args:
+            distance: Key of the Frechet distance.
+            number: Index of the extractor.
+        """
+        return [self.first, *self.others.values()][number].made(distance)

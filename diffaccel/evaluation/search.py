@@ -193,7 +193,7 @@ class Searcher:
         if self.broken and world.first:
             self.console.print(f"trials.jsonl: {self.broken} incomplete lines: their settings are measured again")
         for evaluator in self.evaluators.values():
-            evaluator.extractor.to(sampler.device)
+            evaluator.to(sampler.device)
         for budget in self.budgets:
             self.best[int(budget)] = self._search(sampler, world, int(budget))
             if world.first:

@@ -75,7 +75,7 @@ class TradeoffCurve:
             if self.likelihood is not None:
                 self.likelihoods(sampler, world, [self.starts[row["density"]][row["T"]] for row in self.rows])
             if self.evaluator is not None:
-                self.evaluator.extractor.to(sampler.device)
+                self.evaluator.to(sampler.device)
                 for row in self.rows:
                     row |= self.distances(sampler, world, self.starts[row["density"]][row["T"]])
         finally:  # an interrupt loses no row

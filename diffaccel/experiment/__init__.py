@@ -19,22 +19,25 @@ if TYPE_CHECKING:
     from diffaccel.experiment.evaluation import (
         build_data,
         build_evaluator,
-        build_extractor,
         build_fitted,
         build_likelihood,
         build_searcher,
     )
     from diffaccel.experiment.identity import identify, identify_images
+    from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
 
 _BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
-_MEASURE = ("data", "evaluator", "extractor", "fitted", "likelihood", "searcher")
+_MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher")
+_JUDGES = ("extractor", "extractors", "judges")
 
 __all__ = [
     "build_data",
     "build_evaluator",
     "build_extractor",
+    "build_extractors",
     "build_fitted",
     "build_frozen",
+    "build_judges",
     "build_likelihood",
     "build_method",
     "build_model",
@@ -55,6 +58,7 @@ __getattr__, __dir__ = lazy(
         **dict.fromkeys((f"build_{part}" for part in _BUILD), "diffaccel.experiment.build"),
         **dict.fromkeys(("check_start", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
         **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
+        **dict.fromkeys((f"build_{part}" for part in _JUDGES), "diffaccel.experiment.judges"),
         **dict.fromkeys(("identify", "identify_images"), "diffaccel.experiment.identity"),
     },
 )

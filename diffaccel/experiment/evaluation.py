@@ -10,12 +10,10 @@ from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
 from diffaccel.experiment.build import build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
+from diffaccel.experiment.judges import build_extractor, build_judges
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
-from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.independence import check_independent
-from diffaccel.features.jpeg import AsJPEG
 from diffaccel.metrics.base import build_metrics
-from diffaccel.metrics.reference import Reference, check_same_data, load_reference
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
 from diffaccel.sampling import Sampler
@@ -52,21 +50,17 @@ def build_data(config: Config) -> "DataModule":
     return data
 
 
-def build_extractor(config: Config) -> Extractor:
-    """Build the feature extractor."""
-    return EXTRACTORS.build(config.extractor)
-
-
-def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> Evaluator:
+def build_evaluator(config: Config, sampler: Sampler, measured: bool = True, only: str | None = None) -> Evaluator:
     """Build the evaluator.
 
     Args:
         config: Configuration of the run.
         sampler: Sampler to measure.
         measured: Whether the sampler has the configured weights, and not weights in training.
+        only: Name of the only judge; None for all.
 
     Raises:
-        UsageError: ``n`` is less than 2; the extractor's weights or the reference are missing or don't match; or the
+        UsageError: ``n`` is less than 2; the weights or the reference of an extractor are missing or don't match; or an
             extractor's weights trained the model.
     """
     if config.n < 2:
@@ -77,29 +71,16 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
             f"data={config.data['name']}: images have shape {source.fixed_shape}, but the experiment has "
             f"{shape_of(config)}: set shape= (and a suitable network), or another data set"
         )
-    extractor = build_extractor(config)
-    if config.reference is None:
-        raise UsageError(
-            f"{config.experiment} has no reference: compute one with `diffaccel reference EXPERIMENT`, and set "
-            "reference="
-        )
-    reference = load_reference(config.reference, extractor)
-    floor: Reference | None = load_reference(config.floor, extractor) if config.floor else None
-    for path, found in ((config.reference, reference), (config.floor, floor)):
-        if path is not None and found is not None:
-            check_same_data(path, found, source.label, shape_of(config))
-    if config.jpeg is not None:
-        extractor = AsJPEG(extractor, config.jpeg)
-    check_independent([extractor], feature_networks_of(*own_weights(config, sampler)), config.experiment)
+    judges = build_judges(config, source.label, only)
+    trained_with = feature_networks_of(*own_weights(config, sampler))
+    check_independent([judge.extractor for judge in judges], trained_with, config.experiment)
     likelihood = build_likelihood(config, sampler) if measured else None
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
         seed=config.seed,
         batch_size=config.images_per_batch,
-        extractor=extractor,
-        reference=reference,
-        floor=floor,
+        judges=judges,
         out=config.folder,
         provenance={
             "method": config.method_name,
@@ -110,7 +91,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
             "configuration": describe_configuration(config, measured),
         },
         settings=config.at,
-        identity=identify(config, extractor, reference, floor) if measured else None,
+        identity=identify(config, judges) if measured else None,
         again=config.again,
         keep_features=config.keep_features,
         keep_images=config.keep_images,
@@ -161,6 +142,7 @@ def build_searcher(config: Config, sampler: Sampler) -> Searcher:
         UsageError: See :func:`build_evaluator`; or the search is out of range.
     """
     posterior = getattr(sampler.prior, "posterior", None)
+    judge = config.search.judge or build_extractor(config).name
     return Searcher(
         config.search,
         {"prior": config.prior, "solver": config.solver},
@@ -169,5 +151,5 @@ def build_searcher(config: Config, sampler: Sampler) -> Searcher:
         config.seed,
         find(config.experiment),
         prior=lambda node: build_prior(config, node, posterior, sampler.denoiser),
-        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), sampler, measured=False),
+        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), sampler, measured=False, only=judge),
     )

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
-from diffaccel.features.extractors import Extractor
-from diffaccel.metrics.reference import Reference
+from diffaccel.evaluation.judges import Judge
 from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
@@ -18,12 +17,11 @@ from diffaccel.pretrained import files_sha256
 from diffaccel.version import __version__
 
 
-def identify(
-    config: Config, extractor: Extractor, reference: Reference, floor: Reference | None
-) -> Callable[[float], Identity]:
+def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Identity]:
     """Return a function budget -> everything that determines the images and metrics of a point."""
-    scores: dict[str, Any] = {"extractor": extractor.sha256, "reference": reference.sha256}
-    scores["floor"] = floor and floor.sha256
+    scores = judges[0].identity()
+    if len(judges) > 1:
+        scores["judges"] = [judge.identity() for judge in judges[1:]]
     if config.likelihood:
         scores["likelihood"] = config.likelihood_n
     if config.metrics != list(STANDARD):

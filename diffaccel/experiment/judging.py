@@ -1,6 +1,7 @@
 """Construction of what scores images or statistics that exist already: extractor, reference and floor."""
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,10 @@ from diffaccel.config import Config
 from diffaccel.data.given import GivenImages
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.scores import Real
-from diffaccel.experiment.evaluation import build_extractor
 from diffaccel.features.extractors import EXTRACTORS, Extractor, distance_key
 from diffaccel.features.jpeg import AsJPEG
-from diffaccel.metrics.reference import Reference, compute_reference, load_reference
+from diffaccel.metrics.base import Metric
+from diffaccel.metrics.reference import Reference, compute_reference, file_of, load_reference
 from diffaccel.metrics.statistics import Statistics, read_any
 
 Found = Reference | GivenImages
@@ -48,6 +49,7 @@ class Judge:
         base: Extractor of the reference's images; without the JPEG compression of ``extractor``.
         reference: Statistics or images of training data.
         floor: Statistics or images of held-out data; None for no floor.
+        path: Path of the reference.
     """
 
     named: Extractor | Stated
@@ -55,6 +57,7 @@ class Judge:
     base: Extractor | None
     reference: Found
     floor: Found | None
+    path: str = ""
 
     def real(self) -> Real:
         """Return the statistics of real images, after computing those that are given by images; collective."""
@@ -70,6 +73,23 @@ class Judge:
     def distance_only(self) -> bool:
         """Whether the reference has no features of single images, so that only the Frechet distance is defined."""
         return isinstance(self.reference, Statistics)
+
+    def applicable(self, metrics: Sequence[Metric], of_images: bool) -> list[Metric]:
+        """Return the metrics that are defined for images or statistics."""
+        return [metric for metric in metrics if metric.gives_distance or (of_images and not self.distance_only)]
+
+
+def build_judges(config: Config, source: GivenImages | Reference, path: str, given: Collection[str]) -> list[Judge]:
+    """Build the judges of images or statistics; see :func:`build_judge`."""
+    found = []
+    for node in config.extractors:
+        files = {key: _file_of(getattr(config, key), node) for key in ("reference", "floor")}
+        found.append(build_judge(dataclasses.replace(config, extractor=node, judges=[], **files), source, path, given))
+    return found
+
+
+def _file_of(files: Any, node: Any) -> Any:
+    return file_of(files, EXTRACTORS.build(node).name) if isinstance(files, Mapping) else files
 
 
 def build_judge(config: Config, source: GivenImages | Reference, path: str, given: Collection[str]) -> Judge:
@@ -97,16 +117,16 @@ def build_judge(config: Config, source: GivenImages | Reference, path: str, give
         return _of_statistics(config, source, path, reference, floor, given)
     if isinstance(source, Reference):
         raise UsageError(f"{path} has statistics, {config.reference} images: set reference= to statistics too")
-    if isinstance(reference, Reference) and "extractor" not in given and not config.experiment:
+    if isinstance(reference, Reference) and not {"extractor", "judges"} & {*given} and not config.experiment:
         name = _own_extractor(config.reference, reference)
         config.extractor = {"name": name}
-    elif "extractor" not in given and not config.experiment:
+    elif not {"extractor", "judges"} & {*given} and not config.experiment:
         raise UsageError(f"{config.reference} has images, for any extractor: set extractor=, for example to inception")
-    base = build_extractor(config)
+    base = EXTRACTORS.build(config.extractor)
     for file, found in ((config.reference, reference), (config.floor, floor)):
         _check_extractor(str(file), found, base)
     extractor = base if config.jpeg is None else AsJPEG(base, config.jpeg)
-    return Judge(extractor, extractor, base, reference, floor)
+    return Judge(extractor, extractor, base, reference, floor, str(config.reference))
 
 
 def _open(path: str) -> Found:
@@ -180,12 +200,21 @@ def _of_statistics(
             "extractor=, for example to inception"
         )
     named: dict[str, Any] = own or {"name": asked, "sha256": None}
-    return Judge(Stated(str(named["name"]), named["sha256"], source.moments.dim), None, None, reference, floor)
+    return Judge(
+        Stated(str(named["name"]), named["sha256"], source.moments.dim),
+        None,
+        None,
+        reference,
+        floor,
+        str(config.reference),
+    )
 
 
 def _asked(config: Config, given: Collection[str]) -> str | None:
     """Registered name of the extractor that the user or the experiment specifies; None if neither does."""
-    return str(config.extractor["name"]) if "extractor" in given or config.experiment else None
+    if not config.experiment and not {"extractor", "judges"} & {*given}:
+        return None
+    return str(config.extractor if isinstance(config.extractor, str) else config.extractor["name"])
 
 
 def _check_shape(config: Config, source: GivenImages | Reference, path: str, reference: Found) -> None:

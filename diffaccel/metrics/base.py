@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffaccel.errors import UsageError
 from diffaccel.metrics.frechet import FrechetDistance
-from diffaccel.metrics.kernel import KernelReference
+from diffaccel.metrics.kernel import Kernel, KernelReference, kernel_distance
 from diffaccel.metrics.manifold import Manifold, manifold_scores
 from diffaccel.metrics.memorisation import copy_threshold
 from diffaccel.metrics.moments import Moments
@@ -34,12 +34,15 @@ class Made:
         features: Features of the first images, at most 10,000, in order, (m, d) float32.
         sums: Sums over all n images in jackknife blocks; ``compute`` is collective.
         distance: Key of the Frechet distance of these features, ``fid`` or ``fd_<extractor>``.
+        block: Jackknife block of each row of ``features``, (m,) integers, with whole chains in a block; None for
+            independent images.
     """
 
     n: int
     features: Tensor
     sums: FrechetDistance
     distance: str
+    block: Tensor | None = None
 
     def moments(self) -> Moments:
         """Compute mean and covariance of the features of all n images; collective."""
@@ -66,6 +69,7 @@ class Real:
         self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
         self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
         self._thresholds: dict[int, Tensor] = {}
+        self._kernel_floors: dict[int, Kernel] = {}
 
     def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
         """Return the neighbourhoods of m training images, and the scores of m held-out images; None if too few."""
@@ -74,6 +78,15 @@ class Real:
             held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
             self._manifolds[m] = neighbours, held_out
         return self._manifolds[m]
+
+    def kernel_floor(self, n: int) -> Kernel | None:
+        """Return the kernel distance of n held-out images, or of all if there are fewer; None below four."""
+        m = min(n, len(self.held_out))
+        if self.kernel is None or m < 4:
+            return None
+        if m not in self._kernel_floors:
+            self._kernel_floors[m] = kernel_distance(spread(self.held_out, m), self.kernel)
+        return self._kernel_floors[m]
 
     def copy_threshold(self, h: int) -> Tensor:
         """Return the distance within which an image counts as a copy, by the first h held-out images, () float64."""

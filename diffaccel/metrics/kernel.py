@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffaccel.collective import all_gather
 from diffaccel.errors import UsageError
@@ -116,34 +117,64 @@ class Kernel(NamedTuple):
     se: Tensor
 
 
-def kernel_distance(features: Tensor, reference: KernelReference, blocks: int = 10) -> Kernel:
+def kernel_distance(
+    features: Tensor, reference: KernelReference, blocks: int = 10, block: Tensor | None = None
+) -> Kernel:
     """Compute the kernel distance with its jackknife standard error over images, for a fixed reference.
 
+    The distance is bit-identical to that of :class:`KernelDistance`: the blocks are sums over the same tiles, which are
+    computed once. The standard error does not include the reference's own sampling error, which shifts the distances of
+    all methods alike.
+
     Args:
-        features: Features in random order, (n, d), n >= 4.
+        features: Features, (n, d), n >= 4.
         reference: Features of real images.
-        blocks: Number of blocks of the jackknife.
+        blocks: Number of blocks of the jackknife, if ``block`` is not given; images are then in random order.
+        block: Jackknife block of each image, (n,) integers; dependent images, such as those of one chain, must be in
+            the same block.
+
+    Returns:
+        Distance and standard error; the latter is NaN if fewer than two blocks have images, or one has all but one.
     """
-    parts = [features[block::blocks] for block in range(min(blocks, len(features) // 2))]
-    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    within = torch.zeros(len(parts), len(parts), dtype=torch.float64)  # sums over pairs of different images
-    for i, x in enumerate(parts):
-        for j, y in enumerate(parts[: i + 1]):
-            if i == j:
-                within[i, i] = mean_off_diagonal(x, reference.rows) * len(x) * (len(x) - 1)
-            else:
-                within[i, j] = within[j, i] = kernel_sum(x, y, reference.rows)
-    cross = torch.stack([kernel_sum(part, reference.features, reference.rows) for part in parts])
-    cross = cross / len(reference.features)
+    n, rows, real = len(features), reference.rows, reference.features
+    if block is None:
+        block = torch.arange(n) % min(blocks, n // 2)
+    members = F.one_hot(block.unique(return_inverse=True)[1]).double()
+    sums, within = _block_sums(features, features, members, members, rows)
+    own = (features.double().square().sum(1) / features.shape[1] + 1).pow(3)  # of each image with itself
+    full = _without_diagonal(sums, features, rows) + reference.within
+    sums, cross = _block_sums(features, real, members, torch.ones(len(real), 1, dtype=torch.float64), rows)
+    full = full - 2 * (sums / (n * len(real)))
 
-    def distance(used: Tensor) -> Tensor:
-        n = sizes[used].sum()
-        return within[used][:, used].sum() / (n * (n - 1)) + reference.within - 2 * cross[used].sum() / n
-
-    everything = torch.arange(len(parts))
-    full = distance(everything)
-    kept = torch.stack([distance(everything[everything != block]) for block in everything])
+    # sums over the pairs of images that are left without each block: those within a block are subtracted twice
+    sizes, lone = members.sum(0), n - members.sum(0)
+    pairs = within.sum() - own.sum() - (2 * within.sum(1) - within.diagonal() - members.T @ own)
+    others = (cross.sum() - cross[:, 0]) / len(real)
+    kept = pairs / (lone * (lone - 1)) + reference.within - 2 * others / lone
     return Kernel(full, jackknife(full, kept, sizes)[1])
+
+
+def _block_sums(x: Tensor, y: Tensor, x_members: Tensor, y_members: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sum kernels over all pairs as :func:`kernel_sum`, and over the pairs of each two blocks.
+
+    Args:
+        x: Features, (n, d).
+        y: Features, (m, d).
+        x_members: Whether each row of x is in each of K blocks, (n, K) float64.
+        y_members: Whether each row of y is in each of L blocks, (m, L) float64.
+        rows: Number of rows of a tile.
+
+    Returns:
+        Sum over all pairs, (), and sums by block, (K, L), float64.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    found = torch.zeros(x_members.shape[1], y_members.shape[1], dtype=torch.float64, device=x.device)
+    for some_x, own in zip(x.split(rows), x_members.split(rows), strict=True):
+        for some_y, others in zip(y.split(rows), y_members.split(rows), strict=True):
+            tile = _tile(some_x, some_y)
+            total += tile.sum()
+            found += own.T @ (tile @ others)
+    return total, found
 
 
 def kernel_sum(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
@@ -151,13 +182,22 @@ def kernel_sum(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for some_x in x.split(rows):
         for some_y in y.split(rows):
-            tile = some_x.double() @ some_y.double().T
-            total += tile.div_(x.shape[1]).add_(1).pow_(3).sum()  # in place, which is faster
+            total += _tile(some_x, some_y).sum()
     return total
+
+
+def _tile(x: Tensor, y: Tensor) -> Tensor:
+    """Kernels of all pairs, (n, m) float64."""
+    return (x.double() @ y.double().T).div_(x.shape[1]).add_(1).pow_(3)  # in place, which is faster
 
 
 def mean_off_diagonal(x: Tensor, rows: int = 1024) -> Tensor:
     """Average k(x_i, x_j) over i != j, x (n, d), () float64."""
+    return _without_diagonal(kernel_sum(x, x, rows), x, rows)
+
+
+def _without_diagonal(total: Tensor, x: Tensor, rows: int) -> Tensor:
+    """Average over i != j, from the sum over all pairs of x (n, d)."""
     n, dim = x.shape
     diagonal = torch.stack([(part.double().square().sum(1) / dim + 1).pow(3).sum() for part in x.split(rows)]).sum()
-    return (kernel_sum(x, x, rows) - diagonal) / (n * (n - 1))
+    return (total - diagonal) / (n * (n - 1))

@@ -4,6 +4,7 @@ The block of a batch follows from its *global* index, so that results do not dep
 """
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -149,6 +150,14 @@ class MomentSums:
         count, total, outer = (state.sum(0) for state in (self.count, self.total, self.outer))
         if drop is not None:
             count, total, outer = count - self.count[drop], total - self.total[drop], outer - self.outer[drop]
+        return self._moments(count, total, outer)
+
+    def moments_of(self, blocks: Sequence[int]) -> Moments:
+        """Return the moments of some blocks of this rank's sums."""
+        chosen = list(blocks)
+        return self._moments(*(state[chosen].sum(0) for state in (self.count, self.total, self.outer)))
+
+    def _moments(self, count: Tensor, total: Tensor, outer: Tensor) -> Moments:
         if count < 2:
             raise UsageError(f"a covariance requires at least 2 images, not {int(count)}: score more")
         mean = total / count

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from diffaccel.errors import UsageError
-from diffaccel.metrics.frechet import Frechet, FrechetDistance, jackknife
+from diffaccel.metrics.frechet import Frechet, FrechetDistance, Resampled
 from diffaccel.metrics.moments import Moments
 
 
@@ -30,13 +30,13 @@ def paired_difference(a: Tensor, b: Tensor, block: Tensor, reference: Moments) -
     if a.shape != b.shape or block.shape != a.shape[:1]:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)} with blocks of {tuple(block.shape)}"
         raise UsageError(f"the images do not form pairs ({shapes}): score the same n for both methods")
-    (full_a, kept_a, sizes), (full_b, kept_b, _) = (_leave_one_out(x, block, reference) for x in (a, b))
-    return Frechet(full_a - full_b, *jackknife(full_a - full_b, kept_a - kept_b, sizes))
+    first, second = (_resampled(x, block, reference) for x in (a, b))
+    return first.less(second).extrapolated()
 
 
-def _leave_one_out(features: Tensor, block: Tensor, reference: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def _resampled(features: Tensor, block: Tensor, reference: Moments) -> Resampled:
     labels, block = block.cpu().unique(return_inverse=True)
     distance = FrechetDistance(features.shape[-1], reference, blocks=len(labels))
     for k in range(len(labels)):
         distance.update(features[block == k], k)
-    return distance.leave_one_out()
+    return distance.resampled()

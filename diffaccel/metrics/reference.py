@@ -1,14 +1,16 @@
 """Reference statistics of a data set in the features of one extractor, kept in an npz file with their provenance.
 
-The file holds the moments of a whole split in float64 (for the Frechet distance) and float16 features of some of its
-images (for the kernel distance). Libraries that cache such statistics by name alone hand out old numbers once the data
-or the weights behind the name change; here the extractor's hash is checked and the content has a hash of its own.
+The file holds the moments of a whole split (for the Frechet distance) and float16 features of some of its images (for
+the kernel distance). The moments are float64. Above 512 features the covariance is rounded to float32 and only its
+upper triangle is stored, which is a quarter of the size: 3.3 MB at 1,280 features. Libraries that cache such statistics
+by name alone hand out old numbers once the data or the weights behind the name change; here the extractor's hash is
+checked and the content has a hash of its own.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,10 @@ from diffaccel.version import __version__
 
 REMEDY = "compute it with `diffaccel reference EXPERIMENT`, and set reference= (or floor=) to the new file"
 FLOAT16_MAX = torch.finfo(torch.float16).max
+PACKED_ABOVE = 512
+"""Number of features above which the covariance is stored as an upper triangle in float32."""
+TRIANGLE = "upper triangle, float32"
+"""Value of ``covariance`` in the provenance of such a file."""
 
 
 class Splits(Protocol):
@@ -61,7 +67,7 @@ class Reference:
         moments: Moments of the features of all images of the split.
         features: Features of images evenly spaced over the split, (m, dim) float16.
         provenance: Origin of the statistics: ``data``, ``label``, ``split``, ``n``, ``limit``, ``shape``, ``extractor``
-            (``name``, ``sha256``, ``dim``), ``order`` and ``version``.
+            (``name``, ``sha256``, ``dim``), ``order``, ``version`` and, if it is packed, ``covariance``.
     """
 
     moments: Moments
@@ -74,10 +80,14 @@ class Reference:
         All images are used if n is not less than their number, or if the features of fewer than n images are kept. The
         kept features are float16, which changes a distance by less than its standard error.
         """
+        chosen = self.features_of(n)
+        return self.moments if chosen is None else Moments.from_features(chosen)
+
+    def features_of(self, n: int) -> Tensor | None:
+        """Return the features of n images evenly spaced over the split; None if those of fewer images are kept."""
         if n >= self.moments.n or n > len(self.features):
-            return self.moments
-        chosen = torch.linspace(0, len(self.features) - 1, n, dtype=torch.float64).round().long()
-        return Moments.from_features(self.features[chosen])
+            return None
+        return self.features[torch.linspace(0, len(self.features) - 1, n, dtype=torch.float64).round().long()]
 
     @cached_property
     def sha256(self) -> str:
@@ -93,10 +103,11 @@ class Reference:
         save_references({Path(path): self})
 
     def _arrays(self) -> dict[str, Any]:
+        packed = self.provenance.get("covariance") == TRIANGLE
         return {
             "n": np.array(self.moments.n, dtype=np.int64),
             "mean": self.moments.mean.numpy(),
-            "covariance": self.moments.covariance.numpy(),
+            "covariance": (_pack(self.moments.covariance) if packed else self.moments.covariance).numpy(),
             "features": self.features.numpy(),
             "provenance": np.array(json.dumps(self.provenance, sort_keys=True)),
         }
@@ -134,56 +145,117 @@ def save_references(references: Mapping[Path, Reference]) -> None:
         old.unlink()
 
 
-@torch.no_grad()
 def compute_reference(
     data: Splits, split: str, extractor: Extractor, batch_size: int = 250, keep: int = 10_000
 ) -> Reference:
-    """Compute the statistics of a split, distributed over all ranks.
+    """Compute the statistics of a split in the features of one extractor; see :func:`compute_references`."""
+    (found,) = compute_references(data, split, [extractor], batch_size, keep)
+    return found
 
-    Each rank processes its own batches, and all ranks return the same reference. It is bit-identical for 1, 2, 4 or 8
-    ranks with the same number of threads each, and equal up to rounding otherwise.
+
+@torch.no_grad()
+def compute_references(
+    data: Splits, split: str, extractors: Sequence[Extractor], batch_size: int = 250, keep: int = 10_000
+) -> list[Reference]:
+    """Compute the statistics of a split in the features of several extractors, in one pass, distributed over all ranks.
+
+    Each rank processes its own batches, and all ranks return the same references. They are bit-identical for 1, 2, 4 or
+    8 ranks with the same number of threads each, and equal up to rounding otherwise.
 
     Args:
         data: Data module.
         split: Name of the split, ``train`` or ``test``.
-        extractor: Feature extractor.
+        extractors: Feature extractors.
         batch_size: Number of images per batch.
         keep: Maximum number of images whose features are kept. These are evenly spaced over the split, because folders
             are sorted by class.
+
+    Returns:
+        Statistics in the order of the extractors.
 
     Raises:
         UsageError: A feature is not finite or exceeds float16, or there are fewer than two images.
     """
     parallel = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    sums = MomentSums(extractor.dim, blocks=8)
-    kept: dict[int, Tensor] = {}
+    passes = [_Pass(extractor) for extractor in extractors]
     with failing_together():
         for index, images, _ in data.batches(split, batch_size, rank, world):
-            features = extractor(images.to(extractor.device)).cpu()
-            sums.update(features, index)
-            if features.abs().max() > FLOAT16_MAX:
-                raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
-            kept[index] = features.half()
-    if parallel:
-        shares = [kept] * world
-        dist.all_gather_object(shares, kept)
-        kept = {index: features for share in shares for index, features in share.items()}
-    moments = sums.compute()
-    features = torch.cat([kept[index] for index in sorted(kept)])
-    chosen = torch.linspace(0, moments.n - 1, min(keep, moments.n), dtype=torch.float64).round().long()
-    provenance = {
-        "data": data.name,
-        "label": data.label,
-        "split": split,
-        "n": moments.n,
-        "limit": data.limit,
-        "shape": list(data.shape),
-        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},
-        "order": "features evenly spread over the split",
-        "version": __version__,
-    }
-    return Reference(moments, features[chosen], provenance)
+            for one in passes:
+                one.add(index, images)
+    return [one.reference(data, split, keep, world) for one in passes]
+
+
+class _Pass:
+    """Features of a split in one extractor."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.sums = MomentSums(extractor.dim, blocks=8)
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, index: int, images: Tensor) -> None:
+        features = self.extractor(images.to(self.extractor.device)).cpu()
+        self.sums.update(features, index)
+        if features.abs().max() > FLOAT16_MAX:
+            raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
+        self.kept[index] = features.half()
+
+    def reference(self, data: Splits, split: str, keep: int, world: int) -> Reference:
+        """Gather the features of all ranks; collective."""
+        kept, extractor = self.kept, self.extractor
+        if world > 1:
+            shares = [kept] * world
+            dist.all_gather_object(shares, kept)
+            kept = {index: features for share in shares for index, features in share.items()}
+        moments = self.sums.compute()
+        features = torch.cat([kept[index] for index in sorted(kept)])
+        chosen = torch.linspace(0, moments.n - 1, min(keep, moments.n), dtype=torch.float64).round().long()
+        provenance = {
+            "data": data.name,
+            "label": data.label,
+            "split": split,
+            "n": moments.n,
+            "limit": data.limit,
+            "shape": list(data.shape),
+            "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dim": extractor.dim},
+            "order": "features evenly spread over the split",
+            "version": __version__,
+        }
+        if extractor.dim > PACKED_ABOVE:
+            provenance["covariance"] = TRIANGLE
+            moments = Moments(moments.n, moments.mean, _unpack(_pack(moments.covariance), extractor.dim))
+        return Reference(moments, features[chosen], provenance)
+
+
+def _pack(covariance: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric matrix (d, d) row by row, (d (d + 1) / 2,) float32."""
+    rows, columns = torch.triu_indices(*covariance.shape)
+    return covariance[rows, columns].float()
+
+
+def _unpack(triangle: Tensor, dim: int) -> Tensor:
+    """Return the symmetric matrix of an upper triangle, (d, d) float64.
+
+    Raises:
+        ValueError: The triangle has another number of values.
+    """
+    if triangle.shape != (dim * (dim + 1) // 2,):
+        raise ValueError(f"the triangle has shape {tuple(triangle.shape)}, but there are {dim} features")
+    rows, columns = torch.triu_indices(dim, dim)
+    found = torch.zeros(dim, dim, dtype=torch.float64)
+    found[rows, columns] = found[columns, rows] = triangle.double()
+    return found
+
+
+def file_of(files: Any, judge: str) -> str | None:
+    """Return the file of statistics for a judge.
+
+    Args:
+        files: File for a single judge, or mapping of names of judges to files; None for no file.
+        judge: Name of the judge.
+    """
+    return files.get(judge) if isinstance(files, Mapping) else files
 
 
 def load_reference(path: str | Path, extractor: Extractor) -> Reference:
@@ -243,8 +315,11 @@ def read_reference(path: str | Path) -> Reference:
         n, mean, covariance, features = (file.read(key) for key in ("n", "mean", "covariance", "features"))
         provenance = json.loads(str(file.read("provenance")))
         made_with = {key: provenance["extractor"][key] for key in ("name", "sha256", "dim")}
+        matrix = torch.from_numpy(covariance)
+        if provenance.get("covariance") == TRIANGLE:
+            matrix = _unpack(matrix, len(mean))
         reference = Reference(
-            Moments(int(n), torch.from_numpy(mean), torch.from_numpy(covariance)),
+            Moments(int(n), torch.from_numpy(mean), matrix),
             torch.from_numpy(features),
             provenance,
         )

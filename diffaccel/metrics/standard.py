@@ -1,13 +1,15 @@
 """Standard metrics, which every bench computes by default."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from typing_extensions import override
 
 from diffaccel.metrics.base import METRICS, Made, Metric, Real
-from diffaccel.metrics.frechet import frechet_distance
-from diffaccel.metrics.kernel import KernelDistance
+from diffaccel.metrics.frechet import Frechet, frechet_distance, frechet_of_few
+from diffaccel.metrics.kernel import KernelDistance, kernel_distance
 from diffaccel.metrics.manifold import manifold_scores
 from diffaccel.metrics.memorisation import memorised
 
@@ -31,19 +33,27 @@ class FrechetMetric(Metric):
 
     @override
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
-        name, found = made.distance, made.sums.compute()
+        name, reference = made.distance, real.reference.moments
+        few = 2 <= made.n <= min(reference.dim, len(made.features))  # then no error is defined
+        nan = torch.tensor(math.nan)
+        found = Frechet(frechet_of_few(made.features, reference), nan, nan) if few else made.sums.compute()
         values = {name: float(found.fd), f"{name}_inf": float(found.fd_inf), f"{name}_se": float(found.se)}
         if real.floor is not None:
-            floor = frechet_distance(real.floor.moments_of(made.n), real.reference.moments)
-            values[f"{name}_floor"] = float(floor)
+            held_out = real.floor.features_of(made.n) if few else None
+            if held_out is not None:
+                values[f"{name}_floor"] = float(frechet_of_few(held_out, reference))
+            else:
+                values[f"{name}_floor"] = float(frechet_distance(real.floor.moments_of(made.n), reference))
         return values
 
 
 @METRICS.register("kid")
 class KernelMetric(Metric):
-    """Kernel distance (KID) of the first 10,000 images.
+    """Kernel distance (KID) of the first 10,000 images, its standard error, and the distance of held-out images.
 
-    Key of the point: ``kid``.
+    Keys of the point: ``kid``, ``kid_se`` and ``kid_floor``. The standard error is the jackknife's over blocks of
+    images, in which chains are whole, for the fixed training images of the reference. ``kid`` is unbiased at any number
+    of images, so that there is nothing to extrapolate.
 
     References:
         Demystifying MMD GANs (Binkowski et al., 2018), https://arxiv.org/abs/1801.01401
@@ -55,9 +65,13 @@ class KernelMetric(Metric):
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         if real.kernel is None:
             return {}
-        kernel = KernelDistance(made.features.shape[1], real.kernel, sync_on_compute=False)
-        kernel.update(made.features, 0)
-        return {"kid": float(kernel.compute())}
+        if len(made.features) < 4:  # too few for blocks
+            alone = KernelDistance(made.features.shape[1], real.kernel, sync_on_compute=False)
+            alone.update(made.features, 0)
+            return {"kid": float(alone.compute())}
+        found, floor = kernel_distance(made.features, real.kernel, block=made.block), real.kernel_floor(made.n)
+        values = {"kid": float(found.kid), "kid_se": float(found.se)}
+        return values if floor is None else {**values, "kid_floor": float(floor.kid)}
 
 
 @METRICS.register("manifold")

@@ -71,6 +71,7 @@ RANGES: dict[str, Range] = {
     "shape": COUNT,
     "batch_size": COUNT,
     "limit": LENGTH,
+    "keep_rows": LENGTH,
     "threads": Range(1, 1024),
     "devices": Range(1, 1024),
     "num_nodes": COUNT,

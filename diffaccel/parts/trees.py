@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+STATISTICS = ("reference", "floor")
+"""Keys of files, or of mappings from judges to files, of which text does not name a part."""
+
 
 def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the values of nested mappings and lists, each with the keys that lead to it."""
@@ -17,12 +20,15 @@ def leaves(tree: Any, *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Merge ``new`` into ``old`` key by key; a part with another name replaces the old part as a whole.
 
-    Text that is merged with a mapping is the name of a part.
+    Text that is merged with a mapping is the name of a part, except under a key of :data:`STATISTICS`, where either
+    replaces the other.
     """
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
         if key == "by_nfe" and not value:  # an empty mapping removes all entries, like null
+            before = None
+        if key in STATISTICS and not (isinstance(value, Mapping) and isinstance(before, Mapping)):
             before = None
         if isinstance(value, str) and isinstance(before, Mapping):
             value = {"name": value}

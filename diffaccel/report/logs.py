@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffaccel.report import Point
+from diffaccel.report.judges import judges_of, seen_by
 from diffaccel.text.terminal import side_output
 
 Logger = TypeVar("Logger")
@@ -53,6 +54,7 @@ def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[
             "curve/nfe_marginal": point["nfe_marginal"],
             "curve/seconds_per_image": point["seconds_per_image"],
             **{f"curve/{key}": value for key, value in point["metrics"].items() if value is not None},
+            **_by_others(point),
         }
         for point in points
     ]
@@ -76,6 +78,16 @@ def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[
     if (out / "curve.png").is_file():
         logger.log_image("curve", [str(out / "curve.png")])
     run.config.update({"provenance": provenance}, allow_val_change=True)
+
+
+def _by_others(point: Point) -> dict[str, float]:
+    """Metrics of all judges but the first, as ``curve/<judge>/<metric>``."""
+    return {
+        f"curve/{judge}/{key}": value
+        for judge in judges_of(point)[1:]
+        for key, value in seen_by(point, judge)["metrics"].items()
+        if value is not None
+    }
 
 
 def log_weights(logger: Any, path: Path, name: str, description: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from diffaccel.report.files import frechet_key
+from diffaccel.report.judges import common_judges, seen_by
 from diffaccel.report.points import Point, further_metrics, normalised
 from diffaccel.text.terminal import number, print_lines, wide_console
 
@@ -18,23 +20,33 @@ FILES = "points.jsonl, curve.png, curve.csv, config.yaml and sample grids"
 
 
 def print_points(points: Sequence[Point], name: str, out: Path, files: str = FILES) -> None:
-    """Print a row for each point, the scores of real images, and the output folder.
+    """Print a row for each point, the scores of real images, and the output folder; one table for each judge.
 
     Args:
         points: Points with the same extractor and reference.
-        name: Key of the Frechet distance.
+        name: Key of the Frechet distance by the first judge.
         out: Output folder.
         files: Names of the files in it.
     """
     if not points:
         return
-    points = [normalised(point) for point in points]
+    _print_table([normalised(point) for point in points], name)
+    for judge in common_judges(points)[1:]:
+        seen = [normalised(seen_by(point, judge)) for point in points]
+        print_lines(f"judge {judge}:")
+        _print_table(seen, frechet_key(seen))
+    print_lines(f"{files} are in {out}")
+
+
+def _print_table(points: Sequence[Point], name: str) -> None:
+    """Print a row for each normalised point, and the scores of real images."""
     n, last = points[-1]["n"], points[-1]["metrics"]
     likelihood = ("bits_per_dim", "bits_per_dim_se")
-    standard = (name, f"{name}_se", f"{name}_inf", "kid", *NEIGHBOURHOODS, *likelihood)
+    standard = (name, f"{name}_se", f"{name}_inf", "kid", "kid_se", *NEIGHBOURHOODS, *likelihood)
     shown = [key for key in standard if key in last] + further_metrics(points, name)
     size = "" if n is None else f"@{number(n, 12)}"
-    heads = {name: f"{name}{size}", f"{name}_se": "se", "bits_per_dim": "bits/dim", "bits_per_dim_se": "se"}
+    heads = {name: f"{name}{size}", "bits_per_dim": "bits/dim"}
+    heads |= dict.fromkeys((f"{name}_se", "kid_se", "bits_per_dim_se"), "se")
     table = Table(box=None, header_style="bold")
     for head in ("budget", "nfe", "burn-in", *(heads.get(key, key) for key in shown), "s/image"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -48,7 +60,7 @@ def print_points(points: Sequence[Point], name: str, out: Path, files: str = FIL
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
     if last.get(f"{name}_floor") is not None:
-        others = "".join(f", {key} {number(last[f'{key}_real'])}" for key in NEIGHBOURHOODS if f"{key}_real" in last)
+        known = {"kid": last.get("kid_floor"), **{key: last.get(f"{key}_real") for key in NEIGHBOURHOODS}}
+        others = "".join(f", {key} {number(value)}" for key, value in known.items() if value is not None)
         held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
         print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")
-    print_lines(f"{files} are in {out}")

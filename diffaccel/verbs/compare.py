@@ -1,88 +1,70 @@
 """``compare``: points of several runs in a table and a page, with curves and differences under common noise.
 
-Two points are a pair if their budget, number of images, seed, noise, reference and extractor are equal. Image i of both
-then comes from the same noise, so that the difference of the distances has a smaller error than each distance.
+Points that several judges scored are shown as one of them sees them. Pairs that another judge orders differently are
+listed. See :mod:`~diffaccel.verbs.pairs`.
 """
 
 import base64
 import html
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
-from torch import Tensor
 
-from diffaccel.config import read
 from diffaccel.errors import UsageError
-from diffaccel.evaluation.scores import blocks_of
-from diffaccel.metrics import Frechet, Moments, paired_difference
-from diffaccel.metrics.reference import read_reference
+from diffaccel.metrics import Frechet
 from diffaccel.report import frechet_key, plot_curve, read_points, title_of, write_csv
 from diffaccel.report.curves import places_of
+from diffaccel.report.judges import common_judges, judges_of, seen_by
 from diffaccel.report.logs import budget_name
 from diffaccel.report.points import Point, distance, further_metrics, normalised, undrawn
 from diffaccel.text.escape import markdown_cell, printable
 from diffaccel.text.terminal import number, print_lines, wide_console
+from diffaccel.verbs.pairs import Note, Pairs, Row, key_of
 
 WRITTEN = ("compare.csv", "table.md", "curve.png", "index.html")
-SHOWN = ("kid", "precision", "recall", "density", "coverage")
-
-Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Point with its difference to its pair, the first measured point of the first folder.
-
-    Attributes:
-        folder: Folder of the run.
-        point: Normalised point; unknown values are None.
-        label: Label of the curve.
-        grid: File of the sample grid; None if a later point of the same budget replaced it.
-        difference: Distance minus that of the pair; None without a pair.
-    """
-
-    folder: Path
-    point: Point
-    label: str
-    grid: Path | None = None
-    difference: Frechet | None = None
+SHOWN = ("kid", "kid_se", "precision", "recall", "density", "coverage")
+ONLY_IN_FILES = ("precision", "density", "s/image")
+"""Columns that the terminal has no room for."""
 
 
-def compare(sources: Sequence[str], reference: str | None = None, note: Note = lambda said: None) -> list[Row]:
+def compare(
+    sources: Sequence[str],
+    reference: str | None = None,
+    note: Note = lambda said: None,
+    judge: str | None = None,
+) -> list[Row]:
     """Read points and pair those of each source with those of the first source.
 
     Args:
         sources: Folders of runs, or their points.jsonl. A folder without points.jsonl is skipped if there are others.
         reference: File of the points' reference, if the folders' config.yaml does not contain its path.
         note: Function called with a message about anything that is not shown.
+        judge: Name of the judge whose metrics are shown; by default the first of the first point.
 
     Returns:
         Rows in the order of source, curve and budget, without points that were measured again.
 
     Raises:
-        UsageError: There are no sources or no points, the points have several extractors or references, or
-            ``reference`` is not the reference of the points.
+        UsageError: There are no sources or no points, the points have several extractors or references, ``judge`` did
+            not score some of them, or ``reference`` is not the reference of the points.
     """
     if not sources:
         raise UsageError("compare requires folders of runs: diffaccel compare runs/digits/edm runs/digits/dlg")
     folders = dict.fromkeys(Path(source).parent if source.endswith(".jsonl") else Path(source) for source in sources)
-    lines = [(folder, point) for folder in _with_points(list(folders), note) for point in _points(folder)]
-    _check(lines)
+    lines = _seen([(folder, point) for folder in _with_points(list(folders), note) for point in _points(folder)], judge)
     for said in undrawn([point for _, point in lines], frechet_key([point for _, point in lines])):
         note(said)
     rows = _rows(lines, note)
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row.folder == rows[0].folder:
-            first.setdefault(_pair(row.point), row)
-    return _Pairs(rows, reference, note).paired(first)
+            first.setdefault(key_of(row.point), row)
+    return Pairs(rows, reference, note).paired(first)
 
 
 def _with_points(folders: Sequence[Path], note: Note) -> list[Path]:
@@ -104,7 +86,7 @@ def _points(folder: Path) -> list[dict[str, Any]]:
     return [normalised(point) for point in points]
 
 
-def _rows(lines: Sequence[tuple[Path, dict[str, Any]]], note: Note) -> list[Row]:
+def _rows(lines: Sequence[tuple[Path, Point]], note: Note) -> list[Row]:
     places = places_of([point for _, point in lines], [str(folder) for folder, _ in lines])
     # The grid of a budget is that of the last point.
     drawn = {path: number for number, (folder, point) in enumerate(lines) if (path := _grid(folder, point))}
@@ -128,8 +110,32 @@ def _grid(folder: Path, point: Point) -> Path | None:
     return folder / f"samples_nfe{budget_name(point)}.png" if point["nfe"] else None
 
 
-def _check(lines: Sequence[tuple[Path, Point]]) -> None:
-    """Check that all points have the same extractor and reference; older points may lack them."""
+def _seen(lines: Sequence[tuple[Path, Point]], judge: str | None) -> list[tuple[Path, Point]]:
+    """Return the points as a judge sees them, by default the first of the first point that has one.
+
+    Raises:
+        UsageError: The judge did not score some points, or the points have several extractors or references.
+    """
+    judges = [judges_of(point) for _, point in lines]
+    common = common_judges([point for _, point in lines])
+    for (folder, _), names in zip(lines, judges, strict=True):
+        if judge is not None and judge not in names:
+            shown = f"choose judge={common[0]}" if common else "bench them with the same judges"
+            raise UsageError(f"judge={judge}: a point of {folder} was scored by {' and '.join(names)} only: {shown}")
+    first = judge or next((names[0] for names in judges if names), "")
+    found: list[tuple[Path, Point]] = [(folder, normalised(seen_by(point, first))) for folder, point in lines]
+    _check(found, [name for name in common if name != first])
+    return found
+
+
+def _check(lines: Sequence[tuple[Path, Point]], common: Sequence[str]) -> None:
+    """Check that all points have the same extractor and reference; older points may lack them.
+
+    Args:
+        lines: Folders and points.
+        common: Further judges of all points, for the message.
+    """
+    remedy = f", or set judge={common[0]}" if common else ""
     for kind, key in (("extractor", "name"), ("extractor", "sha256"), ("reference", "sha256")):
         found = {value: folder for folder, point in lines if (value := point[kind][key]) is not None}
         if len(found) > 1:
@@ -137,106 +143,8 @@ def _check(lines: Sequence[tuple[Path, Point]]) -> None:
                 f"{folder}: {kind} {value if key == 'name' else value[:8]}" for value, folder in found.items()
             )
             raise UsageError(
-                f"the points were scored differently ({said}): bench them with the same extractor and reference"
+                f"the points were scored differently ({said}): bench them with the same extractor and reference{remedy}"
             )
-
-
-def _pair(point: Point) -> tuple[Any, ...]:
-    return point["nfe_budget"], point["n"], point["seed"], point["noise"]
-
-
-class _Pairs:
-    """Pairing of rows under common noise.
-
-    Args:
-        rows: All rows, in whose folders the reference is looked up.
-        reference: File of the reference; None to look it up.
-        note: See :func:`compare`.
-    """
-
-    def __init__(self, rows: Sequence[Row], reference: str | None, note: Note) -> None:
-        self.rows, self.file, self.note = rows, reference, note
-        self.moments: Moments | None = None
-        self.sought = False
-
-    def paired(self, first: dict[tuple[Any, ...], Row]) -> list[Row]:
-        """Return the rows with their differences to the rows in ``first``."""
-        return [self._paired(row, first.get(_pair(row.point))) for row in self.rows]
-
-    def _paired(self, row: Row, first: Row | None) -> Row:
-        if first is None or first is row or None in _pair(row.point)[1:]:
-            return row
-        files = [one.folder / "features" / f"{one.point['key']}.npy" for one in (row, first)]
-        if not all(one.point["key"] and one.point["key"].isalnum() for one in (row, first)):
-            return row
-        if not all(file.is_file() for file in files):
-            return row
-        moments = self._moments(row)
-        if moments is None:
-            return row
-        try:
-            own, others = map(_features, files)
-        except UsageError as error:
-            self.note(f"{error}; until then its differences are not shown")
-            return row
-        if own.shape != others.shape or len(own) < row.point["n"]:  # only the features of the first images are kept
-            return row
-        # Images of the same chain, in either row, must be in the same block; gcd(c, 0) is c.
-        chains = math.gcd(row.point["chains"] or 0, first.point["chains"] or 0)
-        block = blocks_of(torch.arange(len(own)), chains or None)
-        return replace(row, difference=paired_difference(own, others, block, moments))
-
-    def _moments(self, row: Row) -> Moments | None:
-        """Moments of the reference; None, with a single message, if there is no reference."""
-        if not self.sought:
-            self.sought = True
-            sha256, found = row.point["reference"]["sha256"], None
-            if self.file is not None:
-                self.moments = _reference(Path(self.file).expanduser(), sha256)
-                return self.moments
-            for folder in dict.fromkeys(one.folder for one in (row, *self.rows)):
-                try:
-                    self.moments = _reference(_named_reference(folder), sha256)
-                    break
-                except UsageError as error:
-                    found = found or error
-            if self.moments is None:
-                self.note(f"differences are not shown: {found}; set reference= to the reference of the points")
-        return self.moments
-
-
-def _features(path: Path) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, EOFError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({error!r:.80}): remove it, or bench with again=true") from None
-
-
-def _named_reference(folder: Path) -> Path:
-    """Return the file of the reference in a run's configuration.
-
-    Raises:
-        UsageError: There is no configuration, or it has no reference, for example after a fit without evaluation.
-    """
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise UsageError(f"{config} does not exist")
-    named = read(config).get("reference")
-    if not isinstance(named, str):
-        raise UsageError(f"{config} has no reference")
-    return Path(named)
-
-
-def _reference(path: Path, sha256: str | None) -> Moments:
-    """Read the moments of a reference and check its hash.
-
-    Raises:
-        UsageError: The file is missing or damaged, or its hash differs.
-    """
-    reference = read_reference(path)
-    if reference.sha256 != sha256:
-        raise UsageError(f"{path} is not the reference of the points")
-    return reference.moments
 
 
 def check_out(out: Path) -> None:
@@ -342,7 +250,7 @@ def show(rows: Sequence[Row]) -> None:
     """Print the table, followed by the floor."""
     heads, lines = table(rows)
     alike = [head for head in ("n", "seed") if len({line[heads.index(head)] for line in lines}) == 1]
-    left_out = [heads.index(head) for head in (*alike, "precision", "density", "s/image") if head in heads]
+    left_out = [heads.index(head) for head in (*alike, *ONLY_IN_FILES) if head in heads]
     found = Table(box=None, header_style="bold")
     for column, head in enumerate(heads):
         if column not in left_out:  # the others are in compare.csv
@@ -358,12 +266,35 @@ def _floor(rows: Sequence[Row]) -> list[str]:
     pair = f"the first row of {rows[0].folder} at the same budget, n and seed"
     said = f"difference: {key} minus that of {pair} (paired jackknife)"
     floors = [row.point for row in rows if row.point["metrics"].get(f"{key}_floor") is not None]
+    lines = [said, *_opposed(rows)]
     if not floors:
-        return [said]
+        return lines
     point = floors[-1]
-    real = [f"{name} {number(point['metrics'].get(f'{name}_real'))}" for name in SHOWN[1:]]
+    real = [f"{name} {number(point['metrics'].get(f'{name}_real'))}" for name in SHOWN[2:]]
+    if point["metrics"].get("kid_floor") is not None:
+        real = [f"kid {number(point['metrics']['kid_floor'])}", *real]
     n, floor = number((point["floor"] or {}).get("n"), 12), number(point["metrics"][f"{key}_floor"])
-    return [said, f"floor: {n} held-out real images are at {key} {floor}, {', '.join(real)}"]
+    return [*lines, f"floor: {n} held-out real images are at {key} {floor}, {', '.join(real)}"]
+
+
+def _opposed(rows: Sequence[Row]) -> list[str]:
+    """Lines with the judge that is shown, if there are others, and the pairs that others order differently."""
+    shown, common = rows[0].point["extractor"]["name"], common_judges([row.point for row in rows])
+    others = [name for name in common if name != shown]
+    lines = [f"judge: {shown}; also scored by {', '.join(others)} (judge=NAME)"] if others else []
+    for row in rows:
+        for name in row.opposed:
+            own, other = row.difference, row.others[name]
+            assert own is not None
+            lines.append(
+                f"judges disagree on {row.label} at budget {number(row.point['nfe_budget'])}: "
+                f"{_signed(own)} by {shown}, {_signed(other)} by {name}"
+            )
+    return lines
+
+
+def _signed(difference: Frechet) -> str:
+    return f"{float(difference.fd):+.3g} ± {number(float(difference.se), 2)}"
 
 
 def _page(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row], curve: Path) -> str:

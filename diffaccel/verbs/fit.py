@@ -1,5 +1,6 @@
 """``fit``: training of a method, or of the feature network that scores images."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def fit(config: Config) -> Path:
             callbacks.append(trainer.build_best(config, evaluator))
     phases = len(method.phases())
     if evaluator is not None:
-        check_independent([evaluator.extractor], method.feature_networks(), "this run")  # losses are built by now
+        check_independent(
+            [judge.extractor for judge in evaluator.judges], method.feature_networks(), "this run"
+        )  # losses are built by now
     launch.write_config(config)
     fitting = trainer.build_trainer(config, callbacks, phases=phases)
     try:
@@ -80,7 +83,8 @@ def fit(config: Config) -> Path:
 
 def _evaluator(config: Config, method: Diffusion) -> Evaluator | None:
     """Build the evaluator of a fit and plan its budgets; None without a reference."""
-    if not config.reference or not Path(config.reference).is_file():
+    files = config.reference.values() if isinstance(config.reference, Mapping) else [config.reference]
+    if not any(file and Path(file).is_file() for file in files):
         console.print("no reference file: the fit is not evaluated (see `diffaccel reference`)")
         return None
     for budget in config.nfe:

@@ -27,7 +27,7 @@ from diffaccel.evaluation.point import describe_judges
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.evaluation.scores import Real
 from diffaccel.evaluation.scoring import hash_all, hash_each, number_of, score_images, score_moments
-from diffaccel.experiment.judging import Judge, build_judge
+from diffaccel.experiment.judging import Judge, build_judges
 from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import Measured, build_metrics, measure
 from diffaccel.metrics.reference import Reference
@@ -35,6 +35,7 @@ from diffaccel.metrics.statistics import read_any
 from diffaccel.parts.checks import real_number, whole_number
 from diffaccel.parts.overrides import as_given, scalar, sort_words
 from diffaccel.report import append_point, distance, normalised, read_points
+from diffaccel.report.judges import features_name
 from diffaccel.report.table import print_points
 from diffaccel.run import launch
 from diffaccel.run.machine import settle
@@ -45,7 +46,7 @@ from diffaccel.verbs.sample import DESCRIPTION, read_description
 
 OWN = ("name", "nfe", "n", "seed", "image_size")
 """Keys that describe the source."""
-JUDGING = ("extractor", "reference", "floor", "metrics", "jpeg")
+JUDGING = ("extractor", "judges", "reference", "floor", "metrics", "jpeg")
 """Keys of an experiment that determine the scores."""
 RUNNING = ("out", "batch_size", "threads", "accelerator", "devices", "num_nodes", "keep_features", "again")
 KEYS = (*OWN, *JUDGING, *RUNNING)
@@ -139,10 +140,10 @@ def score(asked: Asked) -> dict[str, Any]:
     path, description = _described(asked.path)
     source = read_any(path, prefer_images=True) or GivenImages(path, asked.own.get("image_size"))
     config = _configure(asked, source)
-    judge = build_judge(config, source, asked.path, asked.given)
+    judges = build_judges(config, source, asked.path, asked.given)
     with launch.folder_of(config):
         settle(config)
-        return Scoring(asked, config, source, judge, description).run()
+        return Scoring(asked, config, source, judges, description).run()
 
 
 def _described(path: str) -> tuple[str, dict[str, Any] | None]:
@@ -183,7 +184,7 @@ class Scoring:
         asked: Words of the command.
         config: Configuration.
         source: Images or statistics.
-        judge: Extractor and statistics of real images.
+        judges: Extractors and statistics of real images.
         description: Description of images that ``sample`` wrote, or None.
 
     Raises:
@@ -195,18 +196,17 @@ class Scoring:
         asked: Asked,
         config: Config,
         source: GivenImages | Reference,
-        judge: Judge,
+        judges: Sequence[Judge],
         description: Mapping[str, Any] | None,
     ) -> None:
-        self.asked, self.config, self.source, self.judge = asked, config, source, judge
+        self.asked, self.config, self.source, self.judges = asked, config, source, judges
+        self.judge = judges[0]
         self.of_images, self.described = isinstance(source, GivenImages), description is not None
         self.hashes = self._hashes(description)
         self.metrics = build_metrics(config.metrics)
-        if judge.distance_only or not self.of_images:
-            self.metrics = [metric for metric in self.metrics if metric.gives_distance]
         self.origin = self._origin(description)
         self.shown: torch.Tensor | None = None
-        self.features: torch.Tensor | None = None
+        self.features: dict[str, torch.Tensor] = {}
 
     def _hashes(self, description: Mapping[str, Any] | None) -> torch.Tensor | None:
         """Hash the images to score, and compare all images with their description; None for statistics."""
@@ -248,7 +248,7 @@ class Scoring:
             if own.get(key) not in (None, said[key]):
                 given, made = number(own[key], 12), number(said[key], 12)
                 raise UsageError(f"{path / DESCRIPTION} has {key} {made}, not {given}: omit {key}=")
-        check = [self.judge.extractor] if self.judge.extractor is not None else []
+        check = [judge.extractor for judge in self.judges if judge.extractor is not None]
         check_independent(check, description.get("feature_networks") or (), str(path))
         found = {key: said[key] for key in DESCRIBED if key in said}
         parts = {part: said["settings"][part].get("name") for part in ("prior", "solver")}
@@ -270,14 +270,20 @@ class Scoring:
 
     def _point(self, world: World, device: torch.device) -> dict[str, Any]:
         """Return the point, scored now or before; collective."""
-        for extractor in (self.judge.extractor, self.judge.base):
+        for extractor in (one for judge in self.judges for one in (judge.extractor, judge.base)):
             if extractor is not None:
                 extractor.to(device)
-        real = self.judge.real()
-        key, partial = self._key(real), self._partial()
+        reals = [judge.real() for judge in self.judges]
+        key, partials = self._key(reals), [self._partial(judge) for judge in self.judges]
         point = world.broadcast(self._before(key))
         if point is None:
-            found, measured = self._measured(real, partial, world)
+            found: dict[str, Any] = {}
+            results = {}
+            for judge, real, partial in zip(self.judges, reals, partials, strict=True):
+                own, measured = self._measured(judge, real, partial, world)
+                found = {**own, **found, "seconds_scoring": own["seconds_scoring"] + found.get("seconds_scoring", 0.0)}
+                described = describe_judges(judge.named, real, number_of(found["n"], real))
+                results[judge.named.name] = {"metrics": measured.values, **measured.details, **described}
             point = {
                 **self.origin,
                 "source": self._source(),
@@ -287,9 +293,8 @@ class Scoring:
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
                 "git": git_commit(),
-                "metrics": measured.values,
-                **measured.details,
-                **describe_judges(self.judge.named, real, number_of(found["n"], real)),
+                **results[self.judge.named.name],
+                **({"judges": results} if len(results) > 1 else {}),
                 "key": key,
             }
             if world.first:
@@ -297,33 +302,42 @@ class Scoring:
         elif world.first:
             say(f"{self.asked.path}: scored before (set again=true to score it again)")
         if world.first:
-            partial.clear()
+            for partial in partials:
+                partial.clear()
             with suppress(OSError):  # the folder may contain batches of another point
                 (self.config.folder / "partial").rmdir()
         return point
 
-    def _measured(self, real: Real, partial: Partial, world: World) -> tuple[dict[str, Any], Measured]:
-        """Compute the metrics, and keys of the point on what was scored; collective."""
-        name = self.judge.named.metric_name
+    def _measured(self, judge: Judge, real: Real, partial: Partial, world: World) -> tuple[dict[str, Any], Measured]:
+        """Compute the metrics by a judge, and keys of the point on what was scored; collective."""
+        name, metrics = judge.named.metric_name, judge.applicable(self.metrics, self.of_images)
         if isinstance(self.source, Reference):
-            return {"n": self.source.moments.n or None}, score_moments(self.source.moments, real, self.metrics, name)
-        assert self.judge.extractor is not None and self.hashes is not None
-        n, dim = len(self.hashes), self.judge.extractor.dim
+            n = self.source.moments.n or None
+            return {"n": n, "seconds_scoring": 0.0}, score_moments(self.source.moments, real, metrics, name)
+        assert judge.extractor is not None and self.hashes is not None
+        n, dim = len(self.hashes), judge.extractor.dim
         if world.first:
             check_room(self.config.folder, 8 * n * dim, 4 * n * dim, "features")
         scores = score_images(
-            self.source.images, self.hashes, self.judge.extractor, real, self.config.images_per_batch,
+            self.source.images, self.hashes, judge.extractor, real, self.config.images_per_batch,
             self.origin.get("chains"), SHOWN, partial, world,
         )  # fmt: skip
-        self.shown, self.features = scores.shown, scores.features
+        self.shown, self.features[judge.extractor.sha256] = scores.shown, scores.first.features
         found = {"n": n, "images_sha256": hash_all(self.hashes), "seconds_scoring": float(scores.seconds[1]) / n}
-        return found, measure(self.metrics, scores.made(name), real)
+        return found, measure(metrics, scores.made(name), real)
 
-    def _key(self, real: Real) -> str:
+    def _key(self, reals: Sequence[Real]) -> str:
         """Cache key of everything that determines the point, except for versions of other packages."""
         scored = self.source.sha256 if isinstance(self.source, Reference) else hash_all(self._given_hashes())
-        floor = real.floor.sha256 if real.floor else None
-        scores = {"extractor": self.judge.named.sha256, "reference": real.reference.sha256, "floor": floor}
+        judges = [
+            {
+                "extractor": judge.named.sha256,
+                "reference": real.reference.sha256,
+                "floor": real.floor and real.floor.sha256,
+            }
+            for judge, real in zip(self.judges, reals, strict=True)
+        ]
+        scores = judges[0] if len(judges) == 1 else {"judges": judges}
         own = {key: self.origin.get(key) for key in ("method", "nfe_budget", "nfe", "seed", "settings", "chains")}
         return identity_hash({"scored": scored, **scores, "metrics": self.config.metrics, **own})
 
@@ -331,11 +345,11 @@ class Scoring:
         assert self.hashes is not None
         return self.hashes
 
-    def _partial(self) -> Partial:
+    def _partial(self, judge: Judge) -> Partial:
         """Finished batches of images on disk, in a folder that is named by all that determines them."""
-        if self.judge.extractor is None:
+        if judge.extractor is None:
             return Partial(None)
-        identity = {"images": hash_all(self._given_hashes()), "extractor": self.judge.extractor.sha256}
+        identity = {"images": hash_all(self._given_hashes()), "extractor": judge.extractor.sha256}
         key = identity_hash({**identity, "batch_size": self.config.images_per_batch})
         return Partial(self.config.folder / "partial" / f"score-{key}")
 
@@ -357,10 +371,11 @@ class Scoring:
     def _write(self, point: dict[str, Any]) -> None:
         """Write the features of images that may be paired, the point, its sample grid, and the curve."""
         folder, key = self.config.folder, self.judge.named.metric_name
-        if self.described and self.features is not None and self.config.keep_features:
-            path = folder / "features" / f"{point['key']}.npy"
-            with side_output(str(path)), whole(path) as part, part.open("wb") as file:
-                np.save(file, self.features.numpy())
+        for place, (sha256, features) in enumerate(self.features.items()):
+            if self.described and self.config.keep_features:
+                path = folder / "features" / features_name(point["key"], sha256, not place)
+                with side_output(str(path)), whole(path) as part, part.open("wb") as file:
+                    np.save(file, features.numpy())
         append_point(folder / "points.jsonl", point)
         if distance(normalised(point), key) is not None:
             if self.shown is not None:
@@ -372,12 +387,13 @@ class Scoring:
         path = self.config.folder / "config.yaml"
         if not path.exists():
             tree = yaml.safe_load(to_yaml(self.config, self.config.folder))
-            write_whole(path, yaml.safe_dump({key: tree[key] for key in JUDGING}, sort_keys=False))
+            write_whole(path, yaml.safe_dump({key: tree[key] for key in JUDGING if key in tree}, sort_keys=False))
 
     def _print(self, point: Mapping[str, Any]) -> None:
         """Print the point, and which metrics it lacks for what reason."""
-        if self.judge.distance_only or not self.of_images:
-            which = str(self.config.reference) if self.judge.distance_only else self.asked.path
+        only = [judge.path for judge in self.judges if judge.distance_only]
+        if only or not self.of_images:
+            which = self.asked.path if not self.of_images else only[0]
             say(f"{which} has statistics without features of single images: only the Frechet distance is computed")
         drawn = distance(normalised(point), self.judge.named.metric_name) is not None
         files = "points.jsonl, curve.png and config.yaml" if drawn else "points.jsonl and config.yaml"

@@ -1,0 +1,184 @@
+"""Pairs of points under common noise, and the differences of their distances by each judge.
+
+Two points are a pair if their budget, number of images, seed, noise, reference and extractor are equal. Image i of both
+then comes from the same noise, so that the difference of the distances has a smaller error than each distance.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffaccel.config import read
+from diffaccel.errors import UsageError
+from diffaccel.evaluation.scores import blocks_of
+from diffaccel.metrics import Frechet, Moments, paired_difference
+from diffaccel.metrics.reference import read_reference
+from diffaccel.report.judges import common_judges, features_of, seen_by
+from diffaccel.report.points import Point, normalised
+
+Note = Callable[[str], None]
+
+CLEAR = 2
+"""Number of standard errors from which a judge counts as ordering a pair."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Point with its difference to its pair, the first measured point of the first folder.
+
+    Attributes:
+        folder: Folder of the run.
+        point: Normalised point as the shown judge sees it; unknown values are None.
+        label: Label of the curve.
+        grid: File of the sample grid; None if a later point of the same budget replaced it.
+        difference: Distance minus that of the pair; None without a pair.
+        others: The same by each other judge of both points.
+    """
+
+    folder: Path
+    point: Point
+    label: str
+    grid: Path | None = None
+    difference: Frechet | None = None
+    others: Mapping[str, Frechet] = field(default_factory=dict)
+
+    @property
+    def opposed(self) -> list[str]:
+        """Names of the judges that order the pair differently, each by more than two standard errors."""
+        shown = self.difference
+        if shown is None or not _clear(shown):
+            return []
+        return [name for name, other in self.others.items() if _clear(other) and (other.fd > 0) != (shown.fd > 0)]
+
+
+def _clear(difference: Frechet) -> bool:
+    return bool(difference.fd.abs() > CLEAR * difference.se)
+
+
+def key_of(point: Point) -> tuple[Any, ...]:
+    """Return what is equal for the points of a pair, besides extractor and reference."""
+    return point["nfe_budget"], point["n"], point["seed"], point["noise"]
+
+
+class Pairs:
+    """Pairing of rows under common noise.
+
+    Args:
+        rows: All rows, in whose folders the references are looked up.
+        reference: File of the shown judge's reference; None to look it up.
+        note: Function called with a message about anything that is not shown.
+    """
+
+    def __init__(self, rows: Sequence[Row], reference: str | None, note: Note) -> None:
+        self.rows, self.file, self.note = rows, reference, note
+        self.shown = rows[0].point["extractor"]["name"] if rows else None
+        self._moments: dict[str | None, Moments | None] = {}
+
+    def paired(self, first: Mapping[tuple[Any, ...], Row]) -> list[Row]:
+        """Return the rows with their differences to the rows in ``first``, by :func:`key_of`."""
+        return [self._paired(row, first.get(key_of(row.point))) for row in self.rows]
+
+    def _paired(self, row: Row, first: Row | None) -> Row:
+        if first is None or first is row or None in key_of(row.point)[1:]:
+            return row
+        difference = self._difference(row, first)
+        if difference is None:
+            return row
+        others = {}
+        for judge in common_judges([row.point, first.point]):
+            if judge != self.shown:
+                seen = [replace(one, point=normalised(seen_by(one.point, judge))) for one in (row, first)]
+                if (found := self._difference(*seen)) is not None:
+                    others[judge] = found
+        return replace(row, difference=difference, others=others)
+
+    def _difference(self, row: Row, first: Row) -> Frechet | None:
+        """Difference in the features of the extractor at the top of both points; None if it can't be computed."""
+        if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
+            return None
+        if not all(one.point["key"] and one.point["key"].isalnum() for one in (row, first)):
+            return None
+        files = [one.folder / "features" / features_of(one.point) for one in (row, first)]
+        if not all(file.is_file() for file in files):
+            return None
+        moments = self._reference(row)
+        if moments is None:
+            return None
+        try:
+            own, others = map(_features, files)
+        except UsageError as error:
+            self.note(f"{error}; until then its differences are not shown")
+            return None
+        if own.shape != others.shape or len(own) < row.point["n"]:  # only the features of the first images are kept
+            return None
+        # Images of the same chain, in either row, must be in the same block; gcd(c, 0) is c.
+        chains = math.gcd(row.point["chains"] or 0, first.point["chains"] or 0)
+        block = blocks_of(torch.arange(len(own)), chains or None)
+        return paired_difference(own, others, block, moments)
+
+    def _reference(self, row: Row) -> Moments | None:
+        """Moments of the reference; None, with a single message for the shown judge, if there is no reference."""
+        sha256, judge = row.point["reference"]["sha256"], str(row.point["extractor"]["name"])
+        if sha256 not in self._moments:
+            self._moments[sha256] = self._sought(row, sha256, judge)
+        return self._moments[sha256]
+
+    def _sought(self, row: Row, sha256: str | None, judge: str) -> Moments | None:
+        if self.file is not None and judge == self.shown:
+            return _moments(Path(self.file).expanduser(), sha256)
+        found = None
+        for folder in dict.fromkeys(one.folder for one in (row, *self.rows)):
+            try:
+                return _named_reference(folder, sha256)
+            except UsageError as error:
+                found = found or error
+        what = "differences" if judge == self.shown else f"differences by {judge}"
+        where = "set reference= to the reference of the points" if judge == self.shown else "bench them again"
+        self.note(f"{what} are not shown: {found}; {where}")
+        return None
+
+
+def _features(path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, EOFError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error!r:.80}): remove it, or bench with again=true") from None
+
+
+def _named_reference(folder: Path, sha256: str | None) -> Moments:
+    """Return the moments of a reference in a run's configuration, which may have one for each of several judges.
+
+    Raises:
+        UsageError: There is no configuration, or it has no such reference, for example after a fit without evaluation.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UsageError(f"{config} does not exist")
+    named = read(config).get("reference")
+    files = list(named.values()) if isinstance(named, Mapping) else [named]
+    found = None
+    for file in files:
+        try:
+            if isinstance(file, str):
+                return _moments(Path(file), sha256)
+        except UsageError as error:
+            found = found or error
+    raise found or UsageError(f"{config} has no reference")
+
+
+def _moments(path: Path, sha256: str | None) -> Moments:
+    """Read the moments of a reference and check its hash.
+
+    Raises:
+        UsageError: The file is missing or damaged, or its hash differs.
+    """
+    reference = read_reference(path)
+    if reference.sha256 != sha256:
+        raise UsageError(f"{path} is not the reference of the points")
+    return reference.moments
