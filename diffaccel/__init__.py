@@ -19,7 +19,7 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, search, tradeoff
+    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, search, sweep, tradeoff
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -46,10 +46,11 @@ __all__ = [
     "reference",
     "sample",
     "search",
+    "sweep",
     "tradeoff",
 ]
 
-_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "search", "tradeoff")
+_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "search", "sweep", "tradeoff")
 
 __getattr__, __dir__ = lazy(
     __name__,

@@ -14,6 +14,7 @@ import pytest
 from diffaccel import experiment, pretrained
 from diffaccel.__main__ import HELP
 from diffaccel.config import FLAGS, KEYS, Config, load
+from diffaccel.config.sweep import read_sweep
 from diffaccel.data import SOURCES
 from diffaccel.denoiser import DENOISERS
 from diffaccel.denoiser.levels import LEVELS
@@ -34,7 +35,7 @@ from diffaccel.solver import GRIDS, SOLVERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "list", "explain")
+VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "sweep", "list", "explain")
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 
@@ -113,6 +114,9 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
             continue
         if verb in ("list", "explain"):
             check_named(verb, words)
+            continue
+        if verb == "sweep":
+            assert words[0] == "FILE" or read_sweep(words[0]).runs(1), words
             continue
         config = load(*one_experiment(words, KEYS, FLAGS))
         if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
@@ -223,6 +227,8 @@ def test_commands_in_messages_are_the_programs():
             assert verb in (*VERBS, "help", "VERB"), (where, command)
             if verb in ("list", "explain"):
                 check_named(verb, words)
+            elif verb == "sweep":
+                assert words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
             elif words and verb in VERBS and verb not in ("compare", "convert"):
                 load(*one_experiment(words, KEYS, FLAGS))
 

@@ -176,6 +176,7 @@ def test_another_budget_joins_the_run_of_its_curve(tmp_path: Path):
     assert bench(tmp_path, "nfe=5,10,20") == 0
     first, second = wandb_files(tmp_path)
     assert first.run.run_id == second.run.run_id
+    assert second.run.display_name == "toy/edm gaussian dpmpp2m NFE 5,10,20 seed 0"
     assert logged(tmp_path) == [5, 10, 20]
     assert {"fd_identity/nfe_005", "fd_identity/nfe_020"} <= second.summary.keys() and len(second.tables) == 3
     assert bench(tmp_path, "nfe=5", "solver=heun") == 0
@@ -230,10 +231,12 @@ def test_a_finished_fit_that_is_resumed_logs_its_points_once(tmp_path: Path):
 
 def test_a_ledger_survives_a_torn_line(tmp_path: Path):
     ledger, point = Ledger(tmp_path), {"key": "a", "nfe": 5.0, "metrics": {"fd": float("nan")}}
-    ledger.start("run", "curve")
+    ledger.start("run", "curve", [5.0])
     with ledger.path.open("a") as file:
         file.write('{"run": "ru')
     ledger.add("run", [point])
+    ledger.start("run", "curve", [5.0, float("inf")])
+    assert ledger.budgets("run") == [5, float("inf")] and ledger.budgets("other") == []
     assert ledger.run_of("curve") == "run" and ledger.run_of("other") is None
     assert not ledger.missing("run", [{**point, "metrics": {"fd": None}}]), "as points.jsonl has it"
     assert len(ledger.missing("other", [point])) == 1

@@ -32,9 +32,13 @@ class Ledger:
         logged = {line.get("point") for line in self._lines() if line["run"] == run}
         return [point for point in points if identity(point) not in logged]
 
-    def start(self, run: str, curve: str) -> None:
-        """Record the run of a curve."""
-        self._append([{"run": run, "curve": curve}])
+    def start(self, run: str, curve: str, budgets: Sequence[float]) -> None:
+        """Record the run of a curve, with the budgets that it is started for."""
+        self._append([{"run": run, "curve": curve, "nfe": list(budgets)}])
+
+    def budgets(self, run: str) -> list[float]:
+        """Return all budgets that a run was started for."""
+        return sorted({budget for line in self._lines() if line["run"] == run for budget in line.get("nfe", ())})
 
     def add(self, run: str, points: Iterable[Point]) -> None:
         """Record points that were logged to a run."""

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -111,11 +111,12 @@ def _wandb(config: Config, mode: str, training: bool) -> Any:
     wandb.setup()  # reads WANDB_SILENT before the first message
     variables = os.environ
     folder = variables.get("WANDB_DIR", str(config.folder))
+    run = variables.get("WANDB_RUN_ID") or _run_id(config, training)
     settings: dict[str, Any] = {
         "project": variables.get("WANDB_PROJECT", "diffaccel"),
-        "name": variables.get("WANDB_NAME") or run_name(config),
+        "name": variables.get("WANDB_NAME") or run_name(config, Ledger(config.folder).budgets(run or "")),
         "mode": mode,
-        "id": variables.get("WANDB_RUN_ID") or _run_id(config, training),
+        "id": run,
         "resume": variables.get("WANDB_RESUME", "allow"),
         "config": as_written(config),
     }
@@ -126,13 +127,19 @@ def _wandb(config: Config, mode: str, training: bool) -> Any:
     return WandbLogger(**settings, save_dir=folder, log_model=False)
 
 
-def run_name(config: Config) -> str:
-    """Return the name of the W&B run: experiment, prior, solver, budgets and seed."""
-    settings = [config.at(nfe) for nfe in config.nfe]
+def run_name(config: Config, earlier: Iterable[float] = ()) -> str:
+    """Return the name of the W&B run: experiment, prior, solver, budgets and seed.
+
+    Args:
+        config: Configuration of the run.
+        earlier: Budgets that the run contains already.
+    """
+    budgets = sorted({*config.nfe, *earlier})
+    settings = [config.at(nfe) for nfe in budgets]
     names = ["/".join(dict.fromkeys(str(one[part].get("name")) for one in settings)) for part in TUNABLE]
-    budgets = ",".join("adaptive" if math.isinf(nfe) else f"{nfe:g}" for nfe in config.nfe)
+    shown = ",".join("adaptive" if math.isinf(nfe) else f"{nfe:g}" for nfe in budgets)
     experiment = f"{config.data_name}/{Path(config.experiment).stem}"
-    return " ".join([experiment, *names, f"NFE {budgets}", f"seed {config.seed}"])
+    return " ".join([experiment, *names, f"NFE {shown}", f"seed {config.seed}"])
 
 
 def wandb_mode(config: Config) -> str:
@@ -162,9 +169,8 @@ def _run_id(config: Config, training: bool) -> str | None:
     file = config.folder / "wandb_run_id"
     if not training:
         ledger, curve = Ledger(config.folder), _curve(config)
-        if config.again or (run := ledger.run_of(curve)) is None:
-            run = secrets.token_hex(4)
-            ledger.start(run, curve)
+        run = (None if config.again else ledger.run_of(curve)) or secrets.token_hex(4)
+        ledger.start(run, curve, config.nfe)
         return run
     if config.resume is None or not file.is_file():
         file.write_text(secrets.token_hex(4))
