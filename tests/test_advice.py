@@ -32,6 +32,7 @@ from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
+from diffaccel.verbs.sweep import OPTIONS as SWEEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -195,7 +196,7 @@ def known(key: str) -> bool:
             if isinstance(place, dict):
                 return True
             if not hasattr(place, name):
-                return key in pretrained.OPTIONS
+                return key in pretrained.OPTIONS or key in SWEEP_OPTIONS
             place = getattr(place, name)
         return True
     registry: Registry[Any] | None = KINDS[top]
@@ -216,7 +217,7 @@ def test_messages_and_prose_name_keys_and_parts_that_exist():
         kind = KINDS.get(key.removesuffix(".name").split(".")[-1])
         if kind is not None and value and not value.isupper():
             assert value in kind or (key == "method" and value == "extractor") or key == "data", (where, key, value)
-        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and key not in pretrained.OPTIONS:
+        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and hasattr(Config(), key):
             load("toy/edm", [f"{key}={value}"])
 
 
@@ -228,7 +229,7 @@ def test_commands_in_messages_are_the_programs():
             if verb in ("list", "explain"):
                 check_named(verb, words)
             elif verb == "sweep":
-                assert words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
+                assert not words or words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
             elif words and verb in VERBS and verb not in ("compare", "convert"):
                 load(*one_experiment(words, KEYS, FLAGS))
 

@@ -45,7 +45,7 @@ class WandbFile:
         return [row for row in self.rows if "curve/nfe" in row]
 
 
-def values(items: Any) -> dict[str, Any]:
+def values_of(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
@@ -59,13 +59,13 @@ def wandb_files(out: Path) -> list[WandbFile]:
             kinds.setdefault(kind, []).append(getattr(record, kind))
         summary: dict[str, Any] = {}
         for record in kinds.get("summary", []):
-            summary |= values(record.update)
+            summary |= values_of(record.update)
         tables = sorted(file.parent.glob("files/media/table/points_*.json"), key=lambda path: path.stat().st_ctime_ns)
         table = json.loads(tables[-1].read_text()) if tables else {"columns": [], "data": []}
         found.append(
             WandbFile(
                 kinds["run"][0],
-                [values(record.item) for record in kinds.get("history", [])],
+                [values_of(record.item) for record in kinds.get("history", [])],
                 {record.name or record.glob_name: record.step_metric for record in kinds.get("metric", [])},
                 summary,
                 [dict(zip(table["columns"], row, strict=True)) for row in table["data"]],
@@ -153,6 +153,23 @@ def test_name_tags_group_and_project_are_the_environment_s(tmp_path: Path):
         found = (run.project, run.entity, list(run.tags), run.run_group, run.job_type, run.notes)
         assert found == ("p", "e", ["a", "b"], "g", "j", "some notes")
         assert run.display_name == name
+
+
+def test_a_run_of_an_agent_belongs_to_its_sweep(tmp_path: Path):
+    """The environment and the file of parameters are those that ``wandb agent`` makes for a run."""
+    parameters = tmp_path / "config-r1.yaml"
+    values = {"method": "edm", "data": "toy", "nfe": 5, "n": 60}
+    parameters.write_text(json.dumps({"wandb_version": 1, **{key: {"value": value} for key, value in values.items()}}))
+    own = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1", "WANDB_SWEEP_PARAM_PATH": str(parameters)}
+    words = [f"--{key}={value}" for key, value in values.items()]
+    command = [sys.executable, "-m", "diffaccel", "bench", *words, f"out={tmp_path}"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **own}, capture_output=True)
+    (file,) = wandb_files(tmp_path)
+    assert (file.run.run_id, file.run.sweep_id) == ("r1", "s1")
+    (point,) = read_points(tmp_path / "points.jsonl")
+    assert file.summary["fd_identity"] == pytest.approx(point["metrics"]["fd_identity"])
+    config = values_of(file.run.config.update)
+    assert (config["method"], config["nfe"]) == ("edm", 5), "the sweep's own values are those of its plots"
 
 
 # A point is logged once
