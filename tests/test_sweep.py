@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from test_evaluator import framed_records
+from test_wandb import wandb_files
 
 import diffaccel as da
 from diffaccel import experiment
@@ -293,6 +294,16 @@ def test_a_run_that_fails_is_named_and_the_others_are_measured(tmp_path: Path, c
     assert points_in(out) == [("edm", 5)]
     with pytest.raises(UsageError, match="1 of 2 runs failed"):
         da.sweep(file, out=out, logger="none")
+
+
+def test_a_run_on_two_devices_is_one_run(tmp_path: Path):
+    parameters = {**PARAMETERS, "method": {"value": "edm"}, "nfe": {"value": 4}, "batch_size": {"value": 10}}
+    settings = {"devices": 2, "accelerator": "cpu", "threads": 1}
+    (point,) = da.sweep(written(tmp_path, parameters), out=tmp_path / "out", **settings)
+    assert point["world_size"] == 2
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    (file,) = wandb_files(folder)
+    assert [row["curve/nfe"] for row in file.curve] == [4]
 
 
 def test_a_bayesian_sweep_is_drawn_here_which_is_said(

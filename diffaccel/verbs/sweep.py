@@ -273,15 +273,13 @@ class _Table:
 
     def foot(self, folder: Path) -> None:
         """Print the lowest distance, and where the points are."""
-        points = [point for run in self.runs for point in run.points]
-        names = {frechet_key([point]) for point in points}
-        for name in sorted(names):
-            best = min(
-                ((run, point) for run in self.runs for point in run.points if point["metrics"].get(name) is not None),
-                key=lambda pair: float(pair[1]["metrics"][name]),
-            )
-            settings = ", ".join(f"{key}={_text(value)}" for key, value in best[0].values.items())
-            print_lines(f"lowest {name}: {number(best[1]['metrics'][name])} in run {best[0].number} ({settings})")
+        pairs = [(run, point) for run in self.runs for point in run.points]
+        for name in sorted({frechet_key([point]) for _, point in pairs}):
+            found = [(value, run) for run, point in pairs if (value := point["metrics"].get(name)) is not None]
+            if found:
+                value, run = min(found, key=lambda pair: pair[0])
+                settings = ", ".join(f"{key}={_text(value)}" for key, value in run.values.items())
+                print_lines(f"lowest {name}: {number(value)} in run {run.number} ({settings})")
         print_lines(f"points are in the folders in {folder}, which `diffaccel compare` reads")
 
     def _print(self, cells: Sequence[str]) -> None:
