@@ -19,7 +19,7 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, tradeoff
+    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, sweep, tradeoff
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -47,10 +47,13 @@ __all__ = [
     "sample",
     "score",
     "search",
+    "sweep",
     "tradeoff",
 ]
 
-_FUNCTIONS = ("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "tradeoff")
+_FUNCTIONS = (
+    *("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "sweep", "tradeoff"),
+)
 
 __getattr__, __dir__ = lazy(
     __name__,

@@ -24,6 +24,7 @@ diffaccel: compare methods for few-step sampling on your data, at your budget
   diffaccel fit EXPERIMENT [resume=auto]            train; writes weights and the curve
   diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
   diffaccel tradeoff EXPERIMENT                     likelihood bound and distance of small T for each start time
+  diffaccel sweep FILE [processes=2] [count=20]     run a W&B sweep file here; the same command goes on with the rest
   diffaccel compare DIR DIR ... [out=runs/compare]  compare points of several runs, paired by their noise
   diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC describes it
   diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
@@ -131,8 +132,8 @@ def _guarded(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; finished results are kept (bench, sample, score and search resume from them, "
-            "fit with resume=auto)"
+            "diffaccel: interrupted; finished results are kept (bench, sample, score, search and sweep resume from "
+            "them, fit with resume=auto)"
         )
         return 130
     return 0
@@ -168,6 +169,15 @@ def convert(words: list[str]) -> None:
     convert(words)
 
 
+def sweep(words: list[str]) -> None:
+    """Run the benches of a sweep file."""
+    from diffaccel.verbs.run import quiet
+    from diffaccel.verbs.sweep import sweep_command
+
+    quiet()
+    sweep_command(words)
+
+
 def list_parts(words: list[str]) -> None:
     """Print the groups of parts, or the parts of a group."""
     from diffaccel.verbs.listing import show_list
@@ -186,6 +196,7 @@ PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "convert": convert,
     "score": score,
+    "sweep": sweep,
     "list": list_parts,
     "explain": explain,
 }

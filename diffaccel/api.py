@@ -139,6 +139,28 @@ def score(source: str | Path, experiment: str | Path | None = None, **settings: 
     return run(Asked.of(path, None if experiment is None else str(experiment), words(settings)))
 
 
+def sweep(
+    file: str | Path, processes: int = 1, count: int | None = None, out: str | Path | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Measure the points of a sweep file that are not in ``out`` yet; see ``diffaccel sweep``.
+
+    Args:
+        file: Sweep file of W&B, or name of one under experiments/sweeps.
+        processes: Number of simultaneous runs.
+        count: Maximum number of runs; by default the file's ``run_cap``.
+        out: Folder for the folders of the curves; runs/sweeps/NAME by default.
+        settings: Keys for every run, in place of the sweep's parameters.
+
+    Returns:
+        Points of all runs, in their order.
+    """
+    from diffaccel.verbs.run import quiet
+    from diffaccel.verbs.sweep import sweep
+
+    quiet()
+    return [dict(one) for one in sweep(file, words(settings), processes, count, None if out is None else str(out))]
+
+
 def compare(
     folders: str | Path | Sequence[str | Path],
     out: str | Path = "runs/compare",

@@ -14,6 +14,7 @@ import pytest
 from diffaccel import experiment, pretrained
 from diffaccel.__main__ import HELP
 from diffaccel.config import FLAGS, KEYS, Config, load
+from diffaccel.config.sweep import read_sweep
 from diffaccel.data import SOURCES
 from diffaccel.denoiser import DENOISERS
 from diffaccel.denoiser.levels import LEVELS
@@ -32,10 +33,14 @@ from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.verbs.score import OWN, read_words
+from diffaccel.verbs.sweep import OPTIONS as SWEEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "score", "list", "explain")
+VERBS = (
+    *("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "score", "sweep"),
+    *("list", "explain"),
+)
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 SCORE_ONLY = set(OWN) - KEYS
@@ -130,6 +135,9 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if verb in ("list", "explain"):
             check_named(verb, words)
             continue
+        if verb == "sweep":
+            assert words[0] == "FILE" or read_sweep(words[0]).runs(1), words
+            continue
         config = load(*one_experiment(words, KEYS, FLAGS))
         if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
             continue
@@ -209,7 +217,7 @@ def known(key: str) -> bool:
             if isinstance(place, dict):
                 return True
             if not hasattr(place, name):
-                return key in pretrained.OPTIONS
+                return key in pretrained.OPTIONS or key in SWEEP_OPTIONS
             place = getattr(place, name)
         return True
     registry: Registry[Any] | None = KINDS[top]
@@ -230,7 +238,7 @@ def test_messages_and_prose_name_keys_and_parts_that_exist():
         kind = KINDS.get(key.removesuffix(".name").split(".")[-1])
         if kind is not None and value and not value.isupper():
             assert value in kind or (key == "method" and value == "extractor") or key == "data", (where, key, value)
-        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and key not in pretrained.OPTIONS:
+        elif "." not in ALIASES.get(key, key) and re.fullmatch(r"[a-z\d_-]+", value) and hasattr(Config(), key):
             load("toy/edm", [f"{key}={value}"])
 
 
@@ -243,6 +251,8 @@ def test_commands_in_messages_are_the_programs():
                 check_named(verb, words)
             elif words and verb == "score":
                 check_score(words)
+            elif verb == "sweep":
+                assert not words or words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
             elif words and verb in VERBS and verb not in ("compare", "convert"):
                 load(*one_experiment(words, KEYS, FLAGS))
 

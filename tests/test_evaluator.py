@@ -367,7 +367,8 @@ def test_wandb_and_csv_hold_the_curve(tmp_path: Path, monkeypatch: pytest.Monkey
     axes = {
         record.metric.name or record.metric.glob_name: record.metric for record in records if record.HasField("metric")
     }
-    assert axes["curve/*"].step_metric == "curve/nfe"
+    assert axes.keys() == {key for row in rows for key in row if key.startswith("curve/")}, "by name, not by a pattern"
+    assert all(metric.step_metric == "curve/nfe" for name, metric in axes.items() if name != "curve/nfe")
     assert any(record.WhichOneof("record_type") == "exit" for record in records), "the run was closed"
     images = list(file.parent.glob("files/media/images/*.png"))
     assert len(images) == 3, "two sample grids and the curve"

@@ -39,7 +39,7 @@ def test_a_bench_starts_the_run_that_a_fit_starts(initial: Any, tmp_path: Path):
 def test_the_environment_s_words_hold(initial: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     found = initial(tmp_path)
     assert (found["project"], found["name"], found["mode"], found["dir"]) == (
-        *("diffaccel", "toy/edm", "offline", str(tmp_path)),
+        *("diffaccel", "toy/edm gaussian dpmpp2m NFE 10 seed 0", "offline", str(tmp_path)),
     )
     own = {
         "PROJECT": "p",
@@ -63,6 +63,38 @@ def test_the_mode_is_the_environment_s(variable: str | None, mode: str, monkeypa
     else:
         monkeypatch.setenv("WANDB_MODE", variable)
     assert loggers.wandb_mode(load("toy/edm")) == mode
+
+
+def test_a_run_of_a_sweep_is_online_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert loggers.wandb_mode(load("toy/edm")) == "offline", "as the environment of the tests says"
+    assert loggers.wandb_mode(load("toy/edm", ["wandb_mode=disabled"])) == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    assert loggers.wandb_mode(load("toy/edm")) == "online"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["toy/edm", "nfe=5,10", "seed=3"], "toy/edm gaussian dpmpp2m NFE 5,10 seed 3"),
+        (["toy/edm", "nfe=null", "solver=rk45"], "toy/edm gaussian rk45 NFE adaptive seed 0"),
+        (["cifar10_small/dlg", "nfe=10"], "cifar10_small/dlg chain dpm2 NFE 10 seed 0"),
+        (["cifar10_small/dlg", "nfe=10,20"], "cifar10_small/dlg chain dpm2/ipndm NFE 10,20 seed 0"),
+    ],
+)
+def test_a_run_is_named_by_prior_solver_and_budget(words: list[str], name: str):
+    assert loggers.run_name(load(*words[:1], words[1:])) == name
+
+
+def test_only_the_first_of_several_processes_starts_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[Any] = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
+    for first in (False, True):
+        monkeypatch.setattr(loggers, "is_first", lambda config, first=first: first)
+        for mode in ("online", "offline"):
+            config = load("toy/edm", [f"out={tmp_path}", f"wandb_mode={mode}"])
+            loggers.build_loggers(config, training=False)
+        assert len(started) == 2 * first
 
 
 def test_a_conflict_of_modes_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

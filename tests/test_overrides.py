@@ -8,9 +8,9 @@ import pytest
 
 from diffaccel import experiment
 from diffaccel.__main__ import main
-from diffaccel.config import Config, load, parse_overrides, to_yaml
+from diffaccel.config import EXPERIMENTS, FLAGS, KEYS, Config, load, parse_overrides, to_yaml
 from diffaccel.errors import UsageError
-from diffaccel.parts.overrides import as_given, scalar, sort_words
+from diffaccel.parts.overrides import as_given, one_experiment, scalar, sort_words
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 Printed = pytest.CaptureFixture[str]
@@ -66,6 +66,53 @@ def test_a_stray_word_is_one_line_with_the_right_form(line: str, named: str, cap
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert named in printed or "without spaces" in printed
+
+
+def test_a_switch_of_a_part_takes_no_other_word():
+    """W&B's agent leaves out the value of a flag that is true, and a part's switch is one too."""
+    words = ["--solver.denoise", "digits/edm", "--n=3", "--by_nfe.5.prior.carry", "--keep-features", "no", "--limit"]
+    assert one_experiment([*words, "7"], KEYS, FLAGS) == (
+        *("digits/edm", ["solver.denoise=true", "n=3", "by_nfe.5.prior.carry=true", "keep_features=no", "limit=7"]),
+    )
+
+
+AGENT = {
+    "seed": 3,
+    "nfe": [5, 10],
+    "solver": {"name": "heun", "denoise": True, "grid": {"name": "karras", "rho": 1e-05}},
+    "prior.restart_every": None,
+    "keep_features": False,
+    "again": True,
+    "limit": None,
+    "by_nfe": None,
+    "precision": "32-true",
+}
+
+
+@pytest.mark.parametrize("form", ["args", "args_no_hyphens", "args_no_equals", "args_no_boolean_flags"])
+def test_words_as_an_agent_of_wandb_writes_them(form: str):
+    agent = pytest.importorskip("wandb.sdk.launch.sweeps.utils").create_sweep_command_args
+    words = agent({"args": {key: {"value": value} for key, value in AGENT.items()}})[form]
+    name, settings = one_experiment([*words, "digits/dlg"], KEYS, FLAGS)
+    assert name == "digits/dlg"
+    config = load(name, settings)
+    assert (config.seed, config.nfe, config.limit, config.by_nfe, config.again) == (3, [5.0, 10.0], None, {}, True)
+    assert config.keep_features == (form == "args_no_boolean_flags"), "that form leaves false out"
+    assert config.solver["denoise"] is True and config.solver["grid"] == {"name": "karras", "rho": 1e-05}
+    assert config.prior["restart_every"] is None
+
+
+def test_verbs_on_files_take_the_same_words(tmp_path: Path, capsys: Printed):
+    assert main(["bench", "--method=edm", "--data", "toy", "n=40", "--logger=none", f"--out={tmp_path / 'a'}"]) == 0
+    for out in (["--out", str(tmp_path / "1")], [f"--out={tmp_path / '2'}"], [f"out={tmp_path / '3'}"]):
+        assert main(["compare", *out, str(tmp_path / "a")]) == 0
+    assert all((tmp_path / name / "index.html").is_file() for name in "123")
+    weights = tmp_path / "w.safetensors"
+    source = str(EXPERIMENTS / "digits" / "weights" / "edm.safetensors")
+    for again in ([], ["--again"], ["--again=True"]):
+        capsys.readouterr()
+        main(["convert", *again, source, str(weights)])
+        assert "no key" not in capsys.readouterr().err
 
 
 def test_the_experiment_may_come_after_its_settings(capsys: Printed):

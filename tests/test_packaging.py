@@ -40,7 +40,8 @@ LIST = """
 import json, re
 from diffaccel.config import EXPERIMENTS, as_written, load
 names = sorted(file.relative_to(EXPERIMENTS).with_suffix("").as_posix() for file in EXPERIMENTS.glob("*/*.yaml"))
-trees = {name: json.dumps(as_written(load(name)), default=str) for name in names if not name.endswith("/base")}
+names = [name for name in names if not name.endswith("/base") and not name.startswith("sweeps/")]
+trees = {name: json.dumps(as_written(load(name)), default=str) for name in names}
 print(json.dumps({name: re.findall(f"{EXPERIMENTS}/([^\\"]+)", tree) for name, tree in trees.items()}))
 """
 
@@ -232,6 +233,13 @@ def test_wheel_has_the_files_that_its_experiments_name(installed: Path, tmp_path
         "floor.npz",
         "reference.npz",
     }
+
+
+def test_wheel_has_the_sweeps(installed: Path, tmp_path: Path) -> None:
+    words = ("solvers", "dry_run=true", "nfe=5", f"out={tmp_path}")
+    done = python(installed, tmp_path / "empty", "-m", "diffaccel", "sweep", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("diffaccel bench data=cifar10_small method=edm solver=") == 12
 
 
 def test_wheel_benches_from_an_empty_folder_without_extras(installed: Path, tmp_path: Path) -> None:

@@ -1,8 +1,18 @@
 """Configuration of experiments: schema, and merging of files and command line."""
 
-from diffaccel.config.keys import holds_path
-from diffaccel.config.loader import EXPERIMENTS, as_written, find, load, load_tree, parse_overrides, read, to_yaml
-from diffaccel.config.schema import FLAGS, KEYS, PARTS, PRECISIONS, STANDARD, TUNABLE, Config, Search, Tradeoff
+from diffaccel.config.keys import FLAGS, holds_path
+from diffaccel.config.loader import (
+    EXPERIMENTS,
+    as_written,
+    experiment_names,
+    find,
+    load,
+    load_tree,
+    parse_overrides,
+    read,
+    to_yaml,
+)
+from diffaccel.config.schema import KEYS, PARTS, PRECISIONS, STANDARD, TUNABLE, Config, Search, Tradeoff
 
 __all__ = [
     "Config",
@@ -16,6 +26,7 @@ __all__ = [
     "TUNABLE",
     "Tradeoff",
     "as_written",
+    "experiment_names",
     "find",
     "holds_path",
     "load",

@@ -1,6 +1,6 @@
 """Types of the keys of an experiment, from the schema and the annotations of the parts' constructors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -9,6 +9,7 @@ from typing import Any, get_origin
 from diffaccel.config.schema import PARTS, SECTIONS, TUNABLE, Config
 from diffaccel.errors import UsageError
 from diffaccel.parts.catalogue import registry_of
+from diffaccel.parts.checks import plain_type
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import FILE, is_path, is_text, options
 from diffaccel.parts.trees import merge
@@ -23,6 +24,18 @@ def holds_text(key: str, value: str) -> bool:
     """Whether the value of a dotted key is text, and not None."""
     annotation = annotation_of(key)
     return is_text(annotation) and not (value == "null" and NoneType in options(annotation))
+
+
+class Switches(Container[str]):
+    """Keys that ``--key`` without a value sets to true: those whose values are true or false."""
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a dotted key is a switch."""
+        kinds = options(annotation_of(str(key)))
+        return [plain_type(kind) for kind in kinds if kind is not NoneType] == [bool]
+
+
+FLAGS = Switches()
 
 
 def annotation_of(key: str) -> Any:

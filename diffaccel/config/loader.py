@@ -29,6 +29,10 @@ _INSTALLED = Path(__file__).parents[1] / "experiments"  # only in a wheel; in a 
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
 
 
+SWEEPS = "sweeps"
+"""Folder of the sweeps under experiments/."""
+
+
 def load(
     experiment: str | None,
     settings: Iterable[str] = (),
@@ -135,9 +139,14 @@ def find(experiment: str) -> Path:
     for path in (Path(os.path.expanduser(experiment)), EXPERIMENTS / f"{experiment}.yaml"):
         if path.is_file():
             return _nearby(path)
-    names = sorted(p.relative_to(EXPERIMENTS).with_suffix("").as_posix() for p in EXPERIMENTS.glob("*/*.yaml"))
-    names = [name for name in names if not name.endswith("/base")]
-    raise UsageError(f"experiment {experiment!r} is neither a file nor under {EXPERIMENTS}{suggest(experiment, names)}")
+    known = suggest(experiment, experiment_names())
+    raise UsageError(f"experiment {experiment!r} is neither a file nor under {EXPERIMENTS}{known}")
+
+
+def experiment_names() -> list[str]:
+    """Return the names of the shipped experiments: files under experiments/ except for bases and sweeps."""
+    files = [file.relative_to(EXPERIMENTS).with_suffix("") for file in EXPERIMENTS.glob("*/*.yaml")]
+    return sorted(file.as_posix() for file in files if file.stem != "base" and file.parent.name != SWEEPS)
 
 
 def _nearby(path: Path) -> Path:
@@ -166,6 +175,8 @@ def read(
         raise UsageError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{file} does not contain a mapping of keys to values")
+    if "parameters" in tree and "command" in tree:
+        raise UsageError(f"{file} is a sweep, not an experiment: run it with `diffaccel sweep {file}`")
     own = merge({}, {str(key): value for key, value in tree.items()})
     _drop_training(own, trains)
     name_parts(own)

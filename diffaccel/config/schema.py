@@ -223,6 +223,3 @@ TUNABLE = tuple(item.name for item in dataclasses.fields(Config) if "by_nfe" in 
 
 KEYS = frozenset(item.name for item in dataclasses.fields(Config)) | overrides.ALIASES.keys()
 """Top-level keys."""
-
-FLAGS = frozenset(item.name for item in dataclasses.fields(Config) if item.type is bool)
-"""Boolean keys, which ``--key`` sets to true."""

@@ -5,6 +5,7 @@ import lightning as L
 from diffaccel.collective import World
 from diffaccel.evaluation.evaluator import Evaluator
 from diffaccel.methods import Diffusion
+from diffaccel.report.logs import distances, keep_best
 
 
 class EvaluationCallback(L.Callback):
@@ -38,6 +39,8 @@ class EvaluationCallback(L.Callback):
         with pl_module.averaged_weights():
             for budget in self.evaluator.budgets:
                 point = self.evaluator.measure(sampler, budget, sampler.plan(budget, n), n, world=_world(trainer))
+                if trainer.is_global_zero:
+                    keep_best(trainer.loggers, [f"eval/nfe_{budget:03g}/{name}" for name in distances(point)])
                 values = {**point["metrics"], "nfe": point["nfe"]}
                 for judge in self.evaluator.judges[1:]:
                     own = point["judges"][judge.name]["metrics"]

@@ -173,6 +173,12 @@ class Evaluator:
         name = self.extractor.metric_name
         return {point["key"]: point for point in points if name in point["metrics"] and point["nfe"] is not None}
 
+    def known(self) -> list[dict[str, Any]]:
+        """Points in OUT that :meth:`run` would not measure, in the order of the budgets."""
+        before = self._measured()
+        keys = [self.key(budget) for budget in self.budgets if not self._left(budget)] if before else []
+        return [before[key] for key in keys if key in before]
+
     def room(self) -> tuple[int, int]:
         """Minimum number of bytes of batches and features, in total and in the largest file."""
         dims = [judge.extractor.dim for judge in self.judges]

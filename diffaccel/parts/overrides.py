@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -121,7 +121,7 @@ def _sets(given: Any, tree: Any, keys: tuple[Any, ...]) -> bool:
 
 
 def sort_words(
-    words: Collection[str], flags: Collection[str] = (), is_file: Callable[[str], bool] = os.path.exists
+    words: Collection[str], flags: Container[str] = (), is_file: Callable[[str], bool] = os.path.exists
 ) -> tuple[list[str], list[str]]:
     """Separate settings from other words.
 
@@ -164,7 +164,7 @@ def _next_value(flag: bool, rest: "deque[str]") -> str:
 
 
 def one_experiment(
-    words: Collection[str], keys: Collection[str], flags: Collection[str]
+    words: Collection[str], keys: Collection[str], flags: Container[str]
 ) -> tuple[str | None, list[str]]:
     """Separate the experiment of a command from its settings.
 
@@ -182,7 +182,8 @@ def one_experiment(
     others, settings = sort_words(words, flags, lambda word: word.endswith((".yaml", ".yml")) and os.path.isfile(word))
     for word in others:
         if word in keys:
-            raise UsageError(f"{word!r} is a key: write {word}={'true' if word in flags else 'VALUE'}, without spaces")
+            value = "true" if word in flags else "VALUE"
+            raise UsageError(f"{word!r} is a key: write {word}={value}, without spaces")
     if len(others) > 1:
         named = " and ".join(map(repr, others))
         raise UsageError(f"give one experiment, not {named}; settings are key=value, without spaces")
@@ -256,6 +257,8 @@ def _names(key: str) -> list[Any]:
 
 
 def _value(word: str, text: str) -> Any:
+    if text == "None":  # as W&B's agent writes null
+        return None
     if text[:1] not in tuple("[{\"'"):
         return scalar(text)
     try:

@@ -1,18 +1,27 @@
 """Logging of points to the loggers of a run, on rank zero."""
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffaccel.report import Point
 from diffaccel.report.judges import judges_of, seen_by
+from diffaccel.report.ledger import Ledger
 from diffaccel.text.terminal import side_output
 
 Logger = TypeVar("Logger")
 
 CALLS = ("log_hyperparams", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
 """Methods of a logger that Lightning and :func:`log_curve` call."""
-COLUMNS = ("method", "solver", "prior", "nfe_budget", "nfe", "nfe_burn_in", "n", "seed", "seconds_per_image")
+COLUMNS = (
+    *("method", "process", "prior", "solver", "nfe_budget", "nfe", "nfe_burn_in", "chains", "n", "seed", "precision"),
+    *("seconds_per_image", "gflops_per_image", "images_sha256", "key"),
+)
+"""Keys of a point in the table; its settings and metrics follow."""
+AXIS = "curve/nfe"
+"""Horizontal axis of a curve in W&B."""
 
 
 def unfailing(logger: Logger) -> Logger:
@@ -37,47 +46,107 @@ def unfailing(logger: Logger) -> Logger:
 
 
 def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[str, Any]) -> None:
-    """Log a complete curve: a row per point against NFE, and for W&B also the table and the pictures.
+    """Log a curve: a row per point against NFE, and for W&B also summary values, the table and the pictures.
 
-    W&B plots ``curve/*`` against ``curve/nfe``. Rows are logged once, at the end, because W&B would plot repeated rows
-    with the same NFE as one line.
+    Rows are logged at the end of a run. A point that the W&B run already contains, such as one of an interrupted bench
+    or of the final evaluation of a resumed fit, is not logged again.
 
     Args:
         logger: Logger of Lightning, or :class:`~diffaccel.run.loggers.WandbRun`.
         points: Points of the curve.
-        out: Output folder with the pictures.
+        out: Output folder with the pictures, and the record of logged points.
         provenance: Provenance of the run, for W&B's config.
     """
-    rows = [
-        {
-            "curve/nfe": point["nfe"],
-            "curve/nfe_marginal": point["nfe_marginal"],
-            "curve/seconds_per_image": point["seconds_per_image"],
-            **{f"curve/{key}": value for key, value in point["metrics"].items() if value is not None},
-            **_by_others(point),
-        }
-        for point in points
-    ]
     if not hasattr(logger, "log_image"):
-        for i, row in enumerate(rows):
+        for i, row in enumerate(map(_row, points)):
             logger.log_metrics({key: value for key, value in row.items() if value == value}, step=i)
         return
-    import wandb  # imported here, because it takes a second
-
-    run = logger.experiment
-    run.define_metric("curve/nfe", hidden=True)
-    run.define_metric("curve/*", step_metric="curve/nfe", step_sync=False, summary="none")
+    run, ledger = logger.experiment, Ledger(out)
+    new = ledger.missing(run.id, points)
+    if not new:
+        return
+    rows = [_row(point) for point in new]
+    run.define_metric(AXIS, hidden=True, summary="none")
+    # By name: of several patterns that match a metric, W&B applies any, and Lightning's logger defines one for all.
+    for name in sorted({name for row in rows for name in row} - {AXIS}):
+        run.define_metric(name, step_metric=AXIS, step_sync=False, summary="none")
     for row in rows:
         run.log(row)
-    metrics = sorted({name for point in points for name in point["metrics"]})
-    table = [[*(point[key] for key in COLUMNS), *(point["metrics"].get(name) for name in metrics)] for point in points]
-    run.log({"points": wandb.Table(columns=[*COLUMNS, *metrics], data=table)})
+    run.log({**summary(points), "points": _table(points)})
     grids = [path for point in points if (path := out / f"samples_nfe{budget_name(point)}.png").is_file()]
     if grids:
         logger.log_image("samples", [str(path) for path in grids])
     if (out / "curve.png").is_file():
         logger.log_image("curve", [str(out / "curve.png")])
     run.config.update({"provenance": provenance}, allow_val_change=True)
+    if not run.disabled:
+        ledger.add(run.id, new)
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        AXIS: point["nfe"],
+        "curve/nfe_marginal": point["nfe_marginal"],
+        "curve/seconds_per_image": point["seconds_per_image"],
+        **{f"curve/{key}": value for key, value in point["metrics"].items() if value is not None},
+        **_by_others(point),
+    }
+
+
+def summary(points: Iterable[Point]) -> dict[str, float]:
+    """Return the Frechet distances of each budget by all judges, and the lowest ones under the name of the metric.
+
+    The names have no prefix, because W&B's sweeps can optimise only values that are not nested.
+    """
+    found: dict[str, float] = {}
+    for point in points:
+        budget = "adaptive" if point["nfe_budget"] is None else f"nfe_{point['nfe_budget']:03g}"
+        views = [seen_by(point, judge) for judge in judges_of(point)] or [point]
+        for name, value in (pair for view in views for pair in distances(view).items()):
+            found[f"{name}/{budget}"] = value
+            found[name] = min(value, found.get(name, value))
+    return found
+
+
+def distances(point: Point) -> dict[str, float]:
+    """Return the finite Frechet distances of a point: the metrics that are extrapolated to infinitely many images."""
+    metrics = point["metrics"]
+    found = {name: value for name, value in metrics.items() if f"{name}_inf" in metrics}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _table(points: Sequence[Point]) -> Any:
+    """Make a W&B table with a row per point: cost, the settings of prior and solver, and metrics."""
+    import wandb  # imported here, because it takes a second
+
+    settings = [_flat(point["settings"]) for point in points]
+    keys = list(dict.fromkeys(key for each in settings for key in each if key not in ("prior.name", "solver.name")))
+    metrics = sorted({name for point in points for name in point["metrics"]})
+    data = [
+        [*map(point.get, COLUMNS), *map(each.get, keys), *map(point["metrics"].get, metrics)]
+        for point, each in zip(points, settings, strict=True)
+    ]
+    return wandb.Table(columns=[*COLUMNS, *keys, *metrics], data=data, allow_mixed_types=True)
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted keys; lists become text."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+    return found
+
+
+def keep_best(loggers: Iterable[Any], names: Iterable[str]) -> None:
+    """Keep the lowest value of metrics in W&B's summary, besides the last one."""
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            with side_output(type(logger).__name__):
+                for name in names:
+                    logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="min,last")
 
 
 def _by_others(point: Point) -> dict[str, float]:

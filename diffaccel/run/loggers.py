@@ -1,19 +1,30 @@
 """Loggers of a run: W&B, CSV, TensorBoard. They and Lightning are imported when they are used, which takes seconds."""
 
+import hashlib
+import json
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffaccel.config import Config, as_written
+from diffaccel.config import TUNABLE, Config, as_written
 from diffaccel.errors import UsageError
+from diffaccel.report import Point
+from diffaccel.report.ledger import Ledger
 from diffaccel.report.logs import unfailing
 from diffaccel.run.launch import is_first
 from diffaccel.text.terminal import say, side_output
+
+UNRELATED = (
+    *("nfe", "out", "resume", "again", "dry_run", "logger", "wandb_mode", "format", "keep_features", "keep_images"),
+    *("accelerator", "devices", "num_nodes", "threads", "search", "tradeoff", "training", "init"),
+)
+"""Keys in which runs of the same curve may differ."""
 
 
 class WandbRun:
@@ -87,7 +98,8 @@ def _online(config: Config, build: Callable[[Config], Any]) -> Any:
 
     logger = build(config)
     try:
-        logger.experiment  # noqa: B018 (starts the run, on rank zero)
+        if is_first(config):
+            logger.experiment  # noqa: B018 (starts the run)
     except wandb.errors.Error as error:
         raise UsageError(f"W&B can't go online ({error}): log in, or set wandb_mode=offline") from None
     return logger
@@ -99,11 +111,12 @@ def _wandb(config: Config, mode: str, training: bool) -> Any:
     wandb.setup()  # reads WANDB_SILENT before the first message
     variables = os.environ
     folder = variables.get("WANDB_DIR", str(config.folder))
+    run = variables.get("WANDB_RUN_ID") or _run_id(config, training)
     settings: dict[str, Any] = {
         "project": variables.get("WANDB_PROJECT", "diffaccel"),
-        "name": variables.get("WANDB_NAME", f"{config.data_name}/{Path(config.experiment).stem}"),
+        "name": variables.get("WANDB_NAME") or run_name(config, Ledger(config.folder).budgets(run or "")),
         "mode": mode,
-        "id": variables.get("WANDB_RUN_ID") or _run_id(config),
+        "id": run,
         "resume": variables.get("WANDB_RESUME", "allow"),
         "config": as_written(config),
     }
@@ -114,15 +127,32 @@ def _wandb(config: Config, mode: str, training: bool) -> Any:
     return WandbLogger(**settings, save_dir=folder, log_model=False)
 
 
+def run_name(config: Config, earlier: Iterable[float] = ()) -> str:
+    """Return the name of the W&B run: experiment, prior, solver, budgets and seed.
+
+    Args:
+        config: Configuration of the run.
+        earlier: Budgets that the run contains already.
+    """
+    budgets = sorted({*config.nfe, *earlier})
+    settings = [config.at(nfe) for nfe in budgets]
+    names = ["/".join(dict.fromkeys(str(one[part].get("name")) for one in settings)) for part in TUNABLE]
+    shown = ",".join("adaptive" if math.isinf(nfe) else f"{nfe:g}" for nfe in budgets)
+    experiment = f"{config.data_name}/{Path(config.experiment).stem}"
+    return " ".join([experiment, *names, f"NFE {shown}", f"seed {config.seed}"])
+
+
 def wandb_mode(config: Config) -> str:
     """Return W&B's mode: that of the configuration, else WANDB_MODE, else offline; conflicts are reported.
+
+    A run of a sweep is online by default, because the sweep's server needs its results.
 
     Raises:
         UsageError: WANDB_MODE is invalid.
     """
     modes = {mode: mode for mode in ("offline", "online", "shared", "disabled")}
     modes |= {"dryrun": "offline", "run": "online"}  # older names of W&B
-    given = os.environ.get("WANDB_MODE", "offline")
+    given = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_SWEEP_ID") else "offline")
     if config.wandb_mode is None:
         if given not in modes:
             raise UsageError(f"WANDB_MODE={given} in the environment is not one of {', '.join(sorted(modes))}")
@@ -132,19 +162,39 @@ def wandb_mode(config: Config) -> str:
     return config.wandb_mode
 
 
-def _run_id(config: Config) -> str | None:
-    """Return the id of the W&B run, from OUT if the run is resumed, otherwise new and written to OUT; on rank zero."""
+def _run_id(config: Config, training: bool) -> str | None:
+    """Return the id of the W&B run, on rank zero: of a resumed fit, of a bench of the same curve in OUT, or new."""
     if not is_first(config):
         return None
     file = config.folder / "wandb_run_id"
+    if not training:
+        ledger, curve = Ledger(config.folder), _curve(config)
+        run = (None if config.again else ledger.run_of(curve)) or secrets.token_hex(4)
+        ledger.start(run, curve, config.nfe)
+        return run
     if config.resume is None or not file.is_file():
         file.write_text(secrets.token_hex(4))
     return file.read_text().strip()
 
 
+def _curve(config: Config) -> str:
+    """Hash of a configuration, except for the budgets and for keys that only affect how a run is carried out."""
+    tree = {key: value for key, value in as_written(config).items() if key not in UNRELATED}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 @contextmanager
-def logging(config: Config) -> Iterator[list[Any]]:
-    """Build the loggers of a command without training for a ``with`` block, and close them at its end."""
+def logging(config: Config, measured: Sequence[Point] = ()) -> Iterator[list[Any]]:
+    """Build the loggers of a command without training for a ``with`` block, and close them at its end.
+
+    Args:
+        config: Configuration of the run.
+        measured: All points of the run, if they were measured before. If W&B has them, no run is started.
+    """
+    if config.logger == "wandb" and (run := _complete(config, measured)):
+        say(f"W&B run {run} has these points: they are not logged again")
+        yield []
+        return
     loggers, status = build_loggers(config, training=False), "failed"
     try:
         yield loggers
@@ -153,6 +203,13 @@ def logging(config: Config) -> Iterator[list[Any]]:
         for logger in loggers:
             logger.finalize(status)
         close_wandb(config)
+
+
+def _complete(config: Config, measured: Sequence[Point]) -> str | None:
+    """Return the id of the W&B run that contains all points; None if there is no such run."""
+    ledger = Ledger(config.folder)
+    run = os.environ.get("WANDB_RUN_ID") or ledger.run_of(_curve(config))
+    return run if measured and run is not None and not ledger.missing(run, measured) else None
 
 
 def close_wandb(config: Config) -> None:

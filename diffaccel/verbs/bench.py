@@ -27,7 +27,8 @@ def bench(config: Config) -> list[dict[str, Any]]:
     if launch.is_first(config):
         check_room(config.folder, *evaluator.room(), "features")
     launch.write_config(config, "points.jsonl")
-    with loggers.logging(config) as logs:
+    known = evaluator.known() if launch.is_first(config) else []
+    with loggers.logging(config, known if len(known) == len(config.nfe) else ()) as logs:
         first = launch.everywhere(config, lambda world, device: evaluator.run(sampler.to(device), world, logs))
     if first:
         print_points(evaluator.points, evaluator.extractor.metric_name, evaluator.out)

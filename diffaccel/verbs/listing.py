@@ -172,13 +172,10 @@ def _value(value: Any, registry: Registry[Any] | None) -> str:
 
 def _experiments(group: str, name: str) -> list[str]:
     """Names of the shipped experiments that use a part."""
-    from diffaccel.config import EXPERIMENTS, read  # imported here, because it takes seconds and a list does not use it
+    # Imported here, because it takes seconds and a list does not use it.
+    from diffaccel.config import experiment_names, find, read
 
-    found = []
-    for file in sorted(EXPERIMENTS.glob("*/*.yaml")):
-        if file.stem != "base" and _uses(read(file), group, name):
-            found.append(file.relative_to(EXPERIMENTS).with_suffix("").as_posix())
-    return found
+    return [one for one in experiment_names() if _uses(read(find(one)), group, name)]
 
 
 def _uses(tree: Any, group: str, name: str) -> bool:

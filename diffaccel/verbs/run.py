@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
+from diffaccel.run.parent import end_with_parent
+
 VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference")
 """Commands on an experiment; each is a function in the module of the same name in this package."""
 
@@ -26,6 +28,7 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
         UsageError: The input is invalid.
     """
     quiet()
+    end_with_parent()
     from diffaccel.config import load
     from diffaccel.run import launch
     from diffaccel.run.machine import settle
