@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.kid import poly_mmd
 
 from diffaccel.__main__ import main
-from diffaccel.config import load, to_yaml
+from diffaccel.config import STANDARD, load, to_yaml
 from diffaccel.errors import UsageError
-from diffaccel.evaluation import comparable
-from diffaccel.experiment import build_evaluator, build_frozen, build_searcher
+from diffaccel.evaluation import Partial, comparable
+from diffaccel.evaluation.measure import judge_images
+from diffaccel.evaluation.production import produce
+from diffaccel.experiment import build_evaluator, build_frozen, build_judges, build_searcher
 from diffaccel.features.extractors import Small, SmallClassifier, save_classifier
 from diffaccel.metrics import Frechet
+from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.reference import read_reference
 from diffaccel.nn.unet import UNet
 from diffaccel.report import read_points
@@ -30,6 +36,7 @@ from diffaccel.weights import open_weights, save_weights
 DIGITS = Path(__file__).parents[1] / "experiments" / "digits" / "weights"
 BENCH = ["digits/dlg", "nfe=12", "n=130", "chains=20", "batch_size=8", "logger=none"]
 VIEW = ("metrics", "memorisation", "extractor", "reference", "floor")
+PRC = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
 SAME = ("nfe", "evaluations", "images_sha256", "metrics", "judges", "chain", "images_by_rank", "key")
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -38,14 +45,17 @@ Printed = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Words that name each judge alone, and both, with few real images: KID would take longer than the runs."""
+    """Words that name each judge alone, and both, with few real images: KID would take longer than the runs.
+
+    There are as many as generated ones, because other programs' KID compares equal numbers.
+    """
     folder = tmp_path_factory.mktemp("judges")
     torch.manual_seed(0)
     save_classifier(SmallClassifier(1, 10, 8, (4,)), folder / "other.safetensors", "other", "digits", 0.1, 0)
     paths = {"digits": DIGITS / "extractor.safetensors", "other": folder / "other.safetensors"}
     both = ", ".join(f"{{name: small, path: {path}}}" for path in paths.values())
     common = [f"judges=[{both}]", *(f"{key}.{name}={folder}/{key}_{name}.npz" for key, name in FILES)]
-    assert main(["reference", "digits/dlg", "keep_rows=300", *common]) == 0
+    assert main(["reference", "digits/dlg", "keep_rows=130", *common]) == 0
     words = {
         name: [f"extractor.path={path}", f"reference={folder}/reference_{name}.npz", f"floor={folder}/floor_{name}.npz"]
         for name, path in paths.items()
@@ -108,6 +118,40 @@ def test_a_point_through_the_eyes_of_a_judge(points: dict[str, dict[str, Any]]):
         broken = {**points["digits"], "judges": judges}
         assert judges_of(broken) == (["other"] if judges == {"other": 3} else ["digits"])
         assert seen_by(broken, "other") == broken
+
+
+def test_each_judge_agrees_with_other_programs_on_its_features(
+    judges: dict[str, list[str]], points: dict[str, dict[str, Any]]
+):
+    """torch-fidelity and torchmetrics, on the features that the bench has kept and those of the reference."""
+    both = points["both"]
+    for place, name in enumerate(("digits", "other")):
+        file = features_name(both["key"], both["judges"][name]["extractor"]["sha256"], not place)
+        made = torch.from_numpy(np.load(both["folder"] / "features" / file))
+        reference, metrics = read_reference(judges[name][1].partition("=")[2]), both["judges"][name]["metrics"]
+        moments = {"mu": reference.moments.mean.numpy(), "sigma": reference.moments.covariance.numpy()}
+        fid = fid_statistics_to_metric(fid_features_to_statistics(made.double()), moments, verbose=False)
+        assert metrics[f"fd_{name}"] == pytest.approx(fid["frechet_inception_distance"], rel=1e-6)
+        kid = poly_mmd(made.double(), reference.features.double())
+        assert metrics["kid"] == pytest.approx(kid.item(), rel=1e-8)
+        parts = prc_features_to_metric(made, reference.features.float(), **PRC)
+        assert (metrics["precision"], metrics["recall"]) == pytest.approx(
+            (parts["precision"], parts["recall"]), rel=1e-6
+        )
+
+
+def test_given_images_are_scored_as_those_of_a_bench(judges: dict[str, list[str]], points: dict[str, dict[str, Any]]):
+    """Up to rounding, for the images of a bench and its chains in other batches."""
+    config = load("digits/dlg", [*BENCH[1:], *judges["both"]])
+    sampler = build_frozen(config)
+    built, plan = build_judges(config, "digits 8x8"), sampler.plan(12, 130)
+    groups = plan.prior.schedule(130, 8)
+    chunks = list(produce(sampler, plan, groups, 0, Partial(None)))
+    images = torch.cat([chunk.images for chunk in sorted(chunks, key=lambda chunk: int(chunk.indices[0]))])
+    found = judge_images(images, built, build_metrics(STANDARD), batch_size=8, chains=20)
+    for name, own in points["both"]["judges"].items():
+        assert found["judges"][name]["metrics"] == pytest.approx(own["metrics"], rel=1e-6, abs=1e-9)
+        assert found["judges"][name]["reference"] == own["reference"]
 
 
 # How images come about
@@ -206,7 +250,7 @@ def test_several_processes_agree(
 def test_the_statistics_of_all_judges_are_those_of_each(judges: dict[str, list[str]], tmp_path: Path, capsys: Printed):
     for name in ("digits", "other"):
         own, reference, _ = judges[name]
-        assert main(["reference", "digits/dlg", "keep_rows=300", own, f"out={tmp_path / name}"]) == 0
+        assert main(["reference", "digits/dlg", "keep_rows=130", own, f"out={tmp_path / name}"]) == 0
         alone = read_reference(tmp_path / name / "reference.npz")
         assert alone.sha256 == read_reference(reference.partition("=")[2]).sha256
         assert alone.provenance["extractor"]["name"] == name

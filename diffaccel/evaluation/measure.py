@@ -1,6 +1,6 @@
 """Scores of given images, computed as in a bench."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from diffaccel.config import EXPERIMENTS, STANDARD, read
 from diffaccel.errors import UsageError, suggest
+from diffaccel.evaluation.judges import Judge, further, judgements
 from diffaccel.evaluation.partial import Chunk
 from diffaccel.evaluation.scores import Real, Scores, digests
 from diffaccel.features.extractors import EXTRACTORS, Extractor
-from diffaccel.metrics.base import build_metrics
-from diffaccel.metrics.base import measure as compute
+from diffaccel.metrics.base import Metric, build_metrics
 from diffaccel.metrics.reference import file_of, load_reference, read_reference
 from diffaccel.parts.checks import whole_number
 
@@ -56,14 +56,39 @@ def measure(
         raise UsageError(f"measure: the images have shape {tuple(images.shape)}, not {wanted} with n >= 2")
     if images.dtype not in (torch.uint8, torch.float32):
         raise UsageError(f"measure: the images are {images.dtype}: give uint8, or float32 for toy points")
-    scores = Scores(len(images), judge.dim, tuple(images.shape[1:]), 0, images.dtype, real, None, images.device)
-    for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size]
-        indices = torch.arange(first, first + len(batch))
-        features = judge(batch).float().cpu()
-        scores.add(Chunk(indices, features, digests(batch), batch[:0], None, judge.sha256, 0, {}, {}, {}, 0.0, 0.0))
+    return judge_images(images, [Judge(judge, real)], build_metrics(STANDARD), batch_size)["metrics"]
+
+
+@torch.no_grad()
+def judge_images(
+    images: Tensor, judges: Sequence[Judge], metrics: Sequence[Metric], batch_size: int = 100, chains: int | None = None
+) -> dict[str, Any]:
+    """Compute the metrics of images by all judges, as in a bench; the images may come from anywhere.
+
+    Args:
+        images: Images (n, C, H, W), uint8, or float32 for toy points.
+        judges: Extractors with their statistics.
+        metrics: Metrics.
+        batch_size: Number of images per batch of the extractors.
+        chains: Number of chains that sampled the images, image i by chain i modulo this number; None for independent
+            images.
+
+    Returns:
+        Keys of a point, see :func:`~diffaccel.evaluation.judges.judgements`.
+    """
+    first, shape, n = judges[0], tuple(images.shape[1:]), len(images)
+    others, dim = further(judges), first.extractor.dim
+    scores = Scores(n, dim, shape, 0, images.dtype, first.real, chains, images.device, others)
+    for start in range(0, n, batch_size):
+        batch = images[start : start + batch_size]
+        indices, hashes = torch.arange(start, start + len(batch)), digests(batch)
+        found = {judge.extractor.sha256: judge.extractor(batch).float().cpu() for judge in judges}
+        own = found[first.extractor.sha256]
+        chunk = Chunk(indices, own, hashes, batch[:0], None, first.extractor.sha256, 0, {}, {}, {}, 0.0, 0.0)
+        chunk.others = {sha256: found[sha256] for sha256 in others}
+        scores.add(chunk)
     scores.reduce()
-    return compute(build_metrics(STANDARD), scores.made(judge.metric_name), real).values
+    return judgements(judges, scores, metrics)
 
 
 def _judges(
