@@ -144,7 +144,7 @@ def compare(words: list[str]) -> None:
     from diffaccel.parts.overrides import paths_and_options
     from diffaccel.verbs import compare as comparison
 
-    sources, options = paths_and_options(words, ["out", "reference", "judge"], "compare")
+    sources, options = paths_and_options(words, comparison.OPTIONS, "compare")
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
     check_target(out / "index.html")

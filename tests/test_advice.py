@@ -27,11 +27,13 @@ from diffaccel.nn.critic import CRITICS
 from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.overrides import ALIASES, one_experiment, paths_and_options
 from diffaccel.parts.registry import Registry
+from diffaccel.parts.trees import STATISTICS
 from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
+from diffaccel.verbs import compare as comparison
 from diffaccel.verbs.score import OWN, read_words
 from diffaccel.verbs.sweep import OPTIONS as SWEEP_OPTIONS
 
@@ -126,7 +128,7 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if program != "diffaccel" or verb not in VERBS or not words:
             continue
         if verb in ("compare", "convert"):
-            paths, _ = paths_and_options(words, ["out", "reference", *pretrained.OPTIONS], verb, ["inspect", "again"])
+            paths, _ = paths_and_options(words, [*comparison.OPTIONS, *pretrained.OPTIONS], verb, ["inspect", "again"])
             assert paths, words
             continue
         if verb == "score":
@@ -214,10 +216,10 @@ def known(key: str) -> bool:
     if not path or top not in KINDS:
         place: Any = Config()
         for name in (top, *path):
-            if isinstance(place, dict):
+            if isinstance(place, dict) or (top in STATISTICS and name != top):  # files of judges, by their names
                 return True
             if not hasattr(place, name):
-                return key in pretrained.OPTIONS or key in SWEEP_OPTIONS
+                return key in (*pretrained.OPTIONS, *comparison.OPTIONS, *SWEEP_OPTIONS)
             place = getattr(place, name)
         return True
     registry: Registry[Any] | None = KINDS[top]

@@ -101,7 +101,7 @@ def summary(points: Iterable[Point]) -> dict[str, float]:
     found: dict[str, float] = {}
     for point in points:
         budget = "adaptive" if point["nfe_budget"] is None else f"nfe_{point['nfe_budget']:03g}"
-        views = [seen_by(point, judge) for judge in judges_of(point)] or [point]
+        views: list[Point] = [seen_by(point, judge) for judge in judges_of(point)] or [point]
         for name, value in (pair for view in views for pair in distances(view).items()):
             found[f"{name}/{budget}"] = value
             found[name] = min(value, found.get(name, value))

@@ -26,6 +26,8 @@ from diffaccel.text.escape import markdown_cell, printable
 from diffaccel.text.terminal import number, print_lines, wide_console
 from diffaccel.verbs.pairs import Note, Pairs, Row, key_of
 
+OPTIONS = ("out", "reference", "judge")
+"""Options of the command."""
 WRITTEN = ("compare.csv", "table.md", "curve.png", "index.html")
 SHOWN = ("kid", "kid_se", "precision", "recall", "density", "coverage")
 ONLY_IN_FILES = ("precision", "density", "s/image")
