@@ -120,6 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BASES = ROOT / "experiments" / "digits"
 FRECHET = ("fd_digits_inf", "fd_digits_se", "fd_digits_floor")
+KID = ("kid", "kid_se", "kid_floor")
 COMPUTED = ["frechet", "kid", {"name": "feature_norm", "power": 2.0}]
 OWN = {
     "method": {"name": "wandering", "remark": "by another package"},
@@ -202,7 +203,7 @@ def test_a_plugins_prior_and_method_give_dlgs_point(benched: dict[str, Path]):
     )
     for key in ("images_sha256", "nfe", "nfe_burn_in", "nfe_sequential", "evaluations", "chains", "chain", "plan"):
         assert own[key] == ours[key], key
-    assert "fd_digits" in ours["metrics"] and own["metrics"].keys() == {"fd_digits", *FRECHET, "kid", "feature_norm"}
+    assert "fd_digits" in ours["metrics"] and own["metrics"].keys() == {"fd_digits", *FRECHET, *KID, "feature_norm"}
     shared = own["metrics"].keys() & ours["metrics"].keys()
     assert {key: own["metrics"][key] for key in shared} == {key: ours["metrics"][key] for key in shared}
     assert own["metrics"]["feature_norm"] > 0 and own["feature_dim"] == own["extractor"]["dim"]
