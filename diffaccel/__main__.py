@@ -46,6 +46,7 @@ Keys may be set on the command line; frequently used keys:
   solver=ipndm             another part by name (solver, prior, process ...)
   solver.grid.ratio_min=0.01  a key of a part
   chains=100               number of chains of a chain prior
+  judges=efficientnet_lite0,mobilenetv2  extractors that score the images, in one pass
   checkpoint=FILE          weights of the denoiser; init=FILE: initial weights in a fit
   batch_size= threads= devices= accelerator=
   precision=auto           bf16-mixed if the device has bf16 units, else 32-true; or a precision of Lightning

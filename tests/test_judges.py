@@ -485,3 +485,16 @@ def test_images_of_any_origin_are_scored_by_all_judges(
         assert np.load(tmp_path / "s" / "features" / file).shape == (130, own["extractor"]["dim"])
     assert main(["score", str(tmp_path / "images_nfe12"), "digits/dlg", *judges["both"], f"out={tmp_path / 's'}"]) == 0
     assert len(read_points(tmp_path / "s" / "points.jsonl")) == 1
+
+
+def test_a_fit_logs_every_judge_and_keeps_the_best_of_the_first(judges: dict[str, list[str]], tmp_path: Path):
+    words = ["training.images=64", "training.batch_size=32", "training.evaluate_every=32", "training.evaluate_n=20"]
+    words += ["training.keep_best=5", "n=20", "nfe=5", "precision=32-true", "logger=csv", f"out={tmp_path}"]
+    assert main(["fit", "digits/edm", *words, *judges["both"]]) == 0
+    (log,) = tmp_path.rglob("metrics.csv")
+    heads = log.read_text().splitlines()[0].split(",")
+    assert {"eval/nfe_005/fd_digits", "eval/nfe_005/other/fd_other", "eval/nfe_005/other/kid"} <= set(heads)
+    assert not any(head.startswith("eval/nfe_005/digits/") for head in heads)
+    assert (tmp_path / "best.ckpt").is_file()
+    (point,) = read_points(tmp_path / "points.jsonl")
+    assert list(point["judges"]) == ["digits", "other"]
