@@ -16,6 +16,7 @@ from diffaccel.features.independence import check_independent
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.metrics.base import build_metrics
 from diffaccel.metrics.reference import Reference, check_same_data, load_reference
+from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
 from diffaccel.sampling import Sampler
@@ -109,7 +110,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True) -> 
             "checkpoint": describe_checkpoint(config, sampler.denoiser),
             "configuration": describe_configuration(config, measured),
         },
-        settings=config.at,
+        settings=lambda budget: explicit(config.at(budget)),
         identity=identify(config, extractor, reference, floor) if measured else None,
         again=config.again,
         keep_features=config.keep_features,

@@ -12,6 +12,7 @@ from diffaccel.evaluation import Identity
 from diffaccel.features.extractors import Extractor
 from diffaccel.metrics.reference import Reference
 from diffaccel.parts.catalogue import registry_of
+from diffaccel.parts.history import explicit
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
@@ -37,7 +38,7 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
     parts = identify_parts(config)
 
     def at(budget: float) -> dict[str, Any]:
-        settings = {part: by_content(part, node) for part, node in config.at(budget).items()}
+        settings = {part: by_content(part, node) for part, node in explicit(config.at(budget)).items()}
         return {**parts, "budget": budget, "settings": settings}
 
     return at

@@ -46,7 +46,10 @@ class RestartPrior(ChainPrior):
         self,
         ratio_star: float = 1.0,
         ratio_up: float = 8.0,
-        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = {  # noqa: B006 (read only; a mapping, for YAML)
+            "name": "dpmpp2m",
+            "lower_order_final": False,
+        },
         chains: int = 500,
         share: float = 0.5,
         chain_steps: int | None = None,

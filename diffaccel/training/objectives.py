@@ -93,7 +93,10 @@ class OdePair(Objective):
 
     def __init__(
         self,
-        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = {  # noqa: B006 (read only; a mapping, for YAML)
+            "name": "dpmpp2m",
+            "lower_order_final": False,
+        },
         steps: int = 8,
         pairs: int | None = None,
         lr: float = 1.0,

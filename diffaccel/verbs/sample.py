@@ -25,6 +25,7 @@ from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.experiment import loading
+from diffaccel.parts.history import explicit
 from diffaccel.prior import Plan
 from diffaccel.report.image_files import write_npz, write_png
 from diffaccel.run import launch
@@ -188,7 +189,7 @@ class ImageWriter:
             "method": config.method_name,
             "checkpoint": self.checkpoint,
             "nfe_budget": budget if math.isfinite(budget) else None,
-            "settings": config.at(budget),
+            "settings": explicit(config.at(budget)),
             "n": config.n,
             "seed": config.seed,
             "batch_size": config.images_per_batch,
