@@ -85,12 +85,12 @@ class ReverseSDE(Solver):
 
         x_s = (1 + growth) x_t + b score + sqrt(b) z,    b = beta(tau) Delta
 
-    The reference code takes N steps of length Delta = 1 / N from N times that are spaced evenly from 1 to a smallest
-    time, all with noise but the last, whose mean is the sample. tau is the time or, where the code takes beta from a
-    table, N times spaced evenly from 1 to 0. Here the times are those of the grid (``grid=time`` in the reference).
-    tau is their linear map from [smallest, start] to [0, start], and Delta is (N - 1) / N of the difference of
-    consecutive tau, which is the reference's for ``grid=time`` from t = 1. With ``denoise=False`` tau and Delta are
-    those of the grid. A single step is DDIM's.
+    The reference code takes N steps of length Delta = 1 / N from N times t, spaced evenly from 1 to a smallest time,
+    all with noise but the last, whose mean is the sample. tau is t or, where the code takes beta from a table of N
+    entries, the time of the entry, spaced evenly from 1 to 0. Here the times are those of the grid, of which the linear
+    map from [smallest, start] to [0, start] is the time of the entry. Delta is (N - 1) / N of the difference of
+    consecutive entries. Both are the reference's for ``grid=time`` from t = 1. With ``denoise=False`` they are t and
+    the grid's step. A single step is DDIM's.
 
     Attributes:
         discretisation: ``ratio`` for steps in y, which are the reference's on VE, or ``score_sde`` for the reference's
@@ -110,7 +110,7 @@ class ReverseSDE(Solver):
                 f"{process}: use discretisation=ratio, which is score_sde's on VE"
             )
 
-    def _referred(self, trajectory: Trajectory) -> bool:
+    def _as_score_sde(self, trajectory: Trajectory) -> bool:
         """Whether the current step is score_sde's on VP."""
         return self.discretisation == "score_sde" and not (self.denoise and trajectory.steps == 1)
 
@@ -152,7 +152,7 @@ class ReverseDiffusion(ReverseSDE):
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
-        if self._referred(trajectory):
+        if self._as_score_sde(trajectory):
             beta = self._beta(process, t, s, trajectory)
             return _score_step(denoiser, x_t, t, beta, 1 - (1 - beta).sqrt(), trajectory)
         rho, removed = process.ratio(t), _removed(process, t, s)
@@ -218,6 +218,7 @@ class PredictorCorrector(ReverseDiffusion):
     ratio are not corrected.
 
     Attributes:
+        discretisation: See :class:`ReverseDiffusion`.
         snr: Signal-to-noise ratio of a Langevin step; 0.16 for CIFAR-10.
         corrector_steps: Number of Langevin steps at each level, including the start level, one evaluation each.
 
@@ -250,7 +251,7 @@ class PredictorCorrector(ReverseDiffusion):
             eps, z = denoiser(x_t, t).eps, trajectory.noise.normal(x_t)
             q = where_finite(self.snr * z.flatten(1).norm(dim=1) / eps.flatten(1).norm(dim=1))
             q = torch.where(process.ratio(t).isfinite(), q, torch.zeros_like(q))
-            if self._referred(trajectory):
+            if self._as_score_sde(trajectory):
                 q = q * (1 - self._beta(process, t, s, trajectory)).sqrt()
             x_t = x_t + expand(2 * process.sigma(t) * q, x_t) * (z - expand(q, x_t) * eps)
         return super().step(denoiser, x_t, t, s, trajectory)
@@ -280,7 +281,7 @@ class EulerMaruyama(ReverseSDE):
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
-        if self._referred(trajectory):
+        if self._as_score_sde(trajectory):
             b = process.diffusion(t).square() * self._tabulated(t, s, trajectory)[1]
             return _score_step(denoiser, x_t, t, b, b / 2, trajectory)
         prediction = denoiser(x_t, t)
