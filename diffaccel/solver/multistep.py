@@ -5,7 +5,7 @@ A multistep solver takes one evaluation per step and reuses earlier predictions.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import expand
 from diffaccel.solver.base import SOLVERS, Past, Solver, Trajectory, ddim_step, eps_step, log_step, where_finite
+
+DEFAULT: dict[str, Any] = {"name": "dpmpp2m", "lower_order_final": False}
+"""Solver where none is given. In few steps it is better without the authors' lower order in the last one."""
 
 
 @dataclass(frozen=True)
