@@ -36,8 +36,7 @@ class UniPC(Multistep):
     Attributes:
         lower_order_final: Whether p is at most S + 1 - k in predictor and corrector of step k of S, the default of the
             authors' code (uni_pc.py, ``sample``).
-        variant: B(h): ``bh1`` for h, the default of the authors' code, or ``bh2`` for 1 - exp(-h), which they recommend
-            for guided sampling.
+        variant: B(h): ``bh1`` for h, the default of the authors' code, or ``bh2`` for 1 - exp(-h).
 
     References:
         UniPC (Zhao et al., 2023), https://arxiv.org/abs/2302.04867, Algorithms 1 and 2
