@@ -32,6 +32,8 @@ def f64(*values: float) -> Tensor:
 
 
 STARTS, STOP = f64(0.8, 2.0, 5.0), 0.3
+PARABOLA = {"D2": "parabola", "lower_order_final": False}
+FULL = {"variant": "bh2", "lower_order_final": False}  # the authors' defaults: test_solver_published.py
 NOISE = NoiseStreams(0, range(3))
 START_STATE = MEANS + 0.9 * expand(STARTS, MEANS) * MEANS.flip(0)
 
@@ -73,13 +75,13 @@ def error_at_stop(solver: Solver, process: Process, steps: int) -> Tensor:
     ("name", "keys", "order"),
     [
         ("dpm2", {}, 2),
-        ("dpmpp3m", {}, 2),
-        ("unipc2", {}, 3),
-        ("unipc3", {}, 3),
-        *[("deis", {"max_order": order}, min(order, 2)) for order in (1, 2, 3, 4)],
+        ("dpmpp3m", PARABOLA, 2),
+        ("unipc2", FULL, 3),
+        ("unipc3", FULL, 3),
+        *[("deis", {"max_order": order, "mode": "rhoab"}, min(order, 2)) for order in (1, 2, 3, 4)],
     ],
 )
-def test_converges_at_its_order(name: str, keys: dict[str, int], order: int, process: Process) -> None:
+def test_converges_at_its_order(name: str, keys: dict[str, object], order: int, process: Process) -> None:
     """From mixed levels, start-up included, whose share of the error is largest at the lowest start."""
     solver = SOLVERS[name](grid=Karras(STOP), denoise=False, **keys)
     order_of_each = measured_order(*(error_at_stop(solver, process, steps) for steps in (60, 120)))
@@ -116,13 +118,13 @@ def error_from_exact_start(solver: Solver, process: Process, steps: int) -> Tens
 @pytest.mark.parametrize(
     ("name", "keys", "order"),
     [
-        ("dpmpp3m", {}, 3),
-        ("unipc2", {}, 3),
-        ("unipc3", {}, 4),
-        *[("deis", {"max_order": order}, order) for order in (1, 2, 3, 4)],
+        ("dpmpp3m", PARABOLA, 3),
+        ("unipc2", FULL, 3),
+        ("unipc3", FULL, 4),
+        *[("deis", {"max_order": order, "mode": "rhoab"}, order) for order in (1, 2, 3, 4)],
     ],
 )
-def test_order_given_exact_starting_values(name: str, keys: dict[str, int], order: int, process: Process) -> None:
+def test_order_given_exact_starting_values(name: str, keys: dict[str, object], order: int, process: Process) -> None:
     """On unequal steps. UniPC's corrector lifts both members by one order."""
     solver = SOLVERS[name](grid=Karras(STOP), denoise=False, **keys)
     order_of_each = measured_order(*(error_from_exact_start(solver, process, steps) for steps in (60, 120)))
@@ -243,7 +245,9 @@ def test_paths_are_the_published_algorithms(
 ) -> None:
     denoiser, grid = mixture(process), Karras(0.05)  # unequal steps
     x, t = process.from_ratio(START_STATE, STARTS)
-    solver = SOLVERS[name](grid=grid, **({"max_order": keys["order"]} if name == "deis" else {}))
+    own = {"dpmpp3m": PARABOLA, "unipc2": FULL, "unipc3": FULL}
+    own["deis"] = {"max_order": keys.get("order"), "mode": "rhoab"}
+    solver = SOLVERS[name](grid=grid, **own.get(name, {}))
     for steps in (2, 9):
         expected = path(denoiser, x, grid(process, t, steps), **keys)
         torch.testing.assert_close(solver(denoiser, x, t, NOISE, steps), expected, rtol=1e-10, atol=1e-10)
@@ -254,8 +258,8 @@ def test_deis_on_equal_steps_is_ipndm() -> None:
     x, t = process.from_ratio(START_STATE, STARTS)
     for order in (1, 2, 3, 4):
         deis, ipndm = (
-            SOLVERS[name](grid=Karras(0.05, rho=1.0), max_order=order)(mixture(process), x, t, NOISE, 9)
-            for name in ("deis", "ipndm")
+            SOLVERS[name](grid=Karras(0.05, rho=1.0), max_order=order, **keys)(mixture(process), x, t, NOISE, 9)
+            for name, keys in (("deis", {"mode": "rhoab"}), ("ipndm", {}))
         )
         torch.testing.assert_close(deis, ipndm, rtol=1e-10, atol=1e-10)
 

@@ -23,6 +23,7 @@ from diffaccel.config import TUNABLE, Search
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.parts.registry import Registry
 from diffaccel.parts.schema import suggest_key
@@ -225,10 +226,10 @@ class Searcher:
     def _field(self, sampler: Sampler, budget: int) -> list[Settings]:
         """Draw distinct settings that are possible within the budget; the experiment's own settings come first."""
         rng = np.random.default_rng((self.seed, budget))
-        field = [self.own]
+        field = [explicit(self.own)]
         vain = 0
         while len(field) < self.search.trials and vain < DRAWS:
-            drawn = draw(self.search.space, self.own, rng)
+            drawn = explicit(draw(self.search.space, self.own, rng))
             if drawn in field or not self._affordable(sampler, budget, drawn):
                 vain += 1
                 continue

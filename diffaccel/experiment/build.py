@@ -33,7 +33,7 @@ from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.sampling import ImageKind, Model, Part, Sampler, Setting, Tweedie
-from diffaccel.solver import SOLVERS, Solver
+from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.text.terminal import say
 from diffaccel.weights import assign_weights, open_weights
 
@@ -108,7 +108,7 @@ def build_checkpoint(path: Path) -> Model:
 
     def derive(prior: Part, solver: Part) -> Sampler:
         low = max(denoiser.ratio_range[0], 0.002)
-        return Sampler(denoiser, prior, solver or {"name": "dpmpp2m", "grid": {"ratio_min": low}}, found.shape).eval()
+        return Sampler(denoiser, prior, solver or {**DEFAULT, "grid": {"ratio_min": low}}, found.shape).eval()
 
     return Model(str(path), denoiser, found.shape, derive)
 

@@ -14,6 +14,7 @@ from diffaccel.experiment.judges import build_extractor, build_judges
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
 from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import build_metrics
+from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
 from diffaccel.sampling import Sampler
@@ -90,7 +91,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True, onl
             "checkpoint": describe_checkpoint(config, sampler.denoiser),
             "configuration": describe_configuration(config, measured),
         },
-        settings=config.at,
+        settings=lambda budget: explicit(config.at(budget)),
         identity=identify(config, judges) if measured else None,
         again=config.again,
         keep_features=config.keep_features,

@@ -11,6 +11,7 @@ from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.evaluation.judges import Judge
 from diffaccel.parts.catalogue import registry_of
+from diffaccel.parts.history import explicit
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
@@ -35,7 +36,7 @@ def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
     parts = identify_parts(config)
 
     def at(budget: float) -> dict[str, Any]:
-        settings = {part: by_content(part, node) for part, node in config.at(budget).items()}
+        settings = {part: by_content(part, node) for part, node in explicit(config.at(budget)).items()}
         return {**parts, "budget": budget, "settings": settings}
 
     return at

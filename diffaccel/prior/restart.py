@@ -10,7 +10,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.prior.base import PRIORS, GaussianPrior
 from diffaccel.prior.chain import ChainPrior, ChainState, record, require
 from diffaccel.process import expand
-from diffaccel.solver import SOLVERS, Solver
+from diffaccel.solver import DEFAULT, SOLVERS, Solver
 
 
 @PRIORS.register("restart")
@@ -46,7 +46,7 @@ class RestartPrior(ChainPrior):
         self,
         ratio_star: float = 1.0,
         ratio_up: float = 8.0,
-        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = DEFAULT,
         chains: int = 500,
         share: float = 0.5,
         chain_steps: int | None = None,

@@ -8,7 +8,7 @@ grid.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Process(ABC):
     """
 
     t_max: float = 1.0
+    preserves_variance: ClassVar[bool] = False
+    """Whether alpha^2 + sigma^2 is 1 at all times."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Let coefficients take a number in place of a tensor."""

@@ -28,6 +28,8 @@ class VariancePreserving(Process):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 33
     """
 
+    preserves_variance = True
+
     beta_0: float = 0.1
     beta_1: float = 20.0
 
@@ -77,6 +79,8 @@ class SubVariancePreserving(VariancePreserving):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, Eq. 29
     """
 
+    preserves_variance = False
+
     @override
     def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self._integral(t))
@@ -107,6 +111,8 @@ class CosineVariancePreserving(Process):
     References:
         Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672, Eq. 17
     """
+
+    preserves_variance = True
 
     offset: float = 0.008
     t_max: float = 0.9999
@@ -184,6 +190,8 @@ class DiscreteVariancePreserving(Process):
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239, section 4
     """
+
+    preserves_variance = True
 
     steps: int = 1000
     beta_0: float = 1e-4

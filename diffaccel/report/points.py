@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffaccel.parts.history import as_measured
 from diffaccel.parts.schema import RENAMED
 
 Point = Mapping[str, Any]
@@ -57,7 +58,7 @@ def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         node = _mapping(found["settings"].get(part))
         node = _renamed(node) if part == "prior" else node
         name = found[part] or _text(node.get("name"))
-        parts[part] = {**node, **({"name": name} if name else {})}
+        parts[part] = as_measured({**node, **({"name": name} if name else {})})
     return parts
 
 

@@ -26,7 +26,7 @@ from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic, check_precision
 from diffaccel.sampling.settings import Setting, Tweedie, nearest
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
-from diffaccel.solver import SOLVERS, Solver
+from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
 
 
@@ -37,7 +37,7 @@ class Sampler:
         model: Denoiser, or :class:`Model`, whose experiment has the defaults of the other arguments.
         prior: Distribution of the states that sampling starts from: a :class:`~diffaccel.prior.Prior`, a name, or a
             name and keys; by default N(0, sigma^2 I) at the denoiser's highest noise level.
-        solver: Reverse integrator, in the same forms; by default DPM-Solver++(2M).
+        solver: Reverse integrator, in the same forms; by default DPM-Solver++(2M), of order 2 in the last step too.
         shape: Image shape (C, H, W); a :class:`Model` has its own.
         by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty for the same
             prior and solver at all budgets. A prior or solver given with a :class:`Model` replaces those of its
@@ -111,7 +111,7 @@ class Sampler:
             raise UsageError("Sampler: a denoiser does not define the shape of the images: give shape=(C, H, W)")
         self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
-        self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or "dpmpp2m")
+        self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or DEFAULT)
         self.by_nfe, self.tuned, self.spent, self._warm = {}, False, None, {}
         self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
 

@@ -39,12 +39,16 @@ class Trajectory:
     Attributes:
         noise: Noise streams of the samples.
         steps: Total number of steps.
+        index: Number of steps before the current one.
+        times: Times of all levels, (steps + 1, B); empty where a step is taken outside of the loop.
         final: Whether the current step ends at ratio 0.
         past: Earlier predictions, newest first. Each solver stores those that its next step needs.
     """
 
     noise: NoiseStreams
     steps: int
+    index: int = 0
+    times: Tensor = field(default_factory=lambda: torch.empty(0))
     final: bool = False
     past: list[Past] = field(default_factory=list)
 
@@ -198,9 +202,9 @@ class Solver(ABC):
         if self.analytic_first is not None:
             denoiser = AnalyticFirst(denoiser, self.analytic_first)
         times = self.grid(denoiser.process, t, steps, self.denoise)
-        trajectory = Trajectory(noise, steps)
+        trajectory = Trajectory(noise, steps, times=times)
         for i, (now, then) in enumerate(pairwise(times)):
-            trajectory.final = self.denoise and i == steps - 1
+            trajectory.index, trajectory.final = i, self.denoise and i == steps - 1
             x_t = self.step(denoiser, x_t, now, then, trajectory)
         check(
             x_t.isfinite(),

@@ -1,7 +1,8 @@
 """Solvers of score SDEs, and the ODE form of one of them.
 
 The equations are those of y = x / alpha, whose distribution at ratio rho is that of a variance exploding process at
-sigma = rho, so the solvers run on any process. In terms of y, x_0 = y - rho eps and the score is -eps / rho.
+sigma = rho, so the solvers run on any process. In terms of y, x_0 = y - rho eps and the score is -eps / rho. The
+reference code (score_sde) has the same steps on VE, and others on VP, which are options here.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.deferred import check
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import Prediction, Process, expand
@@ -77,25 +79,97 @@ class ProbabilityFlow(Solver):
         return _state(process, denoiser(x_t, t), s, rho - _removed(process, t, s) / (2 * rho))
 
 
-@SOLVERS.register("reverse_diffusion")
 @dataclass(frozen=True)
-class ReverseDiffusion(Solver):
-    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, where the step to ratio 0 adds no noise.
+class ReverseSDE(Solver):
+    """Base class of the discretisations of the reverse SDE, with those of score_sde on variance preserving processes.
+
+        x_s = (1 + growth) x_t + b score + sqrt(b) z,    b = beta(tau) Delta
+
+    The reference code takes N steps of length Delta = 1 / N from N times t, spaced evenly from 1 to a smallest time,
+    all with noise but the last, whose mean is the sample. tau is t or, where the code takes beta from a table of N
+    entries, the time of the entry, spaced evenly from 1 to 0. Here the times are those of the grid, of which the linear
+    map from [smallest, start] to [0, start] is the time of the entry. Delta is (N - 1) / N of the difference of
+    consecutive entries. Both are the reference's for ``grid=time`` from t = 1. With ``denoise=False`` they are t and
+    the grid's step. A single step is DDIM's.
 
     Attributes:
-        grid: See :class:`Solver`; the published levels are geometric.
+        discretisation: ``ratio`` for steps in y, which are the reference's on VE, or ``score_sde`` for the reference's
+            on VP, which require small beta(t) Delta: on ``vp``, more than 20 steps from t = 1.
+    """
+
+    grid: Grid = LogSNR()
+    discretisation: Literal["ratio", "score_sde"] = "ratio"
+
+    @override
+    def check(self, process: Process) -> None:
+        """See :class:`Solver`; ``score_sde`` requires a variance preserving process."""
+        super().check(process)
+        if self.discretisation == "score_sde" and not process.preserves_variance:
+            raise UsageError(
+                f"{type(self).__name__}: discretisation=score_sde requires a variance preserving process, and not "
+                f"{process}: use discretisation=ratio, which is score_sde's on VE"
+            )
+
+    def _as_score_sde(self, trajectory: Trajectory) -> bool:
+        """Whether the current step is score_sde's on VP."""
+        return self.discretisation == "score_sde" and not (self.denoise and trajectory.steps == 1)
+
+    def _tabulated(self, t: Tensor, s: Tensor, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """Time tau and length Delta of the current step, (B,)."""
+        if not self.denoise:
+            return t, t - s
+        (start, *_, smallest, end), n = trajectory.times, trajectory.steps
+        tau = end + (trajectory.times[:-1] - smallest) * (start - end) / (start - smallest)
+        i = min(trajectory.index, n - 2)  # the last step is as long as the one before
+        return tau[trajectory.index], (tau[i] - tau[i + 1]) * (n - 1) / n
+
+
+def _score_step(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, b: Tensor, growth: Tensor, trajectory: Trajectory
+) -> Tensor:
+    """State (1 + growth) x_t + b score + sqrt(b) z, without noise in the last step, with b and growth (B,)."""
+    score = -denoiser(x_t, t).eps / expand(denoiser.process.sigma(t), x_t)
+    mean = expand(1 + growth, x_t) * x_t + expand(b, x_t) * score
+    return mean if trajectory.final else mean + expand(b.sqrt(), x_t) * trajectory.noise.normal(x_t)
+
+
+@SOLVERS.register("reverse_diffusion")
+@dataclass(frozen=True)
+class ReverseDiffusion(ReverseSDE):
+    """Discretised reverse SDE: y_s = y_t + D score + sqrt(D) z, where the step to ratio 0 adds no noise.
+
+    score_sde's on VP is x_s = (2 - sqrt(1 - beta)) x_t + beta score + sqrt(beta) z, with beta of its table.
+
+    Attributes:
+        grid: See :class:`Solver`; the published levels are geometric on VE.
+        discretisation: ``ratio`` for the steps in y, which are the reference's on VE, or ``score_sde`` for the
+            reference's on VP (sde_lib.py, ``VPSDE.discretize``), on ``grid=time`` and in more than 20 steps.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix E
     """
 
-    grid: Grid = LogSNR()
-
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
+        if self._as_score_sde(trajectory):
+            beta = self._beta(process, t, s, trajectory)
+            return _score_step(denoiser, x_t, t, beta, 1 - (1 - beta).sqrt(), trajectory)
         rho, removed = process.ratio(t), _removed(process, t, s)
         return _add_noise(process, _state(process, denoiser(x_t, t), s, rho - removed / rho), s, removed, trajectory)
+
+    def _beta(self, process: Process, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
+        """Entry of score_sde's table, (B,)."""
+        tau, length = self._tabulated(t, s, trajectory)
+        beta = process.diffusion(tau).square() * length
+        check(
+            beta < 1,
+            lambda: UsageError(
+                f"{type(self).__name__}: {trajectory.steps} steps are too few for discretisation=score_sde, whose beta "
+                f"is {beta.max().item():.3g} and must be below 1: raise nfe, or use discretisation=ratio"
+            ),
+        )
+        return beta
 
 
 @SOLVERS.register("ancestral")
@@ -139,10 +213,12 @@ class PredictorCorrector(ReverseDiffusion):
         y <- y + a score + sqrt(2 a) z,    a = 2 (snr |z| / |score|)^2,
         that is x <- x + 2 sigma_t q (z - q eps),    q = snr |z| / |eps|
 
-    The norms are per image, not means over the batch, so that images don't depend on their batch. The reference code
-    multiplies a by 1 - beta(t) / 1000 on VP; this factor is omitted. States at infinite ratio are not corrected.
+    The norms are per image, and not the reference code's means over the batch, so that images don't depend on their
+    batch. ``discretisation=score_sde`` multiplies a by 1 - beta, as the reference code does on VP. States at infinite
+    ratio are not corrected.
 
     Attributes:
+        discretisation: See :class:`ReverseDiffusion`.
         snr: Signal-to-noise ratio of a Langevin step; 0.16 for CIFAR-10.
         corrector_steps: Number of Langevin steps at each level, including the start level, one evaluation each.
 
@@ -175,32 +251,39 @@ class PredictorCorrector(ReverseDiffusion):
             eps, z = denoiser(x_t, t).eps, trajectory.noise.normal(x_t)
             q = where_finite(self.snr * z.flatten(1).norm(dim=1) / eps.flatten(1).norm(dim=1))
             q = torch.where(process.ratio(t).isfinite(), q, torch.zeros_like(q))
+            if self._as_score_sde(trajectory):
+                q = q * (1 - self._beta(process, t, s, trajectory)).sqrt()
             x_t = x_t + expand(2 * process.sigma(t) * q, x_t) * (z - expand(q, x_t) * eps)
         return super().step(denoiser, x_t, t, s, trajectory)
 
 
 @SOLVERS.register("euler_maruyama")
 @dataclass(frozen=True)
-class EulerMaruyama(Solver):
+class EulerMaruyama(ReverseSDE):
     """Euler-Maruyama on the reverse SDE in h = ln(rho_t / rho_s): y_s = y_t + V score + sqrt(V) z, V = 2 h rho_t^2.
 
     The reference code takes N steps of length 1 / N from N levels at distances 1 / (N - 1). So each V is (N - 1) / N of
     the above, and the last step, to ratio 0, has the h of the previous step and adds no noise. Both are kept, to
     reproduce published results; ``denoise=False`` gives the plain scheme. A single step is DDIM's.
 
+    score_sde's on VP is x_s = (1 + b / 2) x_t + b score + sqrt(b) z with b = beta(t) Delta.
+
     Attributes:
-        grid: See :class:`Solver`; the published levels are geometric.
+        grid: See :class:`Solver`; the published levels are geometric on VE.
+        discretisation: ``ratio`` for the steps in y, which are the reference's on VE, or ``score_sde`` for the
+            reference's on VP (sampling.py, ``EulerMaruyamaPredictor``), on ``grid=time``.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix E
         Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593
     """
 
-    grid: Grid = LogSNR()
-
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
+        if self._as_score_sde(trajectory):
+            b = process.diffusion(t).square() * self._tabulated(t, s, trajectory)[1]
+            return _score_step(denoiser, x_t, t, b, b / 2, trajectory)
         prediction = denoiser(x_t, t)
         h = log_step(process, *((trajectory.past[0].t, t) if trajectory.final and trajectory.past else (t, s)))
         rho = process.ratio(t)

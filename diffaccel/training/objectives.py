@@ -19,7 +19,7 @@ from diffaccel.parts.checks import at_least, positive
 from diffaccel.parts.registry import Registry
 from diffaccel.prior import ImplicitPrior
 from diffaccel.process import expand
-from diffaccel.solver import SOLVERS, Solver
+from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.training.module import Phase
 
 OBJECTIVES: Registry["Objective"] = Registry(
@@ -93,7 +93,7 @@ class OdePair(Objective):
 
     def __init__(
         self,
-        solver: Annotated[dict[str, Any], SOLVERS] = {"name": "dpmpp2m"},  # noqa: B006 (read only; a mapping, for YAML)
+        solver: Annotated[dict[str, Any], SOLVERS] = DEFAULT,
         steps: int = 8,
         pairs: int | None = None,
         lr: float = 1.0,

@@ -30,6 +30,7 @@ from diffaccel.experiment.evaluation import own_weights
 from diffaccel.experiment.identity import describe_configuration
 from diffaccel.experiment.loading import feature_networks_of
 from diffaccel.noise import GENERATOR
+from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report.image_files import write_npz, write_png
@@ -200,7 +201,7 @@ class ImageWriter:
             "by_budget": bool(self.sampler.by_nfe),
             "tuned": self.sampler.tuned,
             "nfe_budget": budget if math.isfinite(budget) else None,
-            "settings": config.at(budget),
+            "settings": explicit(config.at(budget)),
             "n": config.n,
             "seed": config.seed,
             "noise": GENERATOR,
