@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from diffaccel.version import __version__
+
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
     """Hash everything that determines a point or a set of images, to 16 hexadecimal characters."""
@@ -19,8 +21,9 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a point depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("diffaccel", "torch", "lightning", "torchmetrics", "torch-fidelity"):
+    # Ours is that of the code which runs: an editable installation keeps the version that it was installed with.
+    found = {"python": platform.python_version(), "diffaccel": __version__}
+    for package in ("torch", "lightning", "torchmetrics", "torch-fidelity"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
