@@ -4,15 +4,12 @@ One evaluation is one sample in one forward pass. Evaluations are counted by a h
 formula, so that correctors, Langevin steps and burn-in are included.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-import torch.fx.experimental.symbolic_shapes  # decompositions import it, which would count as time of sampling
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -113,9 +110,8 @@ class EvaluationCounter:
             if _BURNING_IN.get():
                 self.burn_in[name] += samples
             if name not in self.flops and samples and not measuring:
-                eager = ExitStack()
-                eager.enter_context(_eagerly())
-                eager.enter_context(uncompiled())
+                eager = uncompiled()  # the counter can't see operations of compiled graphs
+                eager.__enter__()
                 mode = FlopCounter()
                 mode.__enter__()
                 measuring.append((mode, eager, samples))
@@ -132,13 +128,6 @@ class EvaluationCounter:
         self._stack.callback(after, module, (), None)  # hooks are not called after an interrupt
         self._stack.callback(module.register_forward_pre_hook(before).remove)
         self._stack.callback(module.register_forward_hook(after, always_call=True).remove)
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Run without compiled graphs, whose operations the counter can't see."""
-    if "torch._dynamo" not in sys.modules:  # there are none, and the import takes a second
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def total_flops(evaluations: Mapping[str, int], flops: Mapping[str, float]) -> float:

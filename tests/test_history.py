@@ -14,7 +14,7 @@ from diffaccel.parts.history import FORMER, as_measured, explicit
 from diffaccel.report.points import normalised
 from diffaccel.solver import SOLVERS
 
-FILES = sorted(EXPERIMENTS.glob("*/*.yaml"))
+FILES = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name != "sweeps")
 VARIANTS = ("lower_order_final", "variant", "D2", "mode", "max_order", "analytic_first", "denoise")
 """Keys of multistep solvers that a search should draw."""
 

@@ -293,4 +293,12 @@ def test_counters_within_each_other_leave_compiled_graphs_in_use():
     with EvaluationCounter({"a": network}) as outer, EvaluationCounter({"a": network}) as inner:
         network(torch.zeros(3, 2))
     assert outer.evaluations == inner.evaluations == {"a": 3} and outer.flops == inner.flops == {"a": 8}
-    assert not compiling._EAGER.get()
+    assert not compiling._EAGER.get() and not compiling._STANCES
+    made = []
+    compiled = torch.compile(network, backend=lambda graph, _: made.append(graph) or graph.forward)
+    for _ in range(2):
+        with EvaluationCounter({"a": compiled}), EvaluationCounter({"a": compiled}):
+            compiled(torch.zeros(3, 2))
+        assert not made
+    compiled(torch.zeros(3, 2))
+    assert len(made) == 1

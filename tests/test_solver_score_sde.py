@@ -116,7 +116,7 @@ def test_each_sample_has_its_own_times() -> None:
 @pytest.mark.parametrize("process", [EDMVarianceExploding(), SubVariancePreserving(), Decoupled()], ids=repr)
 def test_other_processes_are_refused(name: str, process: Process) -> None:
     solver, t = SOLVERS[name](discretisation="score_sde"), process.time(f64(2.0))
-    with pytest.raises(UsageError, match="requires a variance preserving process.*use discretisation=ratio"):
+    with pytest.raises(UsageError, match="requires a variance preserving process.*use solver.discretisation=ratio"):
         solver(MixtureDenoiser(MEANS, 0.1, process=process), MEANS[:1], t, NoiseStreams(0, [0]), 50)
 
 

@@ -81,7 +81,7 @@ def test_points_that_lack_something_are_printed(capsys: pytest.CaptureFixture[st
     ]
     print_points(points, "fd_[b]", Path("out\x1b"))
     printed = capsys.readouterr().out
-    assert "fd_[b]@-" in printed and "1.5" in printed and "out\\x1b" in printed and "rounded down" in printed
+    assert " fd_[b] " in printed and "1.5" in printed and "out\\x1b" in printed and "rounded down" in printed
 
 
 @pytest.mark.parametrize(

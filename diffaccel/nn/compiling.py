@@ -1,5 +1,6 @@
 """Compilation of networks by ``torch.compile``, for batches of one size."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,14 +13,26 @@ _EAGER: ContextVar[int] = ContextVar("eager", default=0)
 """Number of reasons to call no graphs."""
 
 
+_STANCES: list[Any] = []
+"""PyTorch's own switch for all compiled functions, while it is set."""
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Call compiled networks without their graphs in a ``with`` block, for example to count their operations."""
+    """Call compiled functions without their graphs in a ``with`` block, for example to count their operations.
+
+    Blocks may end in the order in which they began: what was before the first holds again after the last.
+    """
+    if not _EAGER.get() and "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; the import takes a second
+        _STANCES.append(torch.compiler.set_stance("force_eager"))
+        _STANCES[-1].__enter__()
     _EAGER.set(_EAGER.get() + 1)
     try:
         yield
-    finally:  # not a reset to what was before, because blocks may end in the order in which they began
+    finally:
         _EAGER.set(_EAGER.get() - 1)
+        if not _EAGER.get() and _STANCES:
+            _STANCES.pop().__exit__(None, None, None)
 
 
 class FixedBatch:

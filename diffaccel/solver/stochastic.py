@@ -89,8 +89,8 @@ class ReverseSDE(Solver):
     all with noise but the last, whose mean is the sample. tau is t or, where the code takes beta from a table of N
     entries, the time of the entry, spaced evenly from 1 to 0. Here the times are those of the grid, of which the linear
     map from [smallest, start] to [0, start] is the time of the entry. Delta is (N - 1) / N of the difference of
-    consecutive entries. Both are the reference's for ``grid=time`` from t = 1. With ``denoise=False`` they are t and
-    the grid's step. A single step is DDIM's.
+    consecutive entries. Both are the reference's for ``solver.grid=time`` from t = 1. With ``denoise=False`` they are t
+    and the grid's step. A single step is DDIM's.
 
     Attributes:
         discretisation: ``ratio`` for steps in y, which are the reference's on VE, or ``score_sde`` for the reference's
@@ -106,8 +106,8 @@ class ReverseSDE(Solver):
         super().check(process)
         if self.discretisation == "score_sde" and not process.preserves_variance:
             raise UsageError(
-                f"{type(self).__name__}: discretisation=score_sde requires a variance preserving process, and not "
-                f"{process}: use discretisation=ratio, which is score_sde's on VE"
+                f"{type(self).__name__}: solver.discretisation=score_sde requires a variance preserving process, and "
+                f"not {process}: use solver.discretisation=ratio, which is score_sde's on VE"
             )
 
     def _as_score_sde(self, trajectory: Trajectory) -> bool:
@@ -143,7 +143,7 @@ class ReverseDiffusion(ReverseSDE):
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric on VE.
         discretisation: ``ratio`` for the steps in y, which are the reference's on VE, or ``score_sde`` for the
-            reference's on VP (sde_lib.py, ``VPSDE.discretize``), on ``grid=time`` and in more than 20 steps.
+            reference's on VP (sde_lib.py, ``VPSDE.discretize``), on ``solver.grid=time`` and in more than 20 steps.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix E
@@ -165,8 +165,9 @@ class ReverseDiffusion(ReverseSDE):
         check(
             beta < 1,
             lambda: UsageError(
-                f"{type(self).__name__}: {trajectory.steps} steps are too few for discretisation=score_sde, whose beta "
-                f"is {beta.max().item():.3g} and must be below 1: raise nfe, or use discretisation=ratio"
+                f"{type(self).__name__}: {trajectory.steps} steps are too few for solver.discretisation=score_sde, "
+                f"whose beta is {beta.max().item():.3g} and must be below 1: raise nfe, or use "
+                "solver.discretisation=ratio"
             ),
         )
         return beta
@@ -214,8 +215,8 @@ class PredictorCorrector(ReverseDiffusion):
         that is x <- x + 2 sigma_t q (z - q eps),    q = snr |z| / |eps|
 
     The norms are per image, and not the reference code's means over the batch, so that images don't depend on their
-    batch. ``discretisation=score_sde`` multiplies a by 1 - beta, as the reference code does on VP. States at infinite
-    ratio are not corrected.
+    batch. ``solver.discretisation=score_sde`` multiplies a by 1 - beta, as the reference code does on VP. States at
+    infinite ratio are not corrected.
 
     Attributes:
         discretisation: See :class:`ReverseDiffusion`.
@@ -271,7 +272,7 @@ class EulerMaruyama(ReverseSDE):
     Attributes:
         grid: See :class:`Solver`; the published levels are geometric on VE.
         discretisation: ``ratio`` for the steps in y, which are the reference's on VE, or ``score_sde`` for the
-            reference's on VP (sampling.py, ``EulerMaruyamaPredictor``), on ``grid=time``.
+            reference's on VP (sampling.py, ``EulerMaruyamaPredictor``), on ``solver.grid=time``.
 
     References:
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456, appendix E
