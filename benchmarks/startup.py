@@ -84,7 +84,7 @@ def measured(started: float, file: Path, words: list[str]) -> int:
     """Run a command in this process, and write the times of its parts to a file."""
     clock = Clock(started)
     from diffaccel.__main__ import main
-    from diffaccel.evaluation import evaluator, production
+    from diffaccel.evaluation import evaluator, judges, production
     from diffaccel.run import loggers
     from diffaccel.sampling import Sampler
     from diffaccel.verbs import bench
@@ -93,7 +93,7 @@ def measured(started: float, file: Path, words: list[str]) -> int:
     clock.watch(bench.experiment, "build_evaluator", "building")
     clock.watch_each(Sampler, "batches", SAMPLING)
     clock.watch(production, "_features", "scoring")
-    clock.watch(evaluator, "measure", "metrics")
+    clock.watch(judges, "measure", "metrics")
     for name in ("draw_samples", "draw_curve"):
         clock.watch(evaluator, name, "drawing")
     clock.watch(evaluator, "log_curve", "logging")

@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,3 +40,13 @@ def test_training_is_measured(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
     found, limit, within = training.measure(case, images, str(tmp_path), repeats=2)
     assert found.ours > 0 and found.bare > 0 and limit == 1.05
     assert (within is None) == case.wall
+
+
+def test_the_parts_of_a_short_bench_are_found(tmp_path: Path):
+    """The functions that benchmarks.startup times are where it looks for them, and are called."""
+    words = ["bench", "digits/edm", "nfe=3", "n=20", "logger=csv", f"out={tmp_path / 'out'}"]
+    file = tmp_path / "parts.json"
+    command = [sys.executable, "-m", "benchmarks.startup", "measure", str(time.time()), str(file), *words]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    parts = json.loads(file.read_text())
+    assert {"building", "sampling", "scoring", "metrics", "drawing", "logging", "rest"} <= parts.keys()

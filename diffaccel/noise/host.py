@@ -6,7 +6,7 @@ those that vary with the block, meet in the third round, so that the rounds befo
 """
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ PIECE = 49_152
 """Number of blocks per piece, as many as 64 images of 3 x 32 x 32 have; 4 MB of buffers."""
 _KEPT = threading.local()
 _32, _LOW = np.uint64(32), np.uint64(LOW)
-_MULTIPLIERS = np.array(MULTIPLIERS, np.uint64)[:, None, None]
+_MULTIPLIERS = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 
 
 class _Third(NamedTuple):
@@ -57,32 +57,41 @@ def normal(index: Tensor, key: int, draw: int, size: int) -> Tensor:
         made = torch.empty(len(found), size)
         made[low], made[~low] = normal(index[low], key, draw, size), normal(index[~low], key, draw, size)
         return made
-    keys = np.array(round_keys(key), np.uint64)[:, :, None, None]
-    third = _third_round(found, highest[:1], np.arange(blocks, dtype=np.uint64), draw, keys.reshape(-1, 2))
+    keys = np.array(round_keys(key), np.uint64)
+    third = _third_round(found, highest[:1], np.arange(blocks, dtype=np.uint64), draw, keys)
     numbers = np.empty((len(found), 4, blocks), np.float32)
     rows = min(len(found), max(1, PIECE // blocks))
-    words, floats = _buffers(rows * blocks)
-    words, floats = words.reshape(3, 2, rows, blocks), floats.reshape(3, 2, rows, blocks)
     for first in range(0, len(found), rows):
         piece = slice(first, first + rows)
-        count = len(numbers[piece])
-        x, y = _rounds(third, piece, keys, words[:, :, :count])
-        _box_muller(x, y, floats[:, :, :count], numbers[piece])
+        ours = numbers[piece]
+        words, floats = _buffers(len(ours) * blocks)
+        _rounds(third, piece, keys, words)
+        for pair in (0, 1):
+            _box_muller(words[2 * pair], words[2 * pair + 1], floats, ours[:, 2 * pair : 2 * pair + 2])
     return torch.from_numpy(numbers.reshape(len(found), -1)[:, :size])
 
 
-def _buffers(size: int) -> tuple[Words, Floats]:
-    """Buffers of a piece, (3, 2, size) each, which a thread keeps: new memory costs more than the numbers."""
-    kept: tuple[Words, Floats] | None = getattr(_KEPT, "buffers", None)
-    if kept is None or kept[0].shape[2] < size:
-        shape = 3, 2, max(size, PIECE)
-        kept = _KEPT.buffers = np.empty(shape, np.uint64), np.empty(shape, np.float32)
-    return kept[0][..., :size], kept[1][..., :size]
+def _buffers(size: int) -> tuple[list[Words], list[Floats]]:
+    """Buffers of a piece, six and three of (size,), which a thread keeps: new memory costs more than the numbers."""
+    kept: tuple[list[Words], list[Floats]] | None = getattr(_KEPT, "buffers", None)
+    if kept is None or len(kept[0][0]) < size:
+        longest = max(size, PIECE)
+        kept = _aligned(6, longest, np.uint64), _aligned(3, longest, np.float32)
+        _KEPT.buffers = kept
+    return [one[:size] for one in kept[0]], [one[:size] for one in kept[1]]
+
+
+def _aligned(count: int, size: int, dtype: type[Any]) -> list[NDArray[Any]]:
+    """Arrays (size,) that begin with a cache line, at distances of no whole pages: both make operations slower."""
+    apart = -(-size // 16) * 16 + 80
+    whole = np.empty(count * apart + 16, dtype)
+    first = -whole.ctypes.data % 64 // whole.itemsize
+    return [whole[first + i * apart :][:size] for i in range(count)]
 
 
 def _multiplied(word: Words, which: int) -> tuple[Words, Words]:
     """High and low half of a word times a multiplier."""
-    product = word * _MULTIPLIERS[which, 0, 0]
+    product = word * _MULTIPLIERS[which]
     return product >> _32, product & _LOW
 
 
@@ -99,45 +108,55 @@ def _third_round(index: Words, highest: Words, block: Words, draw: int, keys: Wo
     )
 
 
-def _rounds(third: _Third, piece: slice, keys: Words, buffers: Words) -> tuple[Words, Words]:
+def _rounds(third: _Third, piece: slice, keys: Words, words: list[Words]) -> None:
     """Compute rounds 4 to 10 of some streams.
 
-    The words that a round multiplies are stacked, as are the other two; a round exchanges the two of a stack.
-
-    Returns:
-        Words (2, 0) and words (3, 1), whose bits above the 32nd are arbitrary.
+    Args:
+        third: Result of round 3.
+        piece: Streams.
+        keys: Keys of all rounds, (10, 2).
+        words: Six buffers. The first four are set to the words of the blocks, whose bits above the 32nd are arbitrary.
     """
-    x, y, spare = buffers
-    np.bitwise_xor(third.word_0[0][piece], third.word_0[1], out=x[0])
-    np.bitwise_xor(third.word_2[0][piece], third.word_2[1], out=x[1])
-    np.multiply(x, _MULTIPLIERS, out=y)
-    np.right_shift(y, _32, out=x)
-    x[0] ^= third.word_3[piece]
-    x[1] ^= third.word_1
-    for number in range(4, ROUNDS):
-        in_order = number % 2  # whether the words are (0, 2) before the round, and (2, 0) after it
-        np.multiply(x, _MULTIPLIERS if in_order else _MULTIPLIERS[::-1], out=spare)
-        np.right_shift(spare, _32, out=x)
-        x ^= y[::-1]
-        x ^= keys[number, ::-1] if in_order else keys[number]
-        if number < ROUNDS - 1:
-            x &= _LOW
-        y, spare = spare, y
-    return x, y
+    w_0, p_1, w_2, p_0, next_0, next_1 = words  # p_1 and p_0 are products, whose low halves are the words 1 and 3
+    shape = -1, len(third.word_1)
+    np.bitwise_xor(third.word_0[0][piece], third.word_0[1], w_0.reshape(shape))
+    np.bitwise_xor(third.word_2[0][piece], third.word_2[1], w_2.reshape(shape))
+    m_0, m_1 = _MULTIPLIERS
+    np.multiply(w_0, m_0, p_0)
+    np.multiply(w_2, m_1, p_1)
+    np.right_shift(p_1, _32, w_0)
+    np.right_shift(p_0, _32, w_2)
+    w_0.reshape(shape)[...] ^= third.word_1
+    w_2.reshape(shape)[...] ^= third.word_3[piece]
+    for number, (key_0, key_1) in enumerate(keys[4:], start=5):
+        np.multiply(w_0, m_0, next_0)
+        np.multiply(w_2, m_1, next_1)
+        np.right_shift(next_1, _32, w_0)
+        np.bitwise_xor(w_0, p_1, w_0)
+        np.bitwise_xor(w_0, key_0, w_0)
+        np.right_shift(next_0, _32, w_2)
+        np.bitwise_xor(w_2, p_0, w_2)
+        np.bitwise_xor(w_2, key_1, w_2)
+        if number < ROUNDS:
+            np.bitwise_and(w_0, _LOW, w_0)
+            np.bitwise_and(w_2, _LOW, w_2)
+        p_0, p_1, next_0, next_1 = next_0, next_1, p_0, p_1
+    words[1], words[3] = p_1, p_0
 
 
-def _box_muller(x: Words, y: Words, buffers: Floats, made: Floats) -> None:
-    """Convert words (2, 0) and (3, 1) to normal numbers, (rows, 4, blocks)."""
+def _box_muller(radius: Words, angle: Words, buffers: list[Floats], made: Floats) -> None:
+    """Convert two words of the blocks, (rows * blocks,), to two normal numbers, (rows, 2, blocks)."""
     r, a, sine = buffers
-    r[...], a[...] = (words.view(np.uint32)[..., ::2] for words in (x, y))  # the low halves, on little-endian machines
-    r *= np.float32(2.0**-32)
-    r += np.float32(2.0**-33)
-    np.log(r, out=r)
-    r *= np.float32(-2)
-    np.sqrt(r, out=r)
-    a *= np.float32(ANGLE)
-    np.sin(a, out=sine)
-    np.cos(a, out=a)
-    for pair in (0, 1):
-        np.multiply(r[1 - pair], a[1 - pair], out=made[:, 2 * pair])
-        np.multiply(r[1 - pair], sine[1 - pair], out=made[:, 2 * pair + 1])
+    # the low halves, on little-endian machines
+    r[...], a[...] = radius.view(np.uint32)[::2], angle.view(np.uint32)[::2]
+    np.multiply(r, np.float32(2.0**-32), r)
+    np.add(r, np.float32(2.0**-33), r)
+    np.log(r, r)
+    np.multiply(r, np.float32(-2), r)
+    np.sqrt(r, r)
+    np.multiply(a, np.float32(ANGLE), a)
+    np.sin(a, sine)
+    np.cos(a, a)
+    shape = made[:, 0].shape
+    np.multiply(r.reshape(shape), a.reshape(shape), made[:, 0])
+    np.multiply(r.reshape(shape), sine.reshape(shape), made[:, 1])
