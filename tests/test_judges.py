@@ -202,7 +202,7 @@ def test_kept_images_are_scored_by_a_judge_that_joins(
     bench(tmp_path, *judges["digits"], "keep_images=true")
     seen: list[str] = []
     features = Small.features
-    monkeypatch.setattr(UNet, "forward", lambda *_: pytest.fail("the images were made anew"))
+    monkeypatch.setattr(UNet, "forward", lambda *_: pytest.fail("the images were sampled again"))
     monkeypatch.setattr(Small, "features", lambda self, x: (seen.append(self.name), features(self, x))[1])
     both = bench(tmp_path, *judges["both"])
     assert set(seen) == {"other"}, "the features of the first were on disk"

@@ -88,6 +88,11 @@ class GivenImages:
         """Shape of an image, (C, H, W)."""
         return self.images.shape
 
+    @property
+    def resizable(self) -> bool:
+        """Whether the source takes ``image_size``."""
+        return "image_size" in SOURCES.keys_of(self.name)
+
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:

@@ -232,7 +232,7 @@ def _check_shape(config: Config, source: GivenImages | Reference, path: str, ref
     (channels, *size), (wanted_channels, *wanted_size) = own, wanted
     remedies = []
     if size != wanted_size:
-        crops = wanted_size[0] == wanted_size[1] and isinstance(source, GivenImages) and source.name != "npz"
+        crops = wanted_size[0] == wanted_size[1] and isinstance(source, GivenImages) and source.resizable
         crop = f", or set image_size={wanted_size[0]} to crop and resize them" if crops else ""
         remedies.append(f"resize them to {wanted_size[1]}x{wanted_size[0]}{crop}")
     if channels != wanted_channels:

@@ -1,8 +1,7 @@
 """Embeddings of large vision transformers: DINOv2 for ``fd_dinov2``, and CLIP for ``cmmd``.
 
 Weights come from a local file or folder, or from the address where their authors publish them. The hash of the file is
-part of every point, because nothing else tells which weights a score depends on. Files of torch.save are read without
-running code.
+part of every point, because names do not determine the weights. Files of torch.save are read without running code.
 """
 
 import re

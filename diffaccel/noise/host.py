@@ -1,4 +1,4 @@
-"""Normal numbers on a CPU, as fast as PyTorch's own generator draws them.
+"""Normal numbers on a CPU, nearly as fast as PyTorch's own generator draws them.
 
 NumPy's integer operations, and its logarithm, sine and cosine in float32, are two to three times as fast as PyTorch's.
 A batch is computed in place, in pieces that fit into the cache. The words that vary with the index of the stream, and
@@ -25,7 +25,7 @@ _MULTIPLIERS = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 
 
 class _Third(NamedTuple):
-    """What round 3 makes of the counters: words of the streams, (B, 1), and of the blocks, (1, blocks).
+    """What round 3 makes of the counters: words of the streams, (B, 1), and of the blocks, (blocks,).
 
     Words 0 and 2 are the exclusive or of two such words; words 1 and 3 contain the key of round 4.
     """
