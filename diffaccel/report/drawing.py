@@ -216,7 +216,7 @@ def _finish(axes: "Axes", nfes: Sequence[float], ticks: Sequence[float]) -> None
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     low, high = axes.get_ylim()
     if high < 10 * low:  # less than a decade: there may be no power of ten to label
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.tick_params(axis="y", which="minor", labelsize=8)
     elif high < 1000 * low:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
