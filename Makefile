@@ -29,7 +29,7 @@ help: ## print this text
 
 setup: $(STAMP) ## make .venv and install diffaccel with its development tools
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py diffaccel/noise/philox.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "diffaccel needs Python 3.10 or newer, and '$(PYTHON)' is not: name one with PYTHON=, as in make setup PYTHON=python3.12"; \
 		exit 2; }

@@ -1,8 +1,12 @@
-"""The part of the build that pyproject.toml can't state: experiments/ becomes diffaccel/experiments in a wheel."""
+"""The parts of the build that pyproject.toml can't state.
+
+experiments/ becomes diffaccel/experiments in a wheel, and the loop of the noise on a CPU is compiled. The compiler is
+optional, see diffaccel/noise/host.py.
+"""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 
@@ -44,4 +48,11 @@ class BuildWithExperiments(build_py):
         return [str(Path(self.build_lib, "diffaccel", file)) for file in shipped()]
 
 
-setup(cmdclass={"build_py": BuildWithExperiments})
+LOOP = Extension(
+    "diffaccel.noise._philox",
+    ["diffaccel/noise/philox.c"],
+    extra_compile_args=["-O3", "-ffp-contract=off"],  # fused operations would round differently from PyTorch's
+    optional=True,
+)
+
+setup(cmdclass={"build_py": BuildWithExperiments}, ext_modules=[LOOP])

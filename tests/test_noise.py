@@ -55,6 +55,29 @@ def test_a_cpu_draws_what_is_defined(index: list[int], draw: int, key: int, size
     torch.testing.assert_close(host.normal(index, key, draw, size), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("index", "draw", "key", "size"), [*DRAWS, ([], 0, 1, 8), ([5], 0, 1, 0), (range(0, 140, 2), 2, 9, 3072)]
+)
+def test_the_compiled_loop_changes_no_bit(
+    index: list[int], draw: int, key: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if host.compiled_loop() is None:
+        pytest.skip("the package was built without a compiler")
+    index = torch.tensor(list(index), dtype=torch.int64)
+    compiled = host.normal(index, key, draw, size)
+    monkeypatch.setattr(host, "compiled_loop", lambda: None)
+    assert torch.equal(compiled, host.normal(index, key, draw, size))
+
+
+def test_the_compiled_loop_reads_any_memory() -> None:
+    """Indices that are every second of an array, and pieces of a batch."""
+    if host.compiled_loop() is None:
+        pytest.skip("the package was built without a compiler")
+    index = torch.arange(64 * 5)
+    one = host.normal(index, 3, 1, 3072)
+    assert torch.equal(host.normal(index[::2], 3, 1, 3072), one[::2])
+
+
 def test_box_muller() -> None:
     w = torch.tensor([0, 0, 2**31, 2**32 - 1]).split(1)
     expected = [math.sqrt(66 * math.log(2)), 0.0, math.sqrt(2 * math.log(2)), 0.0]

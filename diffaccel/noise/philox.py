@@ -80,12 +80,16 @@ def normals(words: Words, size: int) -> Tensor:
 
     The numbers of a block are apart by the number of blocks, so that each of the four is written in one piece.
     """
-    made = []
-    for radius, angle in (words[:2], words[2:]):
-        r = (radius.float() * 2.0**-32 + 2.0**-33).log().mul(-2).sqrt()
-        a = angle.float() * ANGLE
-        made += [r * a.cos(), r * a.sin()]
+    radius, angle = radii_and_angles(words)
+    r = radius.log().mul(-2).sqrt()
+    made = [r[0] * angle[0].cos(), r[0] * angle[0].sin(), r[1] * angle[1].cos(), r[1] * angle[1].sin()]
     return torch.cat(made, 1)[:, :size]
+
+
+def radii_and_angles(words: Words) -> tuple[Tensor, Tensor]:
+    """Return the numbers u and a of the Box-Muller method, each (2, B, blocks) float32, of words (B, blocks)."""
+    radius, angle = torch.stack(words[::2]), torch.stack(words[1::2])
+    return radius.float() * 2.0**-32 + 2.0**-33, angle.float() * ANGLE
 
 
 def uniforms(words: Words) -> Tensor:
