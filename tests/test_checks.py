@@ -11,7 +11,7 @@ import pytest
 from diffaccel import experiment
 from diffaccel.config import Config, load
 from diffaccel.errors import UsageError
-from diffaccel.evaluation.search import check_space
+from diffaccel.evaluation.space import check_space
 from diffaccel.parts.checks import RANGES, Range, check, conform
 from diffaccel.parts.overrides import scalar
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from test_curves import labels, point
 
 from diffaccel.config import EXPERIMENTS, load
-from diffaccel.evaluation.search import check_space
+from diffaccel.evaluation.space import check_space
 from diffaccel.experiment.identity import identify_images
 from diffaccel.parts.history import FORMER, as_measured, explicit
 from diffaccel.report.points import normalised

@@ -15,7 +15,7 @@ from diffaccel.config import load
 from diffaccel.denoiser import FiniteSetDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
-from diffaccel.evaluation.search import check_space, draw
+from diffaccel.evaluation.space import check_space, draw
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import Decoupled, EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.report import read_points
@@ -74,7 +74,7 @@ def test_draws_fill_their_ranges_evenly():
     [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
      ({"solver.grid.rho": {"low": 1}}, "rho="), ({"solver.nam": ["heun"]}, "did you mean 'name'"),
      ({"solver.name": ["heunn"]}, "did you mean 'heun'"), ({"solver.grid.name": ["karass"]}, "'karras'"),
-     ({"prior.chain": [3]}, "did you mean 'chains'"), ({"prior.told": [0.9]}, "now called 'level_scale'"),
+     ({"prior.chains": [3]}, "replace it by prior.images_per_chain"), ({"prior.told": [0.9]}, "now called 'level_scale'"),
      ({}, "no search.space")],
 )  # fmt: skip
 def test_a_mistake_in_the_space(space: dict[str, object], named: str):
