@@ -4,8 +4,8 @@ The objective remains the Frechet distance. The distance of as many independent 
 mean and covariance, which hardly react to repetition, so that chains with a recall near 0 have won. Diversity is
 required instead, in two ways that a chain can't trade for distance:
 
-- The effective number of independent images is at least half of the number of images
-  (:data:`~diffaccel.metrics.repetition.LEAST_EFFECTIVE`): otherwise the distance has the error of a much smaller set.
+- The effective number of independent images is at least a quarter of the number of images
+  (:data:`~diffaccel.metrics.repetition.LEAST_EFFECTIVE`): otherwise standard errors are more than doubled.
 - Recall is at least :data:`RECALL` of that of the same solver from independent starts, less two standard errors of a
   share of so many images. The effective number is about the mean and misses images that share their details.
 

@@ -11,9 +11,9 @@ from diffaccel.metrics.neighbours import Neighbours
 
 QUANTILE = 0.01
 """Fraction of the real images that counts as close to another real image."""
-LEAST_EFFECTIVE = 0.5
-"""Least effective number of images, relative to their number, without a warning: below it, the distance has the error
-and the bias of less than half as many images."""
+LEAST_EFFECTIVE = 0.25
+"""Least effective number of images, relative to their number, without a warning: below it, standard errors are more than
+twice those of as many independent images."""
 
 
 def effective_number(features: Tensor, chains: int | None, n: int | None = None) -> float:
