@@ -74,8 +74,8 @@ def test_draws_fill_their_ranges_evenly():
     [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
      ({"solver.grid.rho": {"low": 1}}, "rho="), ({"solver.nam": ["heun"]}, "did you mean 'name'"),
      ({"solver.name": ["heunn"]}, "did you mean 'heun'"), ({"solver.grid.name": ["karass"]}, "'karras'"),
-     ({"prior.chains": [3]}, "replace it by prior.images_per_chain"), ({"prior.told": [0.9]}, "now called 'level_scale'"),
-     ({}, "no search.space")],
+     ({"prior.chains": [3]}, "replace it by prior.images_per_chain"), ({"prior.chain": [3]}, "did you mean 'chains'"),
+     ({"prior.told": [0.9]}, "now called 'level_scale'"), ({}, "no search.space")],
 )  # fmt: skip
 def test_a_mistake_in_the_space(space: dict[str, object], named: str):
     with pytest.raises(UsageError, match=named):
