@@ -189,7 +189,7 @@ def test_settings_of_the_reference(data: str, chains: int, burn_in: int, warmup:
     config, method = load(f"{data}/dlg"), build(f"{data}/dlg")
     prior = method.prior
     assert isinstance(prior, LangevinGibbsPrior) and isinstance(prior.posterior, ClassifierPosterior)
-    assert (prior.chains, prior.burn_in_per_chain, prior.warmup, config.n) == (chains, burn_in, warmup, n)
+    assert (prior.chains_for(config.n), prior.burn_in_per_chain, prior.warmup, config.n) == (chains, burn_in, warmup, n)
     assert (prior.update, prior.carry, prior.select, prior.corrected, prior.renoise) == (
         "argmax",
         True,
