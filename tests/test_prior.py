@@ -273,6 +273,14 @@ def test_images_per_chain_are_rounded_down_exactly():
             chain(images_per_chain=per_chain)
 
 
+def test_restarts_are_of_a_number_of_chains():
+    """Chains of some images end without them, so that no burn-in is for the rest of a last round."""
+    with pytest.raises(UsageError, match="set prior.images_per_chain=10 and prior.restart_every=null, or prior.chains"):
+        chain(images_per_chain=50, restart_every=10)
+    restarted, short = chain(chains=100, restart_every=10), chain(images_per_chain=10)
+    assert restarted.burn_in_evaluations(5000) == short.burn_in_evaluations(5000)
+
+
 def test_a_number_of_chains_overrides_images_per_chain():
     assert [chain(images_per_chain=10, chains=7).chains_for(n) for n in (5, 70, 5000)] == [7, 7, 7]
     assert chain().chains_for(5000) == 100, "the default up to version 0.1, at the default n"

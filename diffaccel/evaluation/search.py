@@ -267,7 +267,11 @@ class Searcher:
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}
 
     def _report(self, ranked: list[Trial], budget: int, images: int) -> None:
-        table = Table(f"{self.metric}@{images}", "recall", "nfe", "prior", "solver", box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        for head in (f"{self.metric}@{images}", "recall", "nfe"):
+            table.add_column(head, no_wrap=True)
+        for head in TUNABLE:
+            table.add_column(head)
         for trial in ranked[:5]:
             parts = (in_words(trial["drawn"][part]) for part in TUNABLE)
             recall = trial.get("metrics", {}).get("recall", math.nan)

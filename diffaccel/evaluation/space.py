@@ -40,10 +40,10 @@ def check_space(space: Mapping[str, Any]) -> None:
             continue
         if registry is None or not path:
             raise UsageError(f"search.space: {key!r} is neither gamma nor a key of {' or '.join(TUNABLE)}")
-        if key == "prior.chains":
+        if key in ("prior.chains", "prior.restart_every"):
             raise UsageError(
-                "search.space.prior.chains: rounds have different numbers of images, so that chains would differ in "
-                "length: replace it by prior.images_per_chain, n / chains"
+                f"search.space.{key}: rounds have different numbers of images, so that chains would differ in length: "
+                "replace it by prior.images_per_chain, n / chains"
             )
         while registry is not None and path:
             known = {"name"} | registry.known_keys()

@@ -73,8 +73,8 @@ class ChainPrior(Prior):
         chain_steps: Number of chain evaluations per image; overrides ``share``.
         init_steps: Number of solver steps from pure noise to the first states.
         init_solver: Solver for the first states.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
         burn_in_counted: Whether burn-in counts towards the NFE budget.
 
     Raises:
@@ -104,6 +104,11 @@ class ChainPrior(Prior):
             f"chain_steps is {chain_steps}, it must be from 1 to {MOST}",
         )
         require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, it must be 1 or more")
+        require(
+            restart_every is None or chains is not None,
+            f"restart_every is {restart_every}, which has a meaning for a fixed number of chains only: set "
+            f"prior.images_per_chain={restart_every} and prior.restart_every=null, or prior.chains",
+        )
         require(1 <= init_steps <= MOST, f"init_steps is {init_steps}, it must be from 1 to {MOST}")
         self.images_per_chain, self.chains = images_per_chain, chains
         self.share, self.chain_steps = share, chain_steps

@@ -86,8 +86,8 @@ class LangevinGibbsPrior(ChainPrior):
         init_solver: Solver for the first states; EDM's stochastic solver by default.
         renoise: Standard deviation of the noise added to the first states.
         warmup: Langevin-Gibbs steps after that, as [steps, eta] pairs; null stands for ``eta``.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
         burn_in_counted: Whether burn-in counts towards the NFE budget; the paper does not count it. Points contain both
             numbers (``nfe``, ``nfe_marginal``).
 

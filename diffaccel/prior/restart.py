@@ -34,8 +34,8 @@ class RestartPrior(ChainPrior):
         share: Fraction of the evaluations of an image that goes to the chain; the rest goes to the experiment's solver.
         chain_steps: Number of chain evaluations per image; overrides ``share``.
         init_steps: Number of solver steps from pure noise to the first states.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
 
     Raises:
         UsageError: A value is out of range, or ``ratio_up`` is less than twice ``ratio_star``.
