@@ -79,7 +79,7 @@ def test_every_number_of_the_schema_has_a_range():
         found = []
         for item in dataclasses.fields(schema):
             if dataclasses.is_dataclass(item.type):
-                found += numbers(item.type, f"{item.name}.")
+                found += numbers(item.type, f"{prefix}{item.name}.")
             elif item.type is not bool and any(kind in str(item.type) for kind in ("int", "float")):
                 found.append(prefix + item.name)
         return found

@@ -265,11 +265,11 @@ def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path, capsys, monk
     """So that burn-in takes the share of the budget that it will take, and chains are as long; a number is refused."""
     monkeypatch.setattr("diffaccel.evaluation.search.exclusion", lambda trial, recall: "")
     space = "search.space={prior.eta: [0.5, 1.0], prior.images_per_chain: [10, 20]}"
-    words = ["nfe=[40]", "n=400", "search.trials=4", "search.images=[50, 100]", "search.confirm.n=200",
+    words = ["nfe=[40]", "n=400", "search.trials=4", "search.images=[40, 100]", "search.confirm.n=200",
              "prior.images_per_chain=10"]  # fmt: skip
     assert main(["search", "toy/dlg", space, *words, f"out={tmp_path}"]) == 0
     found = [trial for trial in trials(tmp_path) if trial["chains"]]
-    assert {trial["n"] for trial in found} == {50, 100, 200}
+    assert {trial["n"] for trial in found} == {40, 100, 200}
     for trial in found:
         assert 38 < trial["nfe"] <= 40
         assert trial["n"] / trial["chains"] == trial["drawn"]["prior"]["images_per_chain"]
