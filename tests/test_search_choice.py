@@ -41,7 +41,7 @@ def winner(out: Path, budget: int = 40) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "best"),
-    [({"recall": 0.05}, 25), ({"effective_n": 3.0}, 25), ({}, 50), ({"near_repeats": 1.0}, 50)],
+    [({"recall": 0.05}, 25), ({"effective_n": 3.0}, 25), ({}, 50), ({"near_repeats": 0.5}, 25)],
     ids=["recall", "effective_n", "honest", "near_repeats"],
 )  # fmt: skip
 def test_repetition_does_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, float], best: int):
@@ -71,16 +71,22 @@ def test_a_space_of_repetition_has_no_winner(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("changed", "recall", "said"),
-    [({}, 0.5, ""), ({"recall": 0.4}, 0.5, "recall of 0.4"), ({"recall": 0.44}, 0.5, ""), ({"recall": 0.0}, None, ""),
-     ({"effective_n": 499}, 0.5, "2000 images that are worth 499"), ({"effective_n": 501}, 0.5, ""),
-     ({"recall": 0.4, "chains": None, "effective_n": 1}, 0.5, "")],
+    ("changed", "independent", "said"),
+    [({}, {}, ""), ({"recall": 0.4}, {}, "recall of 0.400"), ({"recall": 0.44}, {}, ""),
+     ({"near_repeats": 0.15}, {}, ""), ({"near_repeats": 0.17}, {}, "near repeats of 0.17"),
+     ({"effective_n": 199}, {}, "2000 images that are worth 199"), ({"effective_n": 201}, {}, ""),
+     ({"recall": 0.0}, {"recall": None}, ""), ({"recall": None, "near_repeats": None}, {}, ""),
+     ({"recall": 0.4, "chains": None, "effective_n": 1}, {}, "")],
 )  # fmt: skip
-def test_what_is_eligible(changed: dict[str, Any], recall: float | None, said: str):
-    """0.9 of the recall of independent images less two standard errors, here 0.022; and a quarter of the images."""
-    metrics = {"recall": 0.5, "effective_n": 2000, **{key: value for key, value in changed.items() if key != "chains"}}
-    found = exclusion({"n": 2000, "chains": changed.get("chains", 40), "metrics": metrics}, recall)
+def test_what_is_eligible(changed: dict[str, Any], independent: dict[str, float], said: str):
+    """0.9 of the recall of independent images less two standard errors, here 0.022; 0.1 more near repeats; a tenth."""
+    chains = changed.get("chains", 40)
+    metrics = {"recall": 0.5, "effective_n": 2000, "near_repeats": 0.0, **changed}
+    found = exclusion(
+        {"n": 2000, "chains": chains, "metrics": metrics}, {"recall": 0.5, "near_repeats": 0.06, **independent}
+    )
     assert found == "" if said == "" else said in found
+    assert exclusion({"n": 2000, "chains": chains, "metrics": {"recall": 0.0, "effective_n": 2000}}, {}) == ""
 
 
 def test_the_best_of_many_is_confirmed_on_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

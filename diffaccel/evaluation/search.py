@@ -53,7 +53,7 @@ class Searcher:
 
     The objective is the Frechet distance of the judge among the settings that are eligible: a chain whose images repeat
     one another is not, see :func:`~diffaccel.evaluation.eligible.exclusion`. For a search with chains, the experiment's
-    solver is first measured from independent Gaussian starts, for the comparison of recalls only.
+    solver is first measured from independent Gaussian starts, for comparison only.
 
     Args:
         search: Number of settings and images, candidates, search space, and confirmation.
@@ -159,11 +159,11 @@ class Searcher:
     ) -> list[Trial]:
         """Measure settings, and rank them: those that are eligible first, by distance."""
         chained = any(isinstance(self.build_prior(settings["prior"]), ChainPrior) for settings in field)
-        recall = self._recall(sampler, world, budget, size) if chained else None
+        independent = self._independent(sampler, world, budget, size) if chained else {}
         trials: list[Trial] = []
         for settings in field:
             trial = self._measure(sampler, world, budget, size, settings)
-            trials.append({**trial, "excluded": exclusion(trial, recall)})
+            trials.append({**trial, "excluded": exclusion(trial, independent)})
             if world.first:
                 eligible = [one["score"] for one in trials if not one["excluded"]]
                 best, said = min(eligible, default=math.inf), trials[-1]["excluded"]
@@ -179,14 +179,13 @@ class Searcher:
             self._report(ranked, budget, size[0])
         return ranked
 
-    def _recall(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int]) -> float | None:
-        """Recall of the experiment's solver from independent starts; None if it can't be measured."""
+    def _independent(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int]) -> dict[str, float]:
+        """Metrics of the experiment's solver from independent starts; empty if it can't be measured."""
         settings = explicit({"prior": INDEPENDENT, "solver": self.own(math.inf)["solver"]})
         if not self._affordable(sampler, budget, settings):
-            return None
-        return cast(
-            float | None, self._measure(sampler, world, budget, size, settings).get("metrics", {}).get("recall")
-        )
+            return {}
+        found: dict[str, float] = self._measure(sampler, world, budget, size, settings).get("metrics", {})
+        return found
 
     def _field(self, sampler: Sampler, budget: int) -> list[Settings]:
         """List distinct settings that are possible within the budget: the experiment's own, the candidates, and draws.
