@@ -45,7 +45,7 @@ Keys may be set on the command line; frequently used keys:
   n=5000 seed=0            images per point, and seed of their noise
   solver=ipndm             another part by name (solver, prior, process ...)
   solver.grid.ratio_min=0.01  a key of a part
-  chains=100               number of chains of a chain prior
+  prior.images_per_chain=50  length of the chains of a chain prior (chains=100: their number, for any n)
   judges=efficientnet_lite0,mobilenetv2  extractors that score the images, in one pass
   checkpoint=FILE          weights of the denoiser; init=FILE: initial weights in a fit
   batch_size= threads= devices= accelerator=

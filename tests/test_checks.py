@@ -11,7 +11,7 @@ import pytest
 from diffaccel import experiment
 from diffaccel.config import Config, load
 from diffaccel.errors import UsageError
-from diffaccel.evaluation.search import check_space
+from diffaccel.evaluation.space import check_space
 from diffaccel.parts.checks import RANGES, Range, check, conform
 from diffaccel.parts.overrides import scalar
 
@@ -43,7 +43,8 @@ training.decay=-0.1 training.clip=0 training.clip=-1 training.ema_half_life=0 tr
 training.augment=1.1 training.evaluate_n=1 training.evaluate_every=0 training.checkpoint_minutes=0
 training.log_every=0 training.batch_size=0 training.workers=-1 training.keep_best=-3 training.weight_decay=-1
 training.floor=2 training.decay_power=-1 search.trials=0 search.images=, search.images=1, search.images=500,500
-search.keep=0 search.keep=2 tradeoff.T=, tradeoff.T=0, tradeoff.T=0.1,0.1 tradeoff.images=0 tradeoff.draws=0
+search.keep=0 search.keep=2 search.confirm.best=0 search.confirm.n=1 search.confirm.seed=-1
+tradeoff.T=, tradeoff.T=0, tradeoff.T=0.1,0.1 tradeoff.images=0 tradeoff.draws=0
 shape=3,100000,100000 shape=3,0,3 shape=3,-8,8 shape=2,1 shape=,
 """
 
@@ -78,7 +79,7 @@ def test_every_number_of_the_schema_has_a_range():
         found = []
         for item in dataclasses.fields(schema):
             if dataclasses.is_dataclass(item.type):
-                found += numbers(item.type, f"{item.name}.")
+                found += numbers(item.type, f"{prefix}{item.name}.")
             elif item.type is not bool and any(kind in str(item.type) for kind in ("int", "float")):
                 found.append(prefix + item.name)
         return found
@@ -112,6 +113,7 @@ toy/edm solver.analytic_first=0
 toy/edm solver.name.x=1
 toy/edm solver.max_order=3
 toy/dlg chains=0
+toy/dlg prior.images_per_chain=0.5
 toy/dlg prior.share=0
 toy/dlg prior.share=1
 toy/dlg prior.chain_steps=0

@@ -189,7 +189,7 @@ def test_settings_of_the_reference(data: str, chains: int, burn_in: int, warmup:
     config, method = load(f"{data}/dlg"), build(f"{data}/dlg")
     prior = method.prior
     assert isinstance(prior, LangevinGibbsPrior) and isinstance(prior.posterior, ClassifierPosterior)
-    assert (prior.chains, prior.burn_in_per_chain, prior.warmup, config.n) == (chains, burn_in, warmup, n)
+    assert (prior.chains_for(config.n), prior.burn_in_per_chain, prior.warmup, config.n) == (chains, burn_in, warmup, n)
     assert (prior.update, prior.carry, prior.select, prior.corrected, prior.renoise) == (
         "argmax",
         True,
@@ -288,7 +288,7 @@ def test_bench_of_a_checkpoint_of_another_program(tmp_path: Path, undrawn: None)
     classifier = experiment.build_method(load("cifar10/dlg", words)).sampler.auxiliary_networks()["classifier"]
     save_weights(tmp_path / "classifier.safetensors", classifier.state_dict(), {})
     words.append(f"posterior.checkpoint={tmp_path / 'classifier.safetensors'}")
-    settings = [f"out={tmp_path / 'out'}", "logger=none", "threads=1", "nfe=10", "n=8"]
+    settings = [f"out={tmp_path / 'out'}", "logger=none", "threads=1", "nfe=10", "n=8", "chains=200"]
     assert main(["bench", "cifar10/dlg", *words, *settings]) == 0
     point = json.loads((tmp_path / "out" / "points.jsonl").read_text())
     assert point["nfe_marginal"] == 10 and point["nfe_burn_in"] == 6 and point["nfe"] == 16

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from test_curves import labels, point
 
 from diffaccel.config import EXPERIMENTS, load
-from diffaccel.evaluation.search import check_space
+from diffaccel.evaluation.space import check_space
 from diffaccel.experiment.identity import identify_images
 from diffaccel.parts.history import FORMER, as_measured, explicit
+from diffaccel.prior import PRIORS
 from diffaccel.report.points import normalised
 from diffaccel.solver import SOLVERS
 
@@ -30,17 +31,19 @@ def nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
 
 @pytest.mark.parametrize("name", FORMER)
 def test_former_defaults_are_no_longer_the_defaults(name: str):
-    whole = SOLVERS.complete({"name": name})
+    whole = (SOLVERS if name in SOLVERS else PRIORS).complete({"name": name})
     assert all(whole[key] != value for key, value in FORMER[name].items())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_searched_settings_do_not_depend_on_changed_defaults(path):
-    """Neither do the chains and objectives that were searched with them."""
+    """Neither do the chains and objectives that were searched with them; chains state their images per chain."""
     tree = OmegaConf.to_container(OmegaConf.load(path))
     searched = [tree.get("by_nfe"), tree.get("prior"), tree.get("method")]
     for node in [node for part in searched for node in nodes(part)]:
-        if isinstance(node.get("name"), str) and (former := FORMER.get(node["name"])) is not None:
+        if node.get("name") in ("chain", "restart"):
+            assert "images_per_chain" in node and "chains" not in node
+        elif isinstance(node.get("name"), str) and (former := FORMER.get(node["name"])) is not None:
             assert {key: node.get(key) for key in former} == former
     if tree.get("by_nfe"):
         config = load(str(path.relative_to(EXPERIMENTS).with_suffix("")))
@@ -68,6 +71,7 @@ def test_points_record_the_values_of_changed_defaults():
     chain = {"name": "chain", "init_solver": {"name": "unipc2", "variant": "bh2"}}
     found = explicit({"prior": chain, "solver": {"name": "deis", "max_order": 2}})
     assert found["prior"]["init_solver"] == {"name": "unipc2", "variant": "bh2", "lower_order_final": True}
+    assert found["prior"]["chains"] is None, "the former default was a number"
     assert found["solver"] == {"name": "deis", "max_order": 2, "mode": "tab"}
     assert chain == {"name": "chain", "init_solver": {"name": "unipc2", "variant": "bh2"}}, "unchanged"
     plain = {"prior": {"name": "gaussian"}, "solver": {"name": "heun", "grid": {"name": "karras"}}}
@@ -98,3 +102,7 @@ def test_older_points_have_the_former_defaults():
         point(settings__prior=explicit({"prior": chain})["prior"], prior="chain"),
     )
     assert first != second and "lower_order_final=false" in first
+    old = normalised(point(settings__prior={"name": "chain", "eta": 2.0}, prior="chain"))
+    assert old["settings"]["prior"] == {"name": "chain", "eta": 2.0, "chains": 100}
+    given = normalised(point(settings__prior={"name": "restart", "chains": 40}, prior="restart"))
+    assert given["settings"]["prior"]["chains"] == 40

@@ -244,6 +244,48 @@ def test_plans_keep_to_their_budget(name):
                     assert plan.chain_steps >= 1 and plan.steps >= 1
 
 
+@pytest.mark.parametrize("per_chain", [5, 10, 12.5, 50])
+def test_the_plan_does_not_depend_on_the_number_of_images(per_chain):
+    """Images per chain are given, so that burn-in per image and the split are equal for multiples, and no n is refused
+    that has as many images as a chain; between multiples there is at most one image more per chain and round.
+    """
+    prior, heun = chain(images_per_chain=per_chain), SOLVERS.build({"name": "heun"})
+    assert prior.chains_for(5000) == 5000 / per_chain and prior.burn_in_evaluations(5000) / 5000 == 57 / per_chain
+    whole = split(prior.plan(heun, 20.0, 5000))
+    for n in (50, 100, 2000, 50_000):
+        assert prior.burn_in_evaluations(n) / n == 57 / per_chain and split(prior.plan(heun, 20.0, n)) == whole
+    for n in (512, 777, 2001, 4999):
+        assert 57 / per_chain * (1 - per_chain / n) < prior.burn_in_evaluations(n) / n <= 57 / per_chain
+        assert split(prior.plan(heun, 20.0, n)) == whole
+        assert sorted(i for group in prior.schedule(n, 8) for batch in group for i in batch) == list(range(n))
+    assert prior.chains_for(int(per_chain) - 1) == 1, "fewer images than a chain has"
+
+
+def test_images_per_chain_are_rounded_down_exactly():
+    """Quotients that are whole but for rounding are whole."""
+    assert [chain(images_per_chain=per_chain).chains_for(n) for n, per_chain in ((99, 1.1), (4410, 4.41), (7, 1))] == [
+        90,
+        1000,
+        7,
+    ]
+    for per_chain in (0.5, 0, -1, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="images_per_chain is"):
+            chain(images_per_chain=per_chain)
+
+
+def test_restarts_are_of_a_number_of_chains():
+    """Chains of some images end without them, so that no burn-in is for the rest of a last round."""
+    with pytest.raises(UsageError, match="set prior.images_per_chain=10 and prior.restart_every=null, or prior.chains"):
+        chain(images_per_chain=50, restart_every=10)
+    restarted, short = chain(chains=100, restart_every=10), chain(images_per_chain=10)
+    assert restarted.burn_in_evaluations(5000) == short.burn_in_evaluations(5000)
+
+
+def test_a_number_of_chains_overrides_images_per_chain():
+    assert [chain(images_per_chain=10, chains=7).chains_for(n) for n in (5, 70, 5000)] == [7, 7, 7]
+    assert chain().chains_for(5000) == 100, "the default up to version 0.1, at the default n"
+
+
 def test_burn_in_with_restarts():
     # 14 images of 4 chains: rounds of 4, 4, 4, 2. A start before rounds 0 and 2, or before each.
     assert chain(chains=4).burn_in_evaluations(14) == 57 * 4

@@ -64,6 +64,7 @@ def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
         ({"ratio_star": 0.0}, "ratio_star is 0.0"),
         ({"ratio_star": 2.0, "ratio_up": 3.0}, "ratio_up is 3.0, it must be at least twice"),
         ({"chains": 0}, "chains is 0"),
+        ({"images_per_chain": 0}, "images_per_chain is 0"),
         ({"solver": {"name": "hein"}}, "heun"),
     ],
 )

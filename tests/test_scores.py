@@ -181,4 +181,4 @@ def test_a_metric_under_a_name_of_its_own_is_computed(monkeypatch: pytest.Monkey
 def test_metrics_that_can_not_be_built(names: list[object], message: str):
     with pytest.raises(UsageError, match=message):
         build_metrics(names)  # type: ignore[arg-type]
-    assert len(build_metrics(STANDARD)) == 4
+    assert len(build_metrics(STANDARD)) == 5

@@ -15,7 +15,7 @@ from diffaccel.config import load
 from diffaccel.denoiser import FiniteSetDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
-from diffaccel.evaluation.search import check_space, draw
+from diffaccel.evaluation.space import check_space, draw
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import Decoupled, EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.report import read_points
@@ -35,7 +35,8 @@ SPACE = {
 TOY = (
     "search.space={prior.ratio_star: [80, 40, 20], solver.name: [heun, dpmpp2m, ddim], solver.grid: [karras, log_snr]}"
 )
-QUICK = ["nfe=[5,8]", "n=400", "seed=7", "search.trials=6", "search.images=[50,100]", "search.keep=0.34"]
+QUICK = ["nfe=[5,8]", "n=400", "seed=7", "search.trials=6", "search.images=[50,100]", "search.keep=0.34",
+         "search.confirm.best=1"]  # fmt: skip
 
 
 # Draws
@@ -74,8 +75,8 @@ def test_draws_fill_their_ranges_evenly():
     [({"nfe": [5]}, "'nfe' is neither"), ({"solver.grid.rho": 7}, "rho=7"), ({"solver.grid.rho": []}, "rho="),
      ({"solver.grid.rho": {"low": 1}}, "rho="), ({"solver.nam": ["heun"]}, "did you mean 'name'"),
      ({"solver.name": ["heunn"]}, "did you mean 'heun'"), ({"solver.grid.name": ["karass"]}, "'karras'"),
-     ({"prior.chain": [3]}, "did you mean 'chains'"), ({"prior.told": [0.9]}, "now called 'level_scale'"),
-     ({}, "no search.space")],
+     ({"prior.chains": [3]}, "replace it by prior.images_per_chain"), ({"prior.chain": [3]}, "did you mean 'chains'"),
+     ({"prior.told": [0.9]}, "now called 'level_scale'"), ({}, "no search.space")],
 )  # fmt: skip
 def test_a_mistake_in_the_space(space: dict[str, object], named: str):
     with pytest.raises(UsageError, match=named):
@@ -219,7 +220,7 @@ def test_a_fitted_prior_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A search that is interrupted goes on, and ends as one that is not."""
-    words = ["search", "toy/edm", TOY, *QUICK]
+    words = ["search", "toy/edm", TOY, *QUICK, "search.confirm.best=2"]
     assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
     measure, calls = Evaluator.measure, itertools.count()
 
@@ -232,10 +233,10 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main([*words, f"out={tmp_path / 'parts'}"]) == 130
     assert len(trials(tmp_path / "parts")) == 10
     assert main([*words, f"out={tmp_path / 'parts'}"]) == 0
-    assert next(calls) - 1 == len(trials(tmp_path / "parts")) == 18
+    assert next(calls) - 1 == len(trials(tmp_path / "parts")) == 2 * (6 + 3 + 2)
 
     def essence(out: Path) -> list:
-        return [(trial["drawn"], trial["n"], trial["metrics"]) for trial in trials(out)]
+        return [(trial["drawn"], trial["n"], trial["seed"], trial["metrics"]) for trial in trials(out)]
 
     assert essence(tmp_path / "parts") == essence(tmp_path / "whole")
     assert load(str(tmp_path / "parts" / "best.yaml")).by_nfe == load(str(tmp_path / "whole" / "best.yaml")).by_nfe
@@ -260,12 +261,21 @@ def test_winners_of_other_budgets_stay(tmp_path: Path, capsys):
     assert (tmp_path / "best.yaml").read_text() == content
 
 
-def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path):
-    """So that burn-in takes the share of the budget that it will take, and chains are as long."""
-    space = "search.space={prior.eta: [0.5, 1.0], prior.chains: [20, 40]}"
-    words = ["nfe=[40]", "n=400", "search.trials=4", "search.images=[100]", "chains=40"]
+def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """So that burn-in takes the share of the budget that it will take, and chains are as long; a number is refused."""
+    monkeypatch.setattr("diffaccel.evaluation.search.exclusion", lambda trial, recall: "")
+    space = "search.space={prior.eta: [0.5, 1.0], prior.images_per_chain: [10, 20]}"
+    words = ["nfe=[40]", "n=400", "search.trials=4", "search.images=[40, 100]", "search.confirm.n=200",
+             "prior.images_per_chain=10"]  # fmt: skip
     assert main(["search", "toy/dlg", space, *words, f"out={tmp_path}"]) == 0
-    assert all(38 < trial["nfe"] <= 40 for trial in trials(tmp_path))
+    found = [trial for trial in trials(tmp_path) if trial["chains"]]
+    assert {trial["n"] for trial in found} == {40, 100, 200}
+    for trial in found:
+        assert 38 < trial["nfe"] <= 40
+        assert trial["n"] / trial["chains"] == trial["drawn"]["prior"]["images_per_chain"]
+    capsys.readouterr()
+    assert main(["search", "toy/dlg", space, *words, "chains=40", f"out={tmp_path}"]) == 2
+    assert "set prior.images_per_chain=10 and prior.chains=null" in capsys.readouterr().err
 
 
 def test_a_setting_that_fails_is_noted_and_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -106,6 +106,9 @@ def _parts(tree: dict[str, Any]) -> list[tuple[Any, Any, str, str]]:
     found: list[tuple[Any, Any, str, str]] = [(tree, key, key, key) for key in PARTS if key in tree]
     judges = tree.get("judges")
     found += [(judges, i, "extractor", f"judges.{i}") for i in range(len(judges) if isinstance(judges, list) else 0)]
+    search = tree.get("search")
+    if isinstance(search, dict) and isinstance(search.get("judge"), dict):
+        found.append((search, "judge", "extractor", "search.judge"))
     by_nfe = tree.get("by_nfe")
     for budget, entry in by_nfe.items() if isinstance(by_nfe, dict) else ():
         own = [key for key in TUNABLE if isinstance(entry, dict) and key in entry]

@@ -17,7 +17,7 @@ from diffaccel.training.plan import Training
 BY_NFE = {"by_nfe": True}
 """Metadata of a part that ``by_nfe`` may set."""
 
-STANDARD = ("frechet", "kid", "manifold", "memorisation")
+STANDARD = ("frechet", "kid", "manifold", "repetition", "memorisation")
 """Names of the metrics that are computed by default."""
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -25,20 +25,39 @@ PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64
 
 
 @dataclass
+class Confirm:
+    """Second measurement of the best settings of a search, which decides between them."""
+
+    best: int = 5
+    """Number of settings of the last round that are measured again; 1 for no second measurement."""
+    seed: int | None = None
+    """Seed of their noise; by default the next one."""
+    n: int | None = None
+    """Images per setting; by default as many as in the last round."""
+
+
+@dataclass
 class Search:
     """Seeded random search for the best prior and solver at each budget, by successive halving."""
 
     trials: int = 32
-    """Number of settings per budget, including the experiment's own."""
+    """Number of settings per budget, including the experiment's own and the candidates."""
     images: list[int] = field(default_factory=lambda: [500, 2000])
     """Images per setting in each round."""
     keep: float = 0.25
     """Fraction of the settings that are kept for the next round."""
-    judge: str | None = None
-    """Name of the judge whose distance is minimised; by default the first."""
+    judge: Any = None
+    """Judge whose distance is minimised: the name of one of ``judges``, or an extractor that is not among them (a name,
+    or a mapping with a ``name`` and keys), so that no reported distance was minimised; by default the first of
+    ``judges``."""
+    candidates: list[Any] = field(default_factory=list)
+    """Settings of the first round besides random ones: mappings ``{prior: ..., solver: ...}``, merged into these keys;
+    a grid may be ``{name: listed, gamma: ...}``. Candidates that don't fit a budget are left out of it."""
     space: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> values: a list, or {low, high} with log: true or integer: true. Keys that a drawn part does not
     have are ignored."""
+    confirm: Confirm = field(default_factory=Confirm)
+    """Second measurement of the best settings."""
 
 
 @dataclass

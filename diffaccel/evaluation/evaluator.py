@@ -70,6 +70,8 @@ class Evaluator:
         keep_images: Whether to write the images to OUT/images, to score the same images with other extractors.
         likelihood: Measurement of bits per dimension for each point; None for no such measurement.
         metrics: Metrics of a point; by default the standard ones.
+        in_training: Whether to compute only the metrics for evaluations during training; by default if there is no
+            ``identity``.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class Evaluator:
         keep_images: bool = False,
         likelihood: BitsPerDim | None = None,
         metrics: Sequence[Metric] | None = None,
+        in_training: bool | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.judges = list(judges)
         self.out, self.provenance, self.settings = out, provenance, settings
         self.metrics = build_metrics(STANDARD) if metrics is None else list(metrics)
         self.identity, self.again = identity, again
+        self.in_training = identity is None if in_training is None else in_training
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
         self.points: list[dict[str, Any]] = []
         self.console = PlainConsole(stderr=True)  # stdout is reserved for results
@@ -233,7 +237,7 @@ class Evaluator:
         """
         n = n or self.n
         partial, shown = self._partial(budget), SHOWN if sampler.kind.discrete else SCATTERED
-        chains = plan.prior.chains if isinstance(plan.prior, ChainPrior) else None
+        chains = plan.prior.chains_for(n) if isinstance(plan.prior, ChainPrior) else None
         kind = sampler.kind.dtype
         first, device = self.judges[0], sampler.device
         scores = Scores(
@@ -264,7 +268,7 @@ class Evaluator:
             "settings": settings,
             "seed": self.seed,
             **describe_point(sampler, plan, budget, n, scores, world),
-            **judgements(self.judges, scores, self.metrics, in_training=not final),
+            **judgements(self.judges, scores, self.metrics, self.in_training),
         }
         return {**point, "key": self.key(budget)} if final else point
 

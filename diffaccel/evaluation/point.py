@@ -35,7 +35,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
     nfe, burn_in = sampler.evaluations_per_image(plan, budget, scores.evaluations, scores.burn_in, n)
     flops = total_flops(scores.evaluations, scores.flops) / n
     one = scores.flops.get("denoiser", 0.0)
-    chains, start = (prior.chains, prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
+    chains, start = (prior.chains_for(n), prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
     rounds = -(-n // (chains or n))
     # Evaluations of the image itself; those of the chain before it are added below.
     own = sampler.planned_nfe(plan, n) - prior.burn_in_evaluations(n) / n

@@ -69,7 +69,7 @@ class FeatureSums:
     def made(self, distance: str) -> Made:
         """Return the inputs of the metrics, after :meth:`reduce`; ``distance`` is the key of the Frechet distance."""
         block = blocks_of(torch.arange(len(self.features)), self.chains)
-        return Made(self.n, self.features, self.frechet, distance, block)
+        return Made(self.n, self.features, self.frechet, distance, block, self.chains)
 
 
 class Scores:

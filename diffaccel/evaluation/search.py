@@ -1,7 +1,9 @@
 """Search for the best prior and solver at each budget, with the same number of trials for every method.
 
-Random settings from a seeded generator are compared in rounds with increasing numbers of images (successive halving).
-All settings of a budget share their noise, so that differences are less noisy than distances.
+Listed candidates and random settings from a seeded generator are compared in rounds with increasing numbers of images
+(successive halving). The best few of the last round are measured again on another seed, which decides, because the best
+of many is also the luckiest. All settings of a budget share their noise, so that differences are less noisy than
+distances.
 """
 
 import copy
@@ -22,117 +24,25 @@ from diffaccel.collective import World
 from diffaccel.config import TUNABLE, Search
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation.eligible import INDEPENDENT, exclusion
+from diffaccel.evaluation.space import Settings, candidates_of, check_space, draw, in_words, without_gamma
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
-from diffaccel.parts.registry import Registry
-from diffaccel.parts.schema import suggest_key
-from diffaccel.parts.trees import merge
-from diffaccel.prior import PRIORS, ChainPrior, Prior
+from diffaccel.prior import ChainPrior, Prior
 from diffaccel.report import append_point, read_points
 from diffaccel.sampling import Sampler
-from diffaccel.solver import GRIDS, SOLVERS, Listed
+from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
 from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole
-
-Settings = dict[str, dict[str, Any]]
-"""``{"prior": ..., "solver": ...}``, with the name and keys of each part."""
 
 STARTS = 64
 """Number of trajectories for the search of a grid."""
 DRAWS = 200
 """Number of consecutive rejected draws after which a space counts as exhausted."""
 
-
-def check_space(space: Mapping[str, Any]) -> None:
-    """Check the keys, names and values of a search space.
-
-    Args:
-        space: Dotted key -> a list of values, or ``{low, high}`` with ``log: true`` or ``integer: true``. The key
-            ``gamma`` applies to ``listed`` grids, whose levels are found by dynamic programming.
-
-    Raises:
-        UsageError: The space is empty, a key belongs to no prior or solver, a name is unknown, or values are neither a
-            list nor a range.
-    """
-    if not space:
-        raise UsageError("there is nothing to search, because the experiment has no search.space: set it")
-    registries: dict[str, Registry[Any]] = {"prior": PRIORS, "solver": SOLVERS}
-    for key, values in space.items():
-        _value(key, values, np.random.default_rng(0))
-        part, *path = key.split(".")
-        registry = registries.get(part)
-        if key == "gamma":
-            continue
-        if registry is None or not path:
-            raise UsageError(f"search.space: {key!r} is neither gamma nor a key of {' or '.join(TUNABLE)}")
-        while registry is not None and path:
-            known = {"name"} | registry.known_keys()
-            if path[0] not in known:
-                raise UsageError(f"search.space: no {registry.kind} has a key {path[0]!r}{suggest_key(path[0], known)}")
-            if path == ["name"]:
-                for name in values:
-                    registry[name]  # an unknown one is an error
-            registry = registry.nested.get(path.pop(0))
-
-
-def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> Settings:
-    """Draw settings: the experiment's settings with drawn values, without keys that the drawn parts don't have.
-
-    Args:
-        space: Search space, see :func:`check_space`.
-        own: Prior and solver of the experiment.
-        rng: Random generator.
-    """
-    tree: dict[str, Any] = dict(own)
-    gamma = None
-    for key, values in space.items():
-        value = _value(key, values, rng)
-        if key == "gamma":
-            gamma = value
-            continue
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        tree = merge(tree, value)
-    drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
-    if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
-        drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # not an argument of the prior, but read afterwards
-    grid = drawn["solver"].get("grid", {})
-    if "name" in grid and GRIDS[grid["name"]] is Listed:  # its levels are found later
-        name = grid["name"]
-        grid.clear()
-        grid.update(name=name, gamma=gamma or 1.0)
-    return drawn
-
-
-def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
-    if isinstance(values, list) and values:
-        return values[rng.integers(len(values))]
-    if not isinstance(values, Mapping) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "integer"}:
-        raise UsageError(f"search.space.{key}={values!r}: give a list of values, or {{low, high}} with log or integer")
-    low, high = values["low"], values["high"]
-    whole, log = bool(values.get("integer")), bool(values.get("log"))
-    if not all(type(end) is int or (type(end) is float and not whole) for end in (low, high)):
-        raise UsageError(f"search.space.{key}={values!r}: low and high must be {'whole ' * whole}numbers")
-    if low > high or (log and (low <= 0 or whole)):
-        rule = "low must not exceed high" if low > high else "log requires a positive low, and excludes integer"
-        raise UsageError(f"search.space.{key}={values!r}: {rule}")
-    if values.get("integer"):
-        return int(rng.integers(low, high + 1))
-    drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.get("log") else rng.uniform(low, high)
-    return float(f"{drawn:.3g}")
-
-
-def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a part, and the parts in it, without the keys that parts of their names don't have."""
-    node = registry.normal(node)
-    keys = registry.keys_of(node["name"])
-    known = {key: value for key, value in node.items() if key == "name" or key in keys}
-    for key, nested in registry.nested.items():
-        if isinstance(known.get(key), Mapping) and "name" in known[key]:
-            known[key] = _known(nested, known[key])
-    return known
+Trial = dict[str, Any]
 
 
 class Searcher:
@@ -141,39 +51,54 @@ class Searcher:
     Each measured setting is a line of ``trials.jsonl``, from which an interrupted search is resumed. The winners are
     written to the experiment ``best.yaml``.
 
+    The objective is the Frechet distance of the judge among the settings that are eligible: a chain whose images repeat
+    one another is not, see :func:`~diffaccel.evaluation.eligible.exclusion`. For a search with chains, the experiment's
+    solver is first measured from independent Gaussian starts, for comparison only.
+
     Args:
-        search: Number of settings and images, and the search space.
-        own: Prior and solver of the experiment, which are the first setting of each budget.
+        search: Number of settings and images, candidates, search space, and confirmation.
+        own: Budget -> prior and solver of the experiment; infinity for those of no budget. Both are settings of the
+            first round.
         budgets: Maximum numbers of evaluations per image.
-        n: Number of images that the winners will sample. The number of chains is scaled with the number of images, so
-            that the burn-in per image and the drift are those of n images.
+        n: Number of images that the winners will sample.
         seed: Seed of the noise and of the draws.
         base: Path of the experiment, for ``best.yaml``.
         prior: Function that builds a prior.
-        evaluator: Function that builds an evaluator for a number of images.
+        evaluator: Function that builds an evaluator for a number of images and a seed.
+        note: Message to be printed first; empty for none.
 
     Raises:
-        UsageError: A number is out of range, or the space is invalid.
+        UsageError: A number is out of range, the space or a candidate is invalid, or the experiment fixes the number
+            of chains.
     """
 
     def __init__(
         self,
         search: Search,
-        own: Settings,
+        own: Callable[[float], Settings],
         budgets: list[float],
         n: int,
         seed: int,
         base: Path,
         prior: Callable[[dict[str, Any]], Prior],
-        evaluator: Callable[[int], Evaluator],
+        evaluator: Callable[[int, int], Evaluator],
+        note: str = "",
     ) -> None:
         check_space(search.space)
         for budget in budgets:
             if not math.isfinite(budget) or budget != int(budget):
                 raise UsageError(f"nfe={budget:g}: a search requires whole budgets")
         self.search, self.own, self.budgets, self.n, self.seed = search, own, budgets, n, seed
-        self.base, self.build_prior = base, prior
-        self.evaluators = {images: evaluator(images) for images in search.images}
+        self.base, self.build_prior, self.note = base, prior, note
+        self.candidates = candidates_of(search.candidates, own(math.inf))
+        for settings in (own(math.inf), *self.candidates):
+            self._check(settings)
+        confirm = search.confirm
+        self.second = (confirm.n or search.images[-1], seed + 1 if confirm.seed is None else confirm.seed)
+        if self.second[1] == seed:
+            raise UsageError(f"search.confirm.seed={seed} is the seed of the search: choose another one")
+        sizes = [(images, seed) for images in search.images] + ([self.second] if confirm.best > 1 else [])
+        self.evaluators = {size: evaluator(*size) for size in sizes}
         any_one = next(iter(self.evaluators.values()))
         self.out, self.metric = any_one.out, any_one.extractor.metric_name
         self.console = PlainConsole(stderr=True, soft_wrap=True)
@@ -186,11 +111,23 @@ class Searcher:
         self.weights: list[str] = []
         self._trajectories: dict[str, FineTrajectory] = {}
 
+    def _check(self, settings: Settings) -> None:
+        """Build a setting, for errors before long work."""
+        prior = self.build_prior(settings["prior"])
+        SOLVERS.build(without_gamma(settings["solver"]))
+        if isinstance(prior, ChainPrior) and prior.chains is not None:
+            raise UsageError(
+                f"prior.chains={prior.chains}: the rounds of a search have different numbers of images, so that chains "
+                f"would differ in length: set prior.images_per_chain={self.n / prior.chains:g} and prior.chains=null"
+            )
+
     def run(self, sampler: Sampler, world: World = World()) -> dict[int, Settings]:  # noqa: B008 (frozen)
         """Search every budget, and return the best settings of each."""
         self.weights = sampler.weights_sha256()
         if self.before_for not in ([], self.weights):
             raise UsageError(f"{self.out / 'best.yaml'} contains settings for other weights: choose another out=")
+        if self.note and world.first:
+            self.console.print(self.note)
         if self.broken and world.first:
             self.console.print(f"trials.jsonl: {self.broken} incomplete lines: their settings are measured again")
         for evaluator in self.evaluators.values():
@@ -202,70 +139,97 @@ class Searcher:
         return self.best
 
     def _search(self, sampler: Sampler, world: World, budget: int) -> Settings:
-        """Reduce the settings round by round, and return the best one."""
+        """Reduce the settings round by round, confirm the best ones, and return the winner."""
         field = self._field(sampler, budget)
+        if len(field) < self.search.trials and world.first:
+            self.console.print(f"nfe {budget}: only {len(field)} different settings of the space fit the budget")
+        ranked: list[Trial] = []
         for number, images in enumerate(self.search.images, start=1):
-            trials = []
-            for settings in field:
-                trials.append(self._measure(sampler, world, budget, images, settings))
-                done, best = len(trials), min(trial["score"] for trial in trials)
-                if world.first:
-                    self.console.print(
-                        f"nfe {budget}, round {number}: {done} of {len(field)} at n={images}, best {self.metric}"
-                        f" {best:.4g}, this {trials[-1]['score']:.4g}",
-                    )  # fmt: skip
-            ranked = sorted(trials, key=lambda trial: trial["score"])
-            if not math.isfinite(ranked[0]["score"]):
-                reason = ranked[0].get("error", "no distance")
-                raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
-            if world.first:
-                self._report(ranked, budget, images)
+            ranked = self._round(sampler, world, budget, (images, self.seed), field, f"round {number}")
             field = [trial["drawn"] for trial in ranked[: max(1, math.ceil(self.search.keep * len(ranked)))]]
-        return ranked[0]["settings"]
+        best = [trial["drawn"] for trial in ranked[: self.search.confirm.best]]
+        if self.search.confirm.best > 1:
+            ranked = self._round(sampler, world, budget, self.second, best, f"confirmation on seed {self.second[1]}")
+        if reason := ranked[0]["excluded"]:
+            raise UsageError(f"nfe={budget}: no setting is eligible: that of the lowest distance has {reason}")
+        return cast(Settings, ranked[0]["settings"])
+
+    def _round(
+        self, sampler: Sampler, world: World, budget: int, size: tuple[int, int], field: list[Settings], name: str
+    ) -> list[Trial]:
+        """Measure settings, and rank them: those that are eligible first, by distance."""
+        chained = any(isinstance(self.build_prior(settings["prior"]), ChainPrior) for settings in field)
+        independent = self._independent(sampler, world, budget, size) if chained else {}
+        trials: list[Trial] = []
+        for settings in field:
+            trial = self._measure(sampler, world, budget, size, settings)
+            trials.append({**trial, "excluded": exclusion(trial, independent)})
+            if world.first:
+                eligible = [one["score"] for one in trials if not one["excluded"]]
+                best, said = min(eligible, default=math.inf), trials[-1]["excluded"]
+                self.console.print(
+                    f"nfe {budget}, {name}: {len(trials)} of {len(field)} at n={size[0]}, best {self.metric}"
+                    f" {best:.4g}, this {trial['score']:.4g}" + (f" (not eligible: {said})" if said else ""),
+                )  # fmt: skip
+        ranked = sorted(trials, key=lambda trial: (bool(trial["excluded"]), trial["score"]))
+        if not any(math.isfinite(trial["score"]) for trial in ranked):
+            reason = ranked[0].get("error", "no distance")
+            raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
+        if world.first:
+            self._report(ranked, budget, size[0])
+        return ranked
+
+    def _independent(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int]) -> dict[str, float]:
+        """Metrics of the experiment's solver from independent starts; empty if it can't be measured."""
+        settings = explicit({"prior": INDEPENDENT, "solver": self.own(math.inf)["solver"]})
+        if not self._affordable(sampler, budget, settings):
+            return {}
+        found: dict[str, float] = self._measure(sampler, world, budget, size, settings).get("metrics", {})
+        return found
 
     def _field(self, sampler: Sampler, budget: int) -> list[Settings]:
-        """Draw distinct settings that are possible within the budget; the experiment's own settings come first."""
+        """List distinct settings that are possible within the budget: the experiment's own, the candidates, and draws.
+
+        The experiment's own settings are those of no budget and those that ``by_nfe`` has for this budget.
+        """
         rng = np.random.default_rng((self.seed, budget))
-        field = [explicit(self.own)]
-        vain = 0
+        field: list[Settings] = []
+        for settings in map(explicit, (self.own(math.inf), self.own(budget), *self.candidates)):
+            if settings not in field and self._affordable(sampler, budget, settings):
+                field.append(settings)
+        field, vain = field[: self.search.trials], 0
         while len(field) < self.search.trials and vain < DRAWS:
-            drawn = explicit(draw(self.search.space, self.own, rng))
+            drawn = explicit(draw(self.search.space, self.own(math.inf), rng))
             if drawn in field or not self._affordable(sampler, budget, drawn):
                 vain += 1
                 continue
             field.append(drawn)
             vain = 0
-        return [settings for settings in field if self._affordable(sampler, budget, settings)]
+        return field
 
     def _affordable(self, sampler: Sampler, budget: int, drawn: Settings) -> bool:
         """Whether the settings are possible within the budget in every round; an unknown key is an error."""
-        prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(_without_gamma(drawn["solver"]))
+        prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(without_gamma(drawn["solver"]))
         try:
-            for images in self.search.images:
-                self._scaled(prior, images).plan(solver, budget, images, sampler.extra_evaluations)
+            for images, _ in self.evaluators:
+                prior.plan(solver, budget, images, sampler.extra_evaluations)
         except UsageError:
             return False
         return True
 
-    def _scaled(self, prior: Prior, images: int) -> Prior:
-        """Scale the number of chains with the number of images."""
-        if isinstance(prior, ChainPrior):
-            prior.chains = max(1, prior.chains * images // self.n)
-        return prior
-
-    def _measure(self, sampler: Sampler, world: World, budget: int, images: int, drawn: Settings) -> dict[str, Any]:
-        """Measure settings, or look up an earlier measurement."""
-        trial: dict[str, Any] = {"nfe_budget": budget, "n": images, "of": self.n, "seed": self.seed, "drawn": drawn}
-        trial["extractor"] = self.evaluators[images].extractor.sha256
-        trial["checkpoint"] = (self.evaluators[images].provenance["checkpoint"] or {}).get("sha256")
+    def _measure(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int], drawn: Settings) -> Trial:
+        """Measure settings with a number of images and a seed, or look up an earlier measurement."""
+        evaluator = self.evaluators[size]
+        trial: Trial = {"nfe_budget": budget, "n": size[0], "seed": size[1], "drawn": drawn}
+        trial["extractor"] = evaluator.extractor.sha256
+        trial["checkpoint"] = (evaluator.provenance["checkpoint"] or {}).get("sha256")
         if (key := self._key(trial)) in self.measured:
             return self._scored(self.measured[key])
         try:
             settings = self._filled(sampler, budget, drawn)
-            prior = self._scaled(self.build_prior(settings["prior"]), images)
-            own = sampler.using(prior, SOLVERS.build(settings["solver"]))
-            point = self.evaluators[images].measure(own, budget, own.plan(budget, images), world=world)
-            trial |= {"settings": settings, "nfe": point["nfe"], "metrics": point["metrics"]}
+            own = sampler.using(self.build_prior(settings["prior"]), SOLVERS.build(settings["solver"]))
+            point = evaluator.measure(own, budget, own.plan(budget, size[0]), world=world)
+            trial |= {"settings": settings, "nfe": point["nfe"], "chains": point["chains"], "metrics": point["metrics"]}
         except UsageError as error:  # for example a chain that leaves the denoiser's range
             trial["error"] = str(error)
         if world.first:
@@ -273,13 +237,13 @@ class Searcher:
         self.measured[key] = trial
         return self._scored(trial)
 
-    def _scored(self, trial: dict[str, Any]) -> dict[str, Any]:
+    def _scored(self, trial: Trial) -> Trial:
         score = trial.get("metrics", {}).get(self.metric)
         return {**trial, "score": score if isinstance(score, int | float) else math.inf}
 
     @staticmethod
     def _key(trial: Mapping[str, Any]) -> str:
-        names = ("nfe_budget", "n", "of", "seed", "drawn", "extractor", "checkpoint")
+        names = ("nfe_budget", "n", "seed", "drawn", "extractor", "checkpoint")
         return json.dumps([trial.get(name) for name in names], sort_keys=True)
 
     def _filled(self, sampler: Sampler, budget: int, drawn: Settings) -> Settings:
@@ -288,34 +252,42 @@ class Searcher:
         if "gamma" not in grid:
             return drawn
         prior = self.build_prior(drawn["prior"]).to(sampler.device)
-        solver = SOLVERS.build(_without_gamma(drawn["solver"]))
+        solver = SOLVERS.build(without_gamma(drawn["solver"]))
         steps = prior.plan(solver, budget, self.n, sampler.extra_evaluations).steps
         key = json.dumps(drawn["prior"], sort_keys=True)
         if key not in self._trajectories:
             with sampler.arithmetic():
-                (indices, *_), noise = prior.schedule(STARTS, STARTS)[0], NoiseStreams(self.seed, range(STARTS))
-                noise = noise.first(len(indices))
-                state = prior.open(sampler.denoiser, self.seed, [indices], sampler.shape)
+                noise = NoiseStreams(self.seed, range(STARTS))
+                state = prior.open(sampler.denoiser, self.seed, [range(STARTS)], sampler.shape)
                 x_t, t = prior(sampler.denoiser, noise, sampler.shape, 2, state)
                 self._trajectories[key] = FineTrajectory(sampler.denoiser, x_t, t)
         found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
         node = {"name": grid["name"], "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}
 
-    def _report(self, ranked: list[dict[str, Any]], budget: int, images: int) -> None:
-        table = Table(f"{self.metric}@{images}", "nfe", "prior", "solver", box=None, header_style="bold")
+    def _report(self, ranked: list[Trial], budget: int, images: int) -> None:
+        table = Table(box=None, header_style="bold")
+        for head in (f"{self.metric}@{images}", "recall", "nfe"):
+            table.add_column(head, no_wrap=True)
+        for head in TUNABLE:
+            table.add_column(head)
         for trial in ranked[:5]:
-            parts = (_words(trial["drawn"][part]) for part in TUNABLE)
-            table.add_row(f"{trial['score']:.4g}", f"{trial.get('nfe', math.nan):.4g}", *parts)
-        middle = statistics.median(trial["score"] for trial in ranked)
-        self.console.print(f"nfe {budget}, n={images}: best five of {len(ranked)} settings, median {middle:.4g}")
+            parts = (in_words(trial["drawn"][part]) for part in TUNABLE)
+            recall = trial.get("metrics", {}).get("recall", math.nan)
+            table.add_row(f"{trial['score']:.4g}", f"{recall:.3f}", f"{trial.get('nfe', math.nan):.4g}", *parts)
+        middle, excluded = (
+            statistics.median(trial["score"] for trial in ranked),
+            sum(bool(t["excluded"]) for t in ranked),
+        )
+        said = f", {excluded} of them not eligible" if excluded else ""
+        self.console.print(f"nfe {budget}, n={images}: best five of {len(ranked)} settings{said}, median {middle:.4g}")
         self.console.print(table)
 
     def _write(self) -> None:
         """Write the winners so far as an experiment based on the searched one; winners of other budgets are kept."""
-        best = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}
+        best, own = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}, self.own(math.inf)
         for settings in best.values():  # inherited from the experiment; a path would be relative to best.yaml
-            if settings["prior"].get("checkpoint") == self.own["prior"].get("checkpoint"):
+            if settings["prior"].get("checkpoint") == own["prior"].get("checkpoint"):
                 settings["prior"].pop("checkpoint", None)
         tree = {"base": str(self.base.resolve()), "tuned_for": self.weights, "by_nfe": {**self.before, **best}}
         write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
@@ -348,18 +320,3 @@ def _whole(trial: Mapping[str, Any]) -> bool:
     known = isinstance(drawn, Mapping) and all(isinstance(drawn.get(part), Mapping) for part in TUNABLE)
     measured = isinstance(found, Mapping) and isinstance(trial.get("metrics"), Mapping)
     return known and (isinstance(trial.get("error"), str) or measured and isinstance(trial.get("nfe"), int | float))
-
-
-def _words(node: Mapping[str, Any]) -> str:
-    """Describe a part in one line: dpmpp2m (denoise False, karras (rho 5))."""
-    keys = [
-        _words(value) if isinstance(value, Mapping) else f"{key} {value}"
-        for key, value in node.items()
-        if key != "name" and value is not None
-    ]
-    return node["name"] + (f" ({', '.join(keys)})" if keys else "")
-
-
-def _without_gamma(solver: Mapping[str, Any]) -> dict[str, Any]:
-    grid = {key: value for key, value in solver.get("grid", {}).items() if key != "gamma"}
-    return {**solver, "grid": grid} if grid else dict(solver)

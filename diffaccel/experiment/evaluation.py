@@ -1,6 +1,8 @@
 """Construction of data, extractor, evaluator, likelihood and search from a configuration."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffaccel.config import Config, find
@@ -10,10 +12,11 @@ from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.search import Searcher
 from diffaccel.experiment.build import build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
-from diffaccel.experiment.judges import build_extractor, build_judges
+from diffaccel.experiment.judges import build_extractors, build_judges
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
+from diffaccel.features.extractors import EXTRACTORS
 from diffaccel.features.independence import check_independent
-from diffaccel.metrics.base import build_metrics
+from diffaccel.metrics.base import METRICS, Metric, build_metrics
 from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
@@ -51,7 +54,13 @@ def build_data(config: Config) -> "DataModule":
     return data
 
 
-def build_evaluator(config: Config, sampler: Sampler, measured: bool = True, only: str | None = None) -> Evaluator:
+def build_evaluator(
+    config: Config,
+    sampler: Sampler,
+    measured: bool = True,
+    only: str | None = None,
+    metrics: Sequence[Metric] | None = None,
+) -> Evaluator:
     """Build the evaluator.
 
     Args:
@@ -59,6 +68,7 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True, onl
         sampler: Sampler to measure.
         measured: Whether the sampler has the configured weights, and not weights in training.
         only: Name of the only judge; None for all.
+        metrics: All metrics to compute; by default those of the configuration or, in training, some of them.
 
     Raises:
         UsageError: ``n`` is less than 2; the weights or the reference of an extractor are missing or don't match; or an
@@ -97,7 +107,8 @@ def build_evaluator(config: Config, sampler: Sampler, measured: bool = True, onl
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
-        metrics=build_metrics(config.metrics),
+        metrics=build_metrics(config.metrics) if metrics is None else metrics,
+        in_training=None if metrics is None else False,
     )
 
 
@@ -143,14 +154,51 @@ def build_searcher(config: Config, sampler: Sampler) -> Searcher:
         UsageError: See :func:`build_evaluator`; or the search is out of range.
     """
     posterior = getattr(sampler.prior, "posterior", None)
-    judge = config.search.judge or build_extractor(config).name
+    judged, judge, note = search_judge(config)
+    metrics = [metric for metric in build_metrics(config.metrics) if metric.in_training]
+    metrics += [METRICS.build(name) for name in ("manifold", "repetition")]
+
+    def evaluator(n: int, seed: int) -> Evaluator:
+        sized = dataclasses.replace(judged, n=n, seed=seed)
+        return build_evaluator(sized, sampler, measured=False, only=judge, metrics=metrics)
+
     return Searcher(
         config.search,
-        {"prior": config.prior, "solver": config.solver},
+        lambda budget: config.at(budget) if math.isfinite(budget) else {"prior": config.prior, "solver": config.solver},
         config.nfe,
         config.n,
         config.seed,
         find(config.experiment),
         prior=lambda node: build_prior(config, node, posterior, sampler.denoiser),
-        evaluator=lambda n: build_evaluator(dataclasses.replace(config, n=n), sampler, measured=False, only=judge),
+        evaluator=evaluator,
+        note=note,
+    )
+
+
+def search_judge(config: Config) -> tuple[Config, str, str]:
+    """Return the configuration with the judge of a search, its name, and a message if points report its distances.
+
+    Raises:
+        UsageError: The judge is neither among the judges nor an extractor.
+    """
+    reported, node = build_extractors(config), config.search.judge
+    given = node.get("name") if isinstance(node, dict) and len(node) == 1 else node
+    name = reported[0].name if node is None else given
+    if name not in [extractor.name for extractor in reported]:
+        if isinstance(name, str) and name not in EXTRACTORS:
+            names = ", ".join(extractor.name for extractor in reported)
+            raise UsageError(
+                f"search.judge={name}: neither a judge ({names}) nor an extractor: choose one, or give an extractor "
+                "with its keys"
+            )
+        extractor = EXTRACTORS.build(node)
+        config = dataclasses.replace(config, extractor=EXTRACTORS.normal(node), judges=[])
+        if extractor.sha256 not in [one.sha256 for one in reported]:
+            return config, extractor.name, ""
+        name = extractor.name
+    return (
+        config,
+        name,
+        f"search.judge: the search minimises the distance by {name}, which points report too: the winners' distance by "
+        f"{name} is too low, as the lowest of many; set search.judge to an extractor that is not in judges",
     )

@@ -6,7 +6,7 @@ A metric is a part, like a solver. It is registered with :data:`METRICS` or by a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,11 @@ from diffaccel.metrics.memorisation import copy_threshold
 from diffaccel.metrics.moments import Moments
 from diffaccel.metrics.neighbours import Neighbours
 from diffaccel.metrics.reference import Reference
+from diffaccel.metrics.repetition import near_repeats, spacing
 from diffaccel.parts.registry import Registry
+
+COMPARED = 5_000
+"""Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
 
 METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.standard", "diffaccel.metrics.cmmd"])
 
@@ -36,6 +40,7 @@ class Made:
         distance: Key of the Frechet distance of these features, ``fid`` or ``fd_<extractor>``.
         block: Jackknife block of each row of ``features``, (m,) integers, with whole chains in a block; None for
             independent images.
+        chains: Number of chains, image i by chain i modulo this number; None for independent images.
     """
 
     n: int
@@ -43,6 +48,14 @@ class Made:
     sums: FrechetDistance
     distance: str
     block: Tensor | None = None
+    chains: int | None = None
+    _neighbours: dict[int, Neighbours] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def neighbours(self, m: int) -> Neighbours:
+        """Return the neighbourhoods of the first m images, which several metrics share."""
+        if m not in self._neighbours:
+            self._neighbours[m] = Neighbours(self.features[:m])
+        return self._neighbours[m]
 
     def moments(self) -> Moments:
         """Compute mean and covariance of the features of all n images; collective."""
@@ -68,6 +81,7 @@ class Real:
         self.held_out = floor.features.float() if floor else self.features[:0]
         self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
         self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
+        self._spacings: dict[int, tuple[Tensor | None, float | None]] = {}
         self._thresholds: dict[int, Tensor] = {}
         self._kernel_floors: dict[int, Kernel] = {}
 
@@ -75,9 +89,26 @@ class Real:
         """Return the neighbourhoods of m training images, and the scores of m held-out images; None if too few."""
         if m not in self._manifolds:
             neighbours = Neighbours(spread(self.features, m))
-            held_out = manifold_scores(spread(self.held_out, m), neighbours) if len(self.held_out) >= m else None
-            self._manifolds[m] = neighbours, held_out
+            threshold, scores, repeats = spacing(neighbours), None, None
+            if len(self.held_out) >= m:
+                held_out = Neighbours(spread(self.held_out, m))
+                scores = manifold_scores(held_out, neighbours)
+                repeats = None if threshold is None else near_repeats(held_out, threshold)
+            self._manifolds[m], self._spacings[m] = (neighbours, scores), (threshold, repeats)
         return self._manifolds[m]
+
+    def spacing(self, m: int) -> tuple[Tensor | None, float | None]:
+        """Return the distance for near repeats of m images, and those of held-out images; None if there are too few.
+
+        Within this distance, 1 % of m training images have another one.
+        """
+        self.manifold(m)
+        return self._spacings[m]
+
+    def compared(self, made: Made) -> int:
+        """Return how many images each of the generated, training and held-out images are compared as neighbours."""
+        sizes = [COMPARED, len(made.features), len(self.features)]
+        return min(sizes + [len(self.held_out)] * (self.floor is not None))
 
     def kernel_floor(self, n: int) -> Kernel | None:
         """Return the kernel distance of n held-out images, or of all if there are fewer; None below four."""

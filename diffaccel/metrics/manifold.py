@@ -31,7 +31,11 @@ class Manifold(NamedTuple):
 
 
 def manifold_scores(
-    generated: Tensor, reference: Tensor | Neighbours, k_precision: int = 3, k_density: int = 5, rows: int = 1024
+    generated: Tensor | Neighbours,
+    reference: Tensor | Neighbours,
+    k_precision: int = 3,
+    k_density: int = 5,
+    rows: int = 1024,
 ) -> Manifold:
     """Compute precision, recall, density and coverage of generated features.
 
@@ -45,7 +49,8 @@ def manifold_scores(
     The time is proportional to (n + m)^2 d. Memory holds one tile of distances, and both sets in float64.
 
     Args:
-        generated: Features of generated images, (n, d), or of held-out real images, for comparison.
+        generated: Features of generated images, (n, d), or of held-out real images, for comparison; or their
+            :class:`Neighbours`, which saves time.
         reference: Features of real images, (m, d), on the same device, or their :class:`Neighbours`, which saves time.
         k_precision: Number of neighbours that define the balls of precision and recall.
         k_density: Number of neighbours that define the balls of density and coverage.
@@ -57,15 +62,18 @@ def manifold_scores(
     if not isinstance(reference, Neighbours):
         reference = Neighbours(reference, max(k_precision, k_density), rows)
     real, narrow, wide = reference.features, reference.radii(k_precision), reference.radii(k_density)
-    check_features(generated, real.shape[1], "the generated features")
-    radii = rearrange(Neighbours(generated, k_precision, rows).radii(k_precision), "n -> n 1")
+    features = generated.features if isinstance(generated, Neighbours) else generated
+    check_features(features, real.shape[1], "the generated features")
+    if not isinstance(generated, Neighbours):
+        generated = Neighbours(generated, k_precision, rows)
+    radii = rearrange(generated.radii(k_precision), "n -> n 1")
     precise = dense = 0
     recalled = covered = real.new_zeros(len(real), dtype=torch.bool)
-    for distance, radius in zip(distances(generated, real, rows), radii.split(rows), strict=True):
+    for distance, radius in zip(distances(features, real, rows), radii.split(rows), strict=True):
         inside = distance <= wide
         precise += int((distance <= narrow).any(1).sum())
         dense += int(inside.sum())
         recalled = recalled | (distance <= radius).any(0)
         covered = covered | inside.any(0)
-    n, m = len(generated), len(real)
+    n, m = len(features), len(real)
     return Manifold(precise / n, int(recalled.sum()) / m, dense / (n * k_density), int(covered.sum()) / m)

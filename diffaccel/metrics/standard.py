@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from diffaccel.metrics.base import METRICS, Made, Metric, Real
+from diffaccel.metrics.base import COMPARED, METRICS, Made, Metric, Real
 from diffaccel.metrics.frechet import Frechet, frechet_distance, frechet_of_few
 from diffaccel.metrics.kernel import KernelDistance, kernel_distance
 from diffaccel.metrics.manifold import manifold_scores
 from diffaccel.metrics.memorisation import memorised
-
-COMPARED = 5_000
-"""Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
+from diffaccel.metrics.repetition import effective_number, near_repeats
 
 
 @METRICS.register("frechet")
@@ -87,13 +85,36 @@ class ManifoldMetric(Metric):
 
     @override
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
-        sizes = [COMPARED, len(made.features), len(real.features)]
-        m = min(sizes + [len(real.held_out)] * (real.floor is not None))
-        if m < 10:
+        if (m := real.compared(made)) < 10:
             return {}
         neighbours, held_out = real.manifold(m)
-        found = manifold_scores(made.features[:m], neighbours)._asdict()
+        found = manifold_scores(made.neighbours(m), neighbours)._asdict()
         return found | ({f"{key}_real": value for key, value in held_out._asdict().items()} if held_out else {})
+
+
+@METRICS.register("repetition")
+class RepetitionMetric(Metric):
+    """Effective number of independent images, and fraction of images that repeat another one closely.
+
+    Keys of the point: ``effective_n`` of all n images, from the first 10,000, which is n for independent images; and
+    ``near_repeats`` of the first 5,000 images with, under ``near_repeats_real``, that of held-out images: the fraction
+    whose nearest other image is as close as for 1 % of as many training images.
+
+    References:
+        See :func:`~diffaccel.metrics.repetition.effective_number`.
+    """
+
+    @override
+    def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
+        if not len(made.features):  # only moments are known
+            return {}
+        values = {"effective_n": effective_number(made.features, made.chains, made.n)}
+        if (m := real.compared(made)) < 10:
+            return values
+        threshold, held_out = real.spacing(m)
+        if threshold is not None:
+            values["near_repeats"] = near_repeats(made.neighbours(m), threshold)
+        return values if held_out is None else {**values, "near_repeats_real": held_out}
 
 
 @METRICS.register("memorisation")

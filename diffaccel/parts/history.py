@@ -16,8 +16,10 @@ FORMER: dict[str, dict[str, Any]] = {
     "unipc2": {"lower_order_final": False, "variant": "bh2"},
     "unipc3": {"lower_order_final": False, "variant": "bh2"},
     "deis": {"mode": "rhoab", "max_order": 3},
+    "chain": {"chains": 100},
+    "restart": {"chains": 500},
 }
-"""Name of a solver -> defaults up to version 0.1 that have changed since."""
+"""Name of a part -> defaults up to version 0.1 that have changed since."""
 
 
 def explicit(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def explicit(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explicit(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
     name, found = node.get("name"), dict(node)
-    if registry is registry_of("solver") and name in FORMER:
+    if registry in (registry_of("solver"), registry_of("prior")) and name in FORMER:
         found = {**found, **{key: value for key, value in _changed(registry, node).items() if key not in node}}
     for key, value in node.items():
         if isinstance(value, Mapping) and (inner := part_of(registry.annotation(key, name))) is not None:
@@ -40,7 +42,7 @@ def _explicit(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any
 
 
 def _changed(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """Present defaults of the keys of a solver whose defaults have changed."""
+    """Present defaults of the keys of a part whose defaults have changed."""
     whole = registry.complete({"name": node["name"]})
     return {key: whole[key] for key in FORMER[node["name"]]}
 

@@ -66,13 +66,15 @@ class ChainPrior(Prior):
     Each image starts from the state at which its chain left the previous image.
 
     Args:
-        chains: Number of parallel chains, independent of batch size and world size.
+        images_per_chain: Number of images per chain. The number of chains follows from the number of images, so that
+            burn-in per image and length of the chains do not depend on it.
+        chains: Number of parallel chains for any number of images; overrides ``images_per_chain``.
         share: Fraction of the evaluations of an image that goes to the chain; the rest goes to the solver.
         chain_steps: Number of chain evaluations per image; overrides ``share``.
         init_steps: Number of solver steps from pure noise to the first states.
         init_solver: Solver for the first states.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
         burn_in_counted: Whether burn-in counts towards the NFE budget.
 
     Raises:
@@ -81,7 +83,8 @@ class ChainPrior(Prior):
 
     def __init__(
         self,
-        chains: int,
+        images_per_chain: float,
+        chains: int | None,
         share: float,
         chain_steps: int | None,
         init_steps: int,
@@ -90,17 +93,36 @@ class ChainPrior(Prior):
         burn_in_counted: bool = True,
     ) -> None:
         super().__init__()
-        require(chains >= 1, f"chains is {chains}, it must be 1 or more")
+        require(
+            1 <= images_per_chain < math.inf,
+            f"images_per_chain is {images_per_chain}, it must be 1 or more, and finite",
+        )
+        require(chains is None or chains >= 1, f"chains is {chains}, it must be 1 or more")
         require(0 < share < 1, f"share is {share}, it must be between 0 and 1")
         require(
             chain_steps is None or 1 <= chain_steps <= MOST,
             f"chain_steps is {chain_steps}, it must be from 1 to {MOST}",
         )
         require(restart_every is None or restart_every >= 1, f"restart_every is {restart_every}, it must be 1 or more")
+        require(
+            restart_every is None or chains is not None,
+            f"restart_every is {restart_every}, which has a meaning for a fixed number of chains only: set "
+            f"prior.images_per_chain={restart_every} and prior.restart_every=null, or prior.chains",
+        )
         require(1 <= init_steps <= MOST, f"init_steps is {init_steps}, it must be from 1 to {MOST}")
-        self.chains, self.share, self.chain_steps = chains, share, chain_steps
+        self.images_per_chain, self.chains = images_per_chain, chains
+        self.share, self.chain_steps = share, chain_steps
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted
+
+    def chains_for(self, n: int) -> int:
+        """Return the number of parallel chains for n images, independent of batch size and world size.
+
+        n / ``images_per_chain`` is rounded down, so that burn-in per image is at most that of ``images_per_chain``
+        images, and equal to it if n is a multiple. For fewer images there is one chain.
+        """
+        # The margin is for quotients such as 9 / 0.9 that are whole but for rounding.
+        return self.chains or max(1, int(n / self.images_per_chain * (1 + 1e-12)))
 
     @property
     def burn_in_per_chain(self) -> int:
@@ -121,19 +143,20 @@ class ChainPrior(Prior):
 
     def schedule(self, n: int, batch_size: int) -> list[Group]:
         """Assign image i to chain i mod C in round i // C; a group is ``batch_size`` chains and all their rounds."""
-        groups = []
-        for first in range(0, min(self.chains, n), batch_size):
-            last = min(first + batch_size, self.chains)
-            rounds = (range(start + first, min(start + last, n)) for start in range(0, n, self.chains))
+        groups, chains = [], self.chains_for(n)
+        for first in range(0, min(chains, n), batch_size):
+            last = min(first + batch_size, chains)
+            rounds = (range(start + first, min(start + last, n)) for start in range(0, n, chains))
             groups.append([indices for indices in rounds if indices])
         return groups
 
     @override
     def burn_in_evaluations(self, n: int) -> int:
-        rounds = -(-n // self.chains)
+        chains = self.chains_for(n)
+        rounds = -(-n // chains)
         # Chains without an image in the last round do not start anew for it.
         starts = range(0, rounds, self.restart_every or rounds)
-        return self.burn_in_per_chain * sum(min(self.chains, n - start * self.chains) for start in starts)
+        return self.burn_in_per_chain * sum(min(chains, n - start * chains) for start in starts)
 
     @override
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
@@ -149,7 +172,7 @@ class ChainPrior(Prior):
             parts = f"{self.chain_steps or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
             raise UsageError(
                 f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
-                f"burn-in with {self.chains} chains for n={n}): raise nfe or n, or take fewer chains"
+                f"burn-in with {self.chains_for(n)} chains for n={n}): raise nfe or n, or raise prior.images_per_chain"
             )
         wanted = self.chain_steps or max(1, round(self.share * available))
         steps = solver.steps_within(max(solver.least_evaluations, available - wanted))

@@ -69,7 +69,9 @@ class LangevinGibbsPrior(ChainPrior):
 
     Args:
         posterior: Posterior of the noise level, p(level | y).
-        chains: Number of parallel chains, independent of batch size and world size.
+        images_per_chain: Number of images per chain. The number of chains follows from the number of images, so that
+            burn-in per image and length of the chains do not depend on it.
+        chains: Number of parallel chains for any number of images; overrides ``images_per_chain``.
         eta: Step size of the Langevin steps, in squared units of the data.
         corrected: Whether the excess variance of the discretisation is subtracted from the noise (see
             :func:`langevin_step`); the reference does not subtract it.
@@ -84,8 +86,8 @@ class LangevinGibbsPrior(ChainPrior):
         init_solver: Solver for the first states; EDM's stochastic solver by default.
         renoise: Standard deviation of the noise added to the first states.
         warmup: Langevin-Gibbs steps after that, as [steps, eta] pairs; null stands for ``eta``.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
         burn_in_counted: Whether burn-in counts towards the NFE budget; the paper does not count it. Points contain both
             numbers (``nfe``, ``nfe_marginal``).
 
@@ -100,7 +102,8 @@ class LangevinGibbsPrior(ChainPrior):
     def __init__(
         self,
         posterior: LevelPosterior,
-        chains: int = 100,
+        images_per_chain: float = 50,
+        chains: int | None = None,
         eta: float = 2.0,
         corrected: bool = False,
         update: Update = "argmax",
@@ -116,7 +119,9 @@ class LangevinGibbsPrior(ChainPrior):
         burn_in_counted: bool = True,
     ) -> None:
         solver = SOLVERS.build(init_solver) if init_solver else StochasticHeun(Karras(0.02), S_max=2.0, S_min=0.1)
-        super().__init__(chains, share, chain_steps, init_steps, solver, restart_every, burn_in_counted)
+        super().__init__(
+            images_per_chain, chains, share, chain_steps, init_steps, solver, restart_every, burn_in_counted
+        )
         require(eta > 0, f"eta is {eta}, it must be positive")
         require(update in ("argmax", "sample", "mean"), f"update is {update!r}, it must be argmax, sample or mean")
         require(select in ("minimum", "last"), f"select is {select!r}, it must be minimum or last")

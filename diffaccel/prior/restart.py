@@ -28,12 +28,14 @@ class RestartPrior(ChainPrior):
         ratio_up: Noise-to-data ratio that a round goes up to. Higher values mix better, but make denoising longer.
         solver: Solver from ``ratio_up`` and, for the first states, from pure noise to ``ratio_star``. The prior sets
             its ``denoise`` and the ``ratio_min`` of its grid.
-        chains: Number of parallel chains, independent of batch size and world size.
+        images_per_chain: Number of images per chain. The number of chains follows from the number of images, so that
+            burn-in per image and length of the chains do not depend on it.
+        chains: Number of parallel chains for any number of images; overrides ``images_per_chain``.
         share: Fraction of the evaluations of an image that goes to the chain; the rest goes to the experiment's solver.
         chain_steps: Number of chain evaluations per image; overrides ``share``.
         init_steps: Number of solver steps from pure noise to the first states.
-        restart_every: Number of rounds after which the chains restart from pure noise, with a burn-in that counts; null
-            for no restarts.
+        restart_every: Number of rounds after which ``chains`` restart from pure noise, with a burn-in that counts; null
+            for no restarts. Chains of ``images_per_chain`` images end without it.
 
     Raises:
         UsageError: A value is out of range, or ``ratio_up`` is less than twice ``ratio_star``.
@@ -47,7 +49,8 @@ class RestartPrior(ChainPrior):
         ratio_star: float = 1.0,
         ratio_up: float = 8.0,
         solver: Annotated[dict[str, Any], SOLVERS] = DEFAULT,
-        chains: int = 500,
+        images_per_chain: float = 10,
+        chains: int | None = None,
         share: float = 0.5,
         chain_steps: int | None = None,
         init_steps: int = 8,
@@ -59,7 +62,7 @@ class RestartPrior(ChainPrior):
         down = dataclasses.replace(
             down, grid=dataclasses.replace(down.grid, ratio_min=ratio_star), denoise=False, analytic_first=None
         )
-        super().__init__(chains, share, chain_steps, init_steps, down, restart_every)
+        super().__init__(images_per_chain, chains, share, chain_steps, init_steps, down, restart_every)
         self.ratio_star, self.ratio_up = ratio_star, ratio_up
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:

@@ -18,7 +18,7 @@ FORMER_NOISE = "mt19937"
 COUNTS = ("n", "seed", "chains")
 MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
 
-STANDARD = ("kid", "precision", "recall", "density", "coverage", "bits_per_dim")
+STANDARD = ("kid", "precision", "recall", "density", "coverage", "effective_n", "near_repeats", "bits_per_dim")
 """Metrics that tables place themselves."""
 DERIVED = ("_inf", "_se", "_floor", "_real")
 """Ends of the names of values that belong to a metric: its limit, standard error, and value of held-out images."""

@@ -9,6 +9,7 @@ from rich.table import Table
 from diffaccel.report.files import frechet_key
 from diffaccel.report.judges import common_judges, seen_by
 from diffaccel.report.points import Point, further_metrics, normalised
+from diffaccel.report.repetition import columns, warnings_of
 from diffaccel.text.terminal import number, print_lines, wide_console
 
 NEIGHBOURHOODS = ("recall", "coverage")
@@ -42,7 +43,7 @@ def _print_table(points: Sequence[Point], name: str) -> None:
     """Print a row for each normalised point, and the scores of real images."""
     n, last = points[-1]["n"], points[-1]["metrics"]
     likelihood = ("bits_per_dim", "bits_per_dim_se")
-    standard = (name, f"{name}_se", f"{name}_inf", "kid", "kid_se", *NEIGHBOURHOODS, *likelihood)
+    standard = (name, f"{name}_se", f"{name}_inf", "kid", "kid_se", *NEIGHBOURHOODS, *columns(points), *likelihood)
     shown = [key for key in standard if key in last] + further_metrics(points, name)
     size = "" if n is None else f"@{number(n, 12)}"
     heads = {name: f"{name}{size}", "bits_per_dim": "bits/dim"}
@@ -59,8 +60,10 @@ def _print_table(points: Sequence[Point], name: str) -> None:
     wide_console().print(table)
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
+    print_lines(*warnings_of(points))
     if last.get(f"{name}_floor") is not None:
-        known = {"kid": last.get("kid_floor"), **{key: last.get(f"{key}_real") for key in NEIGHBOURHOODS}}
+        real = {key: last.get(f"{key}_real") for key in (*NEIGHBOURHOODS, "near_repeats")}
+        known = {"kid": last.get("kid_floor"), **real}
         others = "".join(f", {key} {number(value)}" for key, value in known.items() if value is not None)
         held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
         print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")

@@ -22,6 +22,7 @@ from diffaccel.report.curves import places_of
 from diffaccel.report.judges import common_judges, judges_of, seen_by
 from diffaccel.report.logs import budget_name
 from diffaccel.report.points import Point, distance, further_metrics, normalised, undrawn
+from diffaccel.report.repetition import columns, in_words, warnings_of
 from diffaccel.text.escape import markdown_cell, printable
 from diffaccel.text.terminal import number, print_lines, wide_console
 from diffaccel.verbs.pairs import Note, Pairs, Row, key_of
@@ -186,9 +187,9 @@ def write(rows: Sequence[Row], out: Path) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """Format a table of distances with a line per curve and a column per budget.
 
-    A cell contains the distance, its standard error and, in parentheses, the NFE if it differs from the budget. For
-    several seeds, the cell contains the mean, the standard error from the spread of the seeds and, in parentheses, the
-    standard error within seeds.
+    A cell contains the distance, its standard error and, in parentheses, the NFE if it differs from the budget and, for
+    chains, recall, effective number of images and fraction of near repeats. For several seeds, the cell contains the
+    mean, the standard error from the spread of the seeds and, in parentheses, the standard error within seeds.
     """
     key = frechet_key([row.point for row in rows])
     budgets = sorted({row.point["nfe_budget"] for row in rows}, key=lambda budget: budget or math.inf)
@@ -222,6 +223,8 @@ def _cell(points: Sequence[Point], key: str) -> str:
     spent = [point["nfe"] for point in points if point["nfe"] is not None]
     if spent and (points[0]["nfe_budget"] is None or float(np.mean(spent)) != points[0]["nfe_budget"]):
         said.append(f"{np.mean(spent):.4g}")
+    if chained := in_words(points):
+        said.append(chained)
     return f"{number(mean, 4)} ± {number(error, 2)}" + (f" ({'; '.join(said)})" if said else "")
 
 
@@ -229,6 +232,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the column heads, and a list of texts per row."""
     key = frechet_key([row.point for row in rows])
     shown = [name for name in SHOWN if any(row.point["metrics"].get(name) is not None for row in rows)]
+    shown += columns([row.point for row in rows])
     shown += further_metrics([row.point for row in rows], key)
     heads = ["run", "budget", "nfe", "n", "seed", key, "se", f"{key}_inf", *shown, "difference", "its se", "s/image"]
     lines = []
@@ -268,11 +272,13 @@ def _floor(rows: Sequence[Row]) -> list[str]:
     pair = f"the first row of {rows[0].folder} at the same budget, n and seed"
     said = f"difference: {key} minus that of {pair} (paired jackknife)"
     floors = [row.point for row in rows if row.point["metrics"].get(f"{key}_floor") is not None]
-    lines = [said, *_opposed(rows)]
+    lines = [said, *_opposed(rows), *warnings_of([row.point for row in rows], [row.label for row in rows])]
     if not floors:
         return lines
     point = floors[-1]
     real = [f"{name} {number(point['metrics'].get(f'{name}_real'))}" for name in SHOWN[2:]]
+    if (repeats := point["metrics"].get("near_repeats_real")) is not None:
+        real.append(f"near_repeats {number(repeats)}")
     if point["metrics"].get("kid_floor") is not None:
         real = [f"kid {number(point['metrics']['kid_floor'])}", *real]
     n, floor = number((point["floor"] or {}).get("n"), 12), number(point["metrics"][f"{key}_floor"])

@@ -205,7 +205,7 @@ class ImageWriter:
             "n": config.n,
             "seed": config.seed,
             "noise": GENERATOR,
-            "chains": prior.chains if isinstance(prior, ChainPrior) else None,
+            "chains": prior.chains_for(config.n) if isinstance(prior, ChainPrior) else None,
             "batch_size": config.images_per_batch,
             "classes": self.sampler.classes or None,
             "format": self.format,
