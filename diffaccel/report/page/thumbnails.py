@@ -1,0 +1,40 @@
+"""Samples of the page, as small pictures inside of it."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffaccel.report.rows import Row
+from diffaccel.report.strips import strips_of
+
+ROOM = 2_400_000
+"""Number of bytes that all pictures of a page may take, as text."""
+SIDE = 96
+"""Largest side of an image of a strip, in pixels."""
+
+
+def thumbnails(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the strip of the rows as ``data:`` addresses by label and budget, with a title.
+
+    The quality is lowered until all pictures fit; without sample grids, ``cells`` is empty.
+    """
+    strip, title = strips_of(rows)
+    for scale, quality in ((1.0, 90), (1.0, 75), (0.66, 75), (0.5, 60), (0.33, 50)):
+        cells = [[label, budget, _address(picture, scale, quality)] for (label, budget), picture in strip.items()]
+        if sum(len(address) for _, _, address in cells) <= ROOM:
+            return {"title": title, "cells": cells}
+    return {"title": "", "cells": []}
+
+
+def _address(picture: "np.ndarray[Any, Any]", scale: float, quality: int) -> str:
+    image = Image.fromarray(picture if picture.shape[2] == 3 else picture[..., 0])
+    factor = min(1.0, SIDE / image.height) * scale
+    if factor < 1:
+        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
