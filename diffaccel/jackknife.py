@@ -49,9 +49,7 @@ class Resampled(NamedTuple):
 
     def alike(self, other: "Resampled") -> bool:
         """Whether blocks and half samples have the same sizes."""
-        return all(
-            getattr(self, name).tolist() == getattr(other, name).tolist() for name in ("sizes", "half_sizes")
-        )
+        return all(getattr(self, name).tolist() == getattr(other, name).tolist() for name in ("sizes", "half_sizes"))
 
     def less(self, other: "Resampled") -> "Resampled":
         """Return the differences to the distances of other images with the same blocks."""

@@ -297,6 +297,8 @@ def _labels_of(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
 
 def _context(curve: Curve, leaf: str) -> tuple[str | None, ...]:
     """Names of the parts that contain a leaf, from the outermost; the name of a part is a leaf of the part around."""
+    if leaf == "older":
+        return (curve.shared["method"],)
     parts = leaf.removesuffix(".name").split(".")[:-1]
     return tuple(curve.shared.get(".".join([*parts[: depth + 1], "name"])) for depth in range(len(parts)))
 
@@ -320,9 +322,7 @@ def _keys(named: Sequence[Leaves]) -> dict[str, str]:
     }
 
 
-def _label(
-    curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str], several: bool
-) -> str:
+def _label(curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str], several: bool) -> str:
     """Label of a curve; ``several`` says whether curves of its name have different methods."""
     texts = [_short(named[leaf], paths) for leaf in FIRST if leaf in named]
     texts += [f"{keys[leaf]}={_short(value, paths)}" for leaf, value in named.items() if leaf not in FIRST]

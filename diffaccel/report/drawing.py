@@ -1,5 +1,6 @@
 """Plots of quality against cost."""
 
+import math
 import textwrap
 import warnings
 from collections import defaultdict
@@ -106,7 +107,8 @@ def plot_curve(
     if x == "nfe":
         _draw_published(axes, published, ink)
     spent = [*(mean.x for line in lines.values() for mean in line), *(one.nfe for one in published if x == "nfe")]
-    ticks = [point["nfe_budget"] or point["nfe"] for point in drawn] if x in ("nfe", "nfe_equivalent") else []
+    budgets = [point["nfe_budget"] for point in drawn if point["nfe_budget"]]
+    ticks = (budgets or [point["nfe"] for point in drawn]) if x in ("nfe", "nfe_equivalent") else []
     _finish(axes, spent, ticks, ink)
     sizes = sorted({point["n"] for point in drawn if point["n"] is not None})
     axes.set_xlabel(cost.label)
@@ -135,9 +137,7 @@ def _series(points: Sequence[Point], key: str, labels: Sequence[str] | None) -> 
     return series
 
 
-def _draw_line(
-    axes: "Axes", line: Sequence[Mean], key: str, cost: Cost, label: str, style: Style, dark: bool
-) -> None:
+def _draw_line(axes: "Axes", line: Sequence[Mean], key: str, cost: Cost, label: str, style: Style, dark: bool) -> None:
     colour = style.colour(dark)
     look: dict[str, Any] = {"color": colour, "linewidth": 1.6}
     if style.dashes:
@@ -261,25 +261,18 @@ def _finish(axes: "Axes", spent: Sequence[float], ticks: Sequence[float], ink: I
         ticks: Positions of ticks on the horizontal axis; empty for round numbers.
         ink: Colours.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(spent) / 1.25, max(spent) * 1.25)
-    if ticks:
-        axes.set_xticks(_spaced(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    low, high = axes.get_ylim()
-    if high < 10 * low:  # less than a decade: there may be no power of ten to label
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        axes.tick_params(axis="y", which="minor", labelsize=8)
-    elif high < 1000 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set_ylim(*axes.get_ylim())
+    for axis, places in (
+        (axes.xaxis, _spaced(ticks) or ticks_of(*axes.get_xlim())),
+        (axes.yaxis, ticks_of(*axes.get_ylim())),
+    ):
+        axis.set_minor_locator(NullLocator())
+        axis.set_ticks(places, [f"{place:.4g}" for place in places])
     axes.grid(which="major", color=ink.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -287,6 +280,20 @@ def _finish(axes: "Axes", spent: Sequence[float], ticks: Sequence[float], ink: I
     axes.tick_params(which="both", color=ink.faint, labelcolor=ink.text)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title):  # type: ignore[attr-defined]
         text.set_color(ink.text)
+
+
+def ticks_of(low: float, high: float) -> list[float]:
+    """Return round numbers from ``low`` to ``high`` for a logarithmic axis."""
+    if high > 3 * low:
+        steps = (1, 2, 5) if high > 12 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps]
+    else:
+        raw = (high - low) / 6
+        unit = 10.0 ** math.floor(math.log10(raw))
+        step = next(step for step in (1, 2, 5, 10) if step * unit >= raw) * unit
+        found = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [tick for tick in found if low <= tick <= high]
 
 
 def _spaced(values: Iterable[float], ratio: float = 1.2) -> list[float]:

@@ -75,6 +75,7 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
         dark: Whether the picture is for dark pages.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     labels = list(dict.fromkeys(label for label, _ in strip))
     budgets = sorted({budget for _, budget in strip})
@@ -84,10 +85,9 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
     figure = Figure(
         figsize=(2.4 + len(budgets) * (wide + 0.08), 0.6 + len(labels) * (high + 0.08)),
         dpi=150,
-        layout="constrained",
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01),
         facecolor=BACKGROUND[dark],
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
     grid = figure.subplots(len(labels), len(budgets), squeeze=False)
     for row, label in enumerate(labels):
         for column, budget in enumerate(budgets):
@@ -126,7 +126,10 @@ def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], NDArray[np.
             grids.setdefault(key, {})[row.label, point["nfe_budget"]] = images
     if not grids:
         return {}, ""
-    key, found = max(grids.items(), key=lambda pair: len(pair[1]))
+    shared, found = max(grids.items(), key=lambda pair: len(pair[1]))
     count = min(IMAGES, *(len(images) for images in found.values()))
     strip = {place: joined(images[:count]) for place, images in found.items()}
-    return strip, f"samples {'0' if count == 1 else f'0 to {count - 1}'} of seed {key[0]}: the same noise in all cells"
+    return (
+        strip,
+        f"samples {'0' if count == 1 else f'0 to {count - 1}'} of seed {shared[0]}: the same noise in all cells",
+    )

@@ -42,7 +42,7 @@ class Style(NamedTuple):
     def colour(self, dark: bool = False) -> str:
         """Colour as ``#RRGGBB``, on a white or a dark background."""
         own = (DARK_COLOURS if dark else COLOURS)[self.method % len(COLOURS)]
-        tint, ground = TINTS[self.repeat % len(TINTS)], BACKGROUND[dark]
+        tint, ground = TINTS[self.repeat % len(TINTS)] * (0.75 if dark else 1), BACKGROUND[dark]
         mixed = (round((1 - tint) * _channel(own, i) + tint * _channel(ground, i)) for i in range(3))
         return "#" + "".join(f"{value:02X}" for value in mixed)
 

@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 from diffaccel.jackknife import Frechet
 from diffaccel.report.axes import mean_error
 from diffaccel.report.files import frechet_key
@@ -12,8 +14,6 @@ from diffaccel.report.points import Point, further_metrics
 from diffaccel.report.rows import Row
 from diffaccel.text.escape import markdown_cell
 from diffaccel.text.terminal import number
-
-import numpy as np
 
 DIVERSITY = ("recall", "coverage", "effective_n", "near_repeats")
 """Metrics of diversity, which stand beside the distance: chains may repeat themselves."""
@@ -117,5 +117,3 @@ def _opposed(rows: Sequence[Row]) -> list[str]:
 
 def _signed(difference: Frechet) -> str:
     return f"{float(difference.fd):+.3g} ± {number(float(difference.se), 2)}"
-
-

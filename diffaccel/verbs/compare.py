@@ -1,7 +1,7 @@
 """``compare``: points of several runs in tables, pictures and a page, with differences under common noise.
 
-Points that several judges scored are shown as one of them sees them; the page shows all judges. Pairs that another judge
-orders differently are listed. See :mod:`~diffaccel.verbs.pairs`.
+Points that several judges scored are shown as one of them sees them; the page shows all judges. Pairs that another
+judge orders differently are listed. See :mod:`~diffaccel.verbs.pairs`.
 """
 
 import math
@@ -164,9 +164,7 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out / found[0]} is not from a comparison and would be replaced: choose another out=")
 
 
-def write(
-    rows: Sequence[Row], out: Path, others: Sequence[Shown] = (), x: str = "nfe", command: str = ""
-) -> list[str]:
+def write(rows: Sequence[Row], out: Path, others: Sequence[Shown] = (), x: str = "nfe", command: str = "") -> list[str]:
     """Write compare.csv, table.md, the pictures of curves and samples, and the self-contained page index.html.
 
     The pictures of curves are not written if no point can be drawn, and those of samples not without sample grids.

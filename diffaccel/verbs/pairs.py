@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from diffaccel.metrics import Moments
 
+
 class Pairs:
     """Pairing of rows under common noise.
 

@@ -1,6 +1,6 @@
 """The page of a comparison: one HTML file with everything in it.
 
-Python writes the points as JSON; ``page.js`` draws them with plotly.js, which is shipped beside it. Text from points
+Python writes the points as JSON; the scripts draw them with plotly.js, which is shipped beside it. Text from points
 reaches the page in the JSON only, and the script puts it into text nodes. A content security policy, with the hashes of
 the scripts, keeps the page from running anything else and from loading anything.
 """
@@ -26,6 +26,10 @@ from diffaccel.report.styles import styles_of
 from diffaccel.report.tables import SHOWN, notes
 from diffaccel.text.escape import printable
 from diffaccel.version import __version__
+
+
+SCRIPTS = ("statistics.js", "chart.js", "tables.js", "page.js")
+"""Scripts of the page, which share one scope."""
 
 
 class Shown(NamedTuple):
@@ -56,7 +60,9 @@ def write_page(path: Path, title: str, shown: Sequence[Shown], x: str = "nfe", c
 def data_of(title: str, shown: Sequence[Shown], x: str = "nfe", command: str = "") -> dict[str, Any]:
     """Return the contents of the page as plain JSON, without control characters."""
     cards: dict[str, Any] = {}
-    views = [_view(one, cards) for one in shown if one.rows]
+    shown = [one for one in shown if one.rows]
+    pictures, strips = thumbnails([one.rows for one in shown])
+    views = [_view(one, cards) | {"strip": strip} for one, strip in zip(shown, strips, strict=True)]
     found = {
         "title": title,
         "version": __version__,
@@ -65,7 +71,7 @@ def data_of(title: str, shown: Sequence[Shown], x: str = "nfe", command: str = "
         "costs": [{"name": name, "key": cost.key, "label": cost.label} for name, cost in COSTS.items()],
         "views": views,
         "cards": cards,
-        "strips": thumbnails([row for one in shown for row in one.rows]),
+        "pictures": pictures,
     }
     cleaned: dict[str, Any] = _printable(found)
     return cleaned
@@ -73,12 +79,12 @@ def data_of(title: str, shown: Sequence[Shown], x: str = "nfe", command: str = "
 
 def page(data: Mapping[str, Any]) -> str:
     """Return the HTML of the page."""
-    parts = {name: _read(name) for name in ("page.css", "page.js", "plotly-basic.min.js")}
-    scripts = [parts["plotly-basic.min.js"], parts["page.js"]]
+    own = "\n".join(["\"use strict\";\n(() => {", *map(_read, SCRIPTS), "})();"])
+    scripts = [_read("plotly-basic.min.js"), own]
     return Template(_read("page.html")).substitute(
         title=_escaped(str(data["title"])),
         hashes=" ".join(f"'{_sha256(script)}'" for script in scripts),
-        css=parts["page.css"],
+        css=_read("page.css"),
         plotly=scripts[0],
         script=scripts[1],
         data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
@@ -102,7 +108,8 @@ def _view(shown: Shown, cards: dict[str, Any]) -> dict[str, Any]:
     """Curves and points of a judge; the cards of its points are added to ``cards``."""
     rows = list(shown.rows)
     points = [row.point for row in rows]
-    key, curves = frechet_key(points), {}
+    key = frechet_key(points)
+    curves: dict[str, list[Point]] = {}
     for row in rows:
         curves.setdefault(row.label, []).append(row.point)
     styles = styles_of(curves)
@@ -141,7 +148,7 @@ def _point(row: Row, key: str, labels: Sequence[str], cards: dict[str, Any]) -> 
         "card": identity,
         "budget": point["nfe_budget"],
         **{cost.key: point[cost.key] for cost in COSTS.values()},
-        **{name: point[name] for name in ("n", "seed", "solver", "prior")},
+        **{name: point[name] for name in ("n", "seed", "chains")},
         "drawn": distance(point, key) is not None,
         "metrics": values,
         # Points with the same text are a pair.

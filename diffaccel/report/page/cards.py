@@ -107,7 +107,11 @@ def _cost(point: Point) -> Iterator[tuple[str, str]]:
 def _weights(point: Point) -> Iterator[tuple[str, str]]:
     checkpoint = point["checkpoint"] or {}
     yield from _known(
-        {"file": checkpoint.get("path"), "SHA-256": checkpoint.get("sha256"), "images seen": checkpoint.get("images_seen")}
+        {
+            "file": checkpoint.get("path"),
+            "SHA-256": checkpoint.get("sha256"),
+            "images seen": checkpoint.get("images_seen"),
+        }
     )
 
 

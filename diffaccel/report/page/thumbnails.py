@@ -17,17 +17,27 @@ SIDE = 96
 """Largest side of an image of a strip, in pixels."""
 
 
-def thumbnails(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the strip of the rows as ``data:`` addresses by label and budget, with a title.
+def thumbnails(views: Sequence[Sequence[Row]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the strips of several views of rows.
 
-    The quality is lowered until all pictures fit; without sample grids, ``cells`` is empty.
+    The quality is lowered until all pictures fit into the page; without sample grids, the strips are empty.
+
+    Returns:
+        Pictures as ``data:`` addresses, and the strip of each view: a title, and cells of label, budget and picture.
     """
-    strip, title = strips_of(rows)
-    for scale, quality in ((1.0, 90), (1.0, 75), (0.66, 75), (0.5, 60), (0.33, 50)):
-        cells = [[label, budget, _address(picture, scale, quality)] for (label, budget), picture in strip.items()]
-        if sum(len(address) for _, _, address in cells) <= ROOM:
-            return {"title": title, "cells": cells}
-    return {"title": "", "cells": []}
+    strips = [strips_of(rows) for rows in views]
+    for scale, quality in ((1.0, 90), (1.0, 75), (0.66, 75), (0.5, 60), (0.33, 50), (0.0, 0)):
+        pictures: dict[str, int] = {}  # several views show the same images
+        found = []
+        for strip, title in strips:
+            cells = [
+                (*place, pictures.setdefault(_address(picture, scale, quality), len(pictures)))
+                for place, picture in (strip.items() if scale else ())
+            ]
+            found.append({"title": title, "cells": cells})
+        if sum(map(len, pictures)) <= ROOM:
+            break
+    return list(pictures), found
 
 
 def _address(picture: "np.ndarray[Any, Any]", scale: float, quality: int) -> str:
