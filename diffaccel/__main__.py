@@ -155,7 +155,7 @@ def compare(words: list[str]) -> None:
         sources, options.get("reference"), console.print, options.get("judge"), [name.strip() for name in names],
         options.get("x") or "nfe", shlex.join(["diffaccel", "compare", *words]),
     )  # fmt: skip
-    files = comparison.write(found.rows, out, found.others, found.x, found.command)
+    files = comparison.write(found.rows, out, *found[1:])
     comparison.show(found.rows)
     print_lines(f"{', '.join(reversed(files))} are in {out}")
 

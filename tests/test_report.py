@@ -44,6 +44,14 @@ def figures(monkeypatch):
     return saved
 
 
+def labels_of(figure) -> list[str]:
+    """Labels at the ends of curves, in the order of the curves, and those of the legend."""
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    texts = [text for text in axes.texts if text.get_gid() == "label"] + (legend.get_texts() if legend else [])
+    return [text.get_text().replace("\n", " ") for text in texts]
+
+
 def test_points_round_trip(tmp_path):
     path, points = tmp_path / "new" / "points.jsonl", [point(5), point(10, seed=1)]
     for each in points:
@@ -111,8 +119,8 @@ def test_curve_shows_every_series_and_the_floor(tmp_path, figures):
     plot_curve(points, tmp_path / "curve.png", "title", [Published("DDIM", 10, 13.4)], floor=0.5)
     (axes,) = figures[0].axes
     assert axes.get_ylabel() == "fd_digits@5000" and axes.get_xscale() == axes.get_yscale() == "log"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["edm (heun, gaussian), 1 to 2 seeds", "tdpm (heun, gaussian)", "real images (0.5)"]
+    expected = ["edm (heun, gaussian), 1 to 2 seeds", "tdpm (heun, gaussian)", "Pareto front", "real images (0.5)"]
+    assert labels_of(figures[0]) == expected
     lines = [np.stack(line.get_data()).tolist() for line in axes.lines]
     assert [[5, 10], [5.0, 2.0]] in lines  # through the mean of the repeated measurement
     assert [[5, 5, 10], [4.0, 6.0, 2.0]] in lines  # a marker for each
@@ -124,14 +132,13 @@ def test_curve_takes_the_floor_from_the_points(tmp_path, figures):
     one = point(5)
     one["metrics"]["fd_digits_floor"] = 0.25
     plot_curve([one, point(10, n=1000)], tmp_path / "curve.png", "")
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert labels == ["edm (n=5000)", "edm (n=1000)", "real images (0.25)"]
+    assert labels_of(figures[0]) == ["edm (n=5000)", "edm (n=1000)", "real images (0.25)"]
 
 
 def test_a_floor_far_below_does_not_squeeze_the_curves(tmp_path, figures):
     plot_curve([point(5), point(10)], tmp_path / "curve.png", "", floor=1e-4)
     axes = figures[0].axes[0]
-    assert "real images (0.0001, below)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "real images (0.0001, below)" in labels_of(figures[0])
     assert axes.get_ylim()[0] > 0.1
 
 
@@ -164,8 +171,7 @@ def test_scatter_draws_both_sets(tmp_path, figures):
 def test_any_name_is_drawn_as_it_is(tmp_path, figures, name):
     points = [point(5, method=name), point(10, method=name), point(5, method="other", extractor="digits")]
     plot_curve(points, tmp_path / "curve.png", name, [Published(name, 10, 13.4)])
-    (axes,) = figures[0].axes
-    first, second = (text.get_text() for text in axes.get_legend().get_texts())
+    first, second = labels_of(figures[0])
     assert first.startswith(name.replace("\x1b", "\\x1b")[:20]) and second == "other (heun, gaussian)"
     assert Image.open(tmp_path / "curve.png").size[0] > 900
 
@@ -189,7 +195,7 @@ def test_points_that_lack_something_are_left_out(tmp_path, figures):
         point(5, None),
     ]
     plot_curve([*junk, point(10, 2.0)], tmp_path / "curve.png", "")
-    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["edm (heun, gaussian)"]
+    assert labels_of(figures[0]) == ["edm (heun, gaussian)"]
     write_curve_csv(junk, tmp_path / "curve.csv")
     assert len((tmp_path / "curve.csv").read_text().splitlines()) == 1 + len(junk)
 

@@ -102,22 +102,26 @@ def views_of(lines: Sequence[Line]) -> list[View]:
     """Return what each judge sees, in the order in which the judges first appear.
 
     Points of a judge with several references or versions of its features are not comparable, and give several views.
-    A point without the hash of either, as of older versions, is part of the first view of its judge.
+    A point without the hash of either, as of older versions, is part of the first view of its judge. Points without
+    the name of a judge, which have no distance, are part of every view.
     """
     by_name: dict[str, dict[tuple[str | None, str | None], list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        for name in judges_of(line.point) or [""]:
+        for name in judges_of(line.point):
             point = normalised(seen_by(line.point, name))
             hashes = point["extractor"]["sha256"], point["reference"]["sha256"]
             by_name[name][hashes].append(line._replace(point=point))
     found = []
+    nameless = [line for line in lines if not judges_of(line.point)]
     for name, groups in by_name.items():
         merged = _merged(groups)
         for (extractor, reference), seen in merged.items():
             alone = len(merged) == 1
             differing = extractor if len({key[0] for key in merged}) > 1 else reference
-            found.append(View(name if alone else f"{name} {(differing or 'unknown')[:8]}", _in_order(seen, lines)))
-    return found
+            found.append(
+                View(name if alone else f"{name} {(differing or 'unknown')[:8]}", _in_order([*seen, *nameless], lines))
+            )
+    return found or [View("", nameless)]
 
 
 def _merged(
@@ -147,16 +151,15 @@ def chosen(views: Sequence[View], lines: Sequence[Line], judge: str | None, note
         note: Function called with a message about the points that are left out.
 
     Raises:
-        UsageError: The judge did not score any point, or no point has a distance.
+        UsageError: The judge did not score any point.
     """
     named = [view for view in views if judge is None or judge in (view.judge, view.judge.split(" ")[0])]
     if not named:
-        names = ", ".join(view.judge for view in views if view.judge)
+        names = ", ".join(view.judge for view in views)
         raise UsageError(f"judge={judge} scored none of the points: choose one of {names}")
-    known = [view for view in named if view.judge] or named
-    first = max(known, key=lambda view: len(view.lines))
+    first = max(named, key=lambda view: len(view.lines))
     if len(first.lines) < len(lines):
-        others = [f"judge='{view.judge}' shows {len(view.lines)}" for view in views if view is not first and view.judge]
+        others = [f"judge='{view.judge}' shows {len(view.lines)}" for view in views if view is not first]
         counts = f"{len(lines) - len(first.lines)} of {len(lines)} points"
         folders = _missing(first, lines)
         note(f"{counts} were not scored by {first.judge} with the same reference and are left out: {folders}")

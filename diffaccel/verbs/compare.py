@@ -45,12 +45,14 @@ class Comparison(NamedTuple):
         others: Rows of the other judges that scored a point.
         x: Cost on the horizontal axis of the picture.
         command: Command that makes the comparison.
+        judge: Name of the judge that is shown.
     """
 
     rows: list[Row]
     others: list[Shown]
     x: str = "nfe"
     command: str = ""
+    judge: str = ""
 
 
 def compare(
@@ -109,9 +111,9 @@ def compare_all(
     views = views_of(lines)
     first = chosen(views, lines, judge, note)
     rows = _rows_of(first, reference, note)
-    others = [view for view in views if view is not first and view.judge]
+    others = [view for view in views if view is not first]
     further = [Shown(view.judge, _rows_of(view, None, lambda said: None)) for view in others]
-    return Comparison(rows, further, x, command)
+    return Comparison(rows, further, x, command, first.judge)
 
 
 def _rows_of(view: View, reference: str | None, note: Note) -> list[Row]:
@@ -164,7 +166,14 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out / found[0]} is not from a comparison and would be replaced: choose another out=")
 
 
-def write(rows: Sequence[Row], out: Path, others: Sequence[Shown] = (), x: str = "nfe", command: str = "") -> list[str]:
+def write(
+    rows: Sequence[Row],
+    out: Path,
+    others: Sequence[Shown] = (),
+    x: str = "nfe",
+    command: str = "",
+    judge: str = "",
+) -> list[str]:
     """Write compare.csv, table.md, the pictures of curves and samples, and the self-contained page index.html.
 
     The pictures of curves are not written if no point can be drawn, and those of samples not without sample grids.
@@ -175,6 +184,7 @@ def write(rows: Sequence[Row], out: Path, others: Sequence[Shown] = (), x: str =
         others: Rows of the other judges, for the page.
         x: Cost on the horizontal axis of the pictures.
         command: Command that makes the comparison, for the page.
+        judge: Name of the judge that is shown; by default that of the first point.
 
     Returns:
         Names of the files.
@@ -202,7 +212,7 @@ def write(rows: Sequence[Row], out: Path, others: Sequence[Shown] = (), x: str =
     if strip:
         for dark, name in ((False, "strip.png"), (True, "strip_dark.png")):
             plot_strip(strip, out / name, said, dark=dark)
-    shown = Shown(str(points[0]["extractor"]["name"]), rows)
+    shown = Shown(judge or str(points[0]["extractor"]["name"]), rows)
     write_page(out / "index.html", title, [shown, *others], x, command)
     return [name for name in WRITTEN if (out / name).exists()]
 

@@ -27,7 +27,6 @@ from diffaccel.report.tables import SHOWN, notes
 from diffaccel.text.escape import printable
 from diffaccel.version import __version__
 
-
 SCRIPTS = ("statistics.js", "chart.js", "tables.js", "page.js")
 """Scripts of the page, which share one scope."""
 
@@ -79,7 +78,7 @@ def data_of(title: str, shown: Sequence[Shown], x: str = "nfe", command: str = "
 
 def page(data: Mapping[str, Any]) -> str:
     """Return the HTML of the page."""
-    own = "\n".join(["\"use strict\";\n(() => {", *map(_read, SCRIPTS), "})();"])
+    own = "\n".join(['"use strict";\n(() => {', *map(_read, SCRIPTS), "})();"])
     scripts = [_read("plotly-basic.min.js"), own]
     return Template(_read("page.html")).substitute(
         title=_escaped(str(data["title"])),
