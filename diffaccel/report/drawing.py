@@ -144,11 +144,15 @@ def _draw_line(axes: "Axes", line: Sequence[Mean], key: str, cost: Cost, label: 
         look["dashes"] = style.dashes
     marker: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": BACKGROUND[dark], "markeredgewidth": 0.8}
     every = sorted((point[cost.key], point["metrics"][key]) for mean in line for point in mean.points)
-    for mean in line:
-        for point in mean.points:
-            error = point["metrics"].get(f"{key}_se")
-            if error is not None and error >= 0:
-                axes.errorbar(point[cost.key], point["metrics"][key], error, color=colour, capsize=2, linewidth=1)
+    bars = [
+        (point[cost.key], point["metrics"][key], error)
+        for mean in line
+        for point in mean.points
+        if (error := point["metrics"].get(f"{key}_se")) is not None and error >= 0
+    ]
+    if bars:
+        x, y, errors = zip(*bars, strict=True)
+        axes.errorbar(x, y, errors, fmt="none", ecolor=colour, capsize=2, elinewidth=1)
     axes.plot([mean.x for mean in line], [mean.y for mean in line], zorder=2, **look)
     axes.plot(*zip(*every, strict=True), style.marker, color=colour, zorder=3, **marker)
     # For the legend, which shows line and marker in one; the end is where a direct label points to.

@@ -4,8 +4,9 @@ The images are cut from the sample grids that a bench leaves beside its points.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,8 @@ ROWS = 8
 """Number of rows of a sample grid."""
 SHOWN = 64
 """Maximum number of images on a sample grid."""
+MARGIN = 10
+"""Width in pixels of the lines between the cells of a strip."""
 IMAGES = 4
 """Number of images of a cell of a strip."""
 
@@ -30,16 +33,25 @@ Strip = Mapping[tuple[str, float], "NDArray[np.uint8]"]
 """Images (H, W, C) by label and budget."""
 
 
-def cut(path: Path, count: int) -> "list[NDArray[np.uint8]]":
-    """Cut the images out of a sample grid.
+def first_images(path: Path, count: int) -> "list[NDArray[np.uint8]]":
+    """Cut the first images out of a sample grid.
 
     Args:
         path: PNG file of :func:`~diffaccel.report.pictures.sample_grid`.
         count: Number of images on it.
 
     Returns:
-        Images, (H, W, C) uint8, with C = 1 or 3. Empty if the file is not such a grid, for example a scatter plot.
+        At most :data:`IMAGES` images, (H, W, C) uint8, with C = 1 or 3. Empty if the file is not such a grid, for
+        example a scatter plot.
     """
+    try:
+        return _first_images(path, path.stat().st_mtime_ns, count)
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=1024)  # several judges see the same grids
+def _first_images(path: Path, changed: int, count: int) -> "list[NDArray[np.uint8]]":
     try:
         with Image.open(path) as file:
             picture = np.asarray(file if file.mode in ("L", "RGB") else file.convert("RGB"))
@@ -54,8 +66,8 @@ def cut(path: Path, count: int) -> "list[NDArray[np.uint8]]":
     rows, lines = np.arange(picture.shape[0]) % h < GAP, np.arange(picture.shape[1]) % w < GAP
     if not (picture[rows] == 255).all() or not (picture[:, lines] == 255).all():
         return []
-    cells = [picture[GAP + i // columns * h :, GAP + i % columns * w :] for i in range(count)]
-    return [cell[: h - GAP, : w - GAP] for cell in cells]
+    corners = [(GAP + i // columns * h, GAP + i % columns * w) for i in range(min(count, IMAGES))]
+    return [picture[y : y + h - GAP, x : x + w - GAP].copy() for y, x in corners]
 
 
 def joined(images: "Sequence[NDArray[np.uint8]]", ground: int = 255) -> "NDArray[np.uint8]":
@@ -75,36 +87,39 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
         dark: Whether the picture is for dark pages.
     """
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     labels = list(dict.fromkeys(label for label, _ in strip))
     budgets = sorted({budget for _, budget in strip})
-    h, w = next(iter(strip.values())).shape[:2]
-    wide, ink = 1.9, "white" if dark else "black"
-    high = wide * h / w
-    figure = Figure(
-        figsize=(2.4 + len(budgets) * (wide + 0.08), 0.6 + len(labels) * (high + 0.08)),
-        dpi=150,
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01),
-        facecolor=BACKGROUND[dark],
-    )
-    grid = figure.subplots(len(labels), len(budgets), squeeze=False)
+    board, (h, w) = _board(strip, labels, budgets, dark), next(iter(strip.values())).shape[:2]
+    wide, left, top = 1.9, 2.3, 0.55  # of a column, and of the margins, in inches
+    scale = wide / w
+    size = (left + board.shape[1] * scale + 0.08, top + board.shape[0] * scale + 0.08)
+    figure = Figure(figsize=size, dpi=150, facecolor=BACKGROUND[dark])
+    box = (left / size[0], 0.08 / size[1], board.shape[1] * scale / size[0], board.shape[0] * scale / size[1])
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    axes.imshow(board, interpolation="nearest", extent=(0, board.shape[1], board.shape[0], 0), aspect="auto")
+    style: dict[str, Any] = {"color": "white" if dark else "black", "fontsize": 9, "parse_math": False}
+    for column, budget in enumerate(budgets):
+        x = column * (w + MARGIN) + w / 2
+        axes.text(x, -0.08 / scale, f"NFE {budget:g}", ha="center", va="bottom", **style)
     for row, label in enumerate(labels):
-        for column, budget in enumerate(budgets):
-            axes, picture = grid[row][column], strip.get((label, budget))
-            axes.set_axis_off()
-            if row == 0:
-                axes.set_title(f"NFE {budget:g}", fontsize=9, color=ink)
-            if picture is not None:
-                shown = picture if picture.shape[2] == 3 else picture[..., 0]
-                axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            if column == 0:
-                axes.text(
-                    -0.03, 0.5, wrapped(label, 26), transform=axes.transAxes, ha="right", va="center", fontsize=9,
-                    color=ink, parse_math=False,
-                )  # fmt: skip
-    figure.suptitle(wrapped(title), x=0.01, ha="left", fontsize=9, color=ink, parse_math=False)
+        y = row * (h + MARGIN) + h / 2
+        axes.text(-0.12 / scale, y, wrapped(label, 28), ha="right", va="center", **style)
+    figure.text(0.08 / size[0], 1 - 0.08 / size[1], wrapped(title), ha="left", va="top", **style)
     save(figure, path)
+
+
+def _board(strip: Strip, labels: Sequence[str], budgets: Sequence[float], dark: bool) -> "NDArray[np.uint8]":
+    """Put all pictures of a strip on one board, (H, W, 3), with the background where a picture is missing."""
+    h, w = next(iter(strip.values())).shape[:2]
+    ground = [int(BACKGROUND[dark][i : i + 2], 16) for i in (1, 3, 5)]
+    shape = (len(labels) * (h + MARGIN) - MARGIN, len(budgets) * (w + MARGIN) - MARGIN, 3)
+    board = np.broadcast_to(np.array(ground, dtype=np.uint8), shape).copy()
+    for (label, budget), picture in strip.items():
+        y, x = labels.index(label) * (h + MARGIN), budgets.index(budget) * (w + MARGIN)
+        board[y : y + h, x : x + w] = picture  # grey pictures are the same in all channels
+    return board
 
 
 def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], NDArray[np.uint8]], str]":
@@ -120,14 +135,14 @@ def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], NDArray[np.
         point = row.point
         if row.grid is None or point["nfe_budget"] is None:
             continue
-        images = cut(row.grid, min(point["n"] or SHOWN, SHOWN))
+        images = first_images(row.grid, min(point["n"] or SHOWN, SHOWN))
         if images:
             key = (point["seed"], point["noise"], images[0].shape)
             grids.setdefault(key, {})[row.label, point["nfe_budget"]] = images
     if not grids:
         return {}, ""
     shared, found = max(grids.items(), key=lambda pair: len(pair[1]))
-    count = min(IMAGES, *(len(images) for images in found.values()))
+    count = min(len(images) for images in found.values())
     strip = {place: joined(images[:count]) for place, images in found.items()}
     return (
         strip,
