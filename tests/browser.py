@@ -55,7 +55,9 @@ class Browser:
     def requested(self) -> list[str]:
         """Addresses that were requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        # The tab that Chromium starts with requests its own resources.
+        return [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome:")]
 
     def printed(self) -> bytes:
         """The page as PDF, on its own paper size."""

@@ -90,13 +90,15 @@ def edited(folder: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
-def without_blocks(folder: Path, out: Path) -> Path:
-    """A copy of a run whose points lack the distances of blocks, as those of older versions."""
-    shutil.copytree(folder, out)
-    (out / "points.jsonl").unlink()
-    for point in read_points(folder / "points.jsonl"):
-        append_point(out / "points.jsonl", {key: value for key, value in point.items() if key != "jackknife"})
-    return out
+def without_blocks(folder: Path, out: Path | None = None) -> Path:
+    """A run, or a copy of it, whose points lack the distances of blocks, as those of older versions."""
+    points = read_points(folder / "points.jsonl")
+    if out is not None:
+        folder = Path(shutil.copytree(folder, out))
+    (folder / "points.jsonl").unlink()
+    for point in points:
+        append_point(folder / "points.jsonl", {key: value for key, value in point.items() if key != "jackknife"})
+    return folder
 
 
 def numbers(difference: Frechet) -> torch.Tensor:
@@ -596,7 +598,7 @@ def test_without_the_reference_all_but_the_differences_is_shown(
     file = tmp_path / "reference.npz"
     assert main(["reference", "toy/edm", "data.n=100", f"reference={file}", "floor="]) == 0
     words = ["toy/edm", f"reference={file}", "floor=", "nfe=8"]
-    folders = [bench(tmp_path / solver, *words, f"solver={solver}") for solver in ("ddim", "dpmpp2m")]
+    folders = [without_blocks(bench(tmp_path / solver, *words, f"solver={solver}")) for solver in ("ddim", "dpmpp2m")]
     (tmp_path / "kept.npz").write_bytes(file.read_bytes())
     with_differences = compare([str(folder) for folder in folders])
     if change == "changed":
@@ -619,7 +621,7 @@ def test_a_moved_run_shows_its_points_and_differences(
     bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed
 ):
     """Its configuration's paths lead nowhere; that of the run beside it leads to the same reference."""
-    bench(tmp_path / "before", *RUNS["second"])
+    without_blocks(bench(tmp_path / "before", *RUNS["second"]))
     Image.new("L", (4, 4)).save(tmp_path / "before" / "samples_nfe15.png")
     moved = (tmp_path / "before").rename(tmp_path / "somewhere else")
     config = moved / "config.yaml"
@@ -631,7 +633,7 @@ def test_a_moved_run_shows_its_points_and_differences(
     assert [row.difference is not None for row in rows] == [False, False, True, True] and rows[2].grid is not None
     (tmp_path / "too").mkdir()
     config.rename(tmp_path / "config.yaml")
-    bench(tmp_path / "too", "toy/edm", "solver=ddim", "nfe=15")
+    without_blocks(bench(tmp_path / "too", "toy/edm", "solver=ddim", "nfe=15"))
     (tmp_path / "too" / "config.yaml").unlink()
     capsys.readouterr()
     assert main(["compare", str(moved), str(tmp_path / "too"), f"out={tmp_path / 'out'}"]) == 0
@@ -647,7 +649,7 @@ def test_a_reference_of_other_points_is_refused(runs: dict[str, Path], tmp_path:
 
 
 def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed):
-    bench(tmp_path, *RUNS["second"])
+    without_blocks(bench(tmp_path, *RUNS["second"]))
     file = tmp_path / "features" / f"{points_of(tmp_path)[15]['key']}.npy"
     file.write_bytes(file.read_bytes()[:100])
     capsys.readouterr()

@@ -19,7 +19,8 @@ from diffaccel.report import append_point, sample_grid
 from diffaccel.text.terminal import number
 from diffaccel.verbs.compare import compare
 
-HOSTILE = "<img src=x onerror='window.hacked=1'><b>%{x}</b>"
+HOSTILE = "<img src=x onerror=hacked=1><b>"
+"""Not longer than a label shows of a name."""
 METHODS = ("edm", "tdpm", HOSTILE, "dlg")
 SOLVERS = ("heun", "ddim", "ipndm", "unipc2", "dpmpp2m")
 BUDGETS = (2, 4, 5, 8, 10, 15, 20, 30, 50)
