@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from diffaccel.report import (
     Published,
     append_point,
     frechet_key,
+    normalised,
     plot_curve,
     read_points,
     sample_grid,
@@ -20,6 +23,11 @@ from diffaccel.report import (
     write_csv,
     write_curve_csv,
 )
+from diffaccel.report.axes import pareto
+from diffaccel.report.drawing import ticks_of
+from diffaccel.report.published import published_for
+from diffaccel.report.strips import IMAGES, first_images, joined
+from diffaccel.report.styles import styles_of
 
 
 def point(nfe: int, fd: float | None = 2.0, method: str = "edm", extractor: str = "digits", **keys) -> dict:
@@ -211,3 +219,81 @@ def test_text_cells_are_no_formulas(tmp_path):
     with open(tmp_path / "a.csv", newline="") as file:
         (row,) = csv.reader(file)
     assert row == ["'=1+1", "-0.5", "-0.5", "+1e3", "'@x", "'-2+3", "\\t=1", ""]
+
+
+def test_a_method_has_a_colour_and_a_solver_a_line():
+    curves = {
+        "a heun": [normalised(point(5))],
+        "a ddim": [normalised(point(5, solver="ddim"))],
+        "b heun": [normalised(point(5, method="tdpm"))],
+        "a heun, eta": [normalised(point(5))],
+        "b tuned": [normalised(point(5, method="tdpm", tuned=True))],
+    }
+    styles = styles_of(curves)
+    look = {label: (style.colour(), style.dashes, style.marker) for label, style in styles.items()}
+    assert look["a heun"][0] == look["a ddim"][0] != look["b heun"][0] == look["b tuned"][0]
+    assert look["a heun"][1:] == look["b heun"][1:] != look["a ddim"][1:]
+    assert look["b tuned"][1:] == ((), "o"), "a solid line: several solvers may be in it"
+    assert look["a heun, eta"][0] != look["a heun"][0] and len(set(look.values())) == 5
+    assert all(style.colour(dark=True) != style.colour() for style in styles.values())
+
+
+def test_the_front_has_what_nothing_improves_upon():
+    pairs = [(10, 2.0), (5, 3.0), (5, 2.5), (20, 2.0), (50, 1.0), (2, 9.0)]
+    assert pareto(pairs) == [(2, 9.0), (5, 2.5), (10, 2.0), (50, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1.02, 8.4, [1.5, 2, 3, 4, 5, 6, 8]),
+        (0.9, 110, [1, 2, 5, 10, 20, 50, 100]),
+        (1.41, 1.52, [1.42, 1.44, 1.46, 1.48, 1.5, 1.52]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]):
+    assert ticks_of(low, high) == pytest.approx(ticks)
+
+
+def test_curves_against_other_costs(tmp_path, figures):
+    points = [point(nfe, 8 / nfe, seconds_per_image=0.01 * nfe) for nfe in (5, 10)] + [point(20, 1.0)]
+    plot_curve(points, tmp_path / "curve.png", "", x="seconds")
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "seconds per image"
+    assert [[0.05, 0.1], [1.6, 0.8]] in [np.stack(line.get_data()).tolist() for line in axes.lines], (
+        "cost is known of two"
+    )
+    with pytest.raises(UsageError, match="gflops_per_image"):
+        plot_curve(points, tmp_path / "curve.png", "", x="gflops")
+
+
+def test_published_figures_are_for_their_data_judge_and_number():
+    def scored(n: int, extractor: str = "inception", reference: str = "CIFAR-10") -> list[Published]:
+        return published_for([normalised(point(10, extractor=extractor, n=n, reference={"name": reference}))])
+
+    found = scored(50_000)
+    assert len(found) > 40 and all(figure.source and figure.nfe > 0 for figure in found)
+    assert {figure.value for figure in found if figure.label == "DDIM, DDPM" and figure.nfe == 10} == {13.36}
+    assert scored(5_000) == scored(50_000, "digits") == scored(50_000, reference="CIFAR-10 (JPEG)") == []
+    assert len(scored(50_000, reference="celebahq256")) == 1
+
+
+def test_strips_are_cut_from_grids(tmp_path):
+    images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8)
+    sample_grid(images, tmp_path / "grid.png")
+    found = first_images(tmp_path / "grid.png", 30)
+    assert len(found) == IMAGES
+    for cell, image in zip(found, images, strict=False):
+        assert np.array_equal(cell[::2, ::2].transpose(2, 0, 1), image)
+    board = joined(found)
+    assert board.shape == (64, 64 * IMAGES + 2 * (IMAGES - 1), 4) and (board[:, 64:66, 3] == 0).all()
+    scatter(torch.randn(30, 2), tmp_path / "scatter.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    assert [first_images(tmp_path / name, 30) for name in ("scatter.png", "broken.png", "none.png")] == [[], [], []]
+
+
+def test_reading_points_imports_no_pytorch():
+    """A comparison of a few points should take no longer than its plots."""
+    code = "import sys, diffaccel.__main__, diffaccel.verbs.compare; print({'torch', 'lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

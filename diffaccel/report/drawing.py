@@ -52,7 +52,7 @@ INKS = {
 def title_of(points: Sequence[Point]) -> str:
     """Title with the names of data and reference, as far as the first point has them."""
     first = normalised(points[0])
-    return ": ".join(name for name in (first["data"], first["reference"]["name"]) if name)
+    return ": ".join(dict.fromkeys(name for name in (first["data"], first["reference"]["name"]) if name))
 
 
 def plot_curve(

@@ -29,8 +29,8 @@ MARGIN = 10
 IMAGES = 4
 """Number of images of a cell of a strip."""
 
-Strip = Mapping[tuple[str, float], "NDArray[np.uint8]"]
-"""Images (H, W, C) by label and budget."""
+Strip = Mapping[tuple[str, float], "list[NDArray[np.uint8]]"]
+"""Images (H, W, C) of the same shape, and as many in each cell, by label and budget."""
 
 
 def first_images(path: Path, count: int) -> "list[NDArray[np.uint8]]":
@@ -70,10 +70,14 @@ def _first_images(path: Path, changed: int, count: int) -> "list[NDArray[np.uint
     return [picture[y : y + h - GAP, x : x + w - GAP].copy() for y, x in corners]
 
 
-def joined(images: "Sequence[NDArray[np.uint8]]", ground: int = 255) -> "NDArray[np.uint8]":
-    """Put images of the same shape beside each other, with thin lines between them."""
-    line = np.full((images[0].shape[0], GAP, images[0].shape[2]), ground, dtype=np.uint8)
-    parts = [part for image in images for part in (line, image)]
+def joined(images: "Sequence[NDArray[np.uint8]]") -> "NDArray[np.uint8]":
+    """Put images of the same shape beside each other, with thin transparent lines between them; (H, W, 4)."""
+    line = np.zeros((images[0].shape[0], GAP, 4), dtype=np.uint8)
+    parts = []
+    for image in images:
+        opaque = np.full((*image.shape[:2], 4), 255, dtype=np.uint8)
+        opaque[..., :3] = image  # a grey image is the same in all channels
+        parts += [line, opaque]
     return np.concatenate(parts[1:], axis=1)
 
 
@@ -81,7 +85,7 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
     """Draw a strip: a row for each label and a column for each budget.
 
     Args:
-        strip: Pictures by label and budget, at least one.
+        strip: Images by label and budget, at least one.
         path: PNG file to write.
         title: Title, which names the noise that all cells share.
         dark: Whether the picture is for dark pages.
@@ -90,7 +94,7 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
 
     labels = list(dict.fromkeys(label for label, _ in strip))
     budgets = sorted({budget for _, budget in strip})
-    board, (h, w) = _board(strip, labels, budgets, dark), next(iter(strip.values())).shape[:2]
+    board, (h, w) = _board(strip, labels, budgets, dark), joined(next(iter(strip.values()))).shape[:2]
     wide, left, top = 1.9, 2.3, 0.55  # of a column, and of the margins, in inches
     scale = wide / w
     size = (left + board.shape[1] * scale + 0.08, top + board.shape[0] * scale + 0.08)
@@ -111,24 +115,25 @@ def plot_strip(strip: Strip, path: Path, title: str, dark: bool = False) -> None
 
 
 def _board(strip: Strip, labels: Sequence[str], budgets: Sequence[float], dark: bool) -> "NDArray[np.uint8]":
-    """Put all pictures of a strip on one board, (H, W, 3), with the background where a picture is missing."""
-    h, w = next(iter(strip.values())).shape[:2]
+    """Put all images of a strip on one board, (H, W, 3), with the background between them."""
+    h, w = joined(next(iter(strip.values()))).shape[:2]
     ground = [int(BACKGROUND[dark][i : i + 2], 16) for i in (1, 3, 5)]
     shape = (len(labels) * (h + MARGIN) - MARGIN, len(budgets) * (w + MARGIN) - MARGIN, 3)
     board = np.broadcast_to(np.array(ground, dtype=np.uint8), shape).copy()
-    for (label, budget), picture in strip.items():
-        y, x = labels.index(label) * (h + MARGIN), budgets.index(budget) * (w + MARGIN)
-        board[y : y + h, x : x + w] = picture  # grey pictures are the same in all channels
+    for (label, budget), images in strip.items():
+        y, x, picture = labels.index(label) * (h + MARGIN), budgets.index(budget) * (w + MARGIN), joined(images)
+        place = board[y : y + h, x : x + w]
+        place[picture[..., 3] > 0] = picture[picture[..., 3] > 0, :3]
     return board
 
 
-def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], NDArray[np.uint8]], str]":
+def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], list[NDArray[np.uint8]]], str]":
     """Cut a strip from the sample grids of rows: the same images for each curve and budget.
 
     The images are those of the seed, the noise and the shape that most rows with a grid have.
 
     Returns:
-        Pictures by label and budget, empty without grids; and a title.
+        Images by label and budget, empty without grids; and a title.
     """
     grids: dict[tuple[object, ...], dict[tuple[str, float], list[NDArray[np.uint8]]]] = {}
     for row in rows:
@@ -143,7 +148,7 @@ def strips_of(rows: Sequence[Row]) -> "tuple[dict[tuple[str, float], NDArray[np.
         return {}, ""
     shared, found = max(grids.items(), key=lambda pair: len(pair[1]))
     count = min(len(images) for images in found.values())
-    strip = {place: joined(images[:count]) for place, images in found.items()}
+    strip = {place: images[:count] for place, images in found.items()}
     return (
         strip,
         f"samples {'0' if count == 1 else f'0 to {count - 1}'} of seed {shared[0]}: the same noise in all cells",

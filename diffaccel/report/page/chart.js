@@ -119,7 +119,7 @@ function drawChart() {
     width: state.printing ? 680 : undefined,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {family: "system-ui, sans-serif", color: variable("--text"), size: 13},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: variable("--faint"), activecolor: variable("--text")},
-    hoverlabel: {align: "left", bgcolor: variable("--raised"), bordercolor: variable("--line"), font: {color: variable("--text"), size: 12}},
+    hoverlabel: {align: "left", bgcolor: variable("--raised"), bordercolor: variable("--line"), font: {family: "system-ui, sans-serif", color: variable("--text"), size: 12}},
     xaxis: {...axis([...at.map(one => one.x), ...published.map(p => p.nfe)], ticks), title: {text: escaped(cost().label), standoff: 10}},
     yaxis: {...yaxis, title: {text: `${escaped(view().key)}${n.length === 1 && n[0] ? `@${n[0]}` : ""} (lower is better)`, standoff: 6}},
   };

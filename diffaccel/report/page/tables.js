@@ -18,7 +18,8 @@ function sortable(table, name, heads, rows) {
 
 function chainText(points) {
   const names = DIVERSITY.filter(name => points.every(point => point.metrics[name] !== undefined));
-  return names.map(name => `${name.replace("_", " ")} ${number(mean(points.map(p => p.metrics[name])), 3)}`);
+  const texts = names.map(name => `${name.replace("_", " ")} ${number(mean(points.map(p => p.metrics[name])), 3)}`);
+  return [texts.slice(0, 2), texts.slice(2)].filter(pair => pair.length).map(pair => pair.join(" · "));
 }
 const isChain = curve => curve.points.some(point => point.chains);
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffaccel.report.rows import Row
-from diffaccel.report.strips import strips_of
+from diffaccel.report.strips import joined, strips_of
 
 ROOM = 2_400_000
 """Number of bytes that all pictures of a page may take, as text."""
@@ -31,8 +31,8 @@ def thumbnails(views: Sequence[Sequence[Row]]) -> tuple[list[str], list[dict[str
         found = []
         for strip, title in strips:
             cells = [
-                (*place, pictures.setdefault(_address(picture, scale, quality), len(pictures)))
-                for place, picture in (strip.items() if scale else ())
+                (*place, pictures.setdefault(_address(joined(images), scale, quality), len(pictures)))
+                for place, images in (strip.items() if scale else ())
             ]
             found.append({"title": title, "cells": cells})
         if sum(map(len, pictures)) <= ROOM:
@@ -41,7 +41,7 @@ def thumbnails(views: Sequence[Sequence[Row]]) -> tuple[list[str], list[dict[str
 
 
 def _address(picture: "np.ndarray[Any, Any]", scale: float, quality: int) -> str:
-    image = Image.fromarray(picture if picture.shape[2] == 3 else picture[..., 0])
+    image = Image.fromarray(picture)
     factor = min(1.0, SIDE / image.height) * scale
     if factor < 1:
         image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
