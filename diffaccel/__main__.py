@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -149,10 +150,14 @@ def compare(words: list[str]) -> None:
     out = Path(options.get("out") or "runs/compare").expanduser()
     comparison.check_out(out)
     check_target(out / "index.html")
-    rows = comparison.compare(sources, options.get("reference"), console.print, options.get("judge"))
-    comparison.write(rows, out)
-    comparison.show(rows)
-    print_lines(f"index.html, curve.png, compare.csv and table.md are in {out}")
+    names = options["label"].split(",") if options.get("label") else []
+    found = comparison.compare_all(
+        sources, options.get("reference"), console.print, options.get("judge"), [name.strip() for name in names],
+        options.get("x") or "nfe", shlex.join(["diffaccel", "compare", *words]),
+    )  # fmt: skip
+    files = comparison.write(found.rows, out, *found[1:])
+    comparison.show(found.rows)
+    print_lines(f"{', '.join(reversed(files))} are in {out}")
 
 
 def score(words: list[str]) -> None:

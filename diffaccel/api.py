@@ -166,30 +166,36 @@ def compare(
     out: str | Path = "runs/compare",
     reference: str | Path | None = None,
     judge: str | None = None,
+    labels: Sequence[str] = (),
+    x: str = "nfe",
 ) -> Path:
     """Compare points of several runs, and return the page; see ``diffaccel compare``.
 
     Args:
         folders: Folders of runs, or their points.jsonl; the points of the others are paired with those of the first.
+            Folders below are included.
         out: Folder of the page.
         reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
-        judge: Name of the judge whose metrics are shown, of points that several judges scored; by default the first.
+        judge: Name of the judge whose metrics are shown; by default the one that scored most points.
+        labels: Name of each folder in labels, in order; empty strings, or no names, for names from the settings.
+        x: Cost on the horizontal axis: ``nfe``, ``seconds``, ``gflops`` or ``nfe_equivalent``.
 
     Raises:
-        UsageError: There are no points, they were scored differently, or the folder can't be written to.
+        UsageError: There are no points, ``judge`` scored none of them, there are not as many labels as folders, or the
+            folder can't be written to.
     """
     from diffaccel.storage import check_target
     from diffaccel.text.terminal import PlainConsole
     from diffaccel.verbs import compare as comparison
 
-    sources = [folders] if isinstance(folders, str | Path) else folders
+    sources = [str(Path(one).expanduser()) for one in ([folders] if isinstance(folders, str | Path) else folders)]
     page = Path(out).expanduser()
     comparison.check_out(page)
     check_target(page / "index.html")
     note = PlainConsole(stderr=True, soft_wrap=True).print
     named = None if reference is None else str(reference)
-    rows = comparison.compare([str(Path(one).expanduser()) for one in sources], named, note, judge)
-    comparison.write(rows, page)
+    found = comparison.compare_all(sources, named, note, judge, labels, x)
+    comparison.write(found.rows, page, *found[1:])
     return page / "index.html"
 
 

@@ -1,6 +1,8 @@
 """Points of several runs side by side: what stands in a row, what makes a pair, what is written, what is refused."""
 
 import csv
+import json
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +17,7 @@ from diffaccel.__main__ import main
 from diffaccel.evaluation import BLOCKS, comparable
 from diffaccel.metrics import Frechet, paired_difference
 from diffaccel.metrics.reference import read_reference
-from diffaccel.report import append_point, plot_curve, read_points, title_of, write_curve_csv
-from diffaccel.verbs import pairs
+from diffaccel.report import append_point, plot_curve, read_points, sample_grid, title_of, write_curve_csv
 from diffaccel.verbs.compare import Row, compare, markdown, table
 
 N = 300
@@ -89,6 +90,21 @@ def edited(folder: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
+def without_blocks(folder: Path, out: Path | None = None) -> Path:
+    """A run, or a copy of it, whose points lack the distances of blocks, as those of older versions."""
+    points = read_points(folder / "points.jsonl")
+    if out is not None:
+        folder = Path(shutil.copytree(folder, out))
+    (folder / "points.jsonl").unlink()
+    for point in points:
+        append_point(folder / "points.jsonl", {key: value for key, value in point.items() if key != "jackknife"})
+    return folder
+
+
+def numbers(difference: Frechet) -> torch.Tensor:
+    return torch.tensor([float(value) for value in difference], dtype=torch.float64)
+
+
 def only(rows: list[Row], folder: Path) -> Row:
     (row,) = (row for row in rows if row.folder == folder)
     return row
@@ -136,20 +152,35 @@ def test_a_point_measured_again_shows_once_the_last(bench: Bench, tmp_path: Path
 # Pairs
 
 
-def test_the_difference_is_that_of_the_kept_features(runs: dict[str, Path], statistics: list[str]):
-    """Second less first, with an error that the common noise has made smaller."""
+@pytest.mark.parametrize("stored", [True, False], ids=["blocks", "features"])
+def test_the_difference_is_that_of_the_kept_features(
+    stored: bool, runs: dict[str, Path], statistics: list[str], tmp_path: Path
+):
+    """Second less first, with an error that the common noise has made smaller; from points alone to rounding."""
     reference = read_reference(statistics[0].removeprefix("reference=")).moments
     first, second = points_of(runs["first"]), points_of(runs["second"])
-    rows = compare([str(runs["first"]), str(runs["second"])])
+    folders = [runs[name] if stored else without_blocks(runs[name], tmp_path / name) for name in ("first", "second")]
+    rows = compare([str(folder) for folder in folders])
     assert [row.difference for row in rows[:2]] == [None, None]
     for row, budget in zip(rows[2:], (15, 31), strict=True):
         features = features_of(runs["second"], second[budget]), features_of(runs["first"], first[budget])
-        expected = paired_difference(*features, torch.arange(N) % BLOCKS, reference)
-        torch.testing.assert_close(row.difference, expected, rtol=0, atol=0)
+        expected = numbers(paired_difference(*features, torch.arange(N) % BLOCKS, reference))
+        rounding = {"rtol": 1e-9, "atol": 1e-11} if stored else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(numbers(row.difference), expected, **rounding)
         metrics = [point[budget]["metrics"] for point in (second, first)]
         for value, name in zip(row.difference, ("fd_identity", "fd_identity_inf"), strict=False):
             assert value.item() == pytest.approx(metrics[0][name] - metrics[1][name], rel=1e-6, abs=1e-9)
         assert row.difference.se < np.hypot(*(each["fd_identity_se"] for each in metrics)) / 2
+
+
+def test_points_alone_give_the_differences(runs: dict[str, Path], tmp_path: Path):
+    """What is shipped of a run is points.jsonl: no features, no configuration, no reference."""
+    shipped = [edited(runs[name], tmp_path / name) for name in ("first", "second")]
+    assert all([file.name for file in folder.iterdir()] == ["points.jsonl"] for folder in shipped)
+    whole, alone = (compare([str(one) for one in each]) for each in ([runs["first"], runs["second"]], shipped))
+    for row, other in zip(whole, alone, strict=True):
+        assert row.difference == other.difference
+    assert sum(row.difference is not None for row in alone) == 2
 
 
 def test_the_other_way_round_it_has_the_other_sign(runs: dict[str, Path]):
@@ -186,14 +217,24 @@ def test_the_pair_is_the_first_measured(bench: Bench, runs: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("without", ["first", "second"])
-def test_no_features_no_difference(without: str, bench: Bench, runs: dict[str, Path], tmp_path: Path):
-    folder = bench(tmp_path / "run", *RUNS[without], "keep_features=false")
-    assert not (folder / "features").exists()
+def test_neither_blocks_nor_features_no_difference(without: str, runs: dict[str, Path], tmp_path: Path):
+    folder = without_blocks(runs[without], tmp_path / "run")
+    shutil.rmtree(folder / "features")
     sources = {**runs, without: folder}
     words = [str(sources[name]) for name in ("first", "second")]
     assert main(["compare", *words, f"out={tmp_path / 'out'}"]) == 0
     heads, lines = table(compare(words))
     assert {line[heads.index(head)] for line in lines for head in ("difference", "its se")} == {"-"}
+
+
+def test_damaged_blocks_are_no_blocks(runs: dict[str, Path], tmp_path: Path):
+    good = read_points(runs["first"] / "points.jsonl")[0]["jackknife"]
+    damaged: list[Any] = [3, {}, {**good, "kept": good["kept"][:3]}, {**good, "sizes": [0] * 10}, {"kept": ["x"] * 10}]
+    damaged += [{**good, "kept": [[1.0]] * 10}, {**good, "kept": [1e999] * 10}, {**good, "halves": [1.0]}]
+    for number, record in enumerate(damaged):
+        folder = edited(runs["first"], tmp_path / f"{number}", jackknife=record)
+        rows = compare([str(runs["second"]), str(folder)])
+        assert [row.difference for row in rows] == [None] * 4, record
 
 
 @pytest.mark.parametrize(
@@ -210,18 +251,23 @@ def test_a_block_holds_whole_chains_of_both(
         seen.append(block)
         return paired_difference(a, b, block, *rest)
 
-    monkeypatch.setattr(pairs, "paired_difference", spy)
+    monkeypatch.setattr("diffaccel.metrics.paired_difference", spy)
     folders = []
     for count, solver in zip(chains, ("dpmpp2m", "heun"), strict=True):
         words = ["toy/dlg", f"chains={count}"] if count else ["toy/edm"]
         folders.append(bench(tmp_path / solver, *words, f"solver={solver}", "nfe=30", "n=120"))
-    row = compare([str(folder) for folder in folders])[-1]
+    from_points = compare([str(folder) for folder in folders])[-1]
+    alike = chains in ((20, 30), (12, 12))  # the blocks of both points are the same
+    assert len(seen) == (0 if alike else 1)
+    seen.clear()
+    row = compare([str(without_blocks(folder, tmp_path / f"{folder.name}_old")) for folder in folders])[-1]
     (block,) = seen
     assert block.shape == (120,) and len(block.unique()) == blocks
     for count in filter(None, chains):
         whole = [set(block[chain::count].tolist()) for chain in range(count)]
         assert all(len(found) == 1 for found in whole), f"a chain of {count} lies in several blocks"
     assert row.difference.se > 0
+    torch.testing.assert_close(numbers(from_points.difference), numbers(row.difference), rtol=1e-8, atol=1e-11)
 
 
 def test_chains_with_nothing_in_common_have_a_difference_without_an_error(bench: Bench, tmp_path: Path):
@@ -237,42 +283,67 @@ def test_chains_with_nothing_in_common_have_a_difference_without_an_error(bench:
 
 
 class Page(HTMLParser):
-    """The cells of a page's table, its text, and whatever it would fetch."""
+    """The contents of a page, its tags, and whatever it would fetch."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.table: list[list[str]] = []
-        self.text: list[str] = []
         self.fetched: list[str] = []
-        self.tags: set[str] = set()
+        self.tags: list[str] = []
+        self.policy = ""
+        self.data: dict[str, Any] = {}
+        self._in_data = False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
+        self.tags.append(tag)
         self.fetched += [str(value) for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
-        if tag == "tr":
-            self.table.append([])
-        elif tag in ("td", "th"):
-            self.table[-1].append("")
+        self._in_data = tag == "script" and ("id", "data") in attrs
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = str(dict(attrs)["content"])
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if self.table and self.table[-1] and self.get_starttag_text().startswith(("<td", "<th")):
-            self.table[-1][-1] += data.rstrip("\n")
+        if self._in_data:
+            self.data, self._in_data = json.loads(data), False
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """What the first judge sees."""
+        return self.data["views"][0]
+
+    @property
+    def labels(self) -> list[str]:
+        """Label of each point."""
+        return [self.view["curves"][point["curve"]]["label"] for point in self.view["points"]]
+
+    @property
+    def cells(self) -> list[tuple[str, float]]:
+        """Labels and budgets of the strip."""
+        return [(label, budget) for label, budget, _ in self.view["strip"]["cells"]]
+
+
+def draw(path: Path, n: int = N) -> None:
+    """A sample grid as a bench leaves it beside a point."""
+    sample_grid(torch.randint(256, (min(n, 64), 1, 8, 8), dtype=torch.uint8), path)
 
 
 def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
     sources = [str(folder) for folder in runs.values()]
     assert main(["compare", *sources, f"out={tmp_path / 'a' / 'new folder'}"]) == 0
     (out,) = (tmp_path / "a").iterdir()
-    assert {file.name for file in out.iterdir()} == {"compare.csv", "table.md", "curve.png", "index.html"}
-    heads, lines = table(compare(sources))
+    assert {file.name for file in out.iterdir()} == {
+        *("compare.csv", "table.md", "curve.png", "curve_dark.png", "index.html")
+    }
+    heads, lines = table(rows := compare(sources))
     with (out / "compare.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [heads, *(["" if cell == "-" else cell for cell in line] for line in lines)]
-    with Image.open(out / "curve.png") as curve:
-        assert min(curve.size) > 100
+    with Image.open(out / "curve.png") as light, Image.open(out / "curve_dark.png") as dark:
+        assert min(light.size) > 100 and light.getpixel((0, 0))[:3] == (255, 255, 255)
+        assert max(dark.getpixel((0, 0))[:3]) < 30
     page = Page(out / "index.html")
-    assert page.table == [heads, *lines]
+    assert page.labels == [row.label for row in rows]
+    for point, row in zip(page.view["points"], rows, strict=True):
+        assert point["metrics"] == row.point["metrics"] and point["nfe"] == row.point["nfe"]
+        assert point["difference"] == (row.difference and [float(row.difference.fd), float(row.difference.se)])
     first, *_, floor = (out / "table.md").read_text().splitlines()[2:]
     points = {budget: point["metrics"] for budget, point in points_of(runs["first"]).items()}
     said = [f"{points[budget]['fd_identity']:.4g} ± {points[budget]['fd_identity_se']:.2g}" for budget in (15, 31)]
@@ -285,41 +356,44 @@ def test_the_files_hold_the_table(runs: dict[str, Path], tmp_path: Path):
 def test_the_page_needs_no_other_file(runs: dict[str, Path], tmp_path: Path):
     pictures = [runs["first"] / "samples_nfe15.png", runs["a chain"] / "samples_nfe15.png"]
     for picture in pictures:
-        Image.new("L", (4, 4)).save(picture)
+        draw(picture)
     try:
         assert main(["compare", *(str(folder) for folder in runs.values()), f"out={tmp_path}"]) == 0
     finally:
         for picture in pictures:
             picture.unlink()
     page = Page(tmp_path / "index.html")
-    assert len(page.fetched) == 3, "the curve and two grids"
-    assert all(address.startswith("data:image/png;base64,") for address in page.fetched)
-    assert not page.tags & {"script", "link", "iframe", "object", "base"}
-    assert (
-        "url(" not in (tmp_path / "index.html").read_text() and "@import" not in (tmp_path / "index.html").read_text()
-    )
-    assert "edm (heun, gaussian), NFE 15" in page.text and "dlg (dpmpp2m, chain), NFE 15" in page.text
+    assert page.fetched == ["data:,"], "an icon, which browsers would otherwise ask for"
+    assert "default-src 'none'" in page.policy and "'unsafe-eval'" not in page.policy
+    assert page.policy.count("sha256-") == 2 and "script-src 'unsafe-inline'" not in page.policy
+    assert len(page.data["pictures"]) == 2
+    assert all(address.startswith("data:image/webp;base64,") for address in page.data["pictures"])
+    assert page.tags.count("script") == 3 and not set(page.tags) & {"iframe", "object", "base", "img"}
+    assert page.cells == [("edm (heun, gaussian)", 15), ("dlg (dpmpp2m, chain)", 15)]
+    assert page.view["strip"]["title"] == "samples 0 to 3 of seed 0: the same noise in all cells"
+    assert (tmp_path / "strip.png").is_file() and (tmp_path / "strip_dark.png").is_file()
 
 
 def test_a_grid_stands_beside_the_point_that_drew_it(bench: Bench, tmp_path: Path):
     """Two solvers at one budget in one folder: the second has overwritten the first one's grid."""
     for solver in ("ddim", "heun"):
         bench(tmp_path, "toy/edm", "nfe=7", f"solver={solver}")
-    Image.new("L", (4, 4)).save(tmp_path / "samples_nfe7.png")
+    draw(tmp_path / "samples_nfe7.png")
     assert main(["compare", str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
-    page = Page(tmp_path / "out" / "index.html")
-    assert len(page.fetched) == 2 and [text for text in page.text if ", NFE 7" in text] == ["edm (heun), NFE 7"]
+    assert Page(tmp_path / "out" / "index.html").cells == [("edm (heun)", 7)]
 
 
 def test_the_page_escapes_what_it_is_given(runs: dict[str, Path], tmp_path: Path):
-    label = "<script>alert('&')</script>"
+    label = "</script><script>alert('&')</script><i>"
     folder = edited(runs["first"], tmp_path / "run", solver=label, data='"<i>')
-    Image.new("L", (4, 4)).save(folder / "samples_nfe15.png")
+    draw(folder / "samples_nfe15.png")
     assert main(["compare", str(folder), f"out={tmp_path / 'out'}"]) == 0
     page = Page(tmp_path / "out" / "index.html")
-    assert not page.tags & {"script", "i"}
-    assert [line[0] for line in page.table[1:]] == [f"edm ({label}, gaussian)"] * 2
-    assert any(label in text and "NFE 15" in text for text in page.text), "the caption of the grid"
+    assert page.tags.count("script") == 3 and "i" not in page.tags
+    (shown,) = set(page.labels)
+    assert shown.startswith("edm (</script><script>")
+    assert page.data["title"] == '"<i>: ' + read_points(folder / "points.jsonl")[0]["reference"]["name"]
+    assert page.cells == [(shown, 15)]
 
 
 # Curves, and lines that lack something
@@ -380,7 +454,8 @@ def test_lines_that_lack_something_are_shown_as_far_as_they_go(runs: dict[str, P
     assert "of 11 points lack fd_identity or nfe: not drawn" in printed.err
     assert "shown without them" in printed.err and "old" in printed.out
     page = Page(tmp_path / "out" / "index.html")
-    assert any(line[0].startswith("old") and "3" in line for line in page.table)
+    drawn = zip(page.labels, page.view["points"], strict=True)
+    assert any(label.startswith("old") and point["metrics"] == {"fd_identity": 3.0} for label, point in drawn)
 
 
 def test_a_bench_appends_to_lines_that_lack_something(
@@ -433,23 +508,87 @@ def test_text_of_files_stays_text(runs: dict[str, Path], tmp_path: Path, capsys:
 # Mistakes
 
 
-def test_points_that_were_scored_otherwise_are_refused(
-    runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+@pytest.mark.parametrize("kind", ["extractor", "reference"])
+def test_points_that_were_scored_otherwise_are_left_out_and_named(
+    kind: str, runs: dict[str, Path], tmp_path: Path, capsys: Printed
 ):
+    """They are not mixed; the page shows them as another judge's."""
     (first, *_) = read_points(runs["first"] / "points.jsonl")
-    changes = {
-        "extractor": {**first["extractor"], "name": "inception", "sha256": "1" * 64},
-        "reference": {**first["reference"], "sha256": "2" * 64},
-    }
-    for key, said in (
-        ("extractor", ["identity", "inception"]),
-        ("reference", [first["reference"]["sha256"][:8], "2" * 8]),
-    ):
-        folder = edited(runs["first"], tmp_path / key, **{key: changes[key]})
-        error = refused(runs["first"], folder, f"out={tmp_path / 'out'}")
-        words = [*said, str(runs["first"]), str(folder), "the same extractor and reference"]
-        assert all(word in error for word in words), error
-    assert not (tmp_path / "out").exists()
+    change = {"extractor": {"name": "inception", "sha256": "1" * 64}, "reference": {"sha256": "2" * 64}}[kind]
+    folder = edited(runs["first"], tmp_path / "other", **{kind: {**first[kind], **change}})
+    sources = [str(runs["first"]), str(folder), str(runs["second"])]
+    capsys.readouterr()
+    assert main(["compare", *sources, f"out={tmp_path / 'out'}"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of 6 points were not scored by identity" in said and str(folder) in said
+    assert [row.folder for row in compare(sources)] == [runs["first"]] * 2 + [runs["second"]] * 2
+    names = [view["judge"] for view in Page(tmp_path / "out" / "index.html").data["views"]]
+    hashes = first["reference"]["sha256"][:8], "2" * 8
+    assert names == {"extractor": ["identity", "inception"], "reference": [f"identity {one}" for one in hashes]}[kind]
+    assert [row.folder for row in compare(sources, judge=names[1])] == [folder] * 2
+
+
+def test_folders_below_a_source_are_read_too(runs: dict[str, Path], tmp_path: Path):
+    deep = [
+        edited(runs[name], tmp_path / where) for name, where in (("first", "b/c"), ("second", "a"), ("a chain", "b"))
+    ]
+    edited(runs["first"], tmp_path / "features" / "run")  # a run's own folders are not searched
+    expected = [deep[1]] * 2 + [deep[2]] + [deep[0]] * 2
+    assert [row.folder for row in compare([str(tmp_path)])] == expected
+    assert [row.folder for row in compare([str(tmp_path / "b"), str(tmp_path)])] == [*expected[2:], *expected[:2]]
+
+
+def test_names_of_sources_replace_methods_in_labels(
+    runs: dict[str, Path], bench: Bench, tmp_path: Path, refused: Callable[..., str]
+):
+    both = bench(tmp_path / "both", "toy/edm", "solver=ddim", "nfe=[4,15]")
+    bench(both, "toy/edm", "solver=dpm2", "nfe=15")
+    sources = [str(runs["first"]), str(both), str(runs["second"])]
+    labels = [row.label for row in compare(sources, names=["mine, new", "", "theirs"])]
+    assert labels == ["mine, new"] * 2 + ["edm (ddim)"] * 2 + ["edm (dpm2)"] + ["theirs"] * 2
+    labels = [row.label for row in compare(sources, names=["one", "one", "one"])]
+    assert labels == ["one (heun)"] * 2 + ["one (ddim)"] * 2 + ["one (dpm2)"] + ["one (dpmpp2m)"] * 2
+    assert main(["compare", *sources, "label=first,,last one", f"out={tmp_path / 'out'}"]) == 0
+    assert {"first", "edm (ddim)", "last one"} < set(Page(tmp_path / "out" / "index.html").labels)
+    assert "2 names for 3 folders" in refused(*sources, "label=a,b", f"out={tmp_path / 'out'}")
+
+
+def test_the_cost_of_the_picture_is_chosen(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]):
+    for cost in ("seconds", "gflops", "nfe_equivalent"):
+        assert main(["compare", str(runs["first"]), f"x={cost}", f"out={tmp_path / cost}"]) == 0
+        assert Page(tmp_path / cost / "index.html").data["x"] == cost
+    pictures = [(tmp_path / cost / "curve.png").read_bytes() for cost in ("seconds", "gflops", "nfe_equivalent")]
+    assert len(set(pictures)) == 3
+    assert "did you mean 'seconds'" in refused(runs["first"], "x=second", f"out={tmp_path / 'out'}")
+
+
+def test_shipped_results_are_compared_in_one_command(tmp_path: Path, capsys: Printed):
+    """Folders within folders, several judges, and points of two versions, whose noise differs."""
+    results = Path(__file__).parents[1] / "experiments" / "cifar10_small" / "results"
+    sources = [str(folder) for folder in sorted(results.iterdir())]
+    assert main(["compare", *sources, f"out={tmp_path}"]) == 0
+    files = list(results.glob("**/points.jsonl"))
+    page = Page(tmp_path / "index.html")
+    found = [line for file in files for line in read_points(file)]
+    shown = {point["card"] for view in page.data["views"] for point in view["points"]}
+    repeated = len(found) - len({point["images_sha256"] + json.dumps(point["extractor"]) for point in found})
+    assert (
+        len(page.data["views"]) > 1 and sum(len(view["points"]) for view in page.data["views"]) >= len(found) - repeated
+    )
+    assert shown == set(page.data["cards"])
+    assert (tmp_path / "index.html").stat().st_size < 5_000_000
+    for view in page.data["views"]:
+        labels = [curve["label"] for curve in view["curves"]]
+        assert len(set(labels)) == len(labels)
+        settings: dict[Any, set[str]] = {}
+        for point in view["points"]:
+            card = page.data["cards"][point["card"]]
+            sampling = dict(dict(card["sections"])["sampling"])
+            if "settings" not in sampling:  # not tuned: one setting a curve
+                own = json.dumps([sampling.get(key) for key in ("method", "solver", "prior", "noise", "images")])
+                settings.setdefault(point["curve"], set()).add(own)
+        assert all(len(found) == 1 for found in settings.values())
+        assert all(("tuned" in curve["label"]) == curve["tuned"] for curve in view["curves"])
 
 
 @pytest.mark.parametrize("change", ["changed", "missing", "damaged"])
@@ -459,7 +598,7 @@ def test_without_the_reference_all_but_the_differences_is_shown(
     file = tmp_path / "reference.npz"
     assert main(["reference", "toy/edm", "data.n=100", f"reference={file}", "floor="]) == 0
     words = ["toy/edm", f"reference={file}", "floor=", "nfe=8"]
-    folders = [bench(tmp_path / solver, *words, f"solver={solver}") for solver in ("ddim", "dpmpp2m")]
+    folders = [without_blocks(bench(tmp_path / solver, *words, f"solver={solver}")) for solver in ("ddim", "dpmpp2m")]
     (tmp_path / "kept.npz").write_bytes(file.read_bytes())
     with_differences = compare([str(folder) for folder in folders])
     if change == "changed":
@@ -472,7 +611,7 @@ def test_without_the_reference_all_but_the_differences_is_shown(
     assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said and "reference=" in said, said
-    assert len(Page(tmp_path / "out" / "index.html").table) == 3
+    assert len(Page(tmp_path / "out" / "index.html").view["points"]) == 2
     again = compare([str(folder) for folder in folders], reference=str(tmp_path / "kept.npz"))
     assert [row.label for row in again] == ["edm (ddim)", "edm (dpmpp2m)"]
     assert again[1].difference.fd == with_differences[1].difference.fd
@@ -482,7 +621,7 @@ def test_a_moved_run_shows_its_points_and_differences(
     bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed
 ):
     """Its configuration's paths lead nowhere; that of the run beside it leads to the same reference."""
-    bench(tmp_path / "before", *RUNS["second"])
+    without_blocks(bench(tmp_path / "before", *RUNS["second"]))
     Image.new("L", (4, 4)).save(tmp_path / "before" / "samples_nfe15.png")
     moved = (tmp_path / "before").rename(tmp_path / "somewhere else")
     config = moved / "config.yaml"
@@ -494,7 +633,7 @@ def test_a_moved_run_shows_its_points_and_differences(
     assert [row.difference is not None for row in rows] == [False, False, True, True] and rows[2].grid is not None
     (tmp_path / "too").mkdir()
     config.rename(tmp_path / "config.yaml")
-    bench(tmp_path / "too", "toy/edm", "solver=ddim", "nfe=15")
+    without_blocks(bench(tmp_path / "too", "toy/edm", "solver=ddim", "nfe=15"))
     (tmp_path / "too" / "config.yaml").unlink()
     capsys.readouterr()
     assert main(["compare", str(moved), str(tmp_path / "too"), f"out={tmp_path / 'out'}"]) == 0
@@ -510,7 +649,7 @@ def test_a_reference_of_other_points_is_refused(runs: dict[str, Path], tmp_path:
 
 
 def test_damaged_features_are_named(bench: Bench, runs: dict[str, Path], tmp_path: Path, capsys: Printed):
-    bench(tmp_path, *RUNS["second"])
+    without_blocks(bench(tmp_path, *RUNS["second"]))
     file = tmp_path / "features" / f"{points_of(tmp_path)[15]['key']}.npy"
     file.write_bytes(file.read_bytes()[:100])
     capsys.readouterr()

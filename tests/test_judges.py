@@ -420,13 +420,22 @@ def test_a_comparison_shows_one_judge(folders: list[str], judges: dict[str, list
     assert rows[1].difference is not None and rows[1].difference.fd == through.difference.fd
 
 
-def test_judges_that_did_not_score_a_point_are_named(folders: list[str], points: dict[str, dict[str, Any]]):
-    alone = str(points["digits"]["folder"])
-    with pytest.raises(UsageError, match="judge=other: a point of .*/digits was scored by digits only: choose judge=d"):
-        compare([*folders, alone], judge="other")
+def test_points_that_a_judge_did_not_score_are_left_out_and_named(
+    folders: list[str], points: dict[str, dict[str, Any]]
+):
+    alone, said = str(points["digits"]["folder"]), []
+    rows = compare([*folders, alone], note=said.append, judge="other")
+    assert [row.point["extractor"]["name"] for row in rows] == ["other"] * 2
+    assert said == [
+        f"1 of 3 points were not scored by other with the same reference and are left out: {alone}",
+        "judge='digits' shows 3; index.html shows all judges",
+    ]
+    with pytest.raises(UsageError, match="judge=nobody scored none of the points: choose one of digits, other$"):
+        compare([*folders, alone], judge="nobody")
     assert [row.point["extractor"]["name"] for row in compare([*folders, alone])] == ["digits"] * 2, "the same images"
-    with pytest.raises(UsageError, match="scored differently .*: bench them with the same extractor and reference$"):
-        compare([alone, str(points["other"]["folder"])])
+    said.clear()
+    (row,) = compare([alone, str(points["other"]["folder"])], note=said.append)
+    assert row.point["extractor"]["name"] == "digits" and "1 of 2 points were not scored by digits" in said[0]
 
 
 def test_pairs_that_judges_order_differently_are_listed(folders: list[str], tmp_path: Path, capsys: Printed):

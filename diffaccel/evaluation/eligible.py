@@ -7,7 +7,7 @@ ways that a chain can't trade for distance:
 
 - Recall is at least :data:`RECALL` of that of the same solver from independent starts, less two standard errors of a
   share of so many images.
-- At most :data:`~diffaccel.metrics.repetition.MOST_REPEATS` more of the images are near repeats than of these.
+- At most :data:`~diffaccel.report.repetition.MOST_REPEATS` more of the images are near repeats than of these.
 - The effective number of images is at least :data:`EFFECTIVE` of their number: below it, standard errors are more than
   three times those of independent images, and a low distance is luck.
 
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffaccel.metrics.base import COMPARED
-from diffaccel.metrics.repetition import MOST_REPEATS
+from diffaccel.report.repetition import MOST_REPEATS
 
 INDEPENDENT = {"name": "gaussian"}
 """Prior with independent starts, with whose recall and near repeats those of a chain are compared."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffaccel.report import plot_curve, read_points, sample_grid, scatter, title_of, write_curve_csv
+from diffaccel.report import plot_curve, read_points, title_of, write_curve_csv
 from diffaccel.report.judges import seen_by
 from diffaccel.report.logs import budget_name
+from diffaccel.report.pictures import sample_grid, scatter
 from diffaccel.report.points import Point, normalised
 from diffaccel.storage import whole
 from diffaccel.text.terminal import side_output

@@ -13,11 +13,10 @@ from torch import Tensor
 from diffaccel.collective import all_gather, all_reduce
 from diffaccel.deferred import Checks, runs_ahead, to_device
 from diffaccel.evaluation.partial import Chunk
+from diffaccel.jackknife import BLOCKS
 from diffaccel.metrics import FrechetDistance
 from diffaccel.metrics.base import Made, Real
 
-BLOCKS = 10
-"""Number of blocks of the jackknife."""
 KEPT = 10_000
 """Number of first images whose features are kept, for metrics that are not computed from sums; bounds memory."""
 

@@ -9,8 +9,9 @@ from diffaccel.config import Config
 from diffaccel.data.given import GivenImages
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.scores import Real
-from diffaccel.features.extractors import EXTRACTORS, Extractor, distance_key
+from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
+from diffaccel.features.names import distance_key
 from diffaccel.metrics.base import Metric
 from diffaccel.metrics.reference import Reference, compute_reference, file_of, load_reference
 from diffaccel.metrics.statistics import Statistics, read_any

@@ -19,17 +19,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from diffaccel.errors import UsageError
+from diffaccel.features.names import distance_key
 from diffaccel.parts.registry import Registry
 from diffaccel.weights import file_sha256, open_weights, save_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-
-def distance_key(extractor: str) -> str:
-    """Key of the Frechet distance in the features of an extractor of this name; ``fid`` is Inception's alone."""
-    return "fid" if extractor == "inception" else f"fd_{extractor}"
 
 
 class Extractor(nn.Module, ABC):

@@ -7,12 +7,14 @@ A metric is a part, like a solver. It is registered with :data:`METRICS` or by a
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffaccel.errors import UsageError
+from diffaccel.jackknife import Resampled
 from diffaccel.metrics.frechet import FrechetDistance
 from diffaccel.metrics.kernel import Kernel, KernelReference, kernel_distance
 from diffaccel.metrics.manifold import Manifold, manifold_scores
@@ -56,6 +58,11 @@ class Made:
         if m not in self._neighbours:
             self._neighbours[m] = Neighbours(self.features[:m])
         return self._neighbours[m]
+
+    @cached_property
+    def resampled(self) -> Resampled:
+        """Frechet distances of all images and of parts of them; collective on first use."""
+        return self.sums.gathered().resampled()
 
     def moments(self) -> Moments:
         """Compute mean and covariance of the features of all n images; collective."""

@@ -17,16 +17,23 @@ to the reference, and 0.62 for one at a distance of 268 (benchmarks/README.md).
 References:
     GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500
     Effectively Unbiased FID and Inception Score (Chong & Forsyth, 2020), https://arxiv.org/abs/1911.07023
-    Delete-m Jackknife for Unequal m (Busing et al., 1999), https://doi.org/10.1023/A:1008800423698
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffaccel.errors import UsageError
+from diffaccel.jackknife import Frechet, Resampled, jackknife
 from diffaccel.metrics.moments import Moments, MomentSums
+
+__all__ = [
+    "Frechet",
+    "FrechetDistance",
+    "Resampled",
+    "frechet_distance",
+    "frechet_of_few",
+    "jackknife",
+]
 
 SECOND_ORDER = (3, 8)
 """Numbers of images per feature from which and below which the distance is extrapolated to the second order. Below
@@ -55,17 +62,6 @@ def frechet_of_few(features: Tensor, reference: Moments) -> Tensor:
     values = torch.linalg.eigvalsh(centred @ reference.covariance @ centred.T / (n - 1)).clamp_min(0)
     trace = centred.square().sum() / (n - 1)
     return offset + trace + reference.covariance.trace() - 2 * values.sqrt().sum()
-
-
-class Frechet(NamedTuple):
-    """Frechet distance of n images, its limit for n to infinity, and the standard error of both; () float64.
-
-    ``paired_difference`` returns the differences between two methods' distances in the same form.
-    """
-
-    fd: Tensor
-    fd_inf: Tensor
-    se: Tensor
 
 
 class FrechetDistance(MomentSums):
@@ -103,7 +99,7 @@ class FrechetDistance(MomentSums):
         """
         return self.gathered().resampled().extrapolated()
 
-    def resampled(self) -> "Resampled":
+    def resampled(self) -> Resampled:
         """Compute the distance with all images of this rank, with each block left out, and of half samples.
 
         Raises:
@@ -122,63 +118,3 @@ class FrechetDistance(MomentSums):
             if half_sizes.min() > self.dim:
                 halves = torch.stack([frechet_distance(self.moments_of(half), self.reference) for half in chosen])
         return Resampled(full, kept, sizes, halves, half_sizes[: len(halves)])
-
-
-class Resampled(NamedTuple):
-    """Distances of all images and of parts of them.
-
-    Attributes:
-        full: Distance of all images, ().
-        kept: Distances without each of the K blocks that have data, (K,).
-        sizes: Number of images in these blocks, (K,).
-        halves: Distances of half samples, (H,), each half with its complement; empty for a first-order extrapolation.
-        half_sizes: Number of images in the half samples, (H,).
-    """
-
-    full: Tensor
-    kept: Tensor
-    sizes: Tensor
-    halves: Tensor
-    half_sizes: Tensor
-
-    def less(self, other: "Resampled") -> "Resampled":
-        """Return the differences to the distances of other images with the same blocks."""
-        return Resampled(
-            self.full - other.full, self.kept - other.kept, self.sizes, self.halves - other.halves, self.half_sizes
-        )
-
-    def extrapolated(self) -> Frechet:
-        """Extrapolate to n -> infinity, with the jackknife standard error.
-
-        The terms in 1/n and, with half samples, in 1/n^2 cancel exactly for blocks and halves of any size. The standard
-        error is that of the first order, which includes all but the noise of the small second-order term.
-        """
-        limit, error = jackknife(self.full, self.kept, self.sizes)
-        if len(self.halves):
-            n = self.sizes.sum()
-            inverse = [torch.ones(1, dtype=torch.float64), n / (n - self.sizes), n / self.half_sizes]
-            powers = torch.stack([torch.stack([(x**power).mean() for power in range(3)]) for x in inverse])
-            means = torch.stack([self.full, self.kept.mean(), self.halves.mean()])
-            limit = torch.linalg.solve(powers, means)[0]
-        return Frechet(self.full, limit, error)
-
-
-def jackknife(full: Tensor, kept: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Extrapolate a statistic whose bias is proportional to 1/n, from its values with each block left out.
-
-    With K equal blocks the estimate is K full - (K - 1) mean(kept), with se^2 = (K - 1)/K sum (kept - mean(kept))^2.
-    Weights extend it to unequal blocks (Busing et al., 1999), for which the 1/n term still cancels exactly.
-
-    Args:
-        full: Statistic of all data, ().
-        kept: Statistic without block k, (K,).
-        sizes: Number of images in block k, (K,).
-
-    Returns:
-        Extrapolated statistic and its standard error, both ().
-    """
-    inverse_share = sizes.sum() / sizes
-    estimate = len(kept) * full - ((1 - 1 / inverse_share) * kept).sum()
-    pseudo_values = inverse_share * full - (inverse_share - 1) * kept
-    variance = ((pseudo_values - estimate).square() / (inverse_share - 1)).mean()
-    return estimate, variance.sqrt()

@@ -11,11 +11,6 @@ from diffaccel.metrics.neighbours import Neighbours
 
 QUANTILE = 0.01
 """Fraction of the real images that counts as close to another real image."""
-LEAST_EFFECTIVE = 0.25
-"""Least effective number of images, relative to their number, without a warning: below it, standard errors are more
-than twice those of as many independent images."""
-MOST_REPEATS = 0.1
-"""Largest fraction of near repeats without a warning: ten times that of real images."""
 
 
 def effective_number(features: Tensor, chains: int | None, n: int | None = None) -> float:

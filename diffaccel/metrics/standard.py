@@ -20,7 +20,8 @@ class FrechetMetric(Metric):
     """Frechet distance, its limit for n to infinity, its standard error, and the distance of held-out images.
 
     Keys of the point: ``fd_<extractor>`` (``fid`` for Inception features), and the same with ``_inf``, ``_se`` and
-    ``_floor``.
+    ``_floor``. The key ``jackknife`` of the point contains the distances without each block of images, from which
+    ``compare`` computes the standard errors of differences under common noise.
 
     References:
         GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500
@@ -32,9 +33,8 @@ class FrechetMetric(Metric):
     @override
     def __call__(self, made: Made, real: Real) -> Mapping[str, float]:
         name, reference = made.distance, real.reference.moments
-        few = 2 <= made.n <= min(reference.dim, len(made.features))  # then no error is defined
-        nan = torch.tensor(math.nan)
-        found = Frechet(frechet_of_few(made.features, reference), nan, nan) if few else made.sums.compute()
+        few, nan = _few(made, real), torch.tensor(math.nan)
+        found = Frechet(frechet_of_few(made.features, reference), nan, nan) if few else made.resampled.extrapolated()
         values = {name: float(found.fd), f"{name}_inf": float(found.fd_inf), f"{name}_se": float(found.se)}
         if real.floor is not None:
             held_out = real.floor.features_of(made.n) if few else None
@@ -43,6 +43,16 @@ class FrechetMetric(Metric):
             else:
                 values[f"{name}_floor"] = float(frechet_distance(real.floor.moments_of(made.n), reference))
         return values
+
+    @override
+    def details(self, made: Made, real: Real) -> Mapping[str, Any]:
+        record = None if _few(made, real) else made.resampled.record()
+        return {} if record is None else {"jackknife": record}
+
+
+def _few(made: Made, real: Real) -> bool:
+    """Whether there are no more images than features, where no standard error is defined."""
+    return 2 <= made.n <= min(real.reference.moments.dim, len(made.features))
 
 
 @METRICS.register("kid")

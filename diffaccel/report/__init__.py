@@ -1,18 +1,19 @@
-"""Tables, plots and pictures of measured points."""
+"""Tables, plots and pictures of measured points.
 
-from diffaccel.report.drawing import (
-    CELL,
-    COLOURS,
-    MARKERS,
-    MAX_LEGEND_INSIDE,
-    Published,
-    plot_curve,
-    sample_grid,
-    scatter,
-    title_of,
-)
+Everything except :mod:`~diffaccel.report.pictures` can be imported without PyTorch.
+"""
+
+from typing import TYPE_CHECKING
+
+from diffaccel.parts.lazy import lazy
+from diffaccel.report.drawing import plot_curve, title_of
 from diffaccel.report.files import COLUMNS, append_point, frechet_key, read_points, write_csv, write_curve_csv
 from diffaccel.report.points import COUNTS, MAPPINGS, NUMBERS, TEXTS, Point, distance, lacking, normalised, undrawn
+from diffaccel.report.published import Published
+from diffaccel.report.styles import COLOURS, MARKERS
+
+if TYPE_CHECKING:
+    from diffaccel.report.pictures import CELL, sample_grid, scatter
 
 __all__ = [
     "CELL",
@@ -20,7 +21,6 @@ __all__ = [
     "COLUMNS",
     "COUNTS",
     "MAPPINGS",
-    "MAX_LEGEND_INSIDE",
     "MARKERS",
     "NUMBERS",
     "Point",
@@ -40,3 +40,5 @@ __all__ = [
     "write_csv",
     "write_curve_csv",
 ]
+
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(("CELL", "sample_grid", "scatter"), "diffaccel.report.pictures"))

@@ -23,6 +23,8 @@ FIRST = ("tuned", "older", "solver.name", "prior.name")
 SETTINGS = ("prior.", "solver.")
 FILES = ("checkpoint", "init", "path")
 """Last parts of keys of paths, which a label contains only if it would be ambiguous otherwise."""
+NAME = "name of the source"
+"""Leaf of the name that the user gave to a source; it has spaces, so that no setting has its key."""
 DEPTH = 8
 """Maximum depth to which nested settings are compared key by key."""
 LONGEST = 32
@@ -56,19 +58,23 @@ class Curve:
     common: Leaves = field(default_factory=dict)
 
 
-def places_of(points: Sequence[Point], folders: Sequence[str] | None = None) -> list[Place]:
+def places_of(
+    points: Sequence[Point], folders: Sequence[str] | None = None, names: Sequence[str] | None = None
+) -> list[Place]:
     """Group points into curves and label the curves.
 
     Args:
         points: Points in the order of their measurement, from any version's points.jsonl.
         folders: Folder of each point; None for a common folder.
+        names: Name of each point's source, which replaces the method in labels; empty, or None, for no name. Points
+            with different names are in different curves.
 
     Returns:
         Curve of each point.
     """
     points = [normalised(point) for point in points]
     folders = folders or [""] * len(points)
-    sorter = _Sorter(points, folders)
+    sorter = _Sorter(points, folders, names or [""] * len(points))
     curves = sorter.curves()
     labels = _labels(curves, sorter.paths)
     found: dict[int, Place] = {}
@@ -83,14 +89,15 @@ class _Sorter:
     Args:
         points: Normalised points.
         folders: Folder of each point.
+        names: Name of each point's source, or an empty string.
 
     Attributes:
         replaced: Indices of the points that are replaced by a repeated measurement.
         paths: Files of weights by the hash of the weights.
     """
 
-    def __init__(self, points: Sequence[Point], folders: Sequence[str]) -> None:
-        self.points, self.folders = points, folders
+    def __init__(self, points: Sequence[Point], folders: Sequence[str], names: Sequence[str]) -> None:
+        self.points, self.folders, self.names = points, folders, names
         self.replaced: set[int] = set()
         self.paths: dict[str, str] = {}
         self.settings = [_leaves(point["settings"]) for point in points]
@@ -112,7 +119,7 @@ class _Sorter:
         """Settings of a point that are shared by all points of its curve."""
         point, settings = self.points[number], dict(self.settings[number])
         configuration = _leaves(point["configuration"])
-        shared = {"method": _as_text(point["method"]), "noise": point["noise"]}
+        shared = {"method": _as_text(point["method"]), "noise": point["noise"], NAME: self.names[number]}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
         elif point["configuration"]:
@@ -255,7 +262,15 @@ def _as_text(value: Any) -> str:
 
 
 def _labels(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
-    """Labels of curves, from the settings in which they differ."""
+    """Labels of curves: their names, and the settings in which curves of the same name, or of none, differ."""
+    found: dict[int, str] = {}
+    for group in _split(range(len(curves)), lambda number: curves[number].shared[NAME]):
+        found |= dict(zip(group, _labels_of([curves[number] for number in group], paths), strict=True))
+    return _unique([found[number] for number in range(len(curves))])
+
+
+def _labels_of(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
+    """Labels of curves with the same name or without names, from the settings in which they differ."""
     named: list[Leaves] = [{} for _ in curves]
     leaves = dict.fromkeys(leaf for curve in curves for leaf in (*FIRST, *curve.shared))
     settings = [leaf for leaf in leaves if leaf in FIRST or leaf in ("n", "precision") or leaf.startswith(SETTINGS)]
@@ -270,16 +285,20 @@ def _labels(curves: Sequence[Curve], paths: Mapping[str, str]) -> list[str]:
         for group in _split(range(len(curves)), lambda number: (curves[number].shared["method"], str(named[number]))):
             _name(leaf, group, everything, named)
     for curve, own in zip(curves, named, strict=True):
+        if curve.shared[NAME]:
+            continue
         if "tuned" in curve.shared:
             own["tuned"] = curve.shared["tuned"]
         elif not own:
             own |= {leaf: curve.shared[leaf] for leaf in FIRST if leaf in curve.shared and leaf != "older"}
-    keys = _keys(named)
-    return _unique([_label(curve, own, keys, paths) for curve, own in zip(curves, named, strict=True)])
+    keys, several = _keys(named), len({curve.shared["method"] for curve in curves}) > 1
+    return [_label(curve, own, keys, paths, several) for curve, own in zip(curves, named, strict=True)]
 
 
 def _context(curve: Curve, leaf: str) -> tuple[str | None, ...]:
     """Names of the parts that contain a leaf, from the outermost; the name of a part is a leaf of the part around."""
+    if leaf == "older":
+        return (curve.shared["method"],)
     parts = leaf.removesuffix(".name").split(".")[:-1]
     return tuple(curve.shared.get(".".join([*parts[: depth + 1], "name"])) for depth in range(len(parts)))
 
@@ -303,10 +322,14 @@ def _keys(named: Sequence[Leaves]) -> dict[str, str]:
     }
 
 
-def _label(curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str]) -> str:
+def _label(curve: Curve, named: Leaves, keys: Mapping[str, str], paths: Mapping[str, str], several: bool) -> str:
+    """Label of a curve; ``several`` says whether curves of its name have different methods."""
     texts = [_short(named[leaf], paths) for leaf in FIRST if leaf in named]
     texts += [f"{keys[leaf]}={_short(value, paths)}" for leaf, value in named.items() if leaf not in FIRST]
-    return printable(_cut(curve.shared["method"]) + (f" ({', '.join(texts)})" if texts else ""))
+    first = _cut(curve.shared["method"])
+    if name := curve.shared[NAME]:
+        first = f"{name}: {first}" if several else name
+    return printable(first + (f" ({', '.join(texts)})" if texts else ""))
 
 
 def _short(value: str, paths: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import UsageError
-from diffaccel.features.extractors import distance_key
+from diffaccel.features.names import distance_key
 from diffaccel.parts.overrides import as_given
 from diffaccel.report.curves import places_of
 from diffaccel.report.points import Point, normalised

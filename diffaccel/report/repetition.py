@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 
-from diffaccel.metrics.repetition import LEAST_EFFECTIVE, MOST_REPEATS
 from diffaccel.report.points import Point
 from diffaccel.text.terminal import number
+
+LEAST_EFFECTIVE = 0.25
+"""Least effective number of images, relative to their number, without a warning: below it, standard errors are more
+than twice those of as many independent images."""
+MOST_REPEATS = 0.1
+"""Largest fraction of near repeats without a warning: ten times that of real images."""
 
 
 def columns(points: Sequence[Point]) -> list[str]:

@@ -2,68 +2,31 @@
 
 Two points are a pair if their budget, number of images, seed, noise, reference and extractor are equal. Image i of both
 then comes from the same noise, so that the difference of the distances has a smaller error than each distance.
+
+The error follows from the distances without each block of images, which points contain. For points of older versions,
+and of numbers of chains that divide the images into other blocks, it is computed from the features in the folders of
+the runs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from diffaccel.config import read
 from diffaccel.errors import UsageError
-from diffaccel.evaluation.scores import blocks_of
-from diffaccel.metrics import Frechet, Moments, paired_difference
-from diffaccel.metrics.reference import read_reference
+from diffaccel.jackknife import Frechet, partition
 from diffaccel.report.judges import common_judges, features_of, seen_by
-from diffaccel.report.points import Point, normalised
+from diffaccel.report.points import normalised
+from diffaccel.report.rows import Row, key_of, parts_of
+from diffaccel.report.sources import Note
 
-Note = Callable[[str], None]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-CLEAR = 2
-"""Number of standard errors from which a judge counts as ordering a pair."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Point with its difference to its pair, the first measured point of the first folder.
-
-    Attributes:
-        folder: Folder of the run.
-        point: Normalised point as the shown judge sees it; unknown values are None.
-        label: Label of the curve.
-        grid: File of the sample grid; None if a later point of the same budget replaced it.
-        difference: Distance minus that of the pair; None without a pair.
-        others: The same by each other judge of both points.
-    """
-
-    folder: Path
-    point: Point
-    label: str
-    grid: Path | None = None
-    difference: Frechet | None = None
-    others: Mapping[str, Frechet] = field(default_factory=dict)
-
-    @property
-    def opposed(self) -> list[str]:
-        """Names of the judges that order the pair differently, each by more than two standard errors."""
-        shown = self.difference
-        if shown is None or not _clear(shown):
-            return []
-        return [name for name, other in self.others.items() if _clear(other) and (other.fd > 0) != (shown.fd > 0)]
-
-
-def _clear(difference: Frechet) -> bool:
-    return bool(difference.fd.abs() > CLEAR * difference.se)
-
-
-def key_of(point: Point) -> tuple[Any, ...]:
-    """Return what is equal for the points of a pair, besides extractor and reference."""
-    return point["nfe_budget"], point["n"], point["seed"], point["noise"]
+    from diffaccel.metrics import Moments
 
 
 class Pairs:
@@ -81,7 +44,13 @@ class Pairs:
         self._moments: dict[str | None, Moments | None] = {}
 
     def paired(self, first: Mapping[tuple[Any, ...], Row]) -> list[Row]:
-        """Return the rows with their differences to the rows in ``first``, by :func:`key_of`."""
+        """Return the rows with their differences to the rows in ``first``, by :func:`key_of`.
+
+        Raises:
+            UsageError: The given reference is not that of the points.
+        """
+        if self.file is not None and self.rows:
+            self._reference(self.rows[0])  # a wrong file is an error, even if the points suffice
         return [self._paired(row, first.get(key_of(row.point))) for row in self.rows]
 
     def _paired(self, row: Row, first: Row | None) -> Row:
@@ -99,9 +68,17 @@ class Pairs:
         return replace(row, difference=difference, others=others)
 
     def _difference(self, row: Row, first: Row) -> Frechet | None:
-        """Difference in the features of the extractor at the top of both points; None if it can't be computed."""
+        """Difference by the extractor at the top of both points; None if it can't be computed."""
         if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
             return None
+        if partition(row.point["chains"]) == partition(first.point["chains"]):
+            own, others = parts_of(row.point), parts_of(first.point)
+            if own is not None and others is not None and own.alike(others):
+                return own.less(others).extrapolated()
+        return self._by_features(row, first)
+
+    def _by_features(self, row: Row, first: Row) -> Frechet | None:
+        """Difference from the features in the folders of both points; None if it can't be computed."""
         if not all(one.point["key"] and one.point["key"].isalnum() for one in (row, first)):
             return None
         files = [one.folder / "features" / features_of(one.point) for one in (row, first)]
@@ -110,6 +87,11 @@ class Pairs:
         moments = self._reference(row)
         if moments is None:
             return None
+        import torch  # imported here, because points usually suffice
+
+        from diffaccel.evaluation.scores import blocks_of
+        from diffaccel.metrics import paired_difference
+
         try:
             own, others = map(_features, files)
         except UsageError as error:
@@ -122,14 +104,14 @@ class Pairs:
         block = blocks_of(torch.arange(len(own)), chains or None)
         return paired_difference(own, others, block, moments)
 
-    def _reference(self, row: Row) -> Moments | None:
+    def _reference(self, row: Row) -> "Moments | None":
         """Moments of the reference; None, with a single message for the shown judge, if there is no reference."""
         sha256, judge = row.point["reference"]["sha256"], str(row.point["extractor"]["name"])
         if sha256 not in self._moments:
             self._moments[sha256] = self._sought(row, sha256, judge)
         return self._moments[sha256]
 
-    def _sought(self, row: Row, sha256: str | None, judge: str) -> Moments | None:
+    def _sought(self, row: Row, sha256: str | None, judge: str) -> "Moments | None":
         if self.file is not None and judge == self.shown:
             return _moments(Path(self.file).expanduser(), sha256)
         found = None
@@ -144,19 +126,23 @@ class Pairs:
         return None
 
 
-def _features(path: Path) -> Tensor:
+def _features(path: Path) -> "Tensor":
+    import torch
+
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, EOFError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error!r:.80}): remove it, or bench with again=true") from None
 
 
-def _named_reference(folder: Path, sha256: str | None) -> Moments:
+def _named_reference(folder: Path, sha256: str | None) -> "Moments":
     """Return the moments of a reference in a run's configuration, which may have one for each of several judges.
 
     Raises:
         UsageError: There is no configuration, or it has no such reference, for example after a fit without evaluation.
     """
+    from diffaccel.config import read
+
     config = folder / "config.yaml"
     if not config.is_file():
         raise UsageError(f"{config} does not exist")
@@ -172,12 +158,14 @@ def _named_reference(folder: Path, sha256: str | None) -> Moments:
     raise found or UsageError(f"{config} has no reference")
 
 
-def _moments(path: Path, sha256: str | None) -> Moments:
+def _moments(path: Path, sha256: str | None) -> "Moments":
     """Read the moments of a reference and check its hash.
 
     Raises:
         UsageError: The file is missing or damaged, or its hash differs.
     """
+    from diffaccel.metrics.reference import read_reference
+
     reference = read_reference(path)
     if reference.sha256 != sha256:
         raise UsageError(f"{path} is not the reference of the points")
