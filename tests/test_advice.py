@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from diffaccel import experiment, pretrained
-from diffaccel.__main__ import HELP
 from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.config.sweep import read_sweep
 from diffaccel.data import SOURCES
@@ -33,16 +32,15 @@ from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
+from diffaccel.verbs import VERBS
 from diffaccel.verbs import compare as comparison
-from diffaccel.verbs.score import OWN, read_words
-from diffaccel.verbs.sweep import OPTIONS as SWEEP_OPTIONS
+from diffaccel.verbs.asked import OWN, read_words
+from diffaccel.verbs.help import help_of, overview
+from diffaccel.verbs.listed import list_experiments, list_keys
+from diffaccel.verbs.sweeping import OPTIONS as SWEEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = (
-    *("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "score", "sweep"),
-    *("list", "explain"),
-)
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 SCORE_ONLY = set(OWN) - KEYS
@@ -70,8 +68,9 @@ def script() -> str:
         parts += blocks(page)
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
         parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`((?:for|diffaccel|make) [^`]*)`", prose)]
-    parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", HELP, re.M)]
-    parts += re.findall(r"`(diffaccel [^`]*)`", HELP)
+    parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", overview(), re.M)]
+    for text in (overview(), *map(help_of, VERBS)):
+        parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`(diffaccel [^`]*)`", text)]
     text = "\n".join(parts).replace(".venv/bin/", "").replace("EXPERIMENT", "digits/edm")
     text = text.replace(" key=value", "").replace(" ...", "")
     return re.sub(r"\[([\w.]+=[\w./]+)\]", r"\1", text).replace("python -c", ": -c")
@@ -105,8 +104,12 @@ def my_solver() -> Iterator[None]:
 def check_named(verb: str, words: Sequence[str]) -> None:
     """Check that ``list`` and ``explain`` are given groups and parts that exist, or the words for them in general."""
     group, *name = words
-    assert len(name) == (verb == "explain")
-    if group != "GROUP":
+    lists = {"experiments": list_experiments, "keys": list_keys, "sweeps": lambda: [True]}
+    if verb == "list" and group in lists:
+        assert lists[group](*name)
+        return
+    assert len(name) == 1 or (verb == "list" and not name)
+    if group not in ("GROUP", "WHAT"):
         assert all(one in registry_of(group) for one in name)
 
 

@@ -1,5 +1,6 @@
 """Terminal output. Everything is printed through this module, so that text from files is always escaped."""
 
+import errno
 import math
 import os
 import sys
@@ -40,6 +41,11 @@ class PlainConsole(Console):
         """Convert a string to escaped text without markup."""
         shown = "\n".join(printable(line) for line in text.split("\n"))
         return super().render_str(shown, **{**options, "markup": False, "emoji": False, "highlight": False})
+
+    @override
+    def on_broken_pipe(self) -> None:
+        """Leave a broken pipe to the caller; rich would end the program."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def print_lines(*lines: str) -> None:
