@@ -19,7 +19,20 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, sweep, tradeoff
+    from diffaccel.api import (
+        bench,
+        compare,
+        convert,
+        export,
+        fit,
+        load,
+        reference,
+        sample,
+        score,
+        search,
+        sweep,
+        tradeoff,
+    )
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -40,6 +53,7 @@ __all__ = [
     "bench",
     "compare",
     "convert",
+    "export",
     "fit",
     "load",
     "measure",
@@ -52,7 +66,18 @@ __all__ = [
 ]
 
 _FUNCTIONS = (
-    *("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "sweep", "tradeoff"),
+    "bench",
+    "compare",
+    "convert",
+    "export",
+    "fit",
+    "load",
+    "reference",
+    "sample",
+    "score",
+    "search",
+    "sweep",
+    "tradeoff",
 )
 
 __getattr__, __dir__ = lazy(

@@ -193,6 +193,39 @@ def compare(
     return page / "index.html"
 
 
+def export(
+    experiment: str | Path,
+    format: str = "json",  # noqa: A002 (the name of the key)
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    checkpoint: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Describe a sampling setting for other tools; see ``diffaccel export``.
+
+    Args:
+        experiment: Experiment by name (``digits/edm``) or file.
+        format: ``json`` for all of the setting; ``diffusers``, ``k-diffusion`` or ``comfyui`` for the list of noise
+            levels that the tool takes.
+        sigma_min: Last positive level of another model, to whose range the spacing of the levels is mapped.
+        sigma_max: First level of another model.
+        checkpoint: Checkpoint of another model, for its range and parametrisation.
+        settings: Keys of the experiment, ``nfe`` among them.
+
+    Returns:
+        Setting; for several budgets, a list of settings. ``notes`` lists what a list of levels does not express.
+
+    Example:
+        >>> export("digits/edm", nfe=3, format="k-diffusion", solver="euler")["sigmas"]
+        [80.0, 2.515219183535214, 0.002, 0.0]
+    """
+    from diffaccel.verbs.export import export as run
+
+    other = None if checkpoint is None else str(checkpoint)
+    found = run(str(experiment), words(settings), format, sigma_min, sigma_max, other)
+    return found[0] if len(found) == 1 else found
+
+
 def convert(source: str | Path, target: str | Path, again: bool = False, **options: Any) -> Path:
     """Convert a checkpoint of another codebase to safetensors, and return the file; see ``diffaccel convert``.
 

@@ -47,6 +47,7 @@ VERBS = {
         Verb("sample", on_experiment=True),
         Verb("reference", on_experiment=True),
         Verb("score", function="score_command"),
+        Verb("export", settings=True, module="exporting", function="export_command"),
         Verb("list", module="listing", function="show_list"),
         Verb("explain", module="listing", function="show_explanation", help="EXPLAIN_HELP"),
     )
