@@ -50,6 +50,7 @@ __all__ = [
     "Solver",
     "UsageError",
     "__version__",
+    "advise",
     "bench",
     "compare",
     "convert",
@@ -66,6 +67,7 @@ __all__ = [
 ]
 
 _FUNCTIONS = (
+    "advise",
     "bench",
     "compare",
     "convert",

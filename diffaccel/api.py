@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from diffaccel.errors import UsageError
 from diffaccel.sampling import Model
+
+if TYPE_CHECKING:
+    from diffaccel.verbs.advise import Advice
 
 
 def load(source: str | Path, **settings: Any) -> Model:
@@ -191,6 +194,37 @@ def compare(
     rows = comparison.compare([str(Path(one).expanduser()) for one in sources], named, note, judge)
     comparison.write(rows, page)
     return page / "index.html"
+
+
+def advise(
+    folders: str | Path | Sequence[str | Path],
+    nfe: float | None = None,
+    seconds: float | None = None,
+    gflops: float | None = None,
+    judge: str | None = None,
+    n: int | None = None,
+    reference: str | Path | None = None,
+) -> "Advice":
+    """Find the best measured setting within a budget; see ``diffaccel advise``.
+
+    Args:
+        folders: Folders of runs, or their points.jsonl.
+        nfe: Budget in evaluations per image; exactly one budget is given.
+        seconds: Budget in seconds per image.
+        gflops: Budget in GFLOPs per image.
+        judge: Judge whose distance is minimised; by default the first of the first point.
+        n: Number of images of the points; by default that of most settings.
+        reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
+
+    Returns:
+        Advice: the best setting, differences to the others, and warnings; ``lines()`` describes it.
+    """
+    from diffaccel.text.terminal import say
+    from diffaccel.verbs.advise import advise as run
+
+    sources = [folders] if isinstance(folders, str | Path) else folders
+    paths = [str(Path(one).expanduser()) for one in sources]
+    return run(paths, nfe, seconds, gflops, judge, n, None if reference is None else str(reference), say)
 
 
 def export(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffaccel import experiment, pretrained
+from diffaccel import experiment
 from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.config.sweep import read_sweep
 from diffaccel.data import SOURCES
@@ -33,14 +33,15 @@ from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.verbs import VERBS
-from diffaccel.verbs import compare as comparison
 from diffaccel.verbs.asked import OWN, read_words
-from diffaccel.verbs.help import help_of, overview
+from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
+from diffaccel.verbs.help import help_of, keys_of, overview
 from diffaccel.verbs.listed import list_experiments, list_keys
-from diffaccel.verbs.sweeping import OPTIONS as SWEEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+ELSEWHERE_KEYS = {key for verb in VERBS.values() if not verb.on_experiment for key in keys_of(verb)} | {"timesteps"}
+"""Keys of commands that are not on an experiment, and an argument of a function of diffusers in a text."""
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 SCORE_ONLY = set(OWN) - KEYS
@@ -130,10 +131,12 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
     for program, verb, *words in {re.sub(r"\d+", "1", str(words)): words for words in commands}.values():
         if program != "diffaccel" or verb not in VERBS or not words:
             continue
-        if verb in ("compare", "convert"):
-            paths, _ = paths_and_options(words, [*comparison.OPTIONS, *pretrained.OPTIONS], verb, ["inspect", "again"])
+        if verb in ("advise", "compare", "convert"):
+            paths, _ = paths_and_options(words, keys_of(VERBS[verb]), verb, ["inspect", "again"])
             assert paths, words
             continue
+        if verb == "export":
+            words = [word for word in words if word.partition("=")[0] not in EXPORT_OPTIONS]
         if verb == "score":
             check_score(words)
             continue
@@ -222,7 +225,7 @@ def known(key: str) -> bool:
             if isinstance(place, dict) or (top in STATISTICS and name != top):  # files of judges, by their names
                 return True
             if not hasattr(place, name):
-                return key in (*pretrained.OPTIONS, *comparison.OPTIONS, *SWEEP_OPTIONS)
+                return key in ELSEWHERE_KEYS
             place = getattr(place, name)
         return True
     registry: Registry[Any] | None = KINDS[top]
@@ -258,8 +261,11 @@ def test_commands_in_messages_are_the_programs():
                 check_score(words)
             elif verb == "sweep":
                 assert not words or words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
-            elif words and verb in VERBS and verb not in ("compare", "convert"):
-                load(*one_experiment(words, KEYS, FLAGS))
+            elif words and verb == "help":
+                assert words[0] in (*VERBS, "VERB")
+            elif words and verb in VERBS and verb not in ("advise", "compare", "convert"):
+                own = [word for word in words if verb != "export" or word.partition("=")[0] not in EXPORT_OPTIONS]
+                load(*one_experiment(own, KEYS, FLAGS))
 
 
 # What was advised and failed

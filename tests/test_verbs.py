@@ -12,13 +12,17 @@ from diffaccel.config import KEYS
 from diffaccel.parts.catalogue import CATALOGUE, registry_of
 from diffaccel.verbs import VERBS, Verb
 from diffaccel.verbs import compare as comparison
+from diffaccel.verbs.advising import OPTIONS as ADVISE_OPTIONS
 from diffaccel.verbs.asked import KEYS as SCORE_KEYS
+from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import COMMON, FREQUENT, KEY, keys_of, overview, text_of, wanted
 from diffaccel.verbs.names import check_names, names_of
 from diffaccel.verbs.sweeping import OPTIONS as SWEEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 OWN = {
+    "advise": {*ADVISE_OPTIONS},
+    "export": {*EXPORT_OPTIONS, "nfe"},
     "compare": {*comparison.OPTIONS},
     "convert": {*pretrained.OPTIONS, "inspect", "again"},
     "score": {*SCORE_KEYS},
@@ -108,7 +112,7 @@ def test_the_method_before_and_after_the_data():
     expected = ("digits/dlg", ["nfe=5"])
     assert check_names("digits", ["method=dlg", "nfe=5"]) == check_names("digits", ["nfe=5", "method=dlg"]) == expected
     assert check_names(None, ["method=dlg", "data=digits"]) == (None, ["method=dlg", "data=digits"])
-    assert check_names("digits/dlg", ["method=dlg"]) == ("digits/dlg", ["method=dlg"])
+    assert check_names("digits/dlg", ["method=dlg", "nfe=5"]) == expected
     with pytest.raises(UsageError, match="'digits/dgl' is neither a file"):
         check_names("digits", ["method=dgl"])
 
@@ -139,8 +143,8 @@ def test_a_method_is_no_label_for_the_parts_of_another(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("words", ["help", "list solver", "explain solver heun", "bnech 2>&1"])
 def test_a_reader_that_stops_reading_is_no_error(words: str):
     """The reader has ended before anything is written; status 141 is what a shell reports after SIGPIPE."""
-    done = run(words, then=" | (exec <&-; sleep 0); echo ${PIPESTATUS[0]} >&2")
-    assert done.stderr in ("141\n", "0\n") and done.stdout == ""
+    done = run(words, then=" | true")
+    assert done.stderr == "" and done.stdout == ""
     program = f"""-c 'import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)
 import diffaccel.__main__ as cli; sys.exit(cli.main("{words.removesuffix(" 2>&1")}".split()))'"""
     assert run(program=program).returncode == 141

@@ -115,6 +115,14 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}g}"
 
 
+def duration(seconds: float) -> str:
+    """Format a duration: 95 -> '95 s', 5400 -> '1.5 h'."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (120.0, "min")):
+        if seconds >= 2 * size if unit == "days" else seconds >= size:
+            return f"{seconds / (60.0 if unit == 'min' else size):.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def human(number: float, unit: str) -> str:
     """Format a number with an SI prefix: 1234567, 'FLOP' -> '1.23 MFLOP'."""
     power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))

@@ -43,6 +43,7 @@ VERBS = {
         Verb("tradeoff", on_experiment=True),
         Verb("sweep", settings=True, module="sweeping", function="sweep_command"),
         Verb("compare", module="comparison", function="compare_command"),
+        Verb("advise", module="advising", function="advise_command"),
         Verb("convert"),
         Verb("sample", on_experiment=True),
         Verb("reference", on_experiment=True),

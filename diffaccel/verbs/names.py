@@ -60,7 +60,9 @@ def check_names(experiment: str | None, settings: list[str]) -> tuple[str | None
         experiment, settings = f"{experiment}/{method}", [word for word in settings if not word.startswith("method=")]
     elif method and not {key.partition(".")[0] for key, _ in pairs} & {"prior", "network"}:
         other = f"{experiment.rpartition('/')[0]}/{method}"
-        if other != experiment and other in experiment_names():
+        if other == experiment:
+            settings = [word for word in settings if not word.startswith("method=")]
+        elif other in experiment_names():
             # With the parts of the experiment, the points would have the name of a method that made none of them.
             raise UsageError(f"{experiment} and method={method} are two experiments: give {other}, without method=")
     find(experiment)
