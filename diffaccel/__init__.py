@@ -19,7 +19,20 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, sweep, tradeoff
+    from diffaccel.api import (
+        bench,
+        compare,
+        convert,
+        export,
+        fit,
+        load,
+        reference,
+        sample,
+        score,
+        search,
+        sweep,
+        tradeoff,
+    )
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -37,9 +50,11 @@ __all__ = [
     "Solver",
     "UsageError",
     "__version__",
+    "advise",
     "bench",
     "compare",
     "convert",
+    "export",
     "fit",
     "load",
     "measure",
@@ -52,7 +67,19 @@ __all__ = [
 ]
 
 _FUNCTIONS = (
-    *("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "sweep", "tradeoff"),
+    "advise",
+    "bench",
+    "compare",
+    "convert",
+    "export",
+    "fit",
+    "load",
+    "reference",
+    "sample",
+    "score",
+    "search",
+    "sweep",
+    "tradeoff",
 )
 
 __getattr__, __dir__ = lazy(

@@ -3,95 +3,64 @@
 import atexit
 import gc
 import os
-import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 
-from diffaccel.errors import SharedError, UsageError, suggest
-from diffaccel.storage import FULL, check_target
+from diffaccel.errors import SharedError, UsageError
+from diffaccel.storage import FULL
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole, print_lines
-from diffaccel.verbs.run import VERBS
-from diffaccel.verbs.run import run as run_verb
+from diffaccel.verbs import Verb
+from diffaccel.verbs.help import find, help_of, overview, wanted
 
-HELP = """\
-diffaccel: compare methods for few-step sampling on your data, at your budget
-
-  diffaccel bench EXPERIMENT nfe=5,10,20 n=5000     measure points of the quality-versus-NFE curve
-  diffaccel fit EXPERIMENT [resume=auto]            train; writes weights and the curve
-  diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
-  diffaccel tradeoff EXPERIMENT                     likelihood bound and distance of small T for each start time
-  diffaccel sweep FILE [processes=2] [count=20]     run a W&B sweep file here; the same command goes on with the rest
-  diffaccel compare DIR DIR ... [out=runs/compare]  compare points of several runs, paired by their noise
-  diffaccel convert SRC DST                         foreign checkpoint to safetensors; --inspect SRC describes it
-  diffaccel sample EXPERIMENT nfe=10 n=64           write the images that bench measures (format=png or npz)
-  diffaccel reference EXPERIMENT                    write statistics of the data for bench
-  diffaccel score SOURCE EXPERIMENT [name=mine]     the metrics of bench for images of any origin: a folder, zip or npz
-  diffaccel list GROUP                              list the parts of a group (solver, prior ...), or all groups
-  diffaccel explain GROUP NAME                      describe a part: keys, defaults, references (explain solver heun)
-
-EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
-(`diffaccel bench method=dlg data=digits nfe=10` is the same as `diffaccel bench digits/dlg nfe=10`).
-
-SOURCE is a folder or zip of images, an npz with images or arr_0 (N, H, W, C), or statistics (mu, sigma). In score,
-EXPERIMENT may be a data set (`diffaccel score images digits`), or be omitted with reference=FILE extractor=inception,
-where FILE is a file of `diffaccel reference`, statistics, or images. nfe=10 places the point on the curve.
-
-Keys may be set on the command line; frequently used keys:
-  nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one point each
-  n=5000 seed=0            images per point, and seed of their noise
-  solver=ipndm             another part by name (solver, prior, process ...)
-  solver.grid.ratio_min=0.01  a key of a part
-  prior.images_per_chain=50  length of the chains of a chain prior (chains=100: their number, for any n)
-  judges=efficientnet_lite0,mobilenetv2  extractors that score the images, in one pass
-  checkpoint=FILE          weights of the denoiser; init=FILE: initial weights in a fit
-  batch_size= threads= devices= accelerator=
-  precision=auto           bf16-mixed if the device has bf16 units, else 32-true; or a precision of Lightning
-  images=1000000 limit=64  training length; use only the first images of the data
-  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
-  out=DIR                  runs/<data>/<method> by default
-  dry_run=true             print the plan and its cost; measure nothing
-"""
+BROKEN_PIPE = 128 + 13
+"""Exit status of a program that SIGPIPE ends, as shells report it."""
 
 console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit status: 0 for success, 2 for invalid input, 130 for an interrupt."""
+    """Run a command and return the exit status.
+
+    Returns:
+        0 for success, 2 for invalid input, 130 for an interrupt, 141 if the reader of the output ended.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Read when torch is imported. Threads that wait actively slow a run tenfold if another program uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not words or words[0] in ("help", "-h", "--help"):
-        print_lines(*HELP.splitlines())
-        return 0
-    if words[0] in ("version", "--version"):
-        from diffaccel.version import __version__
-
-        print_lines(f"diffaccel {__version__}")
-        return 0
-    verb = words.pop(0)
-    if verb in PATH_VERBS and not {"-h", "--help", "help"} & set(words):
-        return _guarded(lambda: PATH_VERBS[verb](words))
-    if verb in (*VERBS, *PATH_VERBS) and (words[:1] == ["help"] or {"-h", "--help"} & set(words)):
-        print_lines(*HELP.splitlines())
-        return 0
 
     def run() -> None:
-        if verb not in VERBS:
-            raise UsageError(
-                f"no command is called {verb!r}{suggest(verb, [*VERBS, *PATH_VERBS])} (see `diffaccel help`)"
-            )
-        with _uncollected() if arguments is None else nullcontext():
-            from diffaccel.config import FLAGS, KEYS  # imports PyTorch
-            from diffaccel.parts.overrides import one_experiment
+        if (about := wanted(words)) is not None:
+            print_lines(*(help_of(about) if about else overview()).splitlines())
+        elif words[0] in ("version", "--version"):
+            from diffaccel.version import __version__
 
-        run_verb(verb, *one_experiment(words, KEYS, FLAGS))
+            print_lines(f"diffaccel {__version__}")
+        else:
+            with _uncollected() if arguments is None else nullcontext():
+                _carry_out(find(words[0]), words[1:])
+        sys.stdout.flush()
 
     return _guarded(run)
+
+
+def _carry_out(verb: Verb, words: list[str]) -> None:
+    """Run a command, after its names are checked without PyTorch."""
+    from diffaccel.verbs.names import check_own_keys
+
+    if not verb.on_experiment:
+        check_own_keys(verb, words)
+        getattr(import_module(verb.path), verb.function or verb.name)(words)
+        return
+    from diffaccel.config import FLAGS, KEYS
+    from diffaccel.parts.overrides import one_experiment
+    from diffaccel.verbs.run import run
+
+    run(verb.name, *one_experiment(words, KEYS, FLAGS))
 
 
 @contextmanager
@@ -124,6 +93,9 @@ def _guarded(run: Callable[[], None]) -> int:
     except UsageError as error:
         console.print(printable(f"diffaccel: {error}"), style="red")
         return 2
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
@@ -141,72 +113,17 @@ def _guarded(run: Callable[[], None]) -> int:
     return 0
 
 
-def compare(words: list[str]) -> None:
-    """Print a comparison of the points of several runs, and write a page."""
-    from diffaccel.parts.overrides import paths_and_options
-    from diffaccel.verbs import compare as comparison
+def _discard_output() -> None:
+    """Discard what is still buffered, which Python would otherwise write, and report, at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):  # a stream without a descriptor
+                os.dup2(null, stream.fileno())
+    os.close(null)
 
-    sources, options = paths_and_options(words, comparison.OPTIONS, "compare")
-    out = Path(options.get("out") or "runs/compare").expanduser()
-    comparison.check_out(out)
-    check_target(out / "index.html")
-    names = options["label"].split(",") if options.get("label") else []
-    found = comparison.compare_all(
-        sources, options.get("reference"), console.print, options.get("judge"), [name.strip() for name in names],
-        options.get("x") or "nfe", shlex.join(["diffaccel", "compare", *words]),
-    )  # fmt: skip
-    files = comparison.write(found.rows, out, *found[1:])
-    comparison.show(found.rows)
-    print_lines(f"{', '.join(reversed(files))} are in {out}")
-
-
-def score(words: list[str]) -> None:
-    """Score images of any origin, or statistics of images."""
-    from diffaccel.verbs.score import read_words
-    from diffaccel.verbs.score import score as run
-
-    run(read_words(words))
-
-
-def convert(words: list[str]) -> None:
-    """Convert a checkpoint of another codebase to safetensors, or describe it."""
-    from diffaccel.verbs.convert import convert
-
-    convert(words)
-
-
-def sweep(words: list[str]) -> None:
-    """Run the benches of a sweep file."""
-    from diffaccel.verbs.run import quiet
-    from diffaccel.verbs.sweep import sweep_command
-
-    quiet()
-    sweep_command(words)
-
-
-def list_parts(words: list[str]) -> None:
-    """Print the groups of parts, or the parts of a group."""
-    from diffaccel.verbs.listing import show_list
-
-    show_list(words)
-
-
-def explain(words: list[str]) -> None:
-    """Print the description of a part, with its keys and references."""
-    from diffaccel.verbs.listing import show_explanation
-
-    show_explanation(words)
-
-
-PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
-    "compare": compare,
-    "convert": convert,
-    "score": score,
-    "sweep": sweep,
-    "list": list_parts,
-    "explain": explain,
-}
-"""Commands without an experiment."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from diffaccel.errors import UsageError
 from diffaccel.sampling import Model
+
+if TYPE_CHECKING:
+    from diffaccel.verbs.advise import Advice
 
 
 def load(source: str | Path, **settings: Any) -> Model:
@@ -197,6 +200,70 @@ def compare(
     found = comparison.compare_all(sources, named, note, judge, labels, x)
     comparison.write(found.rows, page, *found[1:])
     return page / "index.html"
+
+
+def advise(
+    folders: str | Path | Sequence[str | Path],
+    nfe: float | None = None,
+    seconds: float | None = None,
+    gflops: float | None = None,
+    judge: str | None = None,
+    n: int | None = None,
+    reference: str | Path | None = None,
+) -> "Advice":
+    """Find the best measured setting within a budget; see ``diffaccel advise``.
+
+    Args:
+        folders: Folders of runs, or their points.jsonl.
+        nfe: Budget in evaluations per image; exactly one budget is given.
+        seconds: Budget in seconds per image.
+        gflops: Budget in GFLOPs per image.
+        judge: Judge whose distance is minimised; by default the first of the first point.
+        n: Number of images of the points; by default that of most settings.
+        reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
+
+    Returns:
+        Advice: the best setting, differences to the others, and warnings; ``lines()`` describes it.
+    """
+    from diffaccel.text.terminal import say
+    from diffaccel.verbs.advise import advise as run
+
+    sources = [folders] if isinstance(folders, str | Path) else folders
+    paths = [str(Path(one).expanduser()) for one in sources]
+    return run(paths, nfe, seconds, gflops, judge, n, None if reference is None else str(reference), say)
+
+
+def export(
+    experiment: str | Path,
+    format: str = "json",  # noqa: A002 (the name of the key)
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    checkpoint: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Describe a sampling setting for other tools; see ``diffaccel export``.
+
+    Args:
+        experiment: Experiment by name (``digits/edm``) or file.
+        format: ``json`` for all of the setting; ``diffusers``, ``k-diffusion`` or ``comfyui`` for the list of noise
+            levels that the tool takes.
+        sigma_min: Last positive level of another model, to whose range the spacing of the levels is mapped.
+        sigma_max: First level of another model.
+        checkpoint: Checkpoint of another model, for its range and parametrisation.
+        settings: Keys of the experiment, ``nfe`` among them.
+
+    Returns:
+        Setting; for several budgets, a list of settings. ``notes`` lists what a list of levels does not express.
+
+    Example:
+        >>> export("digits/edm", nfe=3, format="k-diffusion", solver="euler")["sigmas"]
+        [80.0, 2.515219183535214, 0.002, 0.0]
+    """
+    from diffaccel.verbs.export import export as run
+
+    other = None if checkpoint is None else str(checkpoint)
+    found = run(str(experiment), words(settings), format, sigma_min, sigma_max, other)
+    return found[0] if len(found) == 1 else found
 
 
 def convert(source: str | Path, target: str | Path, again: bool = False, **options: Any) -> Path:

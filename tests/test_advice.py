@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffaccel import experiment, pretrained
-from diffaccel.__main__ import HELP
+from diffaccel import experiment
 from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.config.sweep import read_sweep
 from diffaccel.data import SOURCES
@@ -33,16 +32,16 @@ from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
 from diffaccel.solver import GRIDS, SOLVERS
-from diffaccel.verbs import compare as comparison
-from diffaccel.verbs.score import OWN, read_words
-from diffaccel.verbs.sweep import OPTIONS as SWEEP_OPTIONS
+from diffaccel.verbs import VERBS
+from diffaccel.verbs.asked import OWN, read_words
+from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
+from diffaccel.verbs.help import help_of, keys_of, overview
+from diffaccel.verbs.listed import list_experiments, list_keys
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-VERBS = (
-    *("bench", "fit", "search", "tradeoff", "sample", "reference", "compare", "convert", "score", "sweep"),
-    *("list", "explain"),
-)
+ELSEWHERE_KEYS = {key for verb in VERBS.values() if not verb.on_experiment for key in keys_of(verb)} | {"timesteps"}
+"""Keys of commands that are not on an experiment, and an argument of a function of diffusers in a text."""
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 SCORE_ONLY = set(OWN) - KEYS
@@ -70,8 +69,9 @@ def script() -> str:
         parts += blocks(page)
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
         parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`((?:for|diffaccel|make) [^`]*)`", prose)]
-    parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", HELP, re.M)]
-    parts += re.findall(r"`(diffaccel [^`]*)`", HELP)
+    parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", overview(), re.M)]
+    for text in (overview(), *map(help_of, VERBS)):
+        parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`(diffaccel [^`]*)`", text)]
     text = "\n".join(parts).replace(".venv/bin/", "").replace("EXPERIMENT", "digits/edm")
     text = text.replace(" key=value", "").replace(" ...", "")
     return re.sub(r"\[([\w.]+=[\w./]+)\]", r"\1", text).replace("python -c", ": -c")
@@ -105,8 +105,12 @@ def my_solver() -> Iterator[None]:
 def check_named(verb: str, words: Sequence[str]) -> None:
     """Check that ``list`` and ``explain`` are given groups and parts that exist, or the words for them in general."""
     group, *name = words
-    assert len(name) == (verb == "explain")
-    if group != "GROUP":
+    lists = {"experiments": list_experiments, "keys": list_keys, "sweeps": lambda: [True]}
+    if verb == "list" and group in lists:
+        assert lists[group](*name)
+        return
+    assert len(name) == 1 or (verb == "list" and not name)
+    if group not in ("GROUP", "WHAT"):
         assert all(one in registry_of(group) for one in name)
 
 
@@ -127,10 +131,12 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
     for program, verb, *words in {re.sub(r"\d+", "1", str(words)): words for words in commands}.values():
         if program != "diffaccel" or verb not in VERBS or not words:
             continue
-        if verb in ("compare", "convert"):
-            paths, _ = paths_and_options(words, [*comparison.OPTIONS, *pretrained.OPTIONS], verb, ["inspect", "again"])
+        if verb in ("advise", "compare", "convert"):
+            paths, _ = paths_and_options(words, keys_of(VERBS[verb]), verb, ["inspect", "again"])
             assert paths, words
             continue
+        if verb == "export":
+            words = [word for word in words if word.partition("=")[0] not in EXPORT_OPTIONS]
         if verb == "score":
             check_score(words)
             continue
@@ -219,7 +225,7 @@ def known(key: str) -> bool:
             if isinstance(place, dict) or (top in STATISTICS and name != top):  # files of judges, by their names
                 return True
             if not hasattr(place, name):
-                return key in (*pretrained.OPTIONS, *comparison.OPTIONS, *SWEEP_OPTIONS)
+                return key in ELSEWHERE_KEYS
             place = getattr(place, name)
         return True
     registry: Registry[Any] | None = KINDS[top]
@@ -255,8 +261,11 @@ def test_commands_in_messages_are_the_programs():
                 check_score(words)
             elif verb == "sweep":
                 assert not words or words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
-            elif words and verb in VERBS and verb not in ("compare", "convert"):
-                load(*one_experiment(words, KEYS, FLAGS))
+            elif words and verb == "help":
+                assert words[0] in (*VERBS, "VERB")
+            elif words and verb in VERBS and verb not in ("advise", "compare", "convert"):
+                own = [word for word in words if verb != "export" or word.partition("=")[0] not in EXPORT_OPTIONS]
+                load(*one_experiment(own, KEYS, FLAGS))
 
 
 # What was advised and failed

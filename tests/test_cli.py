@@ -47,7 +47,7 @@ def refused(capsys: Printed):  # noqa: ANN201
 
 
 def test_help_and_version(capsys: Printed):
-    for words in ([], ["help"], ["-h"], ["--help"], ["bench", "--help"], ["bench", "toy/edm", "-h"], ["fit", "help"]):
+    for words in ([], ["help"], ["-h"], ["--help"], ["help", "bench"], ["bench", "--help"], ["bench", "toy/edm", "-h"]):
         assert main(words) == 0
         printed = capsys.readouterr()
         assert "diffaccel bench EXPERIMENT" in printed.out and printed.err == ""

@@ -67,10 +67,15 @@ def test_the_forward_that_is_timed_is_a_warm_one_of_a_whole_batch(monkeypatch: p
     sampler = build_method(load("toy/edm")).sampler
     found = cost.forward_cost(sampler, 300)
     assert (found.timed, found.seconds) == (300, pytest.approx(1e-3))
-    assert (found.compiling, calls) == (0.0, [300, 300, 300, 300])
+    assert (found.compiling, calls) == (0.0, [300, 300, 300, 300, 300])
     calls.clear()
     sampler.shape = (3, 64, 64)
-    found = cost.forward_cost(sampler, 100)  # 4 were watched, at 0.751 s each
+    found = cost.forward_cost(sampler, 100)  # 4 were watched, at 0.751 s each the first time
+    assert found.timed == 100, "start-up does not decide what is affordable"
+    assert found.seconds == pytest.approx(1e-3) and found.counting == found.compiling == pytest.approx(3.0)
+    calls.clear()
+    monkeypatch.setattr(cost, "AFFORDABLE", 0.05)
+    found = cost.forward_cost(sampler, 100)
     assert found.timed == 4 and found.seconds == pytest.approx(1e-3) and found.counting == pytest.approx(3.0)
 
 
@@ -79,7 +84,7 @@ def test_sampling_is_timed_with_all_that_it_does(monkeypatch: pytest.MonkeyPatch
     config = load("toy/dlg", ["n=100", "chains=50", "batch_size=25", "nfe=40"])
     sampler = build_method(config, frozen=True).eval().sampler
     plan = sampler.plan(40, 100)
-    ticks = iter([0.0, 60.0])
+    ticks = iter([0.0, 90.0, 100.0, 160.0])
     monkeypatch.setattr(cost, "_clock", lambda sampler: next(ticks))
     opened, drawn = sampler.open, sampler.draw
     made: list[int] = []
@@ -92,10 +97,29 @@ def test_sampling_is_timed_with_all_that_it_does(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sampler, "draw", draw)
     rate = cost.seconds_per_evaluation(config, sampler, plan, forward=1e-9)
-    assert made == [-1, 25], "the burn-in and one batch"
+    assert made == [-1, 25, -1, 25], "the burn-in and one batch, and again, because the first time includes start-up"
     evaluations = 25 * (sampler.prior.burn_in_per_chain + plan.chain_steps + sampler.solver.evaluations(plan.steps))
     assert rate == pytest.approx(60.0 / evaluations, rel=1e-9)
     assert cost.seconds_per_evaluation(config, sampler, plan, forward=1.0) == 1.0, "what takes too long isn't run"
+
+
+def test_a_dry_run_has_the_threads_of_the_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    forward = cost._forward
+
+    def watch(sampler: Any, images: int) -> float:
+        seen.append(torch.get_num_threads())
+        return forward(sampler, images)
+
+    monkeypatch.setattr(cost, "_forward", watch)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            seen.clear()
+            assert main(["bench", "toy/edm", "n=20", "dry_run=true", f"threads={threads}"]) == 0
+            assert set(seen) == {threads} and f"threads={threads}" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_dry_run_computes_as_the_bench_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffaccel.__main__ import main
+from diffaccel.config import KEYS, experiment_names
 from diffaccel.errors import UsageError
 from diffaccel.metrics import Moments
 from diffaccel.metrics.base import METRICS, Made, Real, build_metrics
@@ -19,7 +20,8 @@ from diffaccel.metrics.reference import Reference
 from diffaccel.parts.catalogue import CATALOGUE, DESCRIPTIONS, registry_of
 from diffaccel.parts.docstrings import documented_keys, entries, first_line, first_paragraph, references
 from diffaccel.solver import SOLVERS, Grid, Solver
-from diffaccel.verbs.listing import Key, explain, list_parts
+from diffaccel.verbs.listed import Key, list_experiments, list_keys
+from diffaccel.verbs.listing import explain, list_parts
 
 PARTS = [(group, name) for group in CATALOGUE for name in registry_of(group)]
 
@@ -68,6 +70,33 @@ def test_heun_is_explained():
         "Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, Algorithm 1"
     ]
     assert "cifar10/edm" in found.experiments and "digits/ddpm" not in found.experiments
+
+
+def test_keys_of_a_part_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["list", "solver", "heun"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].strip()]
+    assert rows == ["key", *(key.name for key in explain("solver", "heun").keys)]
+
+
+def test_experiments_and_sweeps_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert {one.name for one in list_experiments()} == set(experiment_names())
+    digits = {one.name: one.what for one in list_experiments("digits")}
+    assert digits["digits/ddpm"] == "Noise prediction on a variance preserving process, ancestral sampling"
+    assert {name.partition("/")[0] for name in digits} == {"digits"}
+    assert "0 .. K - 1" in digits["digits/tdpm"], "dots are not the end of a sentence"
+    assert {one.name: one.what for one in list_experiments("toy")}["toy/edm"] == "method diffusion"
+    assert main(["list", "sweeps"]) == 0
+    assert "methods  Every method at every budget" in capsys.readouterr().out
+
+
+def test_keys_of_an_experiment_are_listed():
+    keys = {key.name: key for key in list_keys()}
+    assert keys.keys() == KEYS - {"experiment"}
+    assert all(key.what for key in keys.values())
+    assert keys["n"][1:] == ("int", "5000", "Images per point.") and keys["shape"].default is None
+    assert keys["checkpoint"].type == "path" and keys["chains"].what == "short for prior.chains"
+    training = {key.name: key for key in list_keys("training")}
+    assert training["training.lr"][1:3] == ("float", "0.001") and all(key.what for key in training.values())
 
 
 def test_types_in_words():
@@ -130,7 +159,10 @@ def test_a_plugins_part_is_shown_with_its_package(monkeypatch: pytest.MonkeyPatc
     ("words", "said"),
     [
         (["list", "solvers"], "no group of parts is called 'solvers'; did you mean 'solver'?"),
-        (["list", "solver", "heun"], "list accepts at most one group of parts"),
+        (["list", "solver", "heun", "grid"], "list accepts at most a group of parts and the name of a part"),
+        (["list", "solver", "huen"], "no solver is called 'huen'; did you mean 'heun'?"),
+        (["list", "experiments", "digts"], "there are no experiments of 'digts'; did you mean 'digits'?"),
+        (["list", "keys", "trainig"], "no section of keys is called 'trainig'; did you mean 'training'?"),
         (["explain", "solver", "huen"], "no solver is called 'huen'; did you mean 'heun'?"),
         (["explain", "grids", "karras"], "no group of parts is called 'grids'; did you mean 'grid'?"),
         (["explain", "heun"], "explain requires a group and a name"),

@@ -16,7 +16,7 @@ from PIL import Image
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 import diffaccel as da
-from diffaccel.__main__ import HELP, main
+from diffaccel.__main__ import main
 from diffaccel.data import DataModule
 from diffaccel.evaluation import pictures as pictures_of_points
 from diffaccel.evaluation import scoring
@@ -24,6 +24,7 @@ from diffaccel.metrics.reference import read_reference
 from diffaccel.metrics.statistics import read_statistics
 from diffaccel.report import read_points
 from diffaccel.verbs.compare import compare, markdown
+from diffaccel.verbs.help import overview
 
 N, NFE = 200, 4
 WEIGHTS = Path(__file__).parents[1] / "experiments" / "digits" / "weights"
@@ -437,6 +438,6 @@ def test_what_is_missing_is_said(made: Path, refused: Callable[..., str]):
 
 
 def test_the_help_lists_it(capsys: Printed):
-    assert "  diffaccel score SOURCE EXPERIMENT" in HELP
+    assert "  diffaccel score SOURCE EXPERIMENT" in overview()
     for words in (["score", "--help"], ["score", "help"], []):
         assert main(words) == 0 and "diffaccel score" in capsys.readouterr().out

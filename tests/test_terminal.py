@@ -14,7 +14,7 @@ from diffaccel.pretrained import Pretrained, describe
 from diffaccel.report.table import print_points
 from diffaccel.text import terminal
 from diffaccel.text.escape import csv_cell, markdown_cell, printable
-from diffaccel.text.terminal import PlainConsole, description_column, print_lines, say, track
+from diffaccel.text.terminal import PlainConsole, description_column, duration, print_lines, say, track
 
 HOSTILE = "[red]a[/red] \x1b[31mb\x1b]0;title\x07 \r\u202ec\u2066\u200b :smile: \ud800 \x9b1m"
 SHOWN = "[red]a[/red] \\x1b[31mb\\x1b]0;title\\x07 \\r\\u202ec\\u2066\\u200b :smile: \\ud800 \\x9b1m"
@@ -113,3 +113,11 @@ def test_what_a_checkpoint_says_of_itself_is_shown_in_one_line_each(capsys: pyte
     )
     printed = capsys.readouterr().out
     assert printed.count("\n") == 7 and "\x1b" not in printed and "\\x1b]0;t\\x07\\nforged  line" in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0123, "0.0123 s"), (119, "119 s"), (120, "2 min"), (3599, "60 min"), (5400, "1.5 h"), (172800, "2 days")],
+)
+def test_durations_have_a_readable_unit(seconds: float, said: str):
+    assert duration(seconds) == said

@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from diffaccel.budget import nearest
 from diffaccel.parts import overrides
 from diffaccel.parts.catalogue import CATALOGUE
 from diffaccel.parts.schema import FILE, PLACE
 from diffaccel.parts.trees import merge
-from diffaccel.sampling import nearest
 from diffaccel.training.plan import Training
 
 BY_NFE = {"by_nfe": True}

@@ -158,7 +158,7 @@ class DiscreteVPDenoiser(VPDenoiser):
         log_ratios = 0.5 * ((1 - kept) / kept).log()
         low, high = log_ratios[[0, -1]].exp().tolist()
         super().__init__(network, process, ratio_min=low, ratio_max=high)
-        self.predicts = predicts
+        self.predicts, self.schedule, self.betas = predicts, schedule, (beta_start, beta_end)
         self.register_buffer("log_ratios", log_ratios, persistent=False)
 
     def noise_conditioning(self, t: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class Prior(nn.Module, ABC):
 
     evaluations = 0
     """Number of evaluations per starting state, without those of a chain."""
+    pure_noise = False
+    """Whether the starting states are noise without data, N(0, sigma_t^2 I) at one level, as other tools start."""
     burn_in_counted = True
     """Whether burn-in counts towards the NFE budget."""
 
@@ -203,6 +205,8 @@ class GaussianPrior(Prior):
     Raises:
         UsageError: ``ratio_star`` is not positive.
     """
+
+    pure_noise = True
 
     def __init__(self, ratio_star: float | None = None) -> None:
         super().__init__()

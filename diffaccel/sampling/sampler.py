@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffaccel.budget import nearest
 from diffaccel.deferred import Checks, Stopwatch, runs_ahead
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -24,7 +25,7 @@ from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic, check_precision
-from diffaccel.sampling.settings import Setting, Tweedie, nearest
+from diffaccel.sampling.settings import Setting, Tweedie
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.weights import tensors_sha256

@@ -1,6 +1,5 @@
 """Settings of a sampler: prior and solver by budget, and the last denoising step."""
 
-from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,11 +11,6 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.nfe import counted_apart
 from diffaccel.prior import Prior
 from diffaccel.solver import Solver
-
-
-def nearest(budgets: Collection[int], nfe: float) -> int:
-    """Return the highest of the budgets that is not above ``nfe``, or the lowest."""
-    return max((budget for budget in budgets if budget <= nfe), default=min(budgets))
 
 
 class Setting(NamedTuple):

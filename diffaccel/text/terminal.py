@@ -1,5 +1,6 @@
 """Terminal output. Everything is printed through this module, so that text from files is always escaped."""
 
+import errno
 import math
 import os
 import sys
@@ -40,6 +41,11 @@ class PlainConsole(Console):
         """Convert a string to escaped text without markup."""
         shown = "\n".join(printable(line) for line in text.split("\n"))
         return super().render_str(shown, **{**options, "markup": False, "emoji": False, "highlight": False})
+
+    @override
+    def on_broken_pipe(self) -> None:
+        """Leave a broken pipe to the caller; rich would end the program."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def print_lines(*lines: str) -> None:
@@ -107,6 +113,14 @@ def track(items: Iterable[T], description: str, total: float, shown: bool = True
 def number(value: float | None, digits: int = 4) -> str:
     """Format a number with significant digits; "-" for None and NaN."""
     return "-" if value is None or value != value else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: 95 -> '95 s', 5400 -> '1.5 h'."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (120.0, "min")):
+        if seconds >= 2 * size if unit == "days" else seconds >= size:
+            return f"{seconds / (60.0 if unit == 'min' else size):.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def human(number: float, unit: str) -> str:

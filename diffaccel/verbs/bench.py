@@ -10,6 +10,27 @@ from diffaccel.sampling import Sampler
 from diffaccel.storage import check_room
 from diffaccel.verbs.cost import print_cost
 
+HELP = """\
+bench EXPERIMENT nfe=5,10,20 n=5000
+measure points of the quality-versus-NFE curve
+
+Points are appended to OUT/points.jsonl, and shown by `diffaccel compare`. The same command resumes an interrupted
+bench, and prints the points that were measured before.
+
+Keys:
+  nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one point each
+  n=5000 seed=0            images per point, and seed of their noise
+  prior=gaussian           distribution of the starting states
+  prior.images_per_chain=50  length of the chains of a chain prior; chains=100: their number, for any n
+  judges=efficientnet_lite0,mobilenetv2  extractors that score the images, in one pass
+  reference=FILE floor=FILE  statistics of training and held-out images, from `diffaccel reference`
+  metrics=[frechet,kid]    metrics of a point; `diffaccel list metric` lists them
+  likelihood=true          measure bits per dimension of test images
+  keep_images=true         write the images, to score them with other extractors
+  dry_run=true             print the plan with its cost and memory; measure nothing
+  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
+"""
+
 
 def bench(config: Config) -> list[dict[str, Any]]:
     """Measure the configured budgets with the configured weights, and print the points.

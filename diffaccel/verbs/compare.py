@@ -29,8 +29,6 @@ from diffaccel.verbs.pairs import Pairs
 
 __all__ = ["Comparison", "Row", "compare", "compare_all", "markdown", "show", "table", "write"]
 
-OPTIONS = ("out", "reference", "judge", "label", "x")
-"""Options of the command."""
 PICTURES = ("curve.png", "curve_dark.png", "strip.png", "strip_dark.png")
 WRITTEN = ("compare.csv", "table.md", *PICTURES, "index.html")
 ONLY_IN_FILES = ("kid_se", "precision", "density", "s/image")

@@ -9,6 +9,21 @@ from diffaccel.parts.overrides import paths_and_options, scalar
 from diffaccel.run.targets import check_new
 from diffaccel.text.terminal import print_lines
 
+HELP = """\
+convert SRC DST
+foreign checkpoint to safetensors; --inspect SRC describes it
+
+SRC is a score_sde .pth, an EDM .pkl, a folder of diffusers, or a file of diffaccel. Code in a file is never run. DST is
+a new .safetensors file.
+
+Keys:
+  --inspect                describe SRC; write nothing
+  weights=ema              averaged (ema) or last (raw) weights, of a file with both
+  size=32                  size of the images in pixels, if the file does not contain it
+  sigma_max=50             highest noise level of a VE network in units of its data, if the file does not contain it
+  again=true               replace DST
+"""
+
 
 def convert(words: list[str]) -> None:
     """Convert a checkpoint of another codebase to safetensors or, with ``--inspect``, describe it."""

@@ -16,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter
-from diffaccel.prior import ChainPrior, Plan
+from diffaccel.prior import ChainPrior, Group, Plan
 from diffaccel.run.machine import describe, device_type
 from diffaccel.sampling import Sampler
-from diffaccel.text.terminal import human, print_lines, wide_console
+from diffaccel.text.terminal import duration, human, print_lines, wide_console
 
 AFFORDABLE = 5.0
 """Maximum time of a measurement in seconds; longer ones are extrapolated from fewer images."""
+
+INFLATED = 1.5
+"""Multiple of the time of a forward pass from which a batch is timed again."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -86,7 +89,8 @@ def forward_cost(sampler: Sampler, batch_size: int) -> ForwardCost:
     watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one image for 256x256, which is slow on a CPU
     with EvaluationCounter(sampler.evaluated_networks()) as counter, LiveBytes() as memory:
         least = _forward(sampler, watched)
-    timed = batch_size if least / watched * batch_size < AFFORDABLE else watched
+    # The first pass includes the counting and the start-up of libraries, of seconds on a few images.
+    timed = batch_size if _forward(sampler, watched) / watched * batch_size < AFFORDABLE else watched
     first = _forward(sampler, timed)
     seconds = min(_forward(sampler, timed) for _ in range(2)) / timed
     compiling, counting = max(0.0, first - timed * seconds), max(0.0, least - watched * seconds)
@@ -131,15 +135,23 @@ def seconds_per_evaluation(config: Config, sampler: Sampler, plan: Plan, forward
     burn_in = plan.prior.burn_in_per_chain if isinstance(plan.prior, ChainPrior) else 0
     if math.isnan(nfe) or (nfe + burn_in) * len(group[0]) * forward > AFFORDABLE:
         return forward
+    try:
+        rate = _rate_of_first_batch(config, sampler, plan, group)
+        if rate > INFLATED * forward:  # perhaps by start-up, which the batches of a run share
+            rate = min(rate, _rate_of_first_batch(config, sampler, plan, group))
+    except UsageError:  # random weights may diverge
+        return forward
+    return rate
+
+
+def _rate_of_first_batch(config: Config, sampler: Sampler, plan: Plan, group: Group) -> float:
+    """Time per evaluation and image of a group's first batch, including burn-in, in seconds."""
     evaluated = sampler.evaluated_networks(plan.prior)
     with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
         started = _clock(sampler)
-        try:
-            state = sampler.open(plan, config.seed, group)
-            for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state), 1):
-                images.cpu()
-        except UsageError:  # random weights may diverge
-            return forward
+        state = sampler.open(plan, config.seed, group)
+        for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state), 1):
+            images.cpu()
         taken = _clock(sampler) - started
     return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
 
@@ -160,7 +172,7 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
             if not math.isnan(nfe):
                 rate = seconds_per_evaluation(config, sampler, plan, cost.seconds)
                 total = cost.counting + rate * nfe * config.n / config.devices / config.num_nodes
-                spent = (human(nfe * cost.flops, "FLOP"), f"{total:.3g} s")
+                spent = (human(nfe * cost.flops, "FLOP"), duration(total))
             burn_in = f"{plan.prior.burn_in_evaluations(config.n) / config.n:.3g}"
             table.add_row(f"{budget:g}", str(plan.chain_steps), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
     print_lines(

@@ -20,6 +20,23 @@ from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
 from diffaccel.verbs.extractor import fit_features
 
+HELP = """\
+fit EXPERIMENT [resume=auto]
+train; writes weights and the curve
+
+Trains the networks of the experiment's method, or a feature network if the method is `extractor`. Weights, training
+state and points of the final evaluation are written to OUT.
+
+Keys:
+  resume=auto              resume from OUT/last.ckpt if it exists; or the path of a training state
+  init=FILE                initial weights of the denoiser
+  images=1000000           length of the training, in images
+  training.batch_size=128 training.lr=0.001  settings of the training; `diffaccel list keys training` lists all
+  training.evaluate_every=100000  images between evaluations
+  nfe=5,10 n=5000          budgets and images per point of the evaluation
+  seed=0                   seed of training and sampling
+  logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
+"""
 console = PlainConsole(stderr=True, soft_wrap=True)
 
 

@@ -1,28 +1,45 @@
 """``list`` and ``explain``: parts by name, described by their constructors and docstrings."""
 
 import dataclasses
-import inspect
 import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from diffaccel.errors import UsageError
 from diffaccel.parts.catalogue import CATALOGUE, DESCRIPTIONS, registry_of
-from diffaccel.parts.checks import FILLED, Range
 from diffaccel.parts.docstrings import documented_keys, first_line, first_paragraph, references
 from diffaccel.parts.registry import Registry, part_of
-from diffaccel.parts.schema import options
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import print_lines, wide_console
+from diffaccel.verbs.listed import Key, Listed, list_experiments, list_keys, list_sweeps, type_in_words
 
-LIST_USAGE = "list accepts at most one group of parts: `diffaccel list solver`"
+HELP = """\
+list WHAT
+list experiments, sweeps, keys, the parts of a group (solver, prior ...) or the keys of a part; or all of these
+
+`diffaccel list` prints what can be listed, `diffaccel list experiments` and `diffaccel list experiments digits` the
+shipped experiments, `diffaccel list solver` the solvers, `diffaccel list solver heun` the keys of one, and
+`diffaccel list keys` and `diffaccel list keys training` the keys of an experiment.
+"""
+EXPLAIN_HELP = """\
+explain GROUP NAME
+describe a part: keys, defaults, references (explain solver heun)
+
+The groups are those of `diffaccel list`: solver, prior, method, metric ...
+"""
+LIST_USAGE = "list accepts at most a group of parts and the name of a part: `diffaccel list solver heun`"
 EXPLAIN_USAGE = "explain requires a group and a name: `diffaccel explain solver heun`"
 
+
+LISTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "experiments": ("shipped experiments; `diffaccel list experiments digits` those of a data set", list_experiments),
+    "sweeps": ("shipped sweeps, for `diffaccel sweep`", list_sweeps),
+    "keys": ("keys of an experiment; `diffaccel list keys training` those of a section", list_keys),
+}
+"""Lists besides those of parts: name -> description, and the function that makes the list."""
 
 EXTRA = {
     "checkpoint": "Weights of the part's own networks.",
@@ -32,36 +49,6 @@ EXTRA = {
     "label": "Name in points and tables; the method's own by default.",
 }
 """Descriptions of keys that are not parameters of constructors."""
-
-
-class Listed(NamedTuple):
-    """One line of a list.
-
-    Attributes:
-        name: Name of a group, or of a part.
-        what: Description in one line.
-        plugin: Plugin of the part; None for built-in parts.
-    """
-
-    name: str
-    what: str
-    plugin: str | None = None
-
-
-class Key(NamedTuple):
-    """A key of a part.
-
-    Attributes:
-        name: Name of the key.
-        type: Description of valid values.
-        default: Default as written in a file; None if the key is required.
-        what: Description from the docstring.
-    """
-
-    name: str
-    type: str
-    default: str | None
-    what: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,33 +115,8 @@ def _keys(registry: Registry[Any], name: str) -> list[Key]:
         factory = item.default_factory
         default = item.default if factory is dataclasses.MISSING else factory()
         shown = None if default == "???" else _value(default, part_of(annotations[item.name]))
-        found.append(Key(item.name, _type(annotations[item.name]), shown, said.get(item.name, "")))
-    return found + [Key(key, _type(kind), "null", EXTRA[key]) for key, kind in registry.extra.items()]
-
-
-def _type(annotation: Any) -> str:
-    """Describe an annotation."""
-    own = [one for one in options(annotation) if one is not NoneType]
-    end = " or null" if len(own) < len(options(annotation)) else ""
-    return " or ".join(_one_type(one) for one in own) + end
-
-
-def _one_type(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if (registry := part_of(annotation)) is not None:
-        several = get_origin(getattr(annotation, "__origin__", None)) is list
-        return f"list of {registry.kind}s" if several else registry.kind
-    if marks := getattr(annotation, "__metadata__", ()):
-        rules = [mark.rule for mark in marks if isinstance(mark, Range)]
-        return ", ".join([_type(arguments[0]), *rules, *(["one or more"] if FILLED in marks else [])])
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(str, arguments))
-    if get_origin(annotation) is list:
-        return f"list of {_type(arguments[0])}"
-    if get_origin(annotation) is dict or annotation is dict:
-        return "mapping"
-    words = {str: "text", Path: "path", bool: "true or false", Any: "anything", inspect.Parameter.empty: "anything"}
-    return words.get(annotation) or str(getattr(annotation, "__name__", annotation))
+        found.append(Key(item.name, type_in_words(annotations[item.name]), shown, said.get(item.name, "")))
+    return found + [Key(key, type_in_words(kind), "null", EXTRA[key]) for key, kind in registry.extra.items()]
 
 
 def _value(value: Any, registry: Registry[Any] | None) -> str:
@@ -192,21 +154,48 @@ def _uses(tree: Any, group: str, name: str) -> bool:
 # Commands
 
 
-def show_list(words: list[str]) -> list[Listed]:
-    """Print and return the groups of parts, or the parts of a group.
+def show_list(words: list[str]) -> list[Listed] | list[Key]:
+    """Print and return what can be listed, or a list: experiments, sweeps, keys, parts of a group, keys of a part.
 
     Raises:
-        UsageError: The group is unknown, or several are given.
+        UsageError: There is no such list, or there are further words.
     """
-    if len(words) > 1:
+    if len(words) > 2:
         raise UsageError(LIST_USAGE)
+    if words and words[0] in LISTS:
+        return _printed(LISTS[words[0]][1](*words[1:]))
+    if len(words) == 2:
+        return _printed(_keys(registry_of(words[0]), words[1]))
     found = list_parts(*words)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for one in found:
-        table.add_row(printable(one.name), printable(one.what) + (f" [{one.plugin}]" if one.plugin else ""))
-    wide_console().print(table)
     if not words:
-        print_lines("`diffaccel list GROUP` lists the parts of a group, `diffaccel explain GROUP NAME` describes one")
+        found = [*(Listed(name, what) for name, (what, _) in LISTS.items()), *found]
+    _printed(found)
+    if not words:
+        print_lines(
+            "`diffaccel list GROUP` lists the parts of a group, `diffaccel list GROUP NAME` the keys of a part, and "
+            "`diffaccel explain GROUP NAME` describes a part"
+        )
+    return found
+
+
+T = TypeVar("T", list[Listed], list[Key])
+
+
+def _printed(found: T) -> T:
+    """Print a table, and return its rows."""
+    keys = bool(found) and isinstance(found[0], Key)
+    table = Table(box=None, header_style="bold", show_header=keys, padding=(0, 2, 0, 0))
+    for head in ("key", "type", "default", "") if keys else ("", ""):
+        table.add_column(head, vertical="top")
+    for one in found:
+        if isinstance(one, Key):
+            table.add_row(
+                *map(printable, (one.name, one.type, "(required)" if one.default is None else one.default, one.what))
+            )
+        else:
+            table.add_row(printable(one.name), printable(one.what) + (f" [{one.plugin}]" if one.plugin else ""))
+    if found:
+        wide_console().print(table)
     return found
 
 
@@ -221,13 +210,7 @@ def show_explanation(words: list[str]) -> Explanation:
     found = explain(*words)
     origin = f", {found.plugin}" if found.plugin else ""
     print_lines(*map(printable, (f"{found.group} {found.name} ({found.source}{origin})", "", found.what, "")))
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for head in ("key", "type", "default", ""):
-        table.add_column(head, vertical="top")
-    for key in found.keys:
-        table.add_row(*map(printable, (key.name, key.type, key.default or "(required)", key.what)))
-    if found.keys:
-        wide_console().print(table)
+    _printed(found.keys)
     for head, lines in (("References", found.references), ("Experiments", [", ".join(found.experiments)])):
         if any(lines):
             print_lines("", f"{head}:", *(printable(f"  {line}") for line in lines))

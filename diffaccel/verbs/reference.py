@@ -18,6 +18,15 @@ from diffaccel.run import launch
 from diffaccel.run.targets import check_new
 from diffaccel.text.terminal import PlainConsole, print_lines
 
+HELP = """\
+reference EXPERIMENT
+write statistics of the data for bench
+
+Keys:
+  reference=FILE floor=FILE  files for the training and the test split; OUT/reference.npz and OUT/floor.npz by default
+  judges=inception,mobilenetv2  extractors whose features are used, in one pass
+  keep_rows=10000          images whose features are kept, for KID, precision and recall
+"""
 KEYS = {"train": "reference", "test": "floor"}
 """Split -> key of its file."""
 

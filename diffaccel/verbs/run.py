@@ -8,16 +8,15 @@ from importlib import import_module
 from typing import Any
 
 from diffaccel.run.parent import end_with_parent
-
-VERBS = ("bench", "fit", "search", "tradeoff", "sample", "reference")
-"""Commands on an experiment; each is a function in the module of the same name in this package."""
+from diffaccel.verbs import VERBS
+from diffaccel.verbs.names import check_names
 
 
 def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     """Run a command on an experiment.
 
     Args:
-        verb: Command, one of ``VERBS``.
+        verb: Name of a command on an experiment.
         experiment: Path, or ``<data>/<method>``; None for ``method=`` and ``data=`` in the settings.
         settings: ``key=value`` words.
 
@@ -27,6 +26,7 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     Raises:
         UsageError: The input is invalid.
     """
+    experiment, settings = check_names(experiment, list(settings))
     quiet()
     end_with_parent()
     from diffaccel.config import load
@@ -39,7 +39,7 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     writes = not (config.dry_run and verb in ("bench", "sample"))
     with launch.folder_of(config) if writes else nullcontext():
         settle(config)
-        return getattr(import_module(f"diffaccel.verbs.{verb}"), verb)(config)
+        return getattr(import_module(VERBS[verb].path), VERBS[verb].function or verb)(config)
 
 
 def quiet() -> None:

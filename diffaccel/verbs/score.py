@@ -5,10 +5,8 @@ settings of their description, and their features are kept, so that ``compare`` 
 are not paired.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch
 import yaml
 
 from diffaccel.collective import World
-from diffaccel.config import EXPERIMENTS, FLAGS, Config, load, load_tree, to_yaml
+from diffaccel.config import EXPERIMENTS, Config, load, load_tree, to_yaml
 from diffaccel.data import build_source
 from diffaccel.data.given import GivenImages
-from diffaccel.errors import UsageError, suggest
+from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.pictures import draw_curve, draw_samples
 from diffaccel.evaluation.point import describe_judges
@@ -32,8 +30,7 @@ from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import Measured, build_metrics, measure
 from diffaccel.metrics.reference import Reference
 from diffaccel.metrics.statistics import read_any
-from diffaccel.parts.checks import real_number, whole_number
-from diffaccel.parts.overrides import as_given, scalar, sort_words
+from diffaccel.parts.overrides import as_given
 from diffaccel.report import append_point, distance, normalised, read_points
 from diffaccel.report.judges import features_name
 from diffaccel.report.table import print_points
@@ -41,15 +38,30 @@ from diffaccel.run import launch
 from diffaccel.run.machine import settle
 from diffaccel.storage import check_room, check_target, whole, write_whole
 from diffaccel.text.terminal import number, say, side_output
+from diffaccel.verbs.asked import JUDGING, Asked, read_words
 from diffaccel.verbs.run import quiet
 from diffaccel.verbs.sample import DESCRIPTION, read_description
 
-OWN = ("name", "nfe", "n", "seed", "image_size")
-"""Keys that describe the source."""
-JUDGING = ("extractor", "judges", "reference", "floor", "metrics", "jpeg")
-"""Keys of an experiment that determine the scores."""
-RUNNING = ("out", "batch_size", "threads", "accelerator", "devices", "num_nodes", "keep_features", "again")
-KEYS = (*OWN, *JUDGING, *RUNNING)
+HELP = """\
+score SOURCE EXPERIMENT [name=mine]
+the metrics of bench for images of any origin: a folder, zip or npz
+
+SOURCE is a folder or zip of images, an npz with images or arr_0 (N, H, W, C), or statistics (mu, sigma). EXPERIMENT may
+be a data set (`diffaccel score images digits`), or be omitted with reference=FILE extractor=inception, where FILE is a
+file of `diffaccel reference`, statistics, or images.
+
+Keys:
+  name=mine                name of the method in points and tables
+  nfe=10                   number of evaluations per image, which places the point on the curve
+  n=5000 seed=0            number of images, and seed of their noise
+  image_size=32            size that larger images are resized to
+  judges=inception,mobilenetv2 or extractor=inception  feature networks that score the images
+  reference=FILE floor=FILE  statistics of training and held-out images
+  metrics=[frechet,kid] jpeg=75  metrics, and quality of the JPEGs that are scored
+  out=DIR                  output folder
+  keep_features=false again=true  what is kept, and whether images that were scored are scored again
+  batch_size=100 threads=2 devices=1 num_nodes=1 accelerator=cpu  settings of the machine
+"""
 DESCRIBED = (
     *("experiment", "process", "data", "checkpoint", "configuration", "by_budget", "tuned", "settings", "truncate"),
     *("nfe_budget", "nfe", "nfe_burn_in", "evaluations", "chains", "noise", "precision"),
@@ -61,67 +73,9 @@ SHOWN = 64
 """Number of images on the sample grid."""
 
 
-@dataclass
-class Asked:
-    """Words of the command.
-
-    Attributes:
-        path: Folder, zip archive or npz file to score.
-        experiment: Experiment or data set; None if ``settings`` give the reference.
-        own: Values of the keys in ``OWN``.
-        settings: Other settings, ``key=value``.
-    """
-
-    path: str
-    experiment: str | None
-    own: dict[str, Any]
-    settings: list[str]
-
-    @classmethod
-    def of(cls, path: str, experiment: str | None, settings: Sequence[str]) -> "Asked":
-        """Separate the keys that describe the source from other settings, and check them.
-
-        Raises:
-            UsageError: A key is unknown, or has an invalid value.
-        """
-        own: dict[str, Any] = {}
-        rest = []
-        for word in settings:
-            key, _, value = word.partition("=")
-            if (top := key.partition(".")[0]) not in KEYS:
-                raise UsageError(f"score has no key {top!r}{suggest(top, KEYS)}")
-            if key in OWN:
-                own[key] = value if key == "name" else scalar(value)
-            else:
-                rest.append(word)
-        for key in ("n", "seed"):
-            if own.get(key) is not None:
-                own[key] = whole_number(key, own[key])
-        if own.get("nfe") is not None:
-            own["nfe"] = real_number("nfe", own["nfe"])
-        if not isinstance(own.get("image_size"), int | None):
-            raise UsageError(f"image_size={own['image_size']!r}: give a whole number")
-        return cls(path, experiment, own, rest)
-
-    @property
-    def given(self) -> set[str]:
-        """Top-level keys of the settings."""
-        return {word.partition("=")[0].partition(".")[0] for word in self.settings}
-
-
-def read_words(words: Sequence[str]) -> Asked:
-    """Separate source, experiment and settings of a command line.
-
-    Raises:
-        UsageError: The source is missing, there are further words, or a key is unknown or has an invalid value.
-    """
-    others, settings = sort_words(words, FLAGS)
-    if not 1 <= len(others) <= 2:
-        raise UsageError(
-            f"score requires a source and an experiment{f', not {others!r}' if others else ''}: give a folder, a zip "
-            "archive or an npz file, as in `diffaccel score images digits/edm`"
-        )
-    return Asked.of(os.path.expanduser(others[0]), others[1] if len(others) == 2 else None, settings)
+def score_command(words: list[str]) -> None:
+    """Score the source that the words of a command line name."""
+    score(read_words(words))
 
 
 def score(asked: Asked) -> dict[str, Any]:

@@ -7,6 +7,23 @@ from diffaccel.config import Config
 from diffaccel.run import launch
 from diffaccel.text.terminal import print_lines
 
+HELP = """\
+search EXPERIMENT nfe=5,10 seed=7
+find the best prior and solver for each budget, in search.trials
+
+Draws settings from the experiment's `search.space`, and keeps the best of them by successive halving. The winners are
+written to OUT/best.yaml; measure them on another seed with `diffaccel bench`.
+
+Keys:
+  nfe=5,10                 budgets
+  seed=7                   seed of the noise and of the draws of settings
+  search.trials=32         settings per budget, including the experiment's own
+  search.images=[500,2000]  images per setting in each round
+  search.keep=0.25         fraction of the settings that are kept for the next round
+  search.judge=inception   judge whose distance is minimised; by default the first
+  search.space.solver.name=[ipndm,heun]  values of a key
+"""
+
 
 def search(config: Config) -> dict[int, dict[str, dict[str, Any]]]:
     """Search the configured budgets.

@@ -23,7 +23,7 @@ from diffaccel import experiment
 from diffaccel.config import FLAGS, KEYS, Config, load
 from diffaccel.config.sweep import Sweep, read_sweep
 from diffaccel.errors import UsageError
-from diffaccel.parts.overrides import one_experiment, sort_words
+from diffaccel.parts.overrides import one_experiment
 from diffaccel.report import frechet_key, read_points
 from diffaccel.report.points import Point, normalised
 from diffaccel.run.loggers import UNRELATED
@@ -32,8 +32,6 @@ from diffaccel.run.parent import VARIABLE
 from diffaccel.storage import occupied
 from diffaccel.text.terminal import number, print_lines, say
 
-OPTIONS = ("processes", "count", "out")
-"""Keys of the command itself; other keys are settings of every run."""
 VERB = "bench"
 LONGEST = 40
 """Maximum number of characters of the readable part of a folder's name."""
@@ -290,25 +288,3 @@ class _Table:
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# Command line
-
-
-def sweep_command(words: list[str]) -> list[Point]:
-    """Run a sweep from the words of a command line: a file, options, and settings of all runs.
-
-    Raises:
-        UsageError: There is not exactly one file, or an option is not a number.
-    """
-    files, settings = sort_words(words, FLAGS, lambda word: word.endswith((".yaml", ".yml")) and os.path.isfile(word))
-    if len(files) != 1:
-        raise UsageError("sweep requires a file: diffaccel sweep experiments/sweeps/solvers.yaml processes=2")
-    pairs = [word.split("=", 1) for word in settings]
-    options: dict[str, str] = {key: value for key, value in pairs if key in OPTIONS}
-    for key in ("processes", "count"):
-        if key in options and not options[key].isdecimal():
-            raise UsageError(f"{key}={options[key]} is not a positive whole number")
-    count = int(options["count"]) if "count" in options else None
-    others = [f"{key}={value}" for key, value in pairs if key not in OPTIONS]
-    return sweep(files[0], others, int(options.get("processes", 1)), count, options.get("out"))

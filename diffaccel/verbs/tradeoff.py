@@ -9,6 +9,20 @@ from diffaccel.run import launch
 from diffaccel.run.targets import check_new
 from diffaccel.text.terminal import print_lines
 
+HELP = """\
+tradeoff EXPERIMENT
+likelihood bound and distance of small T for each start time
+
+Requires an experiment with the prior `density`, such as digits/small_t. The table is written to OUT/tradeoff.csv.
+
+Keys:
+  tradeoff.T=[0.1,0.2]     start times on the experiment's process
+  tradeoff.densities.0.3=FILE  weights of the density fitted at a start time
+  tradeoff.images=512 tradeoff.draws=16  test images for the bound, and evaluations per image
+  tradeoff.fd=false        only the bound, no distance of samples
+  nfe=10 n=5000 seed=0     budget, images and seed of the samples
+"""
+
 
 def tradeoff(config: Config) -> list[Row]:
     """Measure the bound and the distance of samples for each start time.

@@ -19,7 +19,7 @@ from diffaccel.report.axes import COSTS
 from diffaccel.report.files import frechet_key
 from diffaccel.report.page.cards import card_of
 from diffaccel.report.page.thumbnails import thumbnails
-from diffaccel.report.points import Point, distance, further_metrics
+from diffaccel.report.points import Point, distance
 from diffaccel.report.published import published_for
 from diffaccel.report.rows import Row, key_of, parts_of
 from diffaccel.report.styles import styles_of
