@@ -14,7 +14,7 @@ def requirements(pyproject: str) -> dict[str, list[str]]:
 
 def lowest(pyproject: str) -> dict[str, str]:
     """Return dependency -> lowest version, of those that a user installs, extras included."""
-    listed = [one for extra, needed in requirements(pyproject).items() if extra != "dev" for one in needed]
+    listed = [one for extra, needed in requirements(pyproject).items() if extra not in ("dev", "docs") for one in needed]
     return dict(re.findall(r"^([\w.-]+)>=([\w.]+)$", "\n".join(listed), re.MULTILINE))
 
 
