@@ -44,9 +44,10 @@ class Curve(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Draw the curve and return the figure."""
         table = _table(self.arguments[0])
-        rows = [int(row) for row in self.options.get("rows", "").split()]
-        suffix = "_".join(map(str, rows))
-        file = figures.curve(table, rows, DOCS / "_generated" / f"{table.name}{suffix}.png")
+        rows = [row.strip() for row in self.options.get("rows", "").split(";") if row.strip()]
+        number = self.env.new_serialno("curve")
+        name = f"{self.env.docname.replace('/', '_')}_{number}"
+        file = figures.curve(table, rows, DOCS / "_generated" / f"{name}.png")
         caption = f"Curve of `docs/tables.yaml`, {table.name}: {tables.note(table)}"
         up = "../" * (self.env.docname.count("/"))
         return self.parse_text_to_nodes(f"```{{figure}} {up}_generated/{file.name}\n:alt: {table.name}\n\n{caption}\n```\n")

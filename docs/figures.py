@@ -12,6 +12,7 @@ import numpy as np
 import tables
 
 import diffaccel as da
+from diffaccel.errors import UsageError
 from diffaccel.report.files import frechet_key
 
 METHODS = ("edm", "ddpm", "ddm", "small_t", "tdpm", "dlg")
@@ -20,15 +21,20 @@ IMAGES, SEED = 8, 0
 STRIP_TITLE = f"Digits, 8 x 8 pixels: {IMAGES} samples of each method at each budget, seed {SEED}, untuned but for `dlg`."
 
 
-def curve(table: tables.Table, rows: Sequence[int], file: Path) -> Path:
+def curve(table: tables.Table, rows: Sequence[str], file: Path) -> Path:
     """Draw the metric of a table's rows against the evaluations that were spent.
 
     Args:
         table: Table of points.
-        rows: Numbers of the rows to draw, from 0; all if empty.
+        rows: Benches of the rows to draw, as in tables.yaml; all if empty.
         file: PNG to write.
+
+    Raises:
+        UsageError: The table has no such row.
     """
-    found = [pair for index, pair in enumerate(table.found()) if not rows or index in rows]
+    if unknown := set(rows) - {row.bench for row in table.rows}:
+        raise UsageError(f"table {table.name} has no row {', '.join(sorted(unknown))}")
+    found = [(row, cells) for row, cells in table.found if not rows or row.bench in rows]
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for row, cells in found:
         points = [cells[budget] for budget in sorted(cells)]

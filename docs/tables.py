@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,9 @@ class Table:
         """Return a number among the common settings."""
         return int(dict(word.split("=") for word in self.common.split())[key])
 
+    @cached_property
     def found(self) -> list[tuple[Row, dict[float, dict[str, Any]]]]:
-        """Return the rows that have points by the judge, with the newest point of each budget.
+        """Rows that have points by the judge, with the newest point of each budget.
 
         Raises:
             UsageError: No row has any.
@@ -120,20 +121,19 @@ class Table:
 
     def missing(self) -> list[Row]:
         """Return the rows without a point by the judge."""
-        found = {id(row) for row, _ in self.found()}
+        found = {id(row) for row, _ in self.found}
         return [row for row in self.rows if id(row) not in found]
 
     def _cells(self, row: Row) -> dict[float, dict[str, Any]]:
         cells: dict[float, dict[str, Any]] = {}
-        for folder, point in points_of(self.data):
-            if self.judge not in judges_of(point) or point["nfe_budget"] not in self.budgets:
+        for folder, point in points_of(self.data, self.judge):
+            if point["nfe_budget"] not in self.budgets:
                 continue
             if (point["n"], point["seed"]) != (self.setting("n"), self.setting("seed")):
                 continue
-            seen = normalised(seen_by(point, self.judge))
-            old = cells.get(seen["nfe_budget"])
-            if row.matches(seen, folder) and (old is None or newness(seen) >= newness(old)):
-                cells[seen["nfe_budget"]] = seen
+            old = cells.get(point["nfe_budget"])
+            if row.matches(point, folder) and (old is None or newness(point) >= newness(old)):
+                cells[point["nfe_budget"]] = point
         return cells
 
 
@@ -144,13 +144,13 @@ def newness(point: Mapping[str, Any]) -> tuple[bool, list[int]]:
 
 
 @cache
-def points_of(data: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Return the points of a data set, normalised, each with its folder under results."""
+def points_of(data: str, judge: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Return the points of a data set as a judge sees them, normalised, each with its folder under results."""
     results = EXPERIMENTS / data / "results"
     found = []
     for file in sorted(results.rglob("points.jsonl")):
         folder = file.parent.relative_to(results).as_posix()
-        for point in map(normalised, read_points(file)):
+        for point in (normalised(seen_by(one, judge)) for one in read_points(file) if judge in judges_of(one)):
             named = str(point["experiment"] or "").rpartition("/")[2]
             last = folder.rpartition("/")[2]
             known = (EXPERIMENTS / data / f"{last}.yaml").is_file()  # version 0.1 did not write the experiment
@@ -208,7 +208,7 @@ def _written(value: float, error: float | None) -> str:
 
 def markdown(table: Table) -> str:
     """Render a table with a line on what it shows."""
-    found = table.found()
+    found = table.found
     lines = [
         "| " + " | ".join([*table.heads, *(f"NFE {budget:g}" for budget in table.budgets)]) + " |",
         "|" + "---|" * len(table.heads) + "---:|" * len(table.budgets),
@@ -221,7 +221,7 @@ def markdown(table: Table) -> str:
 
 def note(table: Table) -> str:
     """Describe what a table shows: metric, number of images, floor, precision, version and noise."""
-    points = [point for _, cells in table.found() for point in cells.values()]
+    points = [point for _, cells in table.found for point in cells.values()]
     first = points[0]
     what = METRICS[table.metric][0].format(key=frechet_key([first]), judge=table.judge)
     parts = [f"{what}, ± one standard error, of {first['n']:,} images (seed {first['seed']})"]
