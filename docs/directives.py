@@ -50,7 +50,9 @@ class Curve(SphinxDirective):
         file = figures.curve(table, rows, DOCS / "_generated" / f"{name}.png")
         caption = f"Curve of `docs/tables.yaml`, {table.name}: {tables.note(table)}"
         up = "../" * (self.env.docname.count("/"))
-        return self.parse_text_to_nodes(f"```{{figure}} {up}_generated/{file.name}\n:alt: {table.name}\n\n{caption}\n```\n")
+        return self.parse_text_to_nodes(
+            f"```{{figure}} {up}_generated/{file.name}\n:alt: {table.name}\n\n{caption}\n```\n"
+        )
 
 
 class Strip(SphinxDirective):

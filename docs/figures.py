@@ -18,7 +18,9 @@ from diffaccel.report.files import frechet_key
 METHODS = ("edm", "ddpm", "ddm", "small_t", "tdpm", "dlg")
 BUDGETS = (5, 10, 20)
 IMAGES, SEED = 8, 0
-STRIP_TITLE = f"Digits, 8 x 8 pixels: {IMAGES} samples of each method at each budget, seed {SEED}, untuned but for `dlg`."
+STRIP_TITLE = (
+    f"Digits, 8 x 8 pixels: {IMAGES} samples of each method at each budget, seed {SEED}, untuned but for `dlg`."
+)
 
 
 def curve(table: tables.Table, rows: Sequence[str], file: Path) -> Path:
@@ -48,7 +50,9 @@ def curve(table: tables.Table, rows: Sequence[str], file: Path) -> Path:
     axes.set_xticks(ticks, [f"{budget:g}" for budget in ticks])
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    shown = [value for power in range(-4, 5) for step in (1, 1.5, 2, 3, 5, 7) if low <= (value := step * 10.0**power) <= high]
+    shown = [
+        value for power in range(-4, 5) for step in (1, 1.5, 2, 3, 5, 7) if low <= (value := step * 10.0**power) <= high
+    ]
     axes.set_yticks(shown, [f"{value:g}" for value in shown])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -99,7 +99,9 @@ def test_a_cell_is_the_newest_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "COMMON=(nfe=5,10,20 n=10 seed=1)",
             'diffaccel bench toy/edm solver=heun "${COMMON[@]}"',
         ]
-        other = tables.Table("t", "toy", "x", ("m",), (5,), (tables.Row("edm solver=ddim", ("edm",)),), common="n=10 seed=1")
+        other = tables.Table(
+            "t", "toy", "x", ("m",), (5,), (tables.Row("edm solver=ddim", ("edm",)),), common="n=10 seed=1"
+        )
         with pytest.raises(tables.UsageError, match="no point of toy by x matches"):
             tables.markdown(other)
     finally:
@@ -124,7 +126,9 @@ def test_the_api_page_has_exactly_what_is_offered() -> None:
     from directives import offered
 
     kinds = offered()
-    assert sorted(name for names in kinds.values() for name in names) == sorted(set(diffaccel.__all__) - {"__version__"})
+    assert sorted(name for names in kinds.values() for name in names) == sorted(
+        set(diffaccel.__all__) - {"__version__"}
+    )
     page = (DOCS / "api.md").read_text()
     assert set(re.findall(r"```\{offered\} (\w+)", page)) == {kind for kind, names in kinds.items() if names}
 
