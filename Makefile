@@ -19,7 +19,7 @@ OPTIONS = $(call option,N,n) $(call option,SEED,seed) $(call option,SOLVER,solve
 SMOKE_DATA = $(or $(SUBSET),$(if $(filter file,$(origin DATA)),,$(DATA)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench fit test test-slow smoke lint format clean
+.PHONY: help setup bench fit test test-slow smoke docs lint format clean
 
 help: ## print this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ smoke: $(STAMP) ## fit and bench every method for a few batches, two processes t
 		exit 2; }
 	$(BIN)/python tests/smoke.py $(SMOKE_DATA)
 
+docs: $(STAMP) ## build the documentation into docs/_build/html: offline, warnings are errors
+	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,5 +69,5 @@ format: $(STAMP) ## let ruff format the code and repair what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove caches; .venv and runs/ stay
-	rm -rf build dist diffaccel.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist diffaccel.egg-info docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

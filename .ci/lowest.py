@@ -14,7 +14,8 @@ def requirements(pyproject: str) -> dict[str, list[str]]:
 
 def lowest(pyproject: str) -> dict[str, str]:
     """Return dependency -> lowest version, of those that a user installs, extras included."""
-    listed = [one for extra, needed in requirements(pyproject).items() if extra != "dev" for one in needed]
+    tools = ("dev", "docs")
+    listed = [one for extra, needed in requirements(pyproject).items() if extra not in tools for one in needed]
     return dict(re.findall(r"^([\w.-]+)>=([\w.]+)$", "\n".join(listed), re.MULTILINE))
 
 

@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 
 from diffaccel import experiment
@@ -38,10 +40,16 @@ from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import help_of, keys_of, overview
 from diffaccel.verbs.listed import list_experiments, list_keys
 
+sys.path.insert(0, str(pages.DOCS))
+
+import tables  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md")), *pages.PAGES]
 ELSEWHERE_KEYS = {key for verb in VERBS.values() if not verb.on_experiment for key in keys_of(verb)} | {"timesteps"}
 """Keys of commands that are not on an experiment, and an argument of a function of diffusers in a text."""
+PROGRAMS = ("diffaccel", "make", "python", "pre-commit", "pip", "wandb")
+"""Programs that the pages name."""
 SMALL = ("toy", "digits", "cifar10_small", "mnist")
 """Data whose networks build in no time."""
 SCORE_ONLY = set(OWN) - KEYS
@@ -58,16 +66,17 @@ KINDS: dict[str, Registry[Any]] = {
 
 
 def blocks(page: Path) -> list[str]:
-    """The shell blocks of a page."""
-    return re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S)
+    """The shell blocks of a page, those that are not run among them."""
+    return [block.code for block in pages.blocks(page, *pages.SHELL)]
 
 
 def script() -> str:
-    """All commands that the pages and the help name, in one script: blocks, then what stands in backquotes."""
+    """All commands that the pages and the help name, in one script: blocks, then what stands in backquotes; tables."""
     parts = blocks(ROOT / "experiments" / "cifar10_small" / "README.md")[:1]
+    parts += map(tables.commands, tables.tables().values())
     for page in PAGES:
         parts += blocks(page)
-        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        prose = pages.unfenced(page)
         parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`((?:for|diffaccel|make) [^`]*)`", prose)]
     parts += [line[: line.find("  ")] for line in re.findall(r"^  (diffaccel .*)", overview(), re.M)]
     for text in (overview(), *map(help_of, VERBS)):
@@ -79,7 +88,7 @@ def script() -> str:
 
 def run(shell: list[str]) -> list[tuple[str, ...]]:
     """Run the script with functions in place of the programs; return their words."""
-    stubs = "".join(f'{name}() {{ record {name} "$@"; }}\n' for name in ("diffaccel", "make", "python", "pre-commit"))
+    stubs = "".join(f'{name}() {{ record {name} "$@"; }}\n' for name in PROGRAMS)
     launchers = 'srun() { while [ "$1" != diffaccel ]; do shift; done; record "$@"; }\n'
     launchers += 'torchrun() { while [ "$1" != diffaccel ]; do shift; done; record "$@"; }\n'
     record = "record() { printf '%s\\037' \"$@\"; printf '\\036'; }\n"
@@ -209,7 +218,7 @@ def strings() -> Iterator[tuple[str, str]]:
 def settings() -> list[tuple[str, str, str]]:
     found = {(name, key, value) for name, text in strings() for key, value in SETTING.findall(text)}
     for page in PAGES:
-        spans = re.findall(r"`([^`\n]*)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S))
+        spans = re.findall(r"`([^`\n]*)`", pages.unfenced(page))
         found |= {(page.parent.name, key, value) for span in spans for key, value in SETTING.findall(span)}
     return sorted(setting for setting in found if setting[1] not in ELSEWHERE)
 

@@ -17,7 +17,7 @@ from diffaccel.metrics import paired_difference
 from diffaccel.metrics.reference import read_reference
 from diffaccel.parts.overrides import one_experiment
 from diffaccel.report import append_point, read_points
-from diffaccel.verbs.advice import command_of
+from diffaccel.report.commands import command_of
 from diffaccel.verbs.advise import advise
 
 N = 300

@@ -79,7 +79,7 @@ def test_what_is_imported_is_installed_or_names_its_extra():
         names = {name.lower().replace("_", "-") for name in providers.get(package, [])} | {BROUGHT.get(package, "")}
         assert names & required, f"{package} is of none of the {extra or 'plain'} dependencies"
     assert {extra: [package] for extra, package in used if extra} == EXTRAS
-    assert REQUIREMENTS.keys() == {"", *EXTRAS, JUDGES, "all", "dev"}
+    assert REQUIREMENTS.keys() == {"", *EXTRAS, JUDGES, "all", "dev", "docs"}
     assert [EfficientNetLite0.shipped.package] == [one.partition(">=")[0] for one in REQUIREMENTS[JUDGES]]
 
 
@@ -93,7 +93,7 @@ def test_make_setup_installs_both_judges():
 
 def test_all_and_dev_install_every_extra():
     assert REQUIREMENTS["all"] == [f"diffaccel[{','.join(sorted([*EXTRAS, JUDGES]))}]"]
-    assert "diffaccel[all]" in REQUIREMENTS["dev"]
+    assert "diffaccel[all,docs]" in REQUIREMENTS["dev"]
 
 
 def fit_mixture() -> None:
@@ -135,7 +135,7 @@ def test_run_without_its_extra_prints_that_line(
 
 
 def test_every_dependency_has_a_lowest_version_that_is_tried():
-    installed = [one for extra in REQUIREMENTS if extra not in ("all", "dev") for one in REQUIREMENTS[extra]]
+    installed = [one for extra in REQUIREMENTS if extra not in ("all", "dev", "docs") for one in REQUIREMENTS[extra]]
     assert [f"{name}>={version}" for name, version in LOWEST.items()] == installed, "a dependency without a lower bound"
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["lowest"]["steps"]
     commands = [step.get("run", "") for step in steps]

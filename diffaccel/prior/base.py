@@ -60,7 +60,7 @@ class Prior(nn.Module, ABC):
     """Whether burn-in counts towards the NFE budget."""
 
     weight_keys: tuple[str, ...] = ()
-    """Keys that determine what the weights mean: weights fitted with other values of these keys are refused."""
+    """Names of keys that the weights depend on; weights fitted with other values are refused."""
     uses_denoiser_weights = False
     """Whether fitting the prior trains the denoiser's own weights."""
 
