@@ -20,6 +20,8 @@ from diffaccel.verbs.run import run as run_verb
 HELP = """\
 diffaccel: compare methods for few-step sampling on your data, at your budget
 
+  diffaccel new DIR images=FOLDER [checkpoint=FILE] write the experiments of all methods for your images
+  diffaccel curve DIR methods=edm,dlg nfe=5,10,20   fit what is missing, measure all methods and compare them
   diffaccel bench EXPERIMENT nfe=5,10,20 n=5000     measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; writes weights and the curve
   diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
@@ -39,6 +41,9 @@ EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, dig
 SOURCE is a folder or zip of images, an npz with images or arr_0 (N, H, W, C), or statistics (mu, sigma). In score,
 EXPERIMENT may be a data set (`diffaccel score images digits`), or be omitted with reference=FILE extractor=inception,
 where FILE is a file of `diffaccel reference`, statistics, or images. nfe=10 places the point on the curve.
+
+DIR of new is a new folder; FOLDER is a folder or zip of images, or an npz. DIR of curve is a folder that new wrote, or
+a data set under experiments/ (`diffaccel curve digits methods=edm,dlg nfe=5,10`).
 
 Keys may be set on the command line; frequently used keys:
   nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one point each
@@ -179,6 +184,24 @@ def sweep(words: list[str]) -> None:
     sweep_command(words)
 
 
+def new(words: list[str]) -> None:
+    """Write the experiments of all methods for images of one's own."""
+    from diffaccel.verbs.new import Asked
+    from diffaccel.verbs.new import new as run
+    from diffaccel.verbs.run import quiet
+
+    quiet()
+    run(Asked.of(words))
+
+
+def curve(words: list[str]) -> None:
+    """Fit and measure several methods of a folder of experiments, and compare them."""
+    from diffaccel.verbs.curve import Asked
+    from diffaccel.verbs.curve import curve as run
+
+    run(Asked.of(words))
+
+
 def list_parts(words: list[str]) -> None:
     """Print the groups of parts, or the parts of a group."""
     from diffaccel.verbs.listing import show_list
@@ -194,6 +217,8 @@ def explain(words: list[str]) -> None:
 
 
 PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
+    "new": new,
+    "curve": curve,
     "compare": compare,
     "convert": convert,
     "score": score,

@@ -37,6 +37,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class MixedSizes(UsageError):
+    """Images of one split have several sizes."""
+
+
 class Probe(NamedTuple):
     """Result of the check of an image: size after rotation, whether it is grey, changes by decoding, hash of pixels."""
 
@@ -106,7 +110,8 @@ class FileImages(Images):
         sizes = Counter((probe.height, probe.width) for probe in probes if not isinstance(probe, str))
         size = sizes.most_common(1)[0][0] if sizes else None
         if faults := list(self._faults(probes, size)):
-            raise UsageError(_faults_message(self.files.path, faults, len(probes), resizable=len(sizes) > 1))
+            mixed = len(sizes) > 1
+            raise (MixedSizes if mixed else UsageError)(_faults_message(self.files.path, faults, len(probes), mixed))
         whole = [probe for probe in probes if not isinstance(probe, str)]
         grey = sum(probe.grey for probe in whole)
         colour = grey < len(whole) or any(_in_threads(self._is_colour, self.others))
