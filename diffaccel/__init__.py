@@ -19,7 +19,21 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, sweep, tradeoff
+    from diffaccel.api import (
+        bench,
+        compare,
+        convert,
+        curve,
+        fit,
+        load,
+        new,
+        reference,
+        sample,
+        score,
+        search,
+        sweep,
+        tradeoff,
+    )
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -40,9 +54,11 @@ __all__ = [
     "bench",
     "compare",
     "convert",
+    "curve",
     "fit",
     "load",
     "measure",
+    "new",
     "reference",
     "sample",
     "score",
@@ -52,7 +68,8 @@ __all__ = [
 ]
 
 _FUNCTIONS = (
-    *("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "sweep", "tradeoff"),
+    *("bench", "compare", "convert", "curve", "fit", "load", "new", "reference", "sample", "score", "search"),
+    *("sweep", "tradeoff"),
 )
 
 __getattr__, __dir__ = lazy(

@@ -45,12 +45,12 @@ def flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def experiments(facts: Facts, judges: list[str], given: Given | None) -> dict[str, str]:
+def experiments(facts: Facts, judges: Mapping[str, Any], given: Given | None) -> dict[str, str]:
     """Return the text of each experiment by the name of its file.
 
     Args:
         facts: The images.
-        judges: Names of the extractors that score images.
+        judges: Extractors that score images, as in an experiment, by their names.
         given: Checkpoint of a denoiser; None to train one.
 
     Raises:
@@ -71,7 +71,7 @@ def experiments(facts: Facts, judges: list[str], given: Given | None) -> dict[st
     return dict(sorted(found.items()))
 
 
-def _base(facts: Facts, judges: list[str]) -> str:
+def _base(facts: Facts, judges: Mapping[str, Any]) -> str:
     _, height, width = facts.shape
     length = length_for(facts.train)
     statistics = {
@@ -83,7 +83,7 @@ def _base(facts: Facts, judges: list[str]) -> str:
 data: {flow(facts.data)}
 shape: {flow(list(facts.shape))}
 network: {flow(network_for(facts.shape))}
-judges: {flow(judges)}  # networks that nobody trained on these images
+judges: {flow(list(judges.values()))}  # networks that score images; nobody trained them on these
 reference: {flow(statistics["reference"])}
 floor: {flow(statistics["floor"])}
 n: {5000 if facts.train >= 2000 else 2000}

@@ -67,7 +67,7 @@ class Asked:
         keys = [word.partition("=")[0].split(".")[0] for word in settings]
         if unknown := [key for key in keys if key not in {*KEYS, *OWN}]:
             raise UsageError(f"curve has no key {unknown[0]!r}{suggest(unknown[0], {*KEYS, *OWN})}")
-        if refused := [key for key in keys if key in REFUSED]:
+        if refused := [key for word in settings if (key := word.partition("=")[0]) in REFUSED]:
             raise UsageError(
                 f"curve has no key {refused[0]!r}, which is one of single runs: use fit and bench, or another out="
             )

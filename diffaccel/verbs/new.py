@@ -2,16 +2,17 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel.config import load
+from diffaccel.config import load, parse_overrides
+from diffaccel.config.keys import map_paths, name_parts
 from diffaccel.errors import UsageError
-from diffaccel.experiment.judges import build_extractors
 from diffaccel.features.extractors import EXTRACTORS
 from diffaccel.features.packaged import installed_judges
+from diffaccel.metrics.reference import file_of
 from diffaccel.parts.overrides import paths_and_options, scalar
 from diffaccel.recipes.checkpoint import Given, read_given
 from diffaccel.recipes.experiments import WEIGHTS, experiments
@@ -41,7 +42,7 @@ class Asked:
         test_share: Share of the images that is held out.
         labels: Whether to read labels.
         label: Name of the data in tables.
-        judges: Names of the extractors that score images; None for those that are installed.
+        judges: Extractors that score images, as in an experiment; None for those that are installed.
         again: Whether to replace experiments and statistics that were written for something else.
         machine: ``key=value`` words for the machine.
     """
@@ -54,7 +55,7 @@ class Asked:
     test_share: float = 0.1
     labels: bool = True
     label: str | None = None
-    judges: tuple[str, ...] | None = None
+    judges: str | None = None
     again: bool = False
     machine: tuple[str, ...] = ()
 
@@ -68,7 +69,6 @@ class Asked:
         paths, options = paths_and_options(words, OPTIONS, "new", flags=["again"])
         if len(paths) != 1 or not options.get("images"):
             raise UsageError("new requires a new folder and your images: diffaccel new DIR images=FOLDER")
-        judges = options.get("judges", "").strip("[]").replace(",", " ").split()
         return cls(
             Path(paths[0]),
             options["images"],
@@ -78,7 +78,7 @@ class Asked:
             float(_typed(options, "test_share", (int, float))) if "test_share" in options else 0.1,
             _typed(options, "labels", bool) if "labels" in options else True,
             options.get("label") or None,
-            tuple(judges) or None,
+            options.get("judges") or None,
             _typed(options, "again", bool) if "again" in options else False,
             tuple(f"{key}={options[key]}" for key in MACHINE if key in options),
         )
@@ -109,8 +109,6 @@ def new(asked: Asked) -> Path:
     if read_manifest(path) is None:
         check_empty(path)  # before the images are read
     judges = _judges(asked)
-    for judge in judges:
-        EXTRACTORS.build({"name": judge})  # so that a mistyped name is reported before the images are read
     data = source_of(asked.images, asked.test, asked.size, asked.test_share, asked.labels, asked.label)
     facts = inspect(data)
     given = None if asked.checkpoint is None else read_given(asked.checkpoint, facts)
@@ -137,38 +135,36 @@ def _check_places(path: Path, images: str) -> None:
         raise UsageError(f"{path} is inside {images}, whose images it would add to: choose a folder elsewhere")
 
 
-def _judges(asked: Asked) -> list[str]:
-    """Return the names of the judges.
+def _judges(asked: Asked) -> dict[str, Any]:
+    """Return the judges, as in an experiment, by the names of their extractors.
 
     Raises:
-        UsageError: None is installed.
+        UsageError: None is installed, or one can't be built.
     """
     if asked.judges is not None:
-        return list(asked.judges)
+        tree = parse_overrides([f"judges={asked.judges}"])
+        name_parts(tree)
+        map_paths(tree, os.path.abspath)
+        nodes = [node["name"] if list(node) == ["name"] else node for node in tree["judges"]]
+        return {EXTRACTORS.build({"name": node} if isinstance(node, str) else node).name: node for node in nodes}
     found, missing = installed_judges()
     how = "; ".join(f"{name}: {command}" for name, command in missing.items())
     if not found:
         raise UsageError(f"no network that scores images is installed: install one ({how}), or set judges=NAME")
     if missing:
         say(f"judged by {' and '.join(found)} only; a second opinion can be installed ({how})")
-    return found
+    return {EXTRACTORS.build({"name": name}).name: name for name in found}
 
 
-def _made_of(facts: Facts, judges: list[str], given: Given | None) -> dict[str, Any]:
+def _made_of(facts: Facts, judges: dict[str, Any], given: Given | None) -> dict[str, Any]:
     images = {"data": facts.data, "shape": list(facts.shape), "sha256": facts.sha256}
-    return {"images": images, "judges": judges, "checkpoint": None if given is None else given.sha256}
+    return {"images": images, "judges": list(judges.values()), "checkpoint": None if given is None else given.sha256}
 
 
-def _statistics(path: Path, facts: Facts, judges: list[str], asked: Asked) -> None:
+def _statistics(path: Path, facts: Facts, judges: Collection[str], asked: Asked) -> None:
     """Compute the statistics of the judges, unless there are those of an earlier `new`."""
     config = load(str(path / "base.yaml"), ["method=diffusion", *asked.machine, f"again={str(asked.again).lower()}"])
-    extractors = build_extractors(config)
-    several = len(extractors) > 1
-    files = [
-        path / WEIGHTS / (f"{key}_{one.name}.npz" if several else f"{key}.npz")
-        for key in ("reference", "floor")
-        for one in extractors
-    ]
+    files = [Path(file_of(found, name) or "") for found in (config.reference, config.floor) for name in judges]
     if not asked.again and all(file.is_file() for file in files):
         return
     say(f"computing the statistics of {facts.train + facts.test:,} images for {' and '.join(judges)}")
