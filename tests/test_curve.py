@@ -192,7 +192,7 @@ def test_more_budgets_measure_the_rest_and_the_page_has_what_was_asked(done: Pat
     assert [point["nfe_budget"] for point in points] == [8, 6]
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("measured before") == 1
-    assert "fitted on 256 images, fewer than images=2000, and are kept" in said and "resume=auto" in said
+    assert said.count("fitted on 256 images, fewer than images=2000, and kept (`diffaccel fit ") == 1
     table = (folder / "runs" / "curve" / "table.md").read_text()
     assert "12" not in table.splitlines()[0] and "dlg" not in table
 
@@ -213,7 +213,7 @@ def test_longer_weights_are_new_points(done: Path, tmp_path: Path):
 def test_killed_in_a_fit_it_goes_on(template: Path, done: Path, tmp_path: Path):
     """Killed in the second fit, after a checkpoint of it; then the same weights as if it had never been killed."""
     folder = Path(shutil.copytree(template, tmp_path / "mine"))
-    command = ["curve", str(folder), "methods=edm,dlg", NFE, *WORDS, "training.checkpoint_minutes=0"]
+    command = ["curve", str(folder), "methods=edm,dlg", NFE, *WORDS, "training.checkpoint_minutes=1e-4"]
     code = f"import sys; from diffaccel.__main__ import main; sys.exit(main({command!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -241,7 +241,9 @@ def test_given_weights_are_not_retrained(done: Path, images: Path, tmp_path: Pat
     monkeypatch.setattr(verb, "fit", lambda *_, **__: pytest.fail("a fit"))
     (point,) = da.curve(tmp_path / "mine", methods=["edm"], nfe=[8], n=60, threads=1, logger="none")
     before = read_points(done / "runs" / "edm" / "points.jsonl")[0]
-    assert point["images_sha256"] == before["images_sha256"] and point["metrics"] == before["metrics"]
+    assert point["images_sha256"] == before["images_sha256"] and all(
+        point["metrics"][key] == before["metrics"][key] for key in ("fd_identity", "kid", "recall")
+    )
 
 
 def test_a_searched_file_is_a_method(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -59,7 +59,6 @@ class Chain:
 
     Attributes:
         steps: Steps in the order of their dependencies.
-        made: Files of weights of earlier fits.
     """
 
     files: Mapping[str, str]
@@ -67,7 +66,6 @@ class Chain:
     root: Path
     settle: Callable[[Config], None] = lambda config: None
     steps: list[Step] = field(default_factory=list)
-    made: dict[str, Path] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
 
     def bench(self, name: str) -> None:
@@ -106,8 +104,7 @@ class Chain:
             )
         out = self._out(name, names)
         if all((out / file).is_file() for file in names.values()):
-            self.made[name] = out / names[kind]
-            return self.made[name]
+            return out / names[kind]
         if not any(step.verb == "fit" and step.name == name for step in self.steps):
             self._open.append(name)
             given = self._weights(name, config, built.sampler, without=names)
@@ -126,9 +123,9 @@ class Chain:
 
     def _out(self, name: str, names: Mapping[str, str]) -> Path:
         """Folder of a fit: that of the experiment's weights, if these have the names of a fit's output."""
-        configured = _configured(self._config(name))
+        files = configured(self._config(name))
         for kind, file in names.items():
-            path = configured.get(KEYS.get(kind, "prior.checkpoint"))
+            path = files.get(KEYS.get(kind, "prior.checkpoint"))
             if path is not None and path.name == file:
                 return path.parent
         return self.root / "fits" / name
@@ -142,9 +139,9 @@ class Chain:
             sampler: Its sampler, for the kinds of weights that it requires.
             without: Kinds that are made by the step itself.
         """
-        found, configured = _Words([]), _configured(config)
+        found, files = _Words([]), configured(config)
         for key, kind in _required(config, sampler).items():
-            path = configured.get(key)
+            path = files.get(key)
             if kind in without or (path is not None and path.exists()):
                 continue
             maker = self._maker(name, key, path)
@@ -187,7 +184,7 @@ def _required(config: Config, sampler: Sampler) -> dict[str, str]:
     return found | ({"posterior.checkpoint": "classifier"} if sampler.auxiliary_networks() else {})
 
 
-def _configured(config: Config) -> dict[str, Path]:
+def configured(config: Config) -> dict[str, Path]:
     """Return the file of each key of weights that is set."""
     found = {
         "checkpoint": config.checkpoint,

@@ -11,7 +11,7 @@ from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, FLAGS, KEYS, Config, find
 from diffaccel.data.module import check_labels
 from diffaccel.errors import SharedError, UsageError, suggest
-from diffaccel.experiment.chain import Chain, Step, experiments_of
+from diffaccel.experiment.chain import Chain, Step, configured, experiments_of
 from diffaccel.metrics.reference import file_of, read_reference
 from diffaccel.parts.overrides import sort_words
 from diffaccel.pretrained import open_weights
@@ -100,8 +100,7 @@ def curve(asked: Asked) -> list[dict[str, Any]]:
     for name in methods:
         chain.bench(name)
     _check(chain)
-    for name, file in chain.made.items():
-        _say_made(name, file, chain)
+    _say_shorter(chain.steps, chain.words)
     if any(step.config.dry_run for step in chain.steps):
         print_costs(chain.steps)
         return []
@@ -193,17 +192,20 @@ def _check_data(step: Step, config: Config, checked: set[str]) -> None:
             )
 
 
-def _say_made(name: str, file: Path, chain: Chain) -> None:
-    """Say that an earlier fit is used, and if it was shorter than is asked for."""
-    seen = open_weights(file).header.get("images_seen")
-    asked = [word for word in chain.words if word.startswith(("images=", "training.images="))]
-    wanted = chain._config(name).training.images if asked else 0
-    if seen is not None and seen < wanted:
-        out = shlex.quote(str(file.parent))
-        say(
-            f"{name}: the weights in {file.parent} were fitted on {seen:,} images, fewer than {asked[-1]}, and are "
-            f"kept (`diffaccel fit {shlex.quote(chain.files[name])} out={out} {asked[-1]} resume=auto` goes on)"
-        )
+def _say_shorter(steps: Sequence[Step], words: Sequence[str]) -> None:
+    """Say which weights of earlier fits, which are kept, were fitted on fewer images than are asked for."""
+    asked = [word for word in words if word.startswith(("images=", "training.images="))]
+    files = {file: step.config for step in steps for file in configured(step.config).values() if asked}
+    for file, config in files.items():
+        if not file.is_file() or not (file.parent / "last.ckpt").is_file():
+            continue
+        header, wanted = open_weights(file).header, config.training.images
+        if 0 < (seen := header.get("images_seen") or 0) < wanted:
+            fit = f"diffaccel fit {shlex.quote(str(header['experiment']))} out={shlex.quote(str(file.parent))}"
+            say(
+                f"{file}: fitted on {seen:,} images, fewer than {asked[-1]}, and kept (`{fit} {asked[-1]} resume=auto` "
+                "goes on)"
+            )
 
 
 # Fits and measurements
