@@ -20,12 +20,15 @@ from diffaccel.version import __version__
 
 if TYPE_CHECKING:
     from diffaccel.api import (
+        advise,
         bench,
         compare,
         convert,
+        curve,
         export,
         fit,
         load,
+        new,
         reference,
         sample,
         score,
@@ -54,10 +57,12 @@ __all__ = [
     "bench",
     "compare",
     "convert",
+    "curve",
     "export",
     "fit",
     "load",
     "measure",
+    "new",
     "reference",
     "sample",
     "score",
@@ -67,19 +72,8 @@ __all__ = [
 ]
 
 _FUNCTIONS = (
-    "advise",
-    "bench",
-    "compare",
-    "convert",
-    "export",
-    "fit",
-    "load",
-    "reference",
-    "sample",
-    "score",
-    "search",
-    "sweep",
-    "tradeoff",
+    *("advise", "bench", "compare", "convert", "curve", "export", "fit", "load", "new", "reference"),
+    *("sample", "score", "search", "sweep", "tradeoff"),
 )
 
 __getattr__, __dir__ = lazy(

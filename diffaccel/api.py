@@ -142,6 +142,47 @@ def score(source: str | Path, experiment: str | Path | None = None, **settings: 
     return run(Asked.of(path, None if experiment is None else str(experiment), words(settings)))
 
 
+def new(folder: str | Path, images: str | Path, **settings: Any) -> Path:
+    """Write the experiments of all methods for your images, and return their folder; see ``diffaccel new``.
+
+    Args:
+        folder: New folder.
+        images: Folder or zip archive of images, or npz file.
+        settings: ``checkpoint`` of a denoiser, ``size`` to resize the images to, ``test_share`` or ``test`` images,
+            ``judges``, ``labels``, ``label``, ``again``, ``threads``, ``accelerator``.
+
+    Raises:
+        UsageError: The images can't be used, the checkpoint does not fit them, or the folder has other content.
+
+    Example:
+        >>> folder = new("mine", images="photos", size=32)  # doctest: +SKIP
+    """
+    from diffaccel.verbs.new import Asked
+    from diffaccel.verbs.new import new as run
+    from diffaccel.verbs.run import quiet
+
+    quiet()
+    return run(Asked.of([str(folder), *words({"images": images, **settings})]))
+
+
+def curve(folder: str | Path, methods: Sequence[str] | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """Fit and measure methods of a folder of experiments, compare them, and return the points; see ``diffaccel curve``.
+
+    Args:
+        folder: Folder that :func:`new` wrote, or name of a data set (``digits``).
+        methods: Names of experiments; by default edm, dlg and small_t.
+        settings: Keys of every fit and measurement (``nfe=[5, 10]``, ``n``, ``images``), ``out`` and ``judge``.
+
+    Example:
+        >>> points = curve("mine", methods=["edm", "dlg"], nfe=[5, 10])  # doctest: +SKIP
+    """
+    from diffaccel.verbs.curve import Asked
+    from diffaccel.verbs.curve import curve as run
+
+    chosen = {} if methods is None else {"methods": ",".join(methods)}
+    return run(Asked.of([str(folder), *words({**chosen, **settings})]))
+
+
 def sweep(
     file: str | Path, processes: int = 1, count: int | None = None, out: str | Path | None = None, **settings: Any
 ) -> list[dict[str, Any]]:

@@ -131,12 +131,13 @@ def _chosen(given: dict[str, Any]) -> str:
 
 
 def find(experiment: str) -> Path:
-    """Locate the file of an experiment.
+    """Locate the file of an experiment: a file, with or without ``.yaml``, or one under experiments/.
 
     Raises:
         UsageError: The experiment is neither a file nor a name under experiments/.
     """
-    for path in (Path(os.path.expanduser(experiment)), EXPERIMENTS / f"{experiment}.yaml"):
+    own = os.path.expanduser(experiment)
+    for path in (Path(own), Path(f"{own}.yaml"), EXPERIMENTS / f"{experiment}.yaml"):
         if path.is_file():
             return _nearby(path)
     known = suggest(experiment, experiment_names())

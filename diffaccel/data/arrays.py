@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from diffaccel.data import npz
+from diffaccel.data import held_out, npz
 from diffaccel.data.decode import listed
 from diffaccel.data.labels import MAX_CLASSES
 from diffaccel.data.source import SOURCES, ArrayImages, Source, Split, path_of
@@ -63,12 +63,25 @@ class Npz(Source):
     Args:
         path: File of the training images.
         test_path: File of the test images; None for no test split.
+        test_share: Expected share of the images of ``path`` that are the test split, chosen by the hash of their
+            pixels; None for no such split. No image is in both splits, copies included.
         label: Provenance, for tables and plots; the file's name by default.
+
+    Raises:
+        UsageError: ``test_share`` is not between 0 and 1, or ``test_path`` is set too.
     """
 
     discrete = True
 
-    def __init__(self, path: Path, test_path: Path | None = None, label: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        test_path: Path | None = None,
+        test_share: float | None = None,
+        label: str | None = None,
+    ) -> None:
+        held_out.check_share(test_share, test_path)
+        self.test_share = test_share
         self.path, self.test_path = str(path), None if test_path is None else str(test_path)
         self.label = label or os.path.basename(path)
 
@@ -79,14 +92,21 @@ class Npz(Source):
         Raises:
             UsageError: The file is missing or damaged, or has arrays of the wrong name, type or shape.
         """
-        file = npz.ArrayFile(path_of(name, self.path, self.test_path))
+        share = self.test_share
+        file = npz.ArrayFile(self.path if share is not None else path_of(name, self.path, self.test_path))
         image_key, label_key = _keys(file)
         images = _checked_images(file, image_key)
         classes = _classes(file) if label_key else None
         labels = _checked_labels(file, label_key, len(images), classes) if label_key else None
         read = {"images", "arr_0"} | ({label_key, "classes"} if label_key else set())  # arr_0 may repeat images
         notes = file.unread(read)
-        return ArrayImages(channels_first(images), labels, classes, notes)
+        if share is None:
+            return ArrayImages(channels_first(images), labels, classes, notes)
+        if labels is not None and classes is None:
+            classes = int(labels.max()) + 1  # of all images
+        own = held_out.chosen([held_out.digest_of_array(image) for image in images], share, name, self.path)
+        notes = [*notes, held_out.note(len(images), len(images) - len(own))] if name == "train" else []
+        return ArrayImages(channels_first(images[own.numpy()]), None if labels is None else labels[own], classes, notes)
 
 
 def _keys(file: npz.ArrayFile) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@
 all images of a split are grey, otherwise RGB; ``limit`` doesn't affect this.
 """
 
+import copy
 import os
 import warnings
 from abc import abstractmethod
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.data import held_out
 from diffaccel.data.decode import UNREADABLE, decode, is_colour, listed
 from diffaccel.data.labels import Labels, read_labels
 from diffaccel.data.places import Files, FolderFiles, ZipFiles
@@ -35,13 +37,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class MixedSizes(UsageError):
+    """Images of one split have several sizes."""
+
+
 class Probe(NamedTuple):
-    """Result of the check of an image: size after rotation, whether the image is grey, and changes by decoding."""
+    """Result of the check of an image: size after rotation, whether it is grey, changes by decoding, hash of pixels."""
 
     height: int
     width: int
     grey: bool
     changes: tuple[str, ...]
+    digest: int
 
 
 class FileImages(Images):
@@ -54,6 +61,7 @@ class FileImages(Images):
         image_size: Height and width to resize the central square to, by a Lanczos filter; None to keep the images,
             which must then have one size.
         others: Names of other files of the split, which only affect whether the images are grey or RGB.
+        hashed: Whether the check computes the hashes that :meth:`part` requires.
 
     Raises:
         UsageError: ``image_size`` is out of range.
@@ -66,6 +74,7 @@ class FileImages(Images):
         labels: Labels,
         image_size: int | None,
         others: Sequence[str] = (),
+        hashed: bool = False,
     ) -> None:
         if image_size is not None and not 1 <= image_size <= MAX_SIDE:
             raise UsageError(f"{printable(files.path)}: image_size={image_size}: set 1 to {MAX_SIDE}")
@@ -73,6 +82,8 @@ class FileImages(Images):
         self.labels, self.classes, label_notes = labels
         self._listing_notes = [*files.notes, *label_notes]
         self._shape: tuple[int, int, int] | None = None
+        self._hashed, self._digests = hashed, list[int]()
+        self._checked = False  # by another split of the same files
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,26 +104,52 @@ class FileImages(Images):
         Raises:
             UsageError: Some images, named in the message, are damaged or differ in size from most images.
         """
+        if self._checked:
+            return
         probes = self._probes()
         sizes = Counter((probe.height, probe.width) for probe in probes if not isinstance(probe, str))
         size = sizes.most_common(1)[0][0] if sizes else None
         if faults := list(self._faults(probes, size)):
-            raise UsageError(_faults_message(self.files.path, faults, len(probes), resizable=len(sizes) > 1))
+            mixed = len(sizes) > 1
+            raise (MixedSizes if mixed else UsageError)(_faults_message(self.files.path, faults, len(probes), mixed))
         whole = [probe for probe in probes if not isinstance(probe, str)]
         grey = sum(probe.grey for probe in whole)
         colour = grey < len(whole) or any(_in_threads(self._is_colour, self.others))
         assert size is not None
         height, width = size if self.image_size is None else (self.image_size, self.image_size)
         self._shape = 3 if colour else 1, height, width
+        self._digests = [probe.digest for probe in whole]
         changes = Counter(change for probe in whole for change in probe.changes)
         if colour and grey:
             changes["grey among colour images, read as RGB"] = grey
         counted = [f"{count} of {len(whole)} images {text}" for text, count in changes.items()]
         self.notes = [*self._listing_notes, *counted]
 
+    def part(self, share: float, split: Split) -> "FileImages":
+        """Return the images of a split by the hash of the pixels, with the channels and classes of all images.
+
+        Raises:
+            UsageError: An image can't be used, or the split has no images.
+        """
+        if self._shape is None:
+            self.check()
+        indices = held_out.chosen(self._digests, share, split, self.files.path)
+        images = copy.copy(self)
+        images.names = [self.names[index] for index in indices.tolist()]
+        images.labels = None if self.labels is None else self.labels[indices]
+        images.notes = []  # of the training split alone, for all images
+        if split == "train":
+            images.notes = [*self.notes, held_out.note(len(self), len(self) - len(images))]
+        images._checked = True
+        return images
+
     @override
     def first(self, n: int) -> "FileImages":
         """Return the first ``n`` images by name, with the channels and the number of classes of the whole split."""
+        if self._checked:
+            images = copy.copy(self)
+            images.names, images.labels = self.names[:n], None if self.labels is None else self.labels[:n]
+            return images
         labels = Labels(None if self.labels is None else self.labels[:n], self.classes, [])
         images = FileImages(self.files, self.names[:n], labels, self.image_size, self.names[n:])
         images._listing_notes = self._listing_notes
@@ -151,7 +188,9 @@ class FileImages(Images):
                 image, changes = decode(stream)
         except UNREADABLE as error:
             return str(error) or type(error).__name__
-        return Probe(image.height, image.width, image.mode == "L", changes)
+        return Probe(
+            image.height, image.width, image.mode == "L", changes, held_out.digest_of(image) if self._hashed else 0
+        )
 
     def _is_colour(self, name: str) -> bool:
         try:
@@ -209,7 +248,12 @@ class FileSource(Source):
         image_size: Height and width to resize the central square to; None to keep the images, which must then have one
             size.
         labels: Whether to read labels.
+        test_share: Expected share of the images of ``path`` that are the test split, chosen by the hash of their
+            pixels; None for no such split. No image is in both splits, copies included.
         label: Provenance, for tables and plots; the name of the place by default.
+
+    Raises:
+        UsageError: ``test_share`` is not between 0 and 1, or ``test_path`` is set too.
     """
 
     discrete = True
@@ -220,10 +264,13 @@ class FileSource(Source):
         test_path: Path | None = None,
         image_size: int | None = None,
         labels: bool = True,
+        test_share: float | None = None,
         label: str | None = None,
     ) -> None:
+        held_out.check_share(test_share, test_path)
         self.path, self.test_path = str(path), None if test_path is None else str(test_path)
-        self.image_size, self.labels = image_size, labels
+        self.image_size, self.labels, self.test_share = image_size, labels, test_share
+        self._all: FileImages | None = None  # whose check serves both splits
         self.label = label or os.path.basename(os.path.normpath(path))
 
     @abstractmethod
@@ -241,11 +288,17 @@ class FileSource(Source):
         Raises:
             UsageError: The files can't be listed, or the labels don't fit the images or the training split.
         """
+        if self.test_share is not None:
+            self._all = self._all or self._read("train")
+            return self._all.part(self.test_share, name)
+        return self._read(name)
+
+    def _read(self, name: Split) -> FileImages:
         files = self.files(path_of(name, self.path, self.test_path))
         labels = Labels(None, 0, [])
         if self.labels:
             labels = read_labels(files, files if name == "train" else self.files(self.path))
-        return FileImages(files, files.names, labels, self.image_size)
+        return FileImages(files, files.names, labels, self.image_size, hashed=self.test_share is not None)
 
 
 @SOURCES.register("folder")

@@ -1,7 +1,7 @@
 """Construction of samplers, models and methods from a configuration."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -137,7 +137,10 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         _check_levels(config, sampler.denoiser, header)  # after the method has restricted the range
     if load and frozen:
         check_trained(config, sampler, "denoiser" in method.trained_networks())
-    set_budgets(config, sampler, posterior, load, verify=load or not frozen)  # a dry run does not read weights
+    trained = () if frozen else method.trained_networks()
+    set_budgets(
+        config, sampler, posterior, load, verify=load or not frozen, trained=trained
+    )  # a dry run reads no weights
     if load and frozen:
         check_start(config, sampler, method.starts_from)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
@@ -243,11 +246,27 @@ def _fill_denoiser(
 
 
 def set_budgets(
-    config: Config, sampler: Sampler, posterior: LevelPosterior | None, load: bool, verify: bool = True
+    config: Config,
+    sampler: Sampler,
+    posterior: LevelPosterior | None,
+    load: bool,
+    verify: bool = True,
+    trained: Collection[str] = (),
 ) -> None:
-    """Build the settings by budget; settings that were searched for other weights are ignored, with a message."""
+    """Build the settings by budget; settings that were searched for other weights are ignored, with a message.
+
+    Args:
+        config: Configuration of the run.
+        sampler: Sampler whose settings are set.
+        posterior: Posterior of a chain's levels.
+        load: Whether to read configured weights.
+        verify: Whether the sampler has weights to compare with those of the search.
+        trained: Networks that a fit trains: these will be other weights than those of the search, also if the fit
+            begins with them (``init``).
+    """
     if config.by_nfe and config.tuned_for and verify:
-        others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - set(sampler.weights_sha256())})
+        own = {one for one in sampler.weights_sha256() if one.partition("=")[0] not in trained}
+        others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - own})
         if others:
             say(
                 f"the settings by budget were searched for another {' and '.join(others)} and are ignored: "

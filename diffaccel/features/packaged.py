@@ -197,3 +197,16 @@ class MobileNetV2(Packaged):
     @override
     def architecture(self) -> Mobile:
         return Mobile(MOBILENET_V2)
+
+
+def installed_judges() -> tuple[list[str], dict[str, str]]:
+    """Return the names of the extractors whose weights are installed, and the command that installs each other one."""
+    found: list[str] = []
+    missing: dict[str, str] = {}
+    for kind in (EfficientNetLite0, MobileNetV2):
+        try:
+            kind.shipped.locate(kind.kind)
+            found.append(kind.kind)
+        except UsageError:
+            missing[kind.kind] = kind.shipped.install
+    return found, missing

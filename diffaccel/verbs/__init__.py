@@ -37,6 +37,8 @@ class Verb:
 VERBS = {
     verb.name: verb
     for verb in (
+        Verb("new", function="new_command"),
+        Verb("curve", settings=True, function="curve_command"),
         Verb("bench", on_experiment=True),
         Verb("fit", on_experiment=True),
         Verb("search", on_experiment=True),

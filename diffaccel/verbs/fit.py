@@ -40,8 +40,12 @@ Keys:
 console = PlainConsole(stderr=True, soft_wrap=True)
 
 
-def fit(config: Config) -> Path:
+def fit(config: Config, evaluates: bool = True) -> Path:
     """Train a method, or the feature network that scores images, and print the points of the final evaluation.
+
+    Args:
+        config: Configuration of the run.
+        evaluates: Whether to measure the configured budgets at the end, and during the training if so configured.
 
     Returns:
         Folder of the weights, the training state, and the points.
@@ -72,7 +76,7 @@ def fit(config: Config) -> Path:
         checkpointer.check_outputs(method)
     if resume is not None:
         checkpointer.check_same_run(resume, loading.check_resumable(resume, method))
-    evaluator = _evaluator(config, method)
+    evaluator = _evaluator(config, method) if evaluates else None
     callbacks: list[Any] = [checkpointer]
     if evaluator is not None:
         callbacks.append(EvaluationCallback(evaluator))

@@ -34,12 +34,13 @@ Paths = dict[str, dict[str, Path]]
 """Split -> judge -> file."""
 
 
-def reference(config: Config) -> dict[str, Path]:
+def reference(config: Config, advises: bool = True) -> dict[str, Path]:
     """Write the statistics of the training split and, if there is one, of the test split, for all judges in one pass.
 
     Args:
         config: Configuration of the run. An empty ``reference`` or ``floor`` is a file of that name in OUT, or for
             several judges one file each, ``reference_<judge>.npz``; null omits the files.
+        advises: Whether to print the settings with which a bench uses the files.
 
     Returns:
         File of each split, ``train`` and ``test``; for several judges, also of each split and judge,
@@ -76,7 +77,8 @@ def reference(config: Config) -> dict[str, Path]:
         for split, files in paths.items():
             for path, one in zip(files.values(), found[split], strict=True):
                 console.print(f"{path}: {one.moments.n} {split} images, sha256 {one.sha256[:12]}")
-        print_lines(f"to use these files, add to bench: {shlex.join(_words(config, paths, len(names) > 1))}")
+        if advises:
+            print_lines(f"to use these files, add to bench: {shlex.join(_words(config, paths, len(names) > 1))}")
     return _flat(paths, len(names) > 1)
 
 

@@ -1,0 +1,121 @@
+"""Estimated time of the steps of ``curve``, from a training step, a forward pass and a batch of features."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.table import Table
+
+from diffaccel import experiment
+from diffaccel.config import Config
+from diffaccel.data import Batch
+from diffaccel.experiment.chain import Step
+from diffaccel.methods import Diffusion
+from diffaccel.noise import NoiseStreams
+from diffaccel.run.machine import describe, device_type
+from diffaccel.sampling import Sampler
+from diffaccel.sampling.precision import arithmetic
+from diffaccel.text.terminal import print_lines, wide_console
+from diffaccel.training.module import Phase
+from diffaccel.verbs.cost import forward_cost
+
+TIMED = 32
+"""Number of images of a timed training step or batch of features."""
+
+
+def print_costs(steps: Sequence[Step]) -> None:
+    """Print the steps with their lengths and estimated times."""
+    table = Table(box=None, header_style="bold")
+    for column, justify in (("", "right"), ("step", "left"), ("length", "left"), ("about", "right"), ("in", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    total, judging = 0.0, 0.0
+    for number, step in enumerate(steps, start=1):
+        config = step.config
+        if step.method is not None:
+            taken = seconds_per_image(step.method, config) * config.training.images
+            length = f"{config.training.images:,} images"
+        else:
+            assert step.sampler is not None
+            judging = judging or seconds_of_features(config)
+            taken = seconds_of_samples(step.sampler, config) + len(config.nfe) * config.n * judging
+            length = f"n={config.n}, nfe={','.join(f'{budget:g}' for budget in config.nfe)}"
+        total += taken
+        table.add_row(f"{number}", f"{step.verb} {step.name}", length, minutes(taken), str(config.folder))
+    wide_console().print(table)
+    config = steps[-1].config
+    print_lines(
+        f"about {minutes(total)} in all on this machine ({describe(config)}), without start-up, plots and measured "
+        "points, which are not measured again"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """Format an estimated time."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def seconds_per_image(method: Diffusion, config: Config) -> float:
+    """Measure the time of a training step per image, over all phases, weighted by the images for which each is active.
+
+    The time of a density in closed form, which is a pass over the images, is not included.
+    """
+    images, taken = config.training.images, 0.0
+    device = torch.device(device_type(config))
+    method.to(device)
+    batch = Batch(
+        torch.randn(TIMED, *method.shape, device=device).clamp(-1, 1),
+        torch.zeros(TIMED, dtype=torch.int64, device=device) if method.trained_classes else None,
+        torch.arange(TIMED, device=device),
+    )
+    for phase in method.phases():
+        active = max(0.0, min(phase.until, images) - min(phase.since, images)) / images / phase.every
+        if active:
+            _take_step(phase, batch, config)  # allocates
+            started = _clock(device)
+            _take_step(phase, batch, config)
+            taken += active * (_clock(device) - started) / TIMED
+    return taken
+
+
+def _take_step(phase: Phase, batch: Batch, config: Config) -> None:
+    """Compute loss and gradient of a phase."""
+    with arithmetic(config.precision, batch.image.device):
+        loss = phase.loss(batch, NoiseStreams(config.seed, batch.index, "training")).mean()
+    if loss.requires_grad:
+        loss.backward()
+
+
+def seconds_of_samples(sampler: Sampler, config: Config) -> float:
+    """Estimate the time of sampling all budgets from the time of a forward pass."""
+    sampler.to(torch.device(device_type(config)))
+    with sampler.arithmetic():
+        cost = forward_cost(sampler, min(config.images_per_batch, config.n))
+    return sum(sampler.planned_nfe(sampler.plan(budget, config.n), config.n) for budget in config.nfe) * (
+        config.n * cost.seconds
+    )
+
+
+@torch.no_grad()
+def seconds_of_features(config: Config) -> float:
+    """Measure the time of the features of all judges, per image."""
+    device = torch.device(device_type(config))
+    images = torch.randint(0, 256, (TIMED, *config.shape), dtype=torch.uint8, device=device)
+    taken = 0.0
+    for extractor in experiment.build_extractors(config):
+        extractor.to(device)(images)
+        started = _clock(device)
+        extractor(images)
+        taken += (_clock(device) - started) / TIMED
+    return taken
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
