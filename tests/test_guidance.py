@@ -7,6 +7,7 @@ import torch
 from oracles import assemble, plan_of
 from torch import Tensor
 
+from diffaccel.condition import NULL, Condition, Kinds
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, GuidedDenoiser, KarrasDenoiser
 from diffaccel.denoiser.levels import LogNormal
@@ -28,7 +29,7 @@ class ByClass(Denoiser):
     process, ratio_range = EDMVarianceExploding(), (0.0, math.inf)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
-        mean = expand(torch.full((len(x_t),), 3) if condition is None else condition, x_t)
+        mean = expand(torch.full((len(x_t),), 3) if condition is None else condition.labels, x_t)
         residual = (x_t - mean) / expand(1 + t.square(), x_t)
         return Prediction(mean + residual, expand(t, x_t) * residual)
 
@@ -70,7 +71,7 @@ def test_an_images_label_is_its_index_in_any_batch():
     whole = next(iter(method.sampler.draw(plan, 0, [range(6)])))[1]
     parts = torch.cat([images for _, images in method.sampler.draw(plan, 0, [range(2), range(2, 6)])])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
-    method.prior.classes = lambda denoiser: 0  # type: ignore[method-assign]
+    method.prior.takes = lambda denoiser: Kinds()  # type: ignore[method-assign]
     assert not torch.allclose(next(iter(method.sampler.draw(plan, 0, [range(6)])))[1], whole, atol=1e-2)
 
 
@@ -102,11 +103,12 @@ def test_chains_are_of_no_class():
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 0.25), (1.0, 1)])
 def test_labels_are_dropped_in_the_denoisers_loss(share: float, expected: float):
     method = diffusion({"name": "ddim"}, label_drop=share)
-    labels = method.drop_labels(torch.arange(2000) % CLASSES, NoiseStreams(0, range(2000)))
-    assert (labels == CLASSES).double().mean().item() == pytest.approx(expected, abs=0.03)
-    kept = labels != CLASSES
+    condition = Condition(labels=torch.arange(2000) % CLASSES)
+    labels = method.drop_condition(condition, NoiseStreams(0, range(2000))).labels
+    assert (labels == NULL).double().mean().item() == pytest.approx(expected, abs=0.03)
+    kept = labels != NULL
     assert torch.equal(labels[kept], (torch.arange(2000) % CLASSES)[kept])
-    assert diffusion({"name": "ddim"}, classes=0).drop_labels(labels, NoiseStreams(0, range(2000))) is None
+    assert diffusion({"name": "ddim"}, classes=0).condition(Batch(labels, condition, labels)) is None
 
 
 def tdpm(generator: str, frozen: bool, **options: object) -> TruncatedDiffusion:
@@ -121,7 +123,7 @@ def tdpm(generator: str, frozen: bool, **options: object) -> TruncatedDiffusion:
 @pytest.mark.parametrize(("generator", "frozen"), [("separate", True), ("shared", False), ("diffuse", True)])
 def test_generator_and_critic_see_the_labels(generator: str, frozen: bool):
     method, images = tdpm(generator, frozen), torch.randn(8, *SHAPE)
-    one, other = (Batch(images, torch.full((8,), label), torch.arange(8)) for label in (0, 1))
+    one, other = (Batch(images, Condition(labels=torch.full((8,), label)), torch.arange(8)) for label in (0, 1))
     for loss in (method.generator_loss, method.critic_loss):
         values = [loss(batch, NoiseStreams(0, range(8))) for batch in (one, other)]
         assert not torch.allclose(*values, atol=1e-6)

@@ -25,6 +25,9 @@ EXPLAIN_USAGE = "explain requires a group and a name: `diffaccel explain solver 
 
 
 EXTRA = {
+    "samples": "Number of samples per test image, in succession; 1 if not set.",
+    "seed": "Seed of random degradations of the test images; 0 if not set.",
+    "lpips": "Whether to measure LPIPS to the test images; false if not set.",
     "checkpoint": "Weights of the part's own networks.",
     "init": "Initial weights of these networks in a fit.",
     "metric": "Name of the features in metrics; only for the method `extractor`.",
