@@ -14,8 +14,8 @@ from diffaccel.data.stream import to_float
 
 ROUNDING = 1 / 12
 """Squared error of rounding to 8 bits: the smallest that counts, so that equal images have a finite ratio, 58.9 dB."""
-WINDOW = 11
-"""Side of SSIM's window."""
+SMALL = 6
+"""Side of images from which on SSIM's window is the published one."""
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 def ssim(one: Tensor, other: Tensor) -> Tensor:
     """Structural similarity of images in 0 .. 255, (B, C, H, W) -> (B,).
 
-    As published, windows are Gaussian, of 11 x 11 pixels with a standard deviation of 1.5, and inside of the image. In
-    images with a side under 11 they are uniform, of the largest odd size up to 7 x 7.
+    As published, windows are Gaussian, of 11 x 11 pixels with a standard deviation of 1.5. The mean is over all pixels,
+    of images continued by reflection, as in torchmetrics. In images with a side under 6, windows are uniform, 3 x 3.
 
     References:
         Image Quality Assessment: From Error Visibility to Structural Similarity (Wang et al., 2004),
@@ -39,10 +39,10 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # imported late: it takes a second
 
-    side = min(one.shape[2:])
-    window = {} if side >= WINDOW else {"gaussian_kernel": False, "kernel_size": min(7, side - (side + 1) % 2)}
-    images = one.double(), other.double()
-    found = structural_similarity_index_measure(*images, data_range=255.0, reduction="none", **window)
+    gaussian = min(one.shape[2:]) >= SMALL
+    found = structural_similarity_index_measure(
+        one.double(), other.double(), gaussian, kernel_size=3, data_range=255.0, reduction="none"
+    )
     assert isinstance(found, Tensor)
     return found
 

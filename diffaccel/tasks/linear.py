@@ -4,7 +4,7 @@ The condition's image is y lifted to the size of x. It determines A+ A x, with t
 projection, which is imposed on predictions and samples. These then degrade to y, up to rounding to 8 bits.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,16 +56,17 @@ class Resolved(Observation):
 class SuperResolution(Degradation):
     """Image at a lower resolution, as 8-bit pixels, resized back to the size of the image by bicubic interpolation.
 
-    The interpolated image is corrected by A+ (y - A x), so that it degrades exactly to the small image.
+    The interpolated image x is corrected by A+ (y - A x), so that it degrades exactly to the small image y.
 
     Args:
         shape: Image shape (C, H, W).
         factor: Factor between the resolutions.
         kernel: Filter of the degradation: ``bicubic`` with antialiasing, or ``area``, the mean of blocks.
-        impose: Whether to impose on samples what the small image determines.
+        impose: Whether to correct the interpolated image, and to impose on samples what the small image determines.
+            Otherwise the condition is the interpolated image, as published, and nothing is imposed.
 
     Raises:
-        UsageError: The image can't be divided by the factor, or the kernel is unknown.
+        UsageError: The image can't be divided by the factor.
 
     References:
         Image Super-Resolution via Iterative Refinement (Saharia et al., 2021), https://arxiv.org/abs/2104.07636 (the
@@ -83,8 +84,6 @@ class SuperResolution(Degradation):
             raise UsageError(
                 f"condition 'super_resolution': factor={factor} must be 2 or more and divide images of {height}x{width}"
             )
-        if kernel not in get_args(Filter):
-            raise UsageError(f"condition 'super_resolution': kernel={kernel}: set one of {', '.join(get_args(Filter))}")
         self.kinds = Kinds(image=channels)
         self.size, self.small = (height, width), (height // factor, width // factor)
         self.rows, self.columns = resizing(height, self.small[0], kernel), resizing(width, self.small[1], kernel)
@@ -103,13 +102,15 @@ class SuperResolution(Degradation):
     def degrade(self, images: Tensor, noise: NoiseStreams) -> Condition:
         small = round_to_8_bits(self.shrink(images))
         large = self.enlarge(small)
+        if self.observation is None:
+            return Condition(image=large)
         return Condition(image=large + apply(*self.inverse, small - self.shrink(large)))
 
     @override
     def baseline(self, condition: Condition) -> Tensor | None:
         """Return the bicubic interpolation of the small image."""
         assert condition.image is not None
-        return self.enlarge(self.shrink(condition.image))
+        return condition.image if self.observation is None else self.enlarge(self.shrink(condition.image))
 
     @override
     def observe(self, images: Tensor) -> Tensor | None:
