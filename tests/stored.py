@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffaccel.condition import Condition
 from diffaccel.data import Batch, DataModule
 
 N, SIDE, CLASSES = 12, 6, 3
@@ -62,5 +63,18 @@ def training(module: DataModule, steps: int, rank: int = 0, world: int = 1) -> l
     return list(islice(module.train_dataloader(), steps))
 
 
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    """Images, index, and each kind of the condition."""
+    return [batch.image, batch.index, *(value for value in batch.condition or () if value is not None)]
+
+
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def together(batches: Iterable[Batch]) -> Batch:
+    """The batch whose parts the ranks have."""
+    parts = list(batches)
+    kinds = zip(*(batch.condition or () for batch in parts), strict=True)
+    condition = Condition(*(None if kind[0] is None else torch.cat(kind) for kind in kinds))
+    return Batch(torch.cat([one.image for one in parts]), condition, torch.cat([one.index for one in parts]))

@@ -64,7 +64,7 @@ def test_a_file_names_small_ones(shape, keys, count):
 
 
 def test_keys_are_the_constructors():
-    assert CRITICS.keys_of("stylegan2") == {"shape", "channel_base", "channel_max", "classes"}
+    assert CRITICS.keys_of("stylegan2") == {"shape", "channel_base", "channel_max", "classes", "image", "mask"}
     with pytest.raises(UsageError, match="critic 'mlp' has no key 'widht'; did you mean 'width'"):
         CRITICS.build({"name": "mlp", "widht": 3}, shape=(2, 1, 1))
 

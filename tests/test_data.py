@@ -61,7 +61,7 @@ def test_training_images_are_the_stored_ones_in_minus_one_to_one(npz: str) -> No
         expected = torch.from_numpy(RGB[index.numpy()].astype(np.float64) / 127.5 - 1).permute(0, 3, 1, 2)
         assert batch.image.dtype == torch.float32
         torch.testing.assert_close(batch.image.double(), expected, atol=1e-6, rtol=0)
-        assert batch.condition is not None and batch.condition.tolist() == LABELS[index.numpy()].tolist()
+        assert batch.condition is not None and batch.condition.labels.tolist() == LABELS[index.numpy()].tolist()
 
 
 def test_ends_of_the_range_are_exact(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from stored import LABELS, RGB, N, data, same, training
+from stored import LABELS, RGB, N, data, same, together, training
 
 from diffaccel.data import Batch, Stream
 from diffaccel.data.stream import mirrored
@@ -40,7 +40,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(npz: str, world
     for step, batch in enumerate(alone):
         shares = [ranks[rank][step] for rank in range(world)]
         assert all(len(share.image) == 6 // world for share in shares)
-        assert same(batch, Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True))))
+        assert same(batch, together(shares))
 
 
 @pytest.mark.parametrize("step", [1, 4, 11])

@@ -59,7 +59,7 @@ def test_heun_is_explained():
     found = explain("solver", "heun")
     assert found.source == "diffaccel.solver.onestep.Heun"
     keys = {key.name: key for key in found.keys}
-    assert list(keys) == ["grid", "denoise", "analytic_first", "guidance"]
+    assert list(keys) == ["grid", "denoise", "analytic_first", "guidance", "guidance_interval"]
     assert keys["grid"].type == "grid"
     assert keys["grid"].default == "{name: karras, ratio_min: 0.002, ratio_cap: 80, rho: 7}"
     assert keys["denoise"][1:3] == ("true or false", "true") and keys["analytic_first"][1:3] == (

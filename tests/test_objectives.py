@@ -5,6 +5,7 @@ import torch
 from oracles import assemble
 from torch import Tensor, nn
 
+from diffaccel.condition import Condition
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, EpsDenoiser, GaussianDenoiser, KarrasDenoiser, MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
@@ -99,7 +100,7 @@ class Counted(GaussianDenoiser):
         self.calls += 1
         x_0, eps = super().forward(x_t, t)
         assert condition is not None
-        return Prediction(x_0 * (1 - 0.5 * expand(condition, x_0)), eps)
+        return Prediction(x_0 * (1 - 0.5 * expand(condition.labels, x_0)), eps)
 
 
 def test_pairs_are_integrated_once():
@@ -111,7 +112,7 @@ def test_pairs_are_integrated_once():
 
     def losses(first: int, count: int) -> Tensor:
         index = torch.arange(first, first + count)
-        images = Batch(torch.zeros(count, *SHAPE), torch.full((count,), 7), index)
+        images = Batch(torch.zeros(count, *SHAPE), Condition(labels=torch.full((count,), 7)), index)
         return phase.loss(images, NoiseStreams(first, index)).detach()
 
     early = losses(0, 6)

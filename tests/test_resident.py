@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from stored import RGB, N, data, same, save_folder, training
+from stored import RGB, N, data, same, save_folder, together, training
 from test_training import BATCH, STEPS, SaveAt, assert_same, diffusion, everything
 
 from diffaccel.config import load
@@ -50,7 +50,7 @@ def test_ranks_share_the_batch(npz: str):
     alone = training(data("npz", path=npz, module=keys), 7)
     ranks = [gathered(data("npz", path=npz, resident=True, module=keys), 7, rank, 2) for rank in range(2)]
     for step, batch in enumerate(alone):
-        assert same(batch, Batch(*(torch.cat(parts) for parts in zip(*(rank[step] for rank in ranks), strict=True))))
+        assert same(batch, together(rank[step] for rank in ranks))
 
 
 def fit(method, resident, callbacks=(), ckpt_path=None, precision="32-true"):

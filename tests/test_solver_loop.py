@@ -351,7 +351,7 @@ def test_the_condition_is_that_of_each_sample(name: str) -> None:
 
         def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
             assert condition is not None
-            x_0 = expand(condition, x_t).expand_as(x_t)
+            x_0 = expand(condition.labels, x_t).expand_as(x_t)
             alpha, sigma = expand(self.process.alpha(t), x_t), expand(self.process.sigma(t), x_t)
             return Prediction(x_0, (x_t - alpha * x_0) / sigma)
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffaccel.condition import Condition
 from diffaccel.data import Batch
 from diffaccel.methods import TrainedModule
 from diffaccel.training.finite import FiniteCheck
@@ -116,7 +117,11 @@ def move(module: nn.Module) -> None:
 
 def batch_on_gpu(shape: tuple[int, ...], classes: int, size: int = 8) -> Batch:
     labels = torch.randint(classes, (size,), device=GPU) if classes else None
-    return Batch(torch.randn(size, *shape, device=GPU), labels, torch.arange(size, device=GPU))
+    return Batch(
+        torch.randn(size, *shape, device=GPU),
+        None if labels is None else Condition(labels=labels),
+        torch.arange(size, device=GPU),
+    )
 
 
 def attach(method: TrainedModule) -> None:

@@ -87,6 +87,10 @@ class Config:
     """Source of images."""
     shape: list[int] = MISSING
     """Image shape [C, H, W]."""
+    condition: dict[str, Any] = field(default_factory=dict)
+    """Condition of each image in addition to its label: a degradation, or an image of another source. In sampling, the
+    conditions are those of the test images, each for ``samples`` images in succession (1 by default); ``seed`` (0) is
+    that of random degradations. Empty for none."""
     process: dict[str, Any] = field(default_factory=lambda: {"name": "edm"})
     """Forward process."""
     network: dict[str, Any] = field(default_factory=dict)

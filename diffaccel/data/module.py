@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from diffaccel.data.conditions import Conditioner
 from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
 from diffaccel.data.source import SPLITS, Images, Source, Split, build_source
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
@@ -78,6 +79,7 @@ class DataModule(LightningDataModule):
         flip: Whether to mirror training images left to right with probability 1/2.
         num_workers: Number of worker processes that read training images; 0 suits data in memory. Ignored for resident
             images.
+        conditioner: Part that makes the conditions of the images, in addition to labels; None for none.
 
     Attributes:
         start_step: First step of the training loader; set this before iterating over the loader, to resume.
@@ -94,6 +96,7 @@ class DataModule(LightningDataModule):
         limit: int | None = None,
         flip: bool = False,
         num_workers: int = 0,
+        conditioner: Conditioner | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -107,8 +110,12 @@ class DataModule(LightningDataModule):
         self.source: Source = build_source(source)
         self.source_name = str(source["name"])
         self.batch_size, self.seed, self.limit = batch_size, seed, limit
-        self.flip, self.num_workers = flip, num_workers
+        self.flip, self.num_workers, self.conditioner = flip, num_workers, conditioner
         self.resident = _resident(source.get("resident"))
+        if self.resident is None and conditioner is not None and not conditioner.on_device:
+            self.resident = False
+        elif self.resident and conditioner is not None and not conditioner.on_device:
+            raise UsageError("data.resident=true: the conditions are read from files: set data.resident=auto")
         self.start_step = 0
         self._splits: dict[str, Images] = {}
         self._on_device: ResidentImages | None = None
@@ -173,8 +180,10 @@ class DataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Open and check the training images, so that a damaged image is an error before the run starts."""
-        self.images("train")
+        """Open and check training images and conditions, so that damaged files are an error before the run starts."""
+        images = self.images("train")
+        if self.conditioner is not None:
+            self.conditioner.open("train", images)
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -190,11 +199,12 @@ class DataModule(LightningDataModule):
         images = self.images("train")
         batches = GlobalBatches(self.batch_size, rank, world, lambda: self.start_step)
         stream = Stream(len(images), self.seed)
+        make = None if self.conditioner is None else self.conditioner.open("train", images)
         self._on_device = None  # frees that of an earlier loader
         if stays_resident(images, device, self.resident):
-            self._on_device = ResidentImages(images, device, self.flip, self.seed)
+            self._on_device = ResidentImages(images, device, self.flip, self.seed, make=make)
         resident = self._on_device is not None
-        chosen: Dataset[Any] = ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip)
+        chosen: Dataset[Any] = ChosenSet(stream) if resident else TrainingSet(images, stream, self.flip, make)
         return DataLoader(
             chosen,
             batch_sampler=batches,

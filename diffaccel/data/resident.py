@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffaccel.data.source import Images
-from diffaccel.data.stream import Batch, Stream, mirrored, to_float
+from diffaccel.data.stream import Batch, Conditions, Stream, batch_of, to_float
 from diffaccel.errors import UsageError
 
 SHARE = 0.25
@@ -52,12 +52,19 @@ class ResidentImages:
         flip: Whether to mirror images with probability 1/2, as determined by the stream position.
         seed: Seed of the training stream.
         chunk: Images read at once.
+        make: Conditions that depend on the images alone; None for none.
     """
 
     def __init__(
-        self, images: Images, device: torch.device, flip: bool = False, seed: int = 0, chunk: int = 4096
+        self,
+        images: Images,
+        device: torch.device,
+        flip: bool = False,
+        seed: int = 0,
+        chunk: int = 4096,
+        make: Conditions | None = None,
     ) -> None:
-        n, self.flip, self.seed = len(images), flip, seed
+        n, self.flip, self.seed, self.make = len(images), flip, seed, make
         first = images.read(torch.arange(min(1, n)))
         self.images = torch.empty(n, *images.shape, dtype=first.dtype, device=device)
         for start in range(0, n, chunk):
@@ -70,12 +77,11 @@ class ResidentImages:
     def gather(self, chosen: Chosen) -> Batch:
         """Gather a batch whose numbers are on the device."""
         images = torch.index_select(self.images, 0, chosen.image)
-        if self.flip:
-            images = mirrored(images, chosen.index, self.seed)
+        labels = None if self.labels is None else torch.index_select(self.labels, 0, chosen.image)
+        images, condition = batch_of(images, labels, chosen.image, chosen.index, self.flip, self.seed, self.make)
         if images.dtype == torch.uint8:
             images = self.values[images.int()]
-        labels = None if self.labels is None else torch.index_select(self.labels, 0, chosen.image)
-        return Batch(images, labels, chosen.index)
+        return Batch(images, condition, chosen.index)
 
 
 def stays_resident(images: Images, device: torch.device, wanted: bool | None) -> bool:

@@ -8,13 +8,14 @@ and each of W ranks has a slice of it. So the batch of a step depends neither on
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from diffaccel.condition import Condition, join
 from diffaccel.data.source import Images
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
@@ -25,12 +26,12 @@ class Batch(NamedTuple):
 
     Attributes:
         image: Images in [-1, 1], or toy points in their own units, (B, C, H, W) float.
-        condition: Class labels, (B,) int64, or None.
+        condition: Condition, with the class labels of data that have some, or None.
         index: Positions in the training stream, (B,) int64, independent of the number of ranks.
     """
 
     image: Tensor
-    condition: Tensor | None
+    condition: Condition | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
 
 
@@ -41,10 +42,56 @@ def to_float(images: Tensor) -> Tensor:
     return images
 
 
+def coins(index: Tensor, seed: int) -> Tensor:
+    """Choose the images that are mirrored, with probability 1/2, by their stream positions: (B,) -> (B,) bool."""
+    return NoiseStreams(seed, index, "mirror").uniform() < 0.5
+
+
 def mirrored(images: Tensor, index: Tensor, seed: int) -> Tensor:
     """Mirror images (B, C, H, W) left to right with probability 1/2, by their positions (B,) in the training stream."""
-    chosen = NoiseStreams(seed, index, "mirror").uniform() < 0.5
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+    return torch.where(coins(index, seed)[:, None, None, None], images.flip(-1), images)
+
+
+class Conditions(Protocol):
+    """Conditions of the images of one split."""
+
+    def __call__(
+        self, images: Tensor, chosen: Tensor, noise: NoiseStreams, mirrored: Tensor | None = None
+    ) -> Condition:
+        """Make the conditions of a batch.
+
+        Args:
+            images: Images as they are stored, (B, C, H, W) uint8, after mirroring.
+            chosen: Indices of the images in the split, (B,).
+            noise: Noise streams of the batch, for random degradations.
+            mirrored: Which images are mirrored, (B,) bool; None for none.
+        """
+
+
+def batch_of(
+    images: Tensor, labels: Tensor | None, chosen: Tensor, index: Tensor, flip: bool, seed: int, make: Conditions | None
+) -> tuple[Tensor, Condition | None]:
+    """Mirror the images of a batch, and make their condition.
+
+    Args:
+        images: Images as they are stored, (B, C, H, W).
+        labels: Their class labels, (B,), or None.
+        chosen: Their indices in the split, (B,).
+        index: Positions in the training stream, (B,).
+        flip: Whether to mirror images with probability 1/2.
+        seed: Seed of the training stream.
+        make: Conditions of the split, in addition to labels; None for none.
+
+    Returns:
+        Images as they are stored, mirrored, and their condition, or None.
+    """
+    if flip:
+        images = mirrored(images, index, seed)
+    own = None if labels is None else Condition(labels=labels)
+    if make is None:
+        return images, own
+    noise = NoiseStreams(seed, index, "condition")
+    return images, join(own, make(images, chosen, noise, coins(index, seed) if flip else None))
 
 
 # A batch may span two epochs, and more if the data set is smaller than a batch.
@@ -90,20 +137,20 @@ class TrainingSet(Dataset[Batch]):
         images: Training images.
         stream: Order of the images.
         flip: Whether to mirror images with probability 1/2, as determined by the stream position.
+        make: Conditions of the images, in addition to labels; None for none.
     """
 
-    def __init__(self, images: Images, stream: Stream, flip: bool = False) -> None:
-        self.images, self.stream, self.flip = images, stream, flip
+    def __init__(self, images: Images, stream: Stream, flip: bool = False, make: Conditions | None = None) -> None:
+        self.images, self.stream, self.flip, self.make = images, stream, flip, make
 
     def __getitems__(self, positions: list[int]) -> Batch:
         """Return the batch at ``positions``."""
         index = torch.as_tensor(positions, dtype=torch.int64)
         chosen = self.stream(index)
         images = self.images.read(chosen)
-        if self.flip:
-            images = mirrored(images, index, self.stream.seed)
-        labels = self.images.labels
-        return Batch(to_float(images), None if labels is None else labels[chosen], index)
+        labels = None if self.images.labels is None else self.images.labels[chosen]
+        images, condition = batch_of(images, labels, chosen, index, self.flip, self.stream.seed, self.make)
+        return Batch(to_float(images), condition, index)
 
 
 class GlobalBatches(Sampler[list[int]]):

@@ -1,16 +1,17 @@
 """Denoisers: networks with preconditioning, and exact denoisers for tests.
 
-A network is independent of the diffusion process: it maps (input, noise conditioning, class) to an output shaped like
-the input. A denoiser computes the network's input and interprets its output on one process.
+A network is independent of the diffusion process: it maps (input, noise conditioning, condition) to an output shaped
+like the input. A denoiser computes the network's input and interprets its output on one process.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
+from diffaccel.condition import Condition, Observation
 from diffaccel.deferred import check
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
@@ -32,27 +33,32 @@ class Denoiser(nn.Module, ABC):
 
     process: Process
     ratio_range: tuple[float, float]
-    condition: Tensor | None = None
-    """Bound class labels, (B,), or None."""
+    condition: Condition | None = None
+    """Bound condition of the batch, or None."""
     source: dict[str, Any] | None = None
     """Provenance of weights imported from another codebase (format, EMA or raw, units, SHA-256), or None."""
     any_process = False
     """Whether the weights are valid on every process, because the network depends on the noise-to-data ratio alone."""
 
-    def __call__(self, x_t: Tensor, t: Tensor | float, *labels: Tensor | None, **named: Tensor | None) -> Prediction:
-        """Predict the image and the noise; see :meth:`forward`. A time given as a number holds for the whole batch."""
-        return super().__call__(x_t, batch_of(t, x_t), *labels, **named)
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | Tensor | None = None, *args: Any, **named: Any
+    ) -> Prediction:
+        """Predict the image and the noise; see :meth:`forward`.
+
+        A time given as a number holds for the whole batch. Class labels (B,) may be given in place of a condition.
+        """
+        return super().__call__(x_t, batch_of(t, x_t), Condition.of(condition), *args, **named)
 
     @abstractmethod
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Prediction:
         """Predict the image and the noise.
 
         Args:
             x_t: States, (B, C, H, W).
             t: Times, (B,).
-            condition: Class labels, (B,); None for the null class.
+            condition: Condition; None for the null condition.
             augment: Augmentation labels, (B, L); None for no augmentation, as in sampling.
         """
 
@@ -66,22 +72,38 @@ class Denoiser(nn.Module, ABC):
         """Device of the weights."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
-    def given(self, condition: Tensor | None) -> "Denoiser":
-        """Bind class labels (B,), so that solvers and priors don't handle them."""
-        return self if condition is None else ConditionedDenoiser(self, condition)
+    def given(self, condition: Condition | Tensor | None, observation: Observation | None = None) -> "Denoiser":
+        """Bind a condition, or class labels (B,), so that solvers and priors don't handle them.
 
-    def guided(self, weight: float) -> "Denoiser":
-        """Apply classifier-free guidance with the bound labels.
+        Args:
+            condition: Condition of the batch; None for no condition.
+            observation: Part of the samples that the condition determines, which is imposed on predictions; None for
+                no such part.
+        """
+        if condition is None:
+            return self
+        from diffaccel.denoiser.conditioned import ConditionedDenoiser  # which is a denoiser itself
+
+        bound = Condition.of(condition)
+        assert bound is not None
+        return ConditionedDenoiser(self, bound, observation)
+
+    def guided(self, weight: float, interval: Sequence[float] | None = None) -> "Denoiser":
+        """Apply classifier-free guidance with the bound condition.
+
+        Args:
+            weight: Guidance weight w, 0 for no guidance.
+            interval: Lowest and highest noise-to-data ratio at which guidance acts; None for all.
 
         Raises:
-            UsageError: No labels are bound.
+            UsageError: No condition is bound.
         """
         raise UsageError(
-            "solver.guidance needs class labels: set network.classes, and a prior without chains, or remove it"
+            "solver.guidance needs a condition: set network.classes, and a prior without chains, or remove it"
         )
 
     def select(self, index: Tensor) -> "Denoiser":
-        """Restrict the bound labels to the samples ``index`` of the batch, in that order."""
+        """Restrict the bound condition to the samples ``index`` of the batch, in that order."""
         return self
 
     def check_range(self, ratio: Tensor) -> None:
@@ -102,80 +124,6 @@ class Denoiser(nn.Module, ABC):
                 "sigma_max) in this range, or use another denoiser"
             ),
         )
-
-
-class ConditionedDenoiser(Denoiser):
-    """A denoiser with bound class labels.
-
-    Args:
-        denoiser: The conditional denoiser.
-        condition: Class labels, (B,).
-    """
-
-    condition: Tensor
-
-    def __init__(self, denoiser: Denoiser, condition: Tensor) -> None:
-        super().__init__()
-        self.process, self.ratio_range = denoiser.process, denoiser.ratio_range
-        self.denoiser, self.condition = denoiser, condition
-
-    @property
-    @override
-    def network(self) -> nn.Module:
-        return self.denoiser.network
-
-    @override
-    def select(self, index: Tensor) -> Denoiser:
-        return ConditionedDenoiser(self.denoiser.select(index), self.condition[index])
-
-    @override
-    def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
-    ) -> Prediction:
-        return self.denoiser(x_t, t, self.condition if condition is None else condition, *augment_args(augment))
-
-    @override
-    def guided(self, weight: float) -> Denoiser:
-        """See :class:`Denoiser`.
-
-        Raises:
-            UsageError: The network was not trained without labels.
-        """
-        if not getattr(self.network, "null_class", True):
-            raise UsageError(
-                "solver.guidance needs a network that was also trained without labels, which this network was not: set "
-                "solver.guidance=0, or use a network fitted with training.label_drop"
-            )
-        return GuidedDenoiser(self.denoiser, self.condition, weight)
-
-
-class GuidedDenoiser(ConditionedDenoiser):
-    """Classifier-free guidance: (1 + w) prediction(label) - w prediction(null class), two evaluations a sample.
-
-    Args:
-        denoiser: The conditional denoiser, trained with some labels dropped.
-        condition: Class labels, (B,).
-        weight: Guidance weight w; 0 for no guidance.
-
-    References:
-        Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), https://arxiv.org/abs/2207.12598, Eq. 6
-    """
-
-    def __init__(self, denoiser: Denoiser, condition: Tensor, weight: float) -> None:
-        super().__init__(denoiser, condition)
-        self.weight = weight
-
-    @override
-    def select(self, index: Tensor) -> Denoiser:
-        return GuidedDenoiser(self.denoiser.select(index), self.condition[index], self.weight)
-
-    @override
-    def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
-    ) -> Prediction:
-        conditional = super().forward(x_t, t, condition, augment)
-        unconditional = self.denoiser(x_t, t, None, *augment_args(augment))
-        return Prediction(*(a + self.weight * (a - b) for a, b in zip(conditional, unconditional, strict=True)))
 
 
 DENOISERS: Registry[Denoiser] = Registry(

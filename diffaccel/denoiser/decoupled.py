@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser.base import DENOISERS
 from diffaccel.denoiser.network import NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -149,7 +150,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         return Heads(torch.cat([*free, c], 1), eps)
 
     def predict_heads(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Heads:
         """Predict phi and eps by one network evaluation, for losses on the heads."""
         return self.heads(self.output(x_t, t, condition, augment), x_t, t)
@@ -200,7 +201,7 @@ class DecoupledDenoiser(NetworkDenoiser):
         x_0: Tensor,
         t: Tensor,
         eps: Tensor,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         augment: Tensor | None = None,
         phi: Tensor | None = None,
     ) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser.base import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import EDMVarianceExploding, Prediction, Process, expand
@@ -42,7 +43,7 @@ class MixtureDenoiser(Denoiser):
 
     @override
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Prediction:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         variance = (alpha.square() * self.var + sigma.square()).to(x_t)

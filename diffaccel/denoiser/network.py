@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser.base import DENOISERS, Denoiser, augment_args
 from diffaccel.errors import UsageError
 from diffaccel.process import Prediction, Process, expand, require
@@ -20,8 +21,7 @@ class NetworkDenoiser(Denoiser):
     is the squared error of the output against the target, so the parametrisation determines the weighting of levels.
 
     Args:
-        network: Map of input (B, C, H, W), noise conditioning (B,) and class labels (B,) or None to output
-            (B, C, H, W).
+        network: Map of input (B, C, H, W), noise conditioning (B,) and condition or None to output (B, C, H, W).
         process: Forward process.
         ratio_min: Smallest trained noise-to-data ratio.
         ratio_max: Largest trained ratio; infinity for the largest ratio of the process.
@@ -81,19 +81,21 @@ class NetworkDenoiser(Denoiser):
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Convert a network output to a prediction of x_0 and eps."""
 
-    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def output(
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
+    ) -> Tensor:
         """Evaluate the network, (B, C, H, W), and cast the output to the dtype of the state."""
         noise = self.noise_conditioning(t).to(x_t)
         return self._network(self.scale_input(x_t, t), noise, condition, *augment_args(augment)).to(x_t)
 
     @override
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Prediction:
         return self.prediction(self.output(x_t, t, condition, augment), x_t, t)
 
     def loss(
-        self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """Squared error of the output against its target, one value per sample.
 
@@ -101,7 +103,7 @@ class NetworkDenoiser(Denoiser):
             x_0: Clean images, (B, C, H, W).
             t: Times, (B,).
             eps: Standard normal noise, (B, C, H, W).
-            condition: Class labels, (B,), or None.
+            condition: Condition, or None.
             augment: Augmentation labels, (B, L), or None.
 
         Returns:

@@ -13,6 +13,7 @@ import torch
 
 from diffaccel.collective import World, failing_together
 from diffaccel.config import STANDARD
+from diffaccel.data.conditions import HeldOut
 from diffaccel.evaluation.bits import BitsPerDim
 from diffaccel.evaluation.judges import Judge, further, judgements
 from diffaccel.evaluation.partial import Partial
@@ -20,8 +21,10 @@ from diffaccel.evaluation.pictures import comparable, draw_curve, draw_samples
 from diffaccel.evaluation.point import describe_point
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import identity_hash
+from diffaccel.evaluation.restoration import Restoration, merged
 from diffaccel.evaluation.scores import KEPT, Scores
 from diffaccel.features.extractors import Extractor
+from diffaccel.features.perceptual import build_lpips
 from diffaccel.metrics.base import Metric, build_metrics
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report import append_point, read_points
@@ -72,6 +75,7 @@ class Evaluator:
         metrics: Metrics of a point; by default the standard ones.
         in_training: Whether to compute only the metrics for evaluations during training; by default if there is no
             ``identity``.
+        restores: Conditions of the images, with which they are compared; None for no comparison.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Evaluator:
         likelihood: BitsPerDim | None = None,
         metrics: Sequence[Metric] | None = None,
         in_training: bool | None = None,
+        restores: HeldOut | None = None,
     ) -> None:
         self.budgets, self.n, self.seed, self.batch_size = list(budgets), n, seed, batch_size
         self.judges = list(judges)
@@ -99,6 +104,8 @@ class Evaluator:
         self.identity, self.again = identity, again
         self.in_training = identity is None if in_training is None else in_training
         self.keep_features, self.keep_images, self.likelihood = keep_features, keep_images, likelihood
+        self.restores = restores
+        self.lpips = build_lpips("condition.lpips", "false") if restores is not None and restores.lpips else None
         self.points: list[dict[str, Any]] = []
         self.console = PlainConsole(stderr=True)  # stdout is reserved for results
 
@@ -160,9 +167,7 @@ class Evaluator:
         """Measure a point and write it."""
         point = self.measure(sampler, budget, plan, world=world)
         if self.likelihood is not None:
-            bits = self.likelihood(sampler, plan.prior, world)
-            for own in (point, *point.get("judges", {}).values()):
-                own["metrics"] = own["metrics"] | bits
+            point = merged(point, self.likelihood(sampler, plan.prior, world))
         if world.first:
             append_point(self.out / "points.jsonl", point)
         return point
@@ -243,17 +248,27 @@ class Evaluator:
         scores = Scores(
             n, first.extractor.dim, sampler.shape, shown, kind, first.real, chains, device, further(self.judges)
         )
+        restored = None
+        if self.restores is not None:
+            restored = Restoration(self.restores, n, device, self.lpips)
         mine = world.share(plan.prior.schedule(n, self.batch_size))
         with failing_together(), progress(self.console, world.first, budget) as bars:
             bar = bars.add_task("", total=sum(len(batch) for group in mine for batch in group))
             for chunk in produce(
                 sampler, plan, mine, self.seed, partial, world.rank, [judge.extractor for judge in self.judges], shown,
-                partial.kept, afresh=self.again and partial.kept,
+                partial.kept or restored is not None, afresh=self.again and partial.kept,
             ):  # fmt: skip
                 scores.add(chunk)
+                if restored is not None:
+                    assert chunk.images is not None
+                    restored.add(chunk.indices, chunk.images)
                 bars.advance(bar, len(chunk.indices))
         scores.reduce()
-        return self._point(sampler, budget, plan, scores, n, world)
+        point = self._point(sampler, budget, plan, scores, n, world)
+        if restored is None:
+            return point
+        restored.reduce()
+        return merged(point, restored.metrics())
 
     def _point(
         self, sampler: Sampler, budget: float, plan: Plan, scores: Scores, n: int, world: World

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from diffaccel.condition import Kinds, check_kinds
 from diffaccel.config import Config
 from diffaccel.data import build_source
+from diffaccel.data.conditions import HeldOut, build_conditioner
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
@@ -187,7 +189,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
     Raises:
         UsageError: See :func:`build_method`.
     """
-    shape = shape_of(config)
+    shape, inputs = shape_of(config), build_inputs(config)
     torch.manual_seed(config.seed)
     solver = SOLVERS.build(config.solver)  # first, so that a mistyped name is reported before weights are read
     pretrained = adopt(config)
@@ -211,8 +213,24 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
         kind=ImageKind(build_source(config.data).has_images(), config.truncate),
         precision=None if config.precision == "auto" else config.precision,  # which a run replaces before it builds
         batch_size=config.images_per_batch,
+        inputs=inputs,
     )
+    by = f"condition={config.condition['name']}" if config.condition else "the experiment"
+    check_kinds(sampler.takes, Kinds() if inputs is None else inputs.kinds, by)
     return sampler, header, posterior
+
+
+def build_inputs(config: Config) -> HeldOut | None:
+    """Build the conditions of sampled images, whose files are opened when they are needed; None for no condition.
+
+    Raises:
+        UsageError: A name or key is unknown, a value is out of range, or the images can't be degraded.
+    """
+    conditioner = build_conditioner(config.condition, shape_of(config))
+    if conditioner is None:
+        return None
+    own = {key: config.condition[key] for key in ("samples", "seed", "lpips") if key in config.condition}
+    return HeldOut(conditioner, build_source(config.data), config.limit, **own)
 
 
 def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:

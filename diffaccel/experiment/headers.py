@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffaccel.data.conditions import CONDITIONERS
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import DENSITIES
 from diffaccel.errors import UsageError
@@ -19,6 +20,7 @@ from diffaccel.process import PROCESSES
 from diffaccel.weights import Weights, tensors_sha256
 
 REGISTRIES: dict[str, Registry[Any]] = {
+    "condition": CONDITIONERS,
     "network": NETWORKS,
     "denoiser": DENOISERS,
     "process": PROCESSES,
@@ -27,6 +29,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "density": DENSITIES,
 }
 FREE = {
+    "condition": ("samples", "seed", "lpips"),  # of sampling
     "network": ("dropout",),  # affects training only
     "denoiser": ("ratio_min", "ratio_max"),  # the range of training is in `trained_ratios`
 }

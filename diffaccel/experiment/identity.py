@@ -18,8 +18,16 @@ from diffaccel.pretrained import files_sha256
 from diffaccel.version import __version__
 
 
-def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Identity]:
-    """Return a function budget -> everything that determines the images and metrics of a point."""
+def identify(
+    config: Config, judges: Sequence[Judge], inputs: Mapping[str, Any] | None = None
+) -> Callable[[float], Identity]:
+    """Return a function budget -> everything that determines the images and metrics of a point.
+
+    Args:
+        config: Configuration of the run.
+        judges: Judges of the images.
+        inputs: What determines the conditions of the images, besides their part; None for no conditions.
+    """
     scores = judges[0].identity()
     if len(judges) > 1:
         scores["judges"] = [judge.identity() for judge in judges[1:]]
@@ -27,8 +35,8 @@ def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Ident
         scores["likelihood"] = config.likelihood_n
     if config.metrics != list(STANDARD):
         scores["metrics"] = [one if isinstance(one, str) else by_content("metric", one) for one in config.metrics]
-    images = identify_images(config)
-    return lambda budget: Identity(images(budget), scores)
+    images, conditions = identify_images(config), {"inputs": inputs} if inputs else {}
+    return lambda budget: Identity({**images(budget), **conditions}, scores)
 
 
 def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
@@ -48,6 +56,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
     return {
         **{key: getattr(config, key) for key in keys},
         **{part: by_content(part, getattr(config, part)) for part in ("process", "network", "denoiser", "posterior")},
+        **({"condition": by_content("condition", config.condition)} if config.condition else {}),
         **({"truncate": True} if config.truncate else {}),
         **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),

@@ -52,10 +52,11 @@ def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict
         UsageError: See :func:`load_network`.
     """
     asked: dict[str, Any] = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
+    asked["condition"] = config.condition
     if not denoiser.any_process:
         asked["process"] = config.process
     header = dict(load_network(path, denoiser.network, "denoiser", asked).header)
-    if header.get("label_drop") == 0:
+    if header.get("label_drop") == 0 or header.get("condition_drop") == 0:
         denoiser.network.null_class = False  # type: ignore[assignment]  # an attribute of the network
     return header
 
@@ -77,7 +78,7 @@ def load_prior(
         UsageError: See :func:`load_network`; or a generator was trained with another denoiser.
     """
     ((name, network),) = prior.networks().items()
-    asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node)}
+    asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node), "condition": config.condition}
     weights = load_network(path, network, name, asked)
     if denoiser is not None and config.checkpoint:
         check_denoiser(weights, denoiser)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.data import Batch, DataModule
 from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import NetworkDenoiser
@@ -47,7 +48,8 @@ class Diffusion(TrainedModule):
             sampler.denoiser,
             sampler.prior,
         )  # registered as submodules, for checkpoints and devices
-        self.shape, self.classes = sampler.shape, sampler.classes
+        self.shape, self.takes = sampler.shape, sampler.takes
+        self.classes = self.takes.classes
         self.truncated = self.frozen = False
 
     @classmethod
@@ -155,7 +157,7 @@ class Diffusion(TrainedModule):
         u = self.level_quantiles(batch, noise)
         x_0, labels = self.augmented(batch)
         t, weight = self.times(u.to(self.device))
-        loss = self.level_loss(x_0, t, noise, self.drop_labels(batch.condition, noise), labels)
+        loss = self.level_loss(x_0, t, noise, self.drop_condition(self.condition(batch), noise), labels)
         loss = weight.to(loss) * loss
         if self.training_plan.pixel_sum:
             loss = loss * x_0[0].numel()
@@ -165,9 +167,9 @@ class Diffusion(TrainedModule):
         return loss
 
     def level_loss(
-        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
+        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Condition | None, augment: Tensor | None
     ) -> Tensor:
-        """Compute the loss at times t (B,) of images with class and augmentation labels, (B,)."""
+        """Compute the loss at times t (B,) of images with condition and augmentation labels, (B,)."""
         assert isinstance(self.denoiser, NetworkDenoiser)
         return self.denoiser.loss(x_0, t, noise.normal(x_0), condition, augment)
 
@@ -184,12 +186,20 @@ class Diffusion(TrainedModule):
         t = self.levels(self.denoiser, u)
         return t, torch.ones_like(t)
 
-    def drop_labels(self, condition: Tensor | None, noise: NoiseStreams) -> Tensor | None:
-        """Replace a random fraction ``label_drop`` of the labels by the null class."""
-        if condition is None or not self.classes:
+    def condition(self, batch: Batch) -> Condition | None:
+        """Return the part of a batch's condition that the sampled networks take."""
+        return None if batch.condition is None else batch.condition.only(self.takes)
+
+    def drop_condition(self, condition: Condition | None, noise: NoiseStreams) -> Condition | None:
+        """Replace random fractions by null: ``label_drop`` of the labels, ``condition_drop`` of all other kinds."""
+        if condition is None:
             return None
-        dropped = noise.uniform().to(condition.device) < self.training_plan.label_drop
-        return condition.masked_fill(dropped, self.classes)
+        device, plan = next(value.device for value in condition if value is not None), self.training_plan
+        if condition.labels is not None:
+            condition = condition.drop(labels=noise.uniform().to(device) < plan.label_drop)
+        if self.takes.required and plan.condition_drop:
+            condition = condition.drop(others=noise.uniform().to(device) < plan.condition_drop)
+        return condition
 
     def augmented(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return augmented images and their augmentation labels (B, 9); None as labels without augmentation."""

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser.decoupled import DecoupledDenoiser, Heads
 from diffaccel.errors import UsageError
 from diffaccel.features.independence import feature_networks
@@ -99,7 +100,7 @@ class DecoupledDiffusion(Diffusion):
         return sorted({*super().feature_networks(), *feature_networks(self._lpips)})
 
     def level_loss(
-        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
+        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Condition | None, augment: Tensor | None
     ) -> Tensor:
         """Compute the loss of the class docstring at times t, (B,)."""
         assert isinstance(self.denoiser, DecoupledDenoiser)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from diffaccel.collective import failing_together
+from diffaccel.condition import Condition
 from diffaccel.data import Batch, DataModule, to_float
 from diffaccel.density import Density, NormalDensity, TrainingImages
 from diffaccel.errors import UsageError
@@ -195,7 +196,7 @@ class SmallTimeDiffusion(Diffusion):
         return t, 0.5 * (process.diffusion(t) / process.sigma(t)).square() * derivative
 
     def level_loss(
-        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Tensor | None, augment: Tensor | None
+        self, x_0: Tensor, t: Tensor, noise: NoiseStreams, condition: Condition | None, augment: Tensor | None
     ) -> Tensor:
         """Compute the squared error of the predicted noise for any prediction target, averaged over C, H, W: (B,)."""
         eps = noise.normal(x_0)

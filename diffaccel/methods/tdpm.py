@@ -77,7 +77,12 @@ class TruncatedDiffusion(Diffusion):
         self.critic: Critic | None = None
         denoiser, prior = self.denoiser, self.prior
         if isinstance(prior, ImplicitPrior):
-            context = {"denoiser": denoiser, "ratio": prior.ratio_made}
+            context = {
+                "denoiser": denoiser,
+                "ratio": prior.ratio_made,
+                "image": self.takes.image,
+                "mask": self.takes.mask,
+            }
             self.critic = CRITICS.build(critic, shape=self.shape, classes=self.classes, **context)
         if self.critic is not None and self.critic.needs_trained_denoiser and not frozen:
             raise UsageError(
@@ -167,8 +172,8 @@ class TruncatedDiffusion(Diffusion):
     # Generator and critic
 
     def given(self, batch: Batch) -> Denoiser:
-        """Return the denoiser with a batch's labels bound, if the denoiser or the generator has classes."""
-        return self.denoiser.given(self._labels(batch))
+        """Return the denoiser with the part of a batch's condition bound that the generator takes."""
+        return self.denoiser.given(self.condition(batch))
 
     def generator_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Compute the non-saturating logistic loss, softplus(-D(G(z))), (B,)."""
@@ -187,9 +192,9 @@ class TruncatedDiffusion(Diffusion):
         d_made, d_real = self.judge(made, batch), self.judge(real, batch)
         loss = F.softplus(d_made) + F.softplus(-d_real)
         if self.steps % self.r1_every == 0:
-            labels = self._labels(batch)
-            seen = self.critic.seen(in_units(self.implicit, real), labels)
-            penalty = r1_penalty(partial(self.critic.logits, condition=labels), seen, self.gamma)
+            condition = self.condition(batch)
+            seen = self.critic.seen(in_units(self.implicit, real), condition)
+            penalty = r1_penalty(partial(self.critic.logits, condition=condition), seen, self.gamma)
             self.penalty = penalty.mean().detach()
             loss = loss + penalty
         if self.logs_now:
@@ -206,7 +211,4 @@ class TruncatedDiffusion(Diffusion):
     def judge(self, y: Tensor, batch: Batch) -> Tensor:
         """Compute the critic's logits of states x / alpha, (B, C, H, W) -> (B,)."""
         assert self.critic is not None
-        return self.critic(in_units(self.implicit, y), self._labels(batch))
-
-    def _labels(self, batch: Batch) -> Tensor | None:
-        return batch.condition if self.classes else None
+        return self.critic(in_units(self.implicit, y), self.condition(batch))

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.condition import Condition
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
 from diffaccel.nn.unet import NETWORKS
@@ -59,16 +60,21 @@ class NoiseEmbedding(nn.Module):
             nn.init.zeros_(self.augment.weight)
         self.label = nn.Embedding(classes, embedding) if classes else None
 
-    def forward(self, noise: Tensor, condition: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Noise (B,), class labels (B,) or None, augmentation labels (B, augment) or None -> (B, embedding)."""
+    def forward(self, noise: Tensor, condition: Condition | Tensor | None, augment: Tensor | None) -> Tensor:
+        """Noise (B,), condition or None, augmentation labels (B, augment) or None -> (B, embedding)."""
         angle = noise[:, None] * self.frequencies
         embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
         if self.augment is not None and augment is not None:
             embedding = embedding + self.augment(augment)
         embedding = self.second(F.silu(self.first(embedding)))
-        if self.label is not None and condition is not None:
-            known = condition < self.label.num_embeddings
-            embedding = embedding + self.label(condition * known) * known[:, None]
+        if (
+            self.label is not None
+            and (condition := Condition.of(condition)) is not None
+            and condition.labels is not None
+        ):
+            labels = condition.labels
+            known = (labels >= 0) & (labels < self.label.num_embeddings)
+            embedding = embedding + self.label(labels * known) * known[:, None]
         return F.silu(embedding)
 
 
@@ -269,14 +275,15 @@ class ADMUNet(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """Map images to the outputs of the heads, concatenated along the channels.
 
         Args:
             x: Images, (B, C, H, W).
             noise: Noise conditioning, (B,).
-            condition: Class labels, (B,); None for the null class.
+            condition: Condition, or class labels (B,), which is the only kind that the network takes; None for the null
+                class.
             augment: Augmentation labels, (B, augment); None for zero.
 
         Returns:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from diffaccel.condition import Condition, Kinds, pixels_of
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 
 CRITICS: Registry["Critic"] = Registry(
     "critic",
     builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"],
-    context=["shape", "classes", "denoiser", "ratio"],
+    context=["shape", "classes", "image", "mask", "denoiser", "ratio"],
 )
 
 GROUP = 4  # maximum number of samples in a group of the minibatch standard deviation
@@ -160,20 +161,21 @@ class CriticHead(nn.Module):
             EqualisedLinear(width, width, MAPPING_RATE) for _ in range(MAPPING_LAYERS if classes else 0)
         )
 
-    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
-        """Features (B, width), labels (B,) or None -> logits (B,).
+    def forward(self, features: Tensor, condition: Condition | Tensor | None) -> Tensor:
+        """Features (B, width), condition with labels (B,) or None -> logits (B,).
 
         Raises:
-            UsageError: ``condition`` is None in a critic with classes.
+            UsageError: ``condition`` has no labels in a critic with classes.
         """
         out = self.out(features)
         if self.embed_class is None:
             return rearrange(out, "b 1 -> b")
-        if condition is None:
+        condition = Condition.of(condition)
+        if condition is None or condition.labels is None:
             raise UsageError(
                 "a critic with classes was called without labels: pass the labels, or build it with classes=0"
             )
-        mapped = self.embed_class(condition)
+        mapped = self.embed_class(condition.labels)
         mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.mapping:
             mapped = leaky(layer(mapped))
@@ -192,30 +194,34 @@ class Critic(nn.Module, ABC):
         shape: Sample shape (C, H, W).
         width: Number of features.
         classes: Number of class labels; 0 for an unconditional critic, which ignores labels.
+        image: Number of channels of the condition's image, which the trained layers receive after the sample's.
+        mask: Whether they receive the condition's mask too.
     """
 
     needs_trained_denoiser = False
     """Whether its features are a denoiser's, which has to be trained already."""
 
-    def __init__(self, shape: tuple[int, int, int], width: int, classes: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], width: int, classes: int, image: int = 0, mask: bool = False
+    ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.takes = tuple(shape), Kinds(classes, image=image, mask=mask)
         self.head = CriticHead(width, classes)
 
     @abstractmethod
     def features(self, seen: Tensor) -> Tensor:
         """Features (B, width) of the output of :meth:`seen`."""
 
-    def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def seen(self, x: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
         """Input of the trained layers, with respect to which R1 differentiates: the samples (B, C, H, W) by default."""
         return x
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
         """Logits of samples, (B,).
 
         Args:
             x: Samples, (B, C, H, W), not restricted to [-1, 1]; either all real or all generated.
-            condition: Class labels, (B,) int64, or None.
+            condition: Condition, or class labels (B,) int64, or None.
 
         Raises:
             UsageError: The samples don't have the critic's shape, or labels are missing.
@@ -226,8 +232,10 @@ class Critic(nn.Module, ABC):
             )
         return self.logits(self.seen(x, condition), condition)
 
-    def logits(self, seen: Tensor, condition: Tensor | None = None) -> Tensor:
+    def logits(self, seen: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
         """Logits (B,) of the output of :meth:`seen`."""
+        if self.takes.pixels:  # here, so that R1 differentiates with respect to the sample alone
+            seen = torch.cat([seen, pixels_of(condition, self.takes, seen)], dim=1)
         with torch.autocast(seen.device.type, enabled=False):
             return self.head(self.features(seen.to(self.head.out.weight.dtype)), condition)
 
@@ -245,13 +253,21 @@ class StyleGAN2Critic(Critic):
             512 suits digits of 8 x 8 pixels, with 64 and 128 channels.
         channel_max: Maximum number of channels.
         classes: Number of class labels; 0 for an unconditional critic.
+        image: See :class:`Critic`.
+        mask: See :class:`Critic`.
 
     Raises:
         UsageError: Images that can't be halved down to 4 x 4, or widths under 1.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], channel_base: int = 16384, channel_max: int = 512, classes: int = 0
+        self,
+        shape: tuple[int, int, int],
+        channel_base: int = 16384,
+        channel_max: int = 512,
+        classes: int = 0,
+        image: int = 0,
+        mask: bool = False,
     ) -> None:
         channels, size, width = shape
         if size != width or size < 4 or size & (size - 1):
@@ -266,8 +282,8 @@ class StyleGAN2Critic(Critic):
             )
         resolutions = [2**power for power in range(int(math.log2(size)), 1, -1)]
         widths = [min(channel_base // resolution, channel_max) for resolution in resolutions]
-        super().__init__(shape, widths[-1], classes)
-        self.from_image = EqualisedConv2d(channels, widths[0], 1)
+        super().__init__(shape, widths[-1], classes, image, mask)
+        self.from_image = EqualisedConv2d(channels + self.takes.pixels, widths[0], 1)
         self.blocks = nn.Sequential(
             *(CriticBlock(before, after) for before, after in zip(widths, widths[1:], strict=False))
         )
@@ -291,16 +307,26 @@ class MLPCritic(Critic):
         width: Features of each hidden layer.
         depth: Number of hidden layers.
         classes: Number of class labels; 0 for an unconditional critic.
+        image: See :class:`Critic`.
+        mask: See :class:`Critic`.
 
     Raises:
         UsageError: A width or a depth under 1.
     """
 
-    def __init__(self, shape: tuple[int, int, int], width: int = 128, depth: int = 3, classes: int = 0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        width: int = 128,
+        depth: int = 3,
+        classes: int = 0,
+        image: int = 0,
+        mask: bool = False,
+    ) -> None:
         if min(width, depth) < 1:
             raise UsageError(f"critic 'mlp': width={width} and depth={depth}: use 1 or more for each")
-        super().__init__(shape, width, classes)
-        widths = [math.prod(shape)] + [width] * depth
+        super().__init__(shape, width, classes, image, mask)
+        widths = [math.prod((shape[0] + self.takes.pixels, *shape[1:]))] + [width] * depth
         self.layers = nn.ModuleList(
             EqualisedLinear(before, after) for before, after in zip(widths, widths[1:], strict=False)
         )

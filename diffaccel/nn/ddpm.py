@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffaccel.condition import Condition, labels_of
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Dropout, Positives, Whole, Wholes
@@ -300,14 +301,15 @@ class DDPMUNet(nn.Module):
         self.norm = nn.GroupNorm(groups, hidden, eps)
         self.out = nn.Conv2d(hidden, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
         """Map images (B, C, H, W) at time indices to an output of the same shape, linear and unbounded.
 
         Args:
             x: Images, (B, C, H, W).
             noise: Time indices 0, 1 .. T - 1 as floats, (B,), not divided by T: the highest frequency is one radian per
                 index, so the embedding would be almost constant for t in [0, 1].
-            condition: Class labels, (B,); None for the null class. An unconditional network ignores them.
+            condition: Condition, or class labels (B,), which is the only kind that the network takes; None for the null
+                class.
 
         Raises:
             UsageError: The images don't have the network's shape.
@@ -316,8 +318,7 @@ class DDPMUNet(nn.Module):
             raise UsageError(f"network 'ddpm' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
         embedding = self.embed_time(noise)
         if self.embed_class is not None:
-            label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
-            embedding = embedding + self.embed_class(label)
+            embedding = embedding + self.embed_class(labels_of(condition, self.classes, noise))
         hidden = self.stem(x)
         skips = [hidden]
         for stage in self.down:

@@ -5,6 +5,7 @@ import math
 from einops import pack, rearrange
 from torch import Tensor, nn
 
+from diffaccel.condition import Condition
 from diffaccel.nn.unet import NETWORKS, NoiseEmbedding
 from diffaccel.parts.checks import Count, Counts
 
@@ -37,8 +38,8 @@ class MLP(nn.Module):
         hidden = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, sum(heads) * size))
 
-    def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map samples (B, C, H, W) at noise conditioning (B,) to (B, sum(heads) C, H, W); labels are ignored."""
+    def forward(self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
+        """Map samples (B, C, H, W) at noise conditioning (B,) to (B, sum(heads) C, H, W); conditions are ignored."""
         flat, _ = pack([rearrange(x, "b c h w -> b (c h w)"), self.embed_noise(noise).to(x)], "b *")
         _, height, width = self.shape
         return rearrange(self.layers(flat), "b (c h w) -> b c h w", h=height, w=width)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from diffaccel.condition import Condition, labels_of
 from diffaccel.errors import UsageError
 from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
@@ -307,7 +308,7 @@ class NCSNpp(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augmentation: Tensor | None = None
+        self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
         """Map images (B, C, H, W) at noise conditioning (B,) to an output of the same shape, linear and unbounded.
 
@@ -315,7 +316,8 @@ class NCSNpp(nn.Module):
             x: Images, (B, C, H, W).
             noise: Noise conditioning, (B,): a logarithm for ``fourier``, an index up to 999 for ``positional`` (or
                 ln(sigma) / 4 for both, in EDM's files).
-            condition: Class labels, (B,); None for the null class. An unconditional network ignores them.
+            condition: Condition, or class labels (B,), which is the only kind that the network takes; None for the null
+                class.
             augmentation: Augmentation labels, (B, augment); None for zero, as in sampling.
 
         Raises:
@@ -326,10 +328,10 @@ class NCSNpp(nn.Module):
         embedding = self._embed(noise, condition, augmentation)
         return self._decode(self._encode(x, embedding), embedding)
 
-    def _embed(self, noise: Tensor, condition: Tensor | None, augmentation: Tensor | None) -> Tensor:
+    def _embed(self, noise: Tensor, condition: Condition | Tensor | None, augmentation: Tensor | None) -> Tensor:
         features = self.map_noise(noise)
         if self.map_label is not None:
-            label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
+            label = labels_of(condition, self.classes, noise)
             one_hot = F.one_hot(label, self.classes + 1)[:, : self.classes].to(features)
             features = features + self.map_label(math.sqrt(self.classes) * one_hot)
         if self.map_augment is not None and augmentation is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from diffaccel.condition import Condition, Kinds, labels_of, pixels_of
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
@@ -179,6 +180,8 @@ class UNet(Decoder):
         classes: Number of class labels; 0 for an unconditional network. Label ``classes`` is the null class.
         heads: Channels of each head in units of the image's channels. There is one encoder, and one decoder per head.
         augment: Number of augmentation labels, which are zero in sampling; 0 for none.
+        image: Number of channels of a condition's image, which follow those of the input; 0 for none.
+        mask: Whether a condition's mask follows, as one more channel.
 
     Raises:
         UsageError: The image can't be unshuffled and halved once per resolution.
@@ -196,6 +199,8 @@ class UNet(Decoder):
         classes: Whole = 0,
         heads: Counts = [1],  # noqa: B006
         augment: Whole = 0,
+        image: Whole = 0,
+        mask: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -206,7 +211,7 @@ class UNet(Decoder):
                 f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
             )
         self.shape, self.unshuffle, self.classes, self.heads = tuple(shape), unshuffle, classes, tuple(heads)
-        self.takes_augment = augment > 0
+        self.takes_augment, self.takes = augment > 0, Kinds(classes, image=image, mask=mask)
         self.embed_noise = NoiseEmbedding(embedding)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
         self.embed_augment = nn.Linear(augment, embedding, bias=False) if augment else None
@@ -217,7 +222,7 @@ class UNet(Decoder):
         def stage(width_in: int, level: int) -> Stage:
             return Stage(width_in, widths[level], embedding, dropout, level in attention)
 
-        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(folded + self.takes.pixels * unshuffle**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
         for level, width_level in enumerate(widths):
@@ -237,21 +242,21 @@ class UNet(Decoder):
         return cast(list[Decoder], list(self.branches)) or [self]
 
     def forward(
-        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """Map images to the outputs of the heads, concatenated along the channels.
 
         Args:
             x: Images, (B, C, H, W).
             noise: Noise conditioning, (B,).
-            condition: Class labels, (B,); None for the null class.
+            condition: Condition, or class labels (B,); None for the null condition.
             augment: Augmentation labels, (B, augment); None for zero.
 
         Returns:
             (B, sum(heads) C, H, W).
 
         Raises:
-            UsageError: The images don't have the network's shape.
+            UsageError: The images, or those of the condition, don't have the network's shape.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'unet' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
@@ -260,14 +265,14 @@ class UNet(Decoder):
         return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)
 
     def encode(
-        self, x: Tensor, noise: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augment: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Run the encoder.
 
         Args:
             x: Images, (B, C, H, W).
             noise: Noise conditioning, (B,).
-            condition: Class labels, (B,); None for the null class.
+            condition: Condition, or class labels (B,); None for the null condition.
             augment: Augmentation labels, (B, augment); None for zero.
 
         Returns:
@@ -275,10 +280,11 @@ class UNet(Decoder):
         """
         embedding = self.embed_noise(noise)
         if self.embed_class is not None:
-            label = condition if condition is not None else torch.full_like(noise, self.classes, dtype=torch.long)
-            embedding = embedding + self.embed_class(label)
+            embedding = embedding + self.embed_class(labels_of(condition, self.classes, noise))
         if self.embed_augment is not None and augment is not None:
             embedding = embedding + self.embed_augment(augment)
+        if self.takes.pixels:
+            x = torch.cat([x, pixels_of(condition, self.takes, x)], dim=1)
         hidden = self.stem(F.pixel_unshuffle(x, self.unshuffle))
         skips = [hidden]
         for index, stage in enumerate(self.down):

@@ -9,6 +9,7 @@ from diffaccel.parts.registry import Registry
 CATALOGUE = {
     "method": "diffaccel.methods.registry:METHODS",
     "data": "diffaccel.data.source:SOURCES",
+    "condition": "diffaccel.data.conditions:CONDITIONERS",
     "process": "diffaccel.process.base:PROCESSES",
     "attenuation": "diffaccel.process.attenuation:ATTENUATIONS",
     "network": "diffaccel.nn.unet:NETWORKS",
@@ -30,6 +31,7 @@ CATALOGUE = {
 DESCRIPTIONS = {
     "method": "published methods: training and combination of parts",
     "data": "sources of images",
+    "condition": "conditions of images: degradations of the images, or images of another source",
     "process": "forward processes",
     "attenuation": "attenuations of images in the decoupled process",
     "network": "networks of denoisers and generators",

@@ -102,6 +102,7 @@ RANGES: dict[str, Range] = {
     "training.clip": Range(0, ends="(]", why="null for none"),
     "training.ema_half_life": LENGTH,
     "training.label_drop": SHARE,
+    "training.condition_drop": SHARE,
     "training.evaluate_every": LENGTH,
     "training.evaluate_n": Range(2, 10**8),
     "training.keep_best": POSITIVE,

@@ -36,7 +36,12 @@ WORDS = {
     "": None,
 }
 
-ALIASES = {"chains": "prior.chains", "images": "training.images"}
+ALIASES = {
+    "chains": "prior.chains",
+    "guidance": "solver.guidance",
+    "guidance_interval": "solver.guidance_interval",
+    "images": "training.images",
+}
 """Short keys of the command line."""
 
 OPEN: dict[str, Callable[[str], Any]] = {"search.space": str, "tradeoff.densities": float}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser import DENOISERS, EpsDenoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.process import Prediction, Process, VariancePreserving, expand
@@ -243,6 +244,8 @@ class IDDPMDenoiser(VPDenoiser):
         """Return the index of the nearest level, (B,)."""
         return (self.process.ratio(t).to(self.levels)[:, None] - self.levels).abs().argmin(1)
 
-    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def output(
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
+    ) -> Tensor:
         """Run the network once, and return its output without variances, (B, C, H, W)."""
         return super().output(x_t, t, condition, augment)[:, : x_t.shape[1]]

@@ -7,6 +7,7 @@ from diffaccel.prior.implicit import ImplicitPrior
 from diffaccel.prior.langevin import LangevinGibbsPrior, keep_lower, langevin_step
 from diffaccel.prior.posterior import ClassifierPosterior, ExactPosterior, LevelPosterior, geometric_levels
 from diffaccel.prior.restart import RestartPrior
+from diffaccel.prior.warm import WarmPrior
 
 __all__ = [
     "PRIORS",
@@ -26,4 +27,5 @@ __all__ = [
     "geometric_levels",
     "keep_lower",
     "langevin_step",
+    "WarmPrior",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Kinds
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
@@ -79,9 +80,9 @@ class Prior(nn.Module, ABC):
         """Return the prior's own networks that count towards FLOPs but not towards evaluations, by name."""
         return {}
 
-    def classes(self, denoiser: Denoiser) -> int:
-        """Return the number of classes of the images; 0 if labels are not used."""
-        return getattr(denoiser.network, "classes", 0)
+    def takes(self, denoiser: Denoiser) -> Kinds:
+        """Return the kinds of conditions of the images that are sampled."""
+        return Kinds.taken_by(denoiser.network)
 
     @abstractmethod
     def forward(

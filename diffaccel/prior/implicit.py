@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Kinds
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
@@ -123,9 +124,9 @@ class ImplicitPrior(Prior):
         """Network of the generator; None if the generator is the denoiser's network."""
         return self.made if self.own is None else self.own.network
 
-    def classes(self, denoiser: Denoiser) -> int:
-        """Return the number of classes of the generator's network; 0 if labels are not used."""
-        return getattr(self.generator or denoiser.network, "classes", 0)
+    @override
+    def takes(self, denoiser: Denoiser) -> Kinds:
+        return Kinds.taken_by(self.generator or denoiser.network)
 
     @override
     def networks(self) -> dict[str, nn.Module]:

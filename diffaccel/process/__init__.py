@@ -10,7 +10,7 @@ from diffaccel.process.gaussian import (
     VarianceExploding,
     VariancePreserving,
 )
-from diffaccel.process.prediction import DecoupledPrediction, Prediction
+from diffaccel.process.prediction import DecoupledPrediction, Prediction, combined
 
 __all__ = [
     "CosineVariancePreserving",
@@ -25,6 +25,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "batch_of",
+    "combined",
     "expand",
     "require",
 ]

@@ -1,5 +1,6 @@
 """Predictions of denoisers."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,3 +29,11 @@ class DecoupledPrediction(Prediction):
         prediction = super().__new__(cls, x_0, eps)
         prediction.phi = phi
         return prediction
+
+
+def combined(function: Callable[..., Tensor], first: Prediction, *others: Prediction) -> Prediction:
+    """Apply a function to x_0, eps, and the attenuation's parameters, if all have them, of several predictions."""
+    x_0, eps = (function(*parts) for parts in zip(first, *others, strict=True))
+    if isinstance(first, DecoupledPrediction) and all(isinstance(other, DecoupledPrediction) for other in others):
+        return DecoupledPrediction(x_0, eps, function(first.phi, *(other.phi for other in others)))  # type: ignore[attr-defined]
+    return Prediction(x_0, eps)

@@ -110,6 +110,8 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "prior": prior,
         **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
         **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
+        "condition": config.condition,
+        **({"condition_drop": config.training.condition_drop} if config.condition else {}),
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
         **({"feature_networks": used} if (used := feature_networks_of(config.init, config.prior.get("init"))) else {}),
     }

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.budget import nearest
+from diffaccel.condition import Condition, Kinds
 from diffaccel.deferred import Checks, Stopwatch, runs_ahead
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter, total_flops
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
-from diffaccel.prior import ChainPrior, ChainState, Group, Plan, Prior
+from diffaccel.prior import ChainState, Group, Plan, Prior
+from diffaccel.sampling import conditions
 from diffaccel.sampling.arguments import build_prior, check_part, check_settings, checked_shape, derived
+from diffaccel.sampling.conditions import Inputs, Observed
 from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
@@ -48,6 +51,8 @@ class Sampler:
         precision: Precision of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`; by default
             ``32-true``. ``64-true`` converts the weights, which all samplers of a model share.
         batch_size: Number of images per batch, by default 100; images do not depend on it beyond rounding.
+        inputs: Conditions of the images by index, for networks that take others than labels; None if they are given in
+            each call.
 
     Raises:
         UsageError: A name or key is unknown, a part is of another type, a value is out of range, or ``shape`` is
@@ -67,6 +72,7 @@ class Sampler:
     kind: ImageKind
     precision: str
     batch_size: int
+    inputs: Inputs | None
     tuned: bool
     spent: Spent | None
     _warm: dict[tuple[int, float], tuple[int, dict[str, float]]]
@@ -82,6 +88,7 @@ class Sampler:
         kind: ImageKind | None = None,
         precision: str | None = None,
         batch_size: int | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         check_part("prior", prior, Prior)
         check_part("solver", solver, Solver)
@@ -92,6 +99,7 @@ class Sampler:
                 raise UsageError(f"Sampler: shape={shape}, but {model.name} makes images of {self.shape}: leave it out")
         else:
             self._assemble(model, prior, solver, shape)
+        self.inputs = self.inputs if inputs is None else inputs
         self.by_nfe = self.by_nfe if by_nfe is None else dict(by_nfe)
         self.tweedie, self.kind = tweedie or self.tweedie, kind or self.kind
         self.precision = self.precision if precision is None else check_precision(precision)
@@ -113,11 +121,17 @@ class Sampler:
         self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or DEFAULT)
-        self.by_nfe, self.tuned, self.spent, self._warm = {}, False, None, {}
+        self.by_nfe, self.tuned, self.spent, self._warm, self.inputs = {}, False, None, {}, None
         self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
 
     def __call__(
-        self, n: int, nfe: float = 10, seed: int = 0, labels: Sequence[int] | None = None, batch_size: int | None = None
+        self,
+        n: int,
+        nfe: float = 10,
+        seed: int = 0,
+        labels: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        condition: Condition | None = None,
     ) -> Tensor:
         """Make images.
 
@@ -128,26 +142,29 @@ class Sampler:
             seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
             labels: Class of each image, n integers; by default the index modulo the number of classes.
             batch_size: Number of images per batch; by default that of the sampler.
+            condition: Condition of the n images; by default labels by index, and the sampler's inputs.
 
         Returns:
             Images (n, C, H, W) on the CPU: uint8, or float32 for toy points. Their cost is in ``spent``.
 
         Raises:
-            UsageError: A number is out of range, the budget is below the minimum, the labels are invalid, or a value is
-                NaN.
+            UsageError: A number is out of range, the budget is below the minimum, labels or condition are missing or
+                invalid, or a value is NaN.
         """
         n, seed, nfe = whole_number("n", n), whole_number("seed", seed), real_number("nfe", nfe, infinite=True)
         batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
         if self.precision == "64-true":
             self.to(self.device)  # converts the weights
         plan = self.plan(nfe, n)
-        given = self._checked(plan, labels, n)
+        given = conditions.given_condition(self.takes, plan.prior, n, self.shape, self.device, labels, condition)
+        if given is None and self.inputs is None:
+            conditions.require_inputs(self.takes)
         images = torch.zeros(n, *self.shape, dtype=self.kind.dtype)
         evaluations, burn_in = Counter[str](), Counter[str]()
         flops: dict[str, float] = {}
         seconds = 0.0
         for group in plan.prior.schedule(n, batch_size):
-            for made in self.batches(plan, group, seed, labels=given):
+            for made in self.batches(plan, group, seed, given=given):
                 images[made.indices] = made.images.cpu()
                 seconds += made.settle()
                 evaluations.update(made.evaluations)
@@ -187,7 +204,7 @@ class Sampler:
         """Return a sampler with the same denoiser, and another prior, solver and settings by budget."""
         return Sampler(
             self.denoiser, prior.to(self.device), solver or self.solver, self.shape, by_nfe, self.tweedie, self.kind,
-            self.precision, self.batch_size,
+            self.precision, self.batch_size, self.inputs,
         )  # fmt: skip
 
     def setting(self, nfe: float) -> Setting:
@@ -195,9 +212,14 @@ class Sampler:
         return self.by_nfe[nearest(self.by_nfe, nfe)] if self.by_nfe else Setting(self.prior, self.solver)
 
     @property
+    def takes(self) -> Kinds:
+        """Kinds of conditions of the images."""
+        return self.prior.takes(self.denoiser)
+
+    @property
     def classes(self) -> int:
         """Number of classes of the images; 0 if no label is used."""
-        return self.prior.classes(self.denoiser)
+        return self.takes.classes
 
     @property
     def extra_evaluations(self) -> int:
@@ -230,8 +252,10 @@ class Sampler:
             UsageError: The budget is below the minimum, or prior, solver, process and network are incompatible.
         """
         prior, solver = self.setting(nfe)
-        if isinstance(prior, ChainPrior):
-            self._require_null_class()
+        conditions.check_prior(self.takes, prior, self.denoiser)
+        if self.inputs is not None:
+            self.inputs.check(n)
+        solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
         solver.check(self.denoiser.process)
         return plan
@@ -271,7 +295,7 @@ class Sampler:
 
     @torch.no_grad()
     def draw(
-        self, plan: Plan, seed: int, group: Group, state: Any = None, labels: Tensor | None = None
+        self, plan: Plan, seed: int, group: Group, state: Any = None, given: Condition | None = None
     ) -> Iterator[tuple[range, Tensor]]:
         """Draw a group's images, batch by batch.
 
@@ -280,18 +304,23 @@ class Sampler:
             seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
             group: Image indices, one range per batch.
             state: State of the group returned by :meth:`open`.
-            labels: Class of each image by its index, (n,); by default those of :meth:`labels`.
+            given: Condition of all n images; by default that of :meth:`condition`.
 
         Yields:
             Indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
         """
         for indices in group:
             noise = NoiseStreams(seed, indices, device=self.device)
-            bound = self.labels(plan, indices) if labels is None else labels[indices.start : indices.stop]
-            denoiser = self.denoiser.given(bound)
+            condition = (
+                self.condition(plan, indices) if given is None else given.select(slice(indices.start, indices.stop))
+            )
+            observed = Observed.of(self.inputs, condition)
+            denoiser = self.denoiser.given(condition, observed.observation if observed else None)
             x_t, t = plan.prior(denoiser, noise, self.shape, plan.chain_steps, state)
+            x_t = observed.start(denoiser, x_t, t, noise) if observed else x_t
             x_0 = plan.solver(denoiser, x_t, t, noise, plan.steps) if plan.steps else x_t
-            yield indices, x_0 if self.tweedie is None else self.tweedie(self.denoiser, x_0)
+            x_0 = x_0 if self.tweedie is None else self.tweedie(denoiser, x_0)
+            yield indices, observed.end(x_0) if observed else x_0
 
     def batches(
         self,
@@ -300,7 +329,7 @@ class Sampler:
         seed: int,
         done: int = 0,
         saved: dict[str, Any] | None = None,
-        labels: Tensor | None = None,
+        given: Condition | None = None,
     ) -> Iterator[Sampled]:
         """Yield the unfinished batches of a group, with counted evaluations.
 
@@ -310,7 +339,7 @@ class Sampler:
             seed: Seed; image i has the noise stream (seed, i).
             done: Number of leading batches that are finished.
             saved: State of the chains after the finished batches.
-            labels: See :meth:`draw`.
+            given: See :meth:`draw`.
         """
         if done == len(group):
             return
@@ -320,7 +349,7 @@ class Sampler:
         stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
         with self._watched(checks, counter):
             state = self.restore(plan, seed, group, saved) if done else self.open(plan, seed, group)
-        batches = self.draw(plan, seed, group[done:], state, labels)
+        batches = self.draw(plan, seed, group[done:], state, given)
         for _ in group[done:]:
             # Left between batches, so that the caller computes in full precision; the generator runs inside ``next``.
             with self._watched(checks, counter):
@@ -358,39 +387,9 @@ class Sampler:
         return seconds, flops
 
     def labels(self, plan: Plan, indices: range) -> Tensor | None:
-        """Return the class labels of images, index mod classes, (B,), which are balanced and independent of the batch.
+        """Return the class labels of images by their index, see :mod:`diffaccel.sampling.conditions`."""
+        return conditions.labels_by_index(self.takes, plan.prior, indices, self.device)
 
-        Returns None, the null class, if the network has no classes, and for chains, in which the class changes.
-        """
-        if not self.classes or isinstance(plan.prior, ChainPrior):
-            return None
-        return torch.arange(indices.start, indices.stop, device=self.device) % self.classes
-
-    def _checked(self, plan: Plan, labels: Sequence[int] | None, n: int) -> Tensor | None:
-        """Check given labels and move them to the device.
-
-        Raises:
-            UsageError: The network has no classes, the prior is a chain, or a label is out of range.
-        """
-        if labels is None:
-            return None
-        if not self.classes or isinstance(plan.prior, ChainPrior):
-            reason = "the network has no classes" if not self.classes else "a chain samples without labels"
-            raise UsageError(f"labels: {reason}: leave them out")
-        problem = UsageError(f"labels: give {n} whole numbers from 0 to {self.classes - 1}, one for each image")
-        try:
-            given = torch.as_tensor(labels, device=self.device)
-        except (TypeError, ValueError, RuntimeError):  # no numbers at all, or of several shapes
-            raise problem from None
-        whole = given.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-        if given.shape != (n,) or not whole or not ((given >= 0) & (given < self.classes)).all():
-            raise problem
-        return given.long()
-
-    def _require_null_class(self) -> None:
-        """Check that a conditional network has a null class, which chains require."""
-        if self.classes and not getattr(self.denoiser.network, "null_class", True):
-            raise UsageError(
-                "a chain samples without labels, but this conditional network was trained with labels only: choose "
-                "another prior, or a network fitted with training.label_drop"
-            )
+    def condition(self, plan: Plan, indices: range) -> Condition | None:
+        """Return the condition of images by their index, see :mod:`diffaccel.sampling.conditions`."""
+        return conditions.condition_by_index(self.takes, plan.prior, self.inputs, indices, self.device)

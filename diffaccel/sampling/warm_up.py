@@ -45,10 +45,10 @@ def warm_up(sampler: "Sampler", plan: Plan, count: int) -> tuple[float, dict[str
 def _evaluate(sampler: "Sampler", plan: Plan, count: int) -> None:
     indices = range(count)
     noise, denoiser = NoiseStreams(0, indices, "warm-up", sampler.device), sampler.denoiser
-    plan.prior.warm_up(denoiser.given(sampler.labels(plan, indices)), noise, sampler.shape)
+    denoiser = denoiser.given(sampler.condition(plan, indices))
+    plan.prior.warm_up(denoiser, noise, sampler.shape)
     if not plan.steps:
         return
-    denoiser = denoiser.given(sampler.labels(plan, indices))
     x_t = noise.normal(torch.empty(count, *sampler.shape, device=sampler.device))
     # A chain evaluates without guidance, also where the solver guides.
     for each in (denoiser, *((denoiser.guided(plan.solver.guidance),) if plan.solver.guidance else ())):

@@ -134,6 +134,7 @@ class RK45(Solver):
     def __post_init__(self) -> None:
         if self.analytic_first is not None:
             raise UsageError("solver 'rk45' doesn't support analytic_first: remove it")
+        super().__post_init__()
         positive("solver 'rk45'", tol=self.tol)
         at_least(1, "solver 'rk45'", max_steps=self.max_steps)
 

@@ -5,15 +5,19 @@ dividing by alpha, so solvers run on every process from any level. Steps from in
 undefined, and the last step to ratio 0 are DDIM's.
 """
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from diffaccel.condition import Condition
 from diffaccel.deferred import check
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -69,7 +73,7 @@ class AnalyticFirst(Denoiser):
 
     @override
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, augment: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Prediction:
         if self.used:
             return self.denoiser(x_t, t, condition)
@@ -91,11 +95,13 @@ class Solver(ABC):
         analytic_first: Standard deviation of the data, to compute the first prediction for N(0, analytic_first^2 I)
             data instead of by the network, which saves one evaluation. Suits starts at high noise levels (GENIE, arXiv
             2210.05475, appendix, with a standard deviation of 1). None to use the network.
-        guidance: Weight of classifier-free guidance by the images' labels, which doubles the number of evaluations; 0
-            for no guidance. Priors are not guided.
+        guidance: Weight w of classifier-free guidance by the images' condition, (1 + w) prediction(condition) - w
+            prediction(no condition), which doubles the number of evaluations; 0 for no guidance. Priors are not guided.
+        guidance_interval: Lowest and highest noise-to-data ratio at which guidance acts, so that evaluations double
+            there only; None for all.
 
     Raises:
-        UsageError: ``analytic_first`` is not positive.
+        UsageError: ``analytic_first`` is not positive, or ``guidance_interval`` is no interval.
     """
 
     adaptive: ClassVar[bool] = False
@@ -107,17 +113,25 @@ class Solver(ABC):
     denoise: bool = True
     analytic_first: float | None = None
     guidance: float = 0.0
+    guidance_interval: list[float] | None = None
+    counted: Callable[[int], int] | None = field(default=None, init=False, repr=False, compare=False)
+    """Number of evaluations by number of steps, where it depends on the levels; see :meth:`counting`."""
 
     def __post_init__(self) -> None:
         if self.analytic_first is not None and not self.analytic_first > 0:
             raise UsageError(f"solver: analytic_first is {self.analytic_first}, it must be positive or null")
+        ends = self.guidance_interval
+        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] < ends[1]):
+            raise UsageError(f"solver: guidance_interval is {ends}, it must be two ratios, 0 <= low < high, or null")
+        if ends is not None and not self.guidance:
+            raise UsageError("solver: guidance_interval has no effect without guidance: set guidance, or remove it")
 
     @abstractmethod
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         """Take one step.
 
         Args:
-            denoiser: Denoiser with bound labels.
+            denoiser: Denoiser with its condition bound.
             x_t: Current states, (B, C, H, W).
             t: Current times, (B,).
             s: Target times, (B,), s < t.
@@ -133,7 +147,23 @@ class Solver(ABC):
 
     def evaluations(self, steps: int) -> int:
         """Number of network evaluations per sample in ``steps`` steps."""
+        if self.counted is not None:
+            return self.counted(steps)
         return (self.predictions(steps) - (self.analytic_first is not None)) * (2 if self.guidance else 1)
+
+    def counting(self, process: Process, ratio: float) -> Self:
+        """Return the solver with exact counts of evaluations for starts at a noise-to-data ratio.
+
+        They depend on the levels if guidance acts in an interval; the solver is then run on a denoiser that counts.
+        """
+        if not self.guidance or self.guidance_interval is None or self.adaptive or not process.scales_data:
+            return self
+        from diffaccel.solver.rehearsal import evaluations  # which runs solvers
+
+        found = copy.copy(self)
+        counts = cache(partial(evaluations, self, process, ratio))
+        object.__setattr__(found, "counted", counts)
+        return found
 
     @property
     def least_steps(self) -> int:
@@ -178,7 +208,7 @@ class Solver(ABC):
         """Sample from the start states, without gradients.
 
         Args:
-            denoiser: Denoiser with bound labels.
+            denoiser: Denoiser with its condition bound.
             x_t: Start states, (B, C, H, W).
             t: Times of the start states on the denoiser's process, (B,), or a number.
             noise: Noise streams of the B samples.
@@ -198,7 +228,7 @@ class Solver(ABC):
         self.check(denoiser.process)
         denoiser.check_range(denoiser.process.ratio(t.double()))
         if self.guidance:
-            denoiser = denoiser.guided(self.guidance)
+            denoiser = denoiser.guided(self.guidance, self.guidance_interval)
         if self.analytic_first is not None:
             denoiser = AnalyticFirst(denoiser, self.analytic_first)
         times = self.grid(denoiser.process, t, steps, self.denoise)

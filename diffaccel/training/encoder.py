@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn import UNet
@@ -35,7 +36,7 @@ class Encoder:
             )
         self.denoiser, self.network, self.ratio = denoiser, network, ratio
 
-    def __call__(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+    def __call__(self, x: Tensor, condition: Condition | Tensor | None = None) -> list[Tensor]:
         """Compute feature maps, finest first, of states (B, C, H, W) in units of variance preserving processes."""
         denoiser = self.denoiser
         ratio = torch.full((len(x),), self.ratio, dtype=torch.float64, device=x.device)

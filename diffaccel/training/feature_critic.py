@@ -4,6 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn.critic import (
@@ -57,8 +58,8 @@ class FeatureCritic(Critic):
         _, rows, columns = self.sizes[-1]
         self.linear = EqualisedLinear(width * rows * columns, width)
 
-    def seen(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Compute the encoder's features of samples (B, C, H, W) with labels (B,), flattened, (B, F)."""
+    def seen(self, x: Tensor, condition: Condition | Tensor | None = None) -> Tensor:
+        """Compute the encoder's features of samples (B, C, H, W) with their condition, flattened, (B, F)."""
         return torch.cat([one.to(x).flatten(1) for one in self.encoder(x, condition)], dim=1)
 
     def features(self, seen: Tensor) -> Tensor:

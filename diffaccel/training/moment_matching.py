@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from diffaccel.collective import all_reduce
+from diffaccel.condition import Condition
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
@@ -152,7 +153,7 @@ class MomentMatching(Objective):
         ratio = self.ratio or prior.ratio_made
         return (x_0 + ratio * noise.normal(x_0)) / (1 + ratio**2) ** 0.5
 
-    def summary(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def summary(self, x: Tensor, condition: Condition | None) -> Tensor:
         """Compute the features of states (B, C, H, W) in units of variance preserving processes, (B, dim)."""
         features = []
         for one, filters in zip(self.encoder(x, condition), self.bank, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from diffaccel.condition import Condition, Kinds
 from diffaccel.data import Batch
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -27,7 +28,7 @@ OBJECTIVES: Registry["Objective"] = Registry(
 )
 
 Given = Callable[[Batch], Denoiser]
-"""The frozen denoiser with a batch's labels bound."""
+"""The frozen denoiser with a batch's condition bound."""
 
 
 @OBJECTIVES.base
@@ -114,7 +115,12 @@ class OdePair(Objective):
                 "objective 'ode_pair' integrates from ratio_init to ratio_star: set prior.generator=separate, a "
                 "positive ratio_star, and ratio_init to at least twice ratio_star"
             )
-        self.classes: int = getattr(denoiser.network, "classes", 0)
+        takes = prior.takes(denoiser)
+        if self.pairs is not None and takes.required:
+            raise UsageError(
+                f"objective 'ode_pair' keeps pairs of noise and labels, but the network takes {takes}: set pairs=null"
+            )
+        self.classes: int = Kinds.taken_by(denoiser.network).classes
         if self.pairs is not None:
             self._ends = torch.empty(self.pairs, *shape, dtype=torch.float16, device="cpu")
             self._made = torch.zeros(self.pairs, dtype=torch.bool, device="cpu")
@@ -138,7 +144,7 @@ class OdePair(Objective):
         if self.pairs is None:
             return batch, noise
         index = batch.index % self.pairs
-        condition = None if batch.condition is None else (index % max(1, self.classes)).to(batch.condition)
+        condition = Condition(labels=index % self.classes) if self.classes else None
         return batch._replace(index=index, condition=condition), NoiseStreams(0, index, "ode pairs")
 
     def end(self, batch: Batch, prior: ImplicitPrior, given: Given, z: Tensor, noise: NoiseStreams) -> Tensor:
@@ -244,7 +250,7 @@ class DistributionMatching(Objective):
         n = noise.normal(y)
         return y + expand(s, y) * n, (s.square() + prior.ratio_made**2).sqrt(), s, n
 
-    def fake_loss(self, y: Tensor, prior: ImplicitPrior, condition: Tensor | None, noise: NoiseStreams) -> Tensor:
+    def fake_loss(self, y: Tensor, prior: ImplicitPrior, condition: Condition | None, noise: NoiseStreams) -> Tensor:
         """Compute the denoising score matching loss of generated states, (B,), for unit variance of the target."""
         y_r, r, s, n = self.diffuse(y, prior, noise)
         x_r, t = self.fake.process.from_ratio(y_r, r)

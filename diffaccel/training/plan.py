@@ -41,6 +41,8 @@ class Training:
     """Sum the denoiser's loss over pixels, as in DDPM's code, instead of averaging; affects ``clip``."""
     label_drop: float = 0.1
     """Fraction of labels replaced by the null class in training a class-conditional denoiser, for guidance."""
+    condition_drop: float = 0.0
+    """Fraction of images trained without the conditions other than labels (image, mask, tokens), for guidance."""
     evaluate_every: int | None = None
     """Images between evaluations of all budgets with the averaged weights; null evaluates only at the end."""
     evaluate_n: int = 1000

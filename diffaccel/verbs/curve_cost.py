@@ -7,6 +7,7 @@ import torch
 from rich.table import Table
 
 from diffaccel import experiment
+from diffaccel.condition import Condition
 from diffaccel.config import Config
 from diffaccel.data import Batch
 from diffaccel.experiment.chain import Step
@@ -70,7 +71,7 @@ def seconds_per_image(method: Diffusion, config: Config) -> float:
     method.to(device)
     batch = Batch(
         torch.randn(TIMED, *method.shape, device=device).clamp(-1, 1),
-        torch.zeros(TIMED, dtype=torch.int64, device=device) if method.trained_classes else None,
+        Condition.of(torch.zeros(TIMED, dtype=torch.int64, device=device) if method.trained_classes else None),
         torch.arange(TIMED, device=device),
     )
     for phase in method.phases():

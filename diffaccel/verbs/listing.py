@@ -42,6 +42,9 @@ LISTS: dict[str, tuple[str, Callable[..., Any]]] = {
 """Lists besides those of parts: name -> description, and the function that makes the list."""
 
 EXTRA = {
+    "samples": "Number of samples per test image, in succession; 1 if not set.",
+    "seed": "Seed of random degradations of the test images; 0 if not set.",
+    "lpips": "Whether to measure LPIPS to the test images; false if not set.",
     "checkpoint": "Weights of the part's own networks.",
     "init": "Initial weights of these networks in a fit.",
     "metric": "Name of the features in metrics; only for the method `extractor`.",

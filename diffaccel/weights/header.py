@@ -6,6 +6,7 @@
 | ``network``, ``denoiser``, ``process`` | parts that the weights were trained with, as in an experiment |
 | ``prior``, ``posterior``, ``density`` | the same for a generator, a density or a classifier |
 | ``shape`` | image shape, [channels, height, width] |
+| ``condition`` | condition of the images in addition to labels, as in an experiment; empty for none |
 | ``classes`` | number of class labels of the network, 0 for none |
 | ``trained_ratios`` | lowest and highest noise-to-data ratio of a denoiser's training |
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
@@ -88,7 +89,7 @@ def _are_hashes(value: Any) -> bool:
 
 _PART = (_is_part, "a part's name and keys")
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior"), _PART),
+    **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior", "condition"), _PART),
     "shape": (_is_shape, "[channels, height, width]"),
     "trained_ratios": (_is_range, "[least, largest]"),
     "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),

@@ -1,0 +1,171 @@
+"""Conditions of the images of a data set: degradations of the images themselves, or companions such as other images."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffaccel.condition import Condition, Kinds, Observation
+from diffaccel.data.source import Images, Source, Split
+from diffaccel.data.stream import Conditions, to_float
+from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
+from diffaccel.parts.registry import Registry
+
+CONDITIONERS: Registry["Conditioner"] = Registry(
+    "condition", builtins=["diffaccel.tasks"], context=["shape"], extra={"samples": int, "seed": int, "lpips": bool}
+)
+
+
+@CONDITIONERS.base
+class Conditioner(ABC):
+    """Part that makes the condition of each image.
+
+    Attributes:
+        kinds: Kinds of the conditions.
+        observation: Part of the image that its condition determines; None for no such part.
+    """
+
+    kinds: Kinds
+    observation: Observation | None = None
+    on_device: ClassVar[bool] = False
+    """Whether the conditions depend on the images alone, so that they can be made on the device of the images."""
+    weight_keys: ClassVar[tuple[str, ...] | None] = None
+    """Keys that determine what the weights of a network mean; None for all."""
+
+    @abstractmethod
+    def open(self, split: Split, images: Images) -> Conditions:
+        """Open what the conditions of a split are made from.
+
+        Raises:
+            UsageError: It is missing, or doesn't fit the images.
+        """
+
+    def baseline(self, condition: Condition) -> Tensor | None:
+        """Return images that are made from the condition without a model, (B, C, H, W); None if there are none."""
+        return None
+
+    def observe(self, images: Tensor) -> Tensor | None:
+        """Degrade images in 0 .. 255, (B, C, H, W) float, for the consistency with the condition; None if undefined."""
+        return None
+
+
+class Degradation(Conditioner):
+    """Condition that is made from the image itself."""
+
+    on_device = True
+
+    def open(self, split: Split, images: Images) -> Conditions:
+        """See :class:`Conditioner`; nothing is opened."""
+        return lambda batch, chosen, noise, mirrored=None: self.degrade(to_float(batch), noise)
+
+    @abstractmethod
+    def degrade(self, images: Tensor, noise: NoiseStreams) -> Condition:
+        """Make the conditions of images in [-1, 1], (B, C, H, W)."""
+
+
+def round_to_8_bits(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the values of 8-bit images."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+class HeldOut:
+    """Conditions of sampled images: those of the images of the test split, each for some samples in succession.
+
+    Sample i belongs to test image i // samples. Random degradations depend on the index of the test image and on a seed
+    of their own, so that they are the same for every method, budget and seed of sampling.
+
+    Args:
+        conditioner: Conditioner.
+        source: Data set.
+        limit: Maximum number of test images; None for all.
+        samples: Number of samples per test image.
+        seed: Seed of random degradations.
+        lpips: Whether to measure the perceptual distance of samples to the test images.
+
+    Raises:
+        UsageError: ``samples`` is less than 1, or ``seed`` is negative.
+    """
+
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        source: Source,
+        limit: int | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        lpips: bool = False,
+    ) -> None:
+        if samples < 1 or seed < 0:
+            raise UsageError(f"condition: samples={samples} and seed={seed}: set 1 or more, and 0 or more")
+        self.conditioner, self.source, self.limit, self.samples, self.seed = conditioner, source, limit, samples, seed
+        self.lpips = lpips
+        self._opened: tuple[Images, Conditions] | None = None
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of the conditions."""
+        return self.conditioner.kinds
+
+    @property
+    def observation(self) -> Observation | None:
+        """Part of the images that the conditions determine; None for no such part."""
+        return self.conditioner.observation
+
+    def _open(self) -> tuple[Images, Conditions]:
+        if self._opened is None:
+            images = self.source.split("test")
+            images = images if self.limit is None else images.first(self.limit)
+            images.check()
+            self._opened = images, self.conditioner.open("test", images)
+        return self._opened
+
+    def check(self, n: int) -> None:
+        """Check that there are test images for n samples.
+
+        Raises:
+            UsageError: There are too few, or no test images at all.
+        """
+        found, wanted = len(self._open()[0]), -(-n // self.samples)
+        if wanted > found:
+            raise UsageError(
+                f"n={n} with {self.samples} sample(s) per image requires {wanted} test images as conditions, but "
+                f"{self.source.label} has {found}: set n={found * self.samples} or less"
+            )
+
+    def _inputs(self, indices: range) -> tuple[range, Tensor]:
+        """Test images of a batch of samples, and the position of each sample's image among them."""
+        first, last = indices.start // self.samples, (indices.stop - 1) // self.samples
+        return range(first, last + 1), torch.arange(indices.start, indices.stop) // self.samples - first
+
+    def condition(self, indices: range) -> Condition:
+        """Return the conditions of samples, (B,) of them, each made once per test image."""
+        inputs, position = self._inputs(indices)
+        images, conditions = self._open()
+        chosen = torch.arange(inputs.start, inputs.stop)
+        made = conditions(images.read(chosen), chosen, NoiseStreams(self.seed, inputs, "condition"))
+        return made.select(position)
+
+    def targets(self, indices: range) -> Tensor:
+        """Return the test images of samples, (B, C, H, W) uint8."""
+        inputs, position = self._inputs(indices)
+        return self._open()[0].read(torch.arange(inputs.start, inputs.stop))[position]
+
+    def identity(self, n: int) -> dict[str, Any]:
+        """Return what determines the conditions of n samples, besides the conditioner: a hash of the test images."""
+        self.check(n)
+        digest, images = hashlib.sha256(), self._open()[0]
+        for first in range(0, count := -(-n // self.samples), 500):
+            batch = images.read(torch.arange(first, min(first + 500, count)))
+            digest.update(batch.numpy().tobytes())
+        return {"sha256": digest.hexdigest(), "samples": self.samples, "seed": self.seed}
+
+
+def build_conditioner(node: Mapping[str, Any], shape: tuple[int, int, int]) -> Conditioner | None:
+    """Build a conditioner from its node, without the keys of the sampling; None for an empty node."""
+    if not node:
+        return None
+    return CONDITIONERS.build({key: value for key, value in node.items() if key not in CONDITIONERS.extra}, shape=shape)

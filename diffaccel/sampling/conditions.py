@@ -1,0 +1,180 @@
+"""Conditions of sampled images: by index, from inputs such as held-out images, or given by the user."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffaccel.condition import Condition, Kinds, KnownPixels, Observation, check_condition, join
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
+from diffaccel.prior import ChainPrior, Prior
+
+
+class Inputs(Protocol):
+    """Conditions of images by index, in addition to labels."""
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of the conditions."""
+
+    @property
+    def observation(self) -> Observation | None:
+        """Part of the images that the conditions determine; None for no such part."""
+
+    def check(self, n: int) -> None:
+        """Check that there are conditions for n images.
+
+        Raises:
+            UsageError: There are too few, or they can't be read.
+        """
+
+    def condition(self, indices: range) -> Condition:
+        """Return the conditions of images, on the CPU."""
+
+
+def labels_by_index(takes: Kinds, prior: Prior, indices: range, device: torch.device) -> Tensor | None:
+    """Return the class labels of images, index mod classes, (B,), which are balanced and independent of the batch.
+
+    Returns None, the null class, if the network has no classes, and for chains, in which the class changes.
+    """
+    if not takes.classes or isinstance(prior, ChainPrior):
+        return None
+    return torch.arange(indices.start, indices.stop, device=device) % takes.classes
+
+
+def condition_by_index(
+    takes: Kinds, prior: Prior, inputs: Inputs | None, indices: range, device: torch.device
+) -> Condition | None:
+    """Return the condition of images by index; None for no condition.
+
+    Raises:
+        UsageError: The network takes a condition other than labels, and there are no inputs.
+    """
+    labels = labels_by_index(takes, prior, indices, device)
+    own = None if labels is None else Condition(labels=labels)
+    if inputs is None:
+        require_inputs(takes)
+        return own
+    return join(own, inputs.condition(indices).to(device))
+
+
+def require_inputs(takes: Kinds) -> None:
+    """Check that sampling without inputs is possible.
+
+    Raises:
+        UsageError: The network takes a condition other than labels.
+    """
+    if takes.required:
+        raise UsageError(
+            f"the network takes {takes}: give condition=Condition(...) to the sampler, or condition= in the experiment"
+        )
+
+
+def given_condition(
+    takes: Kinds,
+    prior: Prior,
+    n: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    labels: Sequence[int] | None,
+    condition: Condition | None,
+) -> Condition | None:
+    """Check the labels and conditions that a user gives for n images, and move them to the device.
+
+    Labels that are missing in a condition are those by index.
+
+    Raises:
+        UsageError: The network does not take them, the prior is a chain, or a value is invalid.
+    """
+    if labels is None and condition is None:
+        return None
+    if isinstance(prior, ChainPrior) or not (takes.classes or takes.required):
+        what = "labels" if condition is None else "condition"
+        reason = "a chain samples without " + what if isinstance(prior, ChainPrior) else "the network has no classes"
+        if condition is not None and not isinstance(prior, ChainPrior):
+            reason = "the network takes no condition"
+        raise UsageError(f"{what}: {reason}: leave {'them' if condition is None else 'it'} out")
+    if condition is not None and not isinstance(condition, Condition):
+        raise UsageError(f"condition: {type(condition).__name__} is not a Condition: give da.Condition(image=...)")
+    own = None if labels is None else Condition(labels=_checked_labels(takes.classes, labels, n, device))
+    if own is None:
+        by_index = labels_by_index(takes, prior, range(n), device)
+        own = None if by_index is None else Condition(labels=by_index)
+    if condition is None:
+        require_inputs(takes)
+        return own
+    found = condition.to(device)
+    check_condition(found, takes, n, shape)
+    return join(found, own)
+
+
+def _checked_labels(classes: int, labels: Sequence[int], n: int, device: torch.device) -> Tensor:
+    if not classes:
+        raise UsageError("labels: the network has no classes: leave them out")
+    problem = UsageError(f"labels: give {n} whole numbers from 0 to {classes - 1}, one for each image")
+    try:
+        given = torch.as_tensor(labels, device=device)
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all, or of several shapes
+        raise problem from None
+    whole = given.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+    if given.shape != (n,) or not whole or not ((given >= 0) & (given < classes)).all():
+        raise problem
+    return given.long()
+
+
+def check_prior(takes: Kinds, prior: Prior, denoiser: Denoiser) -> None:
+    """Check that a prior can sample with the conditions that the network takes.
+
+    Raises:
+        UsageError: A chain samples without condition, and the network requires one or was trained with labels only.
+    """
+    if not isinstance(prior, ChainPrior):
+        return
+    if takes.required:
+        raise UsageError(f"a chain samples without condition, but the network takes {takes}: choose another prior")
+    if takes.classes and not getattr(denoiser.network, "null_class", True):
+        raise UsageError(
+            "a chain samples without labels, but this conditional network was trained with labels only: choose "
+            "another prior, or a network fitted with training.label_drop"
+        )
+
+
+class Observed:
+    """Observed part of a batch's samples, with the values that it has.
+
+    Args:
+        observation: Part of the samples that the condition determines.
+        condition: Condition with an image that has these values.
+    """
+
+    def __init__(self, observation: Observation, condition: Condition) -> None:
+        assert condition.image is not None
+        self.observation, self.condition, self.image = observation, condition, condition.image
+
+    @classmethod
+    def of(cls, inputs: Inputs | None, condition: Condition | None) -> "Observed | None":
+        """Return the observed part of a condition: that of the inputs, or else known pixels; None for no such part."""
+        if condition is None or condition.image is None:
+            return None
+        own = inputs.observation if inputs is not None else None
+        observation = own or (KnownPixels() if condition.mask is not None else None)
+        return None if observation is None else cls(observation, condition)
+
+    def start(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, noise: NoiseStreams) -> Tensor:
+        """Replace the observed part of starting states, of any prior, by its exact law: the values, diffused to t.
+
+        Args:
+            denoiser: Denoiser.
+            x_t: Starting states, (B, C, H, W).
+            t: Times, (B,).
+            noise: Noise streams of the images.
+        """
+        diffused = denoiser.process.marginal(self.image.to(x_t), t, noise.normal(x_t))
+        return self.observation.impose(x_t, diffused, self.condition)
+
+    def end(self, x_0: Tensor) -> Tensor:
+        """Impose the observed part on images, (B, C, H, W)."""
+        return self.observation.impose(x_0, self.image.to(x_0), self.condition)
