@@ -19,7 +19,20 @@ from diffaccel.parts.lazy import lazy
 from diffaccel.version import __version__
 
 if TYPE_CHECKING:
-    from diffaccel.api import bench, compare, convert, fit, load, reference, sample, score, search, sweep, tradeoff
+    from diffaccel.api import (
+        bench,
+        compare,
+        convert,
+        fit,
+        load,
+        reference,
+        sample,
+        score,
+        search,
+        sweep,
+        tradeoff,
+        train,
+    )
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -49,10 +62,12 @@ __all__ = [
     "search",
     "sweep",
     "tradeoff",
+    "train",
 ]
 
 _FUNCTIONS = (
     *("bench", "compare", "convert", "fit", "load", "reference", "sample", "score", "search", "sweep", "tradeoff"),
+    "train",
 )
 
 __getattr__, __dir__ = lazy(

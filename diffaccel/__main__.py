@@ -22,6 +22,7 @@ diffaccel: compare methods for few-step sampling on your data, at your budget
 
   diffaccel bench EXPERIMENT nfe=5,10,20 n=5000     measure points of the quality-versus-NFE curve
   diffaccel fit EXPERIMENT [resume=auto]            train; writes weights and the curve
+  diffaccel train FOLDER [methods=edm,dlg]          run the fits of a folder of experiments that are missing, in order
   diffaccel search EXPERIMENT nfe=5,10 seed=7       find the best prior and solver for each budget, in search.trials
   diffaccel tradeoff EXPERIMENT                     likelihood bound and distance of small T for each start time
   diffaccel sweep FILE [processes=2] [count=20]     run a W&B sweep file here; the same command goes on with the rest
@@ -31,6 +32,7 @@ diffaccel: compare methods for few-step sampling on your data, at your budget
   diffaccel reference EXPERIMENT                    write statistics of the data for bench
   diffaccel score SOURCE EXPERIMENT [name=mine]     the metrics of bench for images of any origin: a folder, zip or npz
   diffaccel list GROUP                              list the parts of a group (solver, prior ...), or all groups
+  diffaccel list weights [FOLDER] [format=markdown] the weights of a folder: training, size, hash, distances
   diffaccel explain GROUP NAME                      describe a part: keys, defaults, references (explain solver heun)
 
 EXPERIMENT is a YAML file or <data>/<method> under experiments/: digits/dlg, digits/edm, toy/dlg ...
@@ -179,8 +181,22 @@ def sweep(words: list[str]) -> None:
     sweep_command(words)
 
 
+def train(words: list[str]) -> None:
+    """Run the fits of a folder of experiments that are missing."""
+    from diffaccel.verbs.run import quiet
+    from diffaccel.verbs.train import train_command
+
+    quiet()
+    train_command(words)
+
+
 def list_parts(words: list[str]) -> None:
-    """Print the groups of parts, or the parts of a group."""
+    """Print the groups of parts, the parts of a group, or weights."""
+    if words[:1] == ["weights"]:
+        from diffaccel.verbs.weights import show_weights
+
+        show_weights(words[1:])
+        return
     from diffaccel.verbs.listing import show_list
 
     show_list(words)
@@ -198,6 +214,7 @@ PATH_VERBS: dict[str, Callable[[list[str]], None]] = {
     "convert": convert,
     "score": score,
     "sweep": sweep,
+    "train": train,
     "list": list_parts,
     "explain": explain,
 }

@@ -59,6 +59,8 @@ class Prior(nn.Module, ABC):
 
     weight_keys: tuple[str, ...] = ()
     """Keys that determine what the weights mean: weights fitted with other values of these keys are refused."""
+    fitted_name = ""
+    """Name of the file of the prior's own weights that a fit writes; empty if the prior has none."""
     uses_denoiser_weights = False
     """Whether fitting the prior trains the denoiser's own weights."""
 
