@@ -241,8 +241,8 @@ def test_learning_rate_without_warmup_or_decay():
         assert method.learning_rate() == pytest.approx(1e-3)
 
 
-LIVES = [200, 400, 900]
-"""Half-lives of a few, of half, and of more than all of the images of the run, of which the ramp allows a twentieth."""
+LIVES = [8, 24, 400]
+"""Half-lives, of which the ramp soon allows the first, at last the second, and never the third."""
 
 
 def averages(method):
@@ -250,7 +250,7 @@ def averages(method):
 
 
 def test_several_averages_are_those_of_independent_recursions():
-    """average <- average + (1 - keep) (weights - average), keep = 2^(-batch / min(half-life, seen / 20)), in float64."""
+    """average <- keep average + (1 - keep) weights, keep = 2^(-batch / min(half-life, seen / 20)), in float64."""
     method = diffusion(dropout=0.0, ema_half_life=LIVES, images=30 * BATCH)
     watch = Watch(
         lambda module: {f"denoiser.{n}": p.detach().double() for n, p in module.denoiser.network.named_parameters()}
@@ -270,7 +270,7 @@ def test_several_averages_are_those_of_independent_recursions():
 
 def test_half_lives_differ_once_the_ramp_allows_them():
     """A weight that falls by 0.1 a step lags by 0.1 / (1 - keep) behind, less 0.1, in the long run."""
-    method = Averaged(half_lives=[BATCH, 4 * BATCH], steps=400)
+    method = Averaged(half_lives=[BATCH, 2 * BATCH], steps=100)
     fit(method)
     for ema in method.emas:
         keep = 0.5 ** (BATCH / ema.half_life)
@@ -282,7 +282,7 @@ def test_resuming_several_averages_is_exact(tmp_path):
     whole = diffusion(ema_half_life=LIVES)
     fit(whole, [SaveAt(path, MIDDLE)])
     kept = torch.load(path, weights_only=True)["diffaccel"]
-    assert kept["ema_half_life"] == LIVES[0] and [*kept["ema_others"]] == ["400", "900"]
+    assert kept["ema_half_life"] == LIVES[0] and [*kept["ema_others"]] == ["24", "400"]
     resumed = diffusion(ema_half_life=LIVES)
     fit(resumed, ckpt_path=path)
     one, other = averages(whole), averages(resumed)
@@ -295,14 +295,14 @@ def test_the_average_in_use_may_change():
     method = diffusion(ema_half_life=LIVES)
     fit(method)
     before = averages(method)
-    method.use_average(900)
-    assert [ema.half_life for ema in method.emas] == [900, 200, 400]
+    method.use_average(400)
+    assert [ema.half_life for ema in method.emas] == [400, 8, 24]
     for half_life, average in averages(method).items():
         assert_same(average, before[half_life])
     exported = method.exports()
-    assert [*exported] == ["raw", "ema", "ema_200", "ema_400", "ema_900"]
-    assert_same(exported["ema"][0], exported["ema_900"][0])
-    assert exported["ema"][1]["ema_half_life"] == 900 and exported["ema_400"][1]["ema_half_life"] == 400
+    assert [*exported] == ["raw", "ema", "ema_8", "ema_24", "ema_400"]
+    assert_same(exported["ema"][0], exported["ema_400"][0])
+    assert exported["ema"][1]["ema_half_life"] == 400 and exported["ema_24"][1]["ema_half_life"] == 24
     assert [*diffusion(ema_half_life=LIVES).exports()] == [*exported], "names are known before training"
     assert [*diffusion().exports()] == ["raw", "ema"]
 

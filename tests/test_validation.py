@@ -12,8 +12,6 @@ from diffaccel.weights import read_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-LIVES = [16, 64, 160]
-"""Half-lives that a ramp of a twentieth would make equal at this length; the tests that tell them apart set weights."""
 TINY = ["network.widths=[8,16]", "network.embedding=16", "training.batch_size=16", "images=640", "training.warmup=16"]
 TINY += ["reference=", "training.log_every=10", "n=20", "training.ema_half_life=16,64,160"]
 
