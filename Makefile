@@ -19,13 +19,14 @@ OPTIONS = $(call option,N,n) $(call option,SEED,seed) $(call option,SOLVER,solve
 SMOKE_DATA = $(or $(SUBSET),$(if $(filter file,$(origin DATA)),,$(DATA)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench fit test test-slow smoke docs lint format clean
+.PHONY: help setup bench fit train test test-slow smoke docs lint format clean
 
 help: ## print this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  options of bench: METHOD=$(METHOD) DATA=$(DATA) NFE=$(NFE) N= SEED= SOLVER= PRIOR= DEVICES= OUT= ARGS='key=value ...'"
 	@echo "  options of fit:   METHOD=$(METHOD) DATA=$(DATA) SEED= DEVICES= OUT= ARGS='key=value ...'"
+	@echo "  options of train: DATA=$(DATA) METHODS=edm,dlg DEVICES= OUT= ARGS='place=true key=value ...'"
 
 setup: $(STAMP) ## make .venv and install diffaccel with its development tools
 
@@ -43,6 +44,9 @@ bench: $(STAMP) ## evaluate METHOD on DATA at NFE network evaluations per image
 
 fit: $(STAMP) ## train METHOD on DATA
 	$(strip $(BIN)/diffaccel fit $(DATA)/$(METHOD) $(call option,SEED,seed) $(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS))
+
+train: $(STAMP) ## run the fits of DATA that are missing, in order; after an interrupt the same command goes on
+	$(strip $(BIN)/diffaccel train $(DATA) $(call option,METHODS,methods) $(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS))
 
 test: lint ## lint, types and tests: CPU, offline, under ten minutes
 	$(BIN)/pytest -n 2 --dist loadfile

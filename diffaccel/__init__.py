@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         search,
         sweep,
         tradeoff,
+        train,
     )
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
@@ -69,11 +70,12 @@ __all__ = [
     "search",
     "sweep",
     "tradeoff",
+    "train",
 ]
 
 _FUNCTIONS = (
     *("advise", "bench", "compare", "convert", "curve", "export", "fit", "load", "new", "reference"),
-    *("sample", "score", "search", "sweep", "tradeoff"),
+    *("sample", "score", "search", "sweep", "tradeoff", "train"),
 )
 
 __getattr__, __dir__ = lazy(

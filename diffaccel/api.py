@@ -205,6 +205,33 @@ def sweep(
     return [dict(one) for one in sweep(file, words(settings), processes, count, None if out is None else str(out))]
 
 
+def train(
+    folder: str | Path,
+    methods: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    place: bool = False,
+    **settings: Any,
+) -> list[Path]:
+    """Run the fits of a folder of experiments that are missing, in order; see ``diffaccel train``.
+
+    Args:
+        folder: Name of a folder under experiments/, or path.
+        methods: Experiments to train, with those that they need; None for all.
+        out: Folder of the output folders of the fits; runs/<folder> by default.
+        place: Whether to copy weights to the files that the experiments name.
+        settings: Keys for every fit.
+
+    Returns:
+        Output folders of all fits, in order.
+    """
+    from diffaccel.verbs.run import quiet
+    from diffaccel.verbs.train import train
+
+    quiet()
+    fits = train(str(folder), words(settings), methods, None if out is None else str(out), place)
+    return [fit.folder for fit in fits]
+
+
 def compare(
     folders: str | Path | Sequence[str | Path],
     out: str | Path = "runs/compare",

@@ -15,12 +15,14 @@ from diffaccel.data import Batch
 from diffaccel.density import TrainingImages
 from diffaccel.errors import UsageError
 from diffaccel.methods import Diffusion, TruncatedDiffusion
+from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 FILES = [name for name in FILES if not name.startswith("sweeps/")]  # see test_sweep.py
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
 SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "cifar10_small/"))]
+MID = [name for name in NAMES if name.startswith("cifar10_mid/")]
 OTHERS = ("/tdpm", "/ddm")
 """Of the papers' size too, but each its own."""
 PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.endswith(OTHERS)]
@@ -105,7 +107,56 @@ def build_on_meta(name: str, words: Sequence[str] = ()) -> tuple[Diffusion, floa
     return method, counter.get_total_flops() / len(x)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in SMALL])
+@pytest.mark.parametrize("name", MID)
+def test_a_mid_one_builds_and_can_spend_its_budget(name: str):
+    """Its weights come from `make train`; all else that it names ships with cifar10_small."""
+    config = load(name)
+    assert config.compile and config.channels_last and not config.by_nfe and not config.tuned_for
+    own = EXPERIMENTS / "cifar10_mid"
+    named = [path for path in weights_of(name) if not path.resolve().is_relative_to(own.resolve())]
+    judges = [Path(judge["path"]) for judge in config.judges if isinstance(judge, dict)]
+    assert len(named) >= 6 and all(path.is_file() for path in [*named, *judges])
+    method = experiment.build_method(load(name, ["compile=false"]), load=False)
+    for budget in (*config.nfe, *config.validation.nfe):
+        plan = method.sampler.plan(budget, config.n)
+        assert budget - 1 < method.sampler.planned_nfe(plan, config.n) <= budget
+
+
+@pytest.mark.parametrize("name", ["edm", "ddm", "tdpm_shared"])
+def test_the_mid_recipe_is_one_for_all(name: str):
+    """A network of 5.4 to 5.8 M parameters and 0.50 GFLOPs, 16 M images, and weights below 12 MB in bf16."""
+    config = load(f"cifar10_mid/{name}", ["compile=false"])
+    method = experiment.build_method(config, load=False)
+    parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
+    assert parameters == 5_559_340
+    assert 2 * parameters < 12_000_000
+    with EvaluationCounter({"denoiser": method.denoiser.network}) as counter, torch.no_grad():
+        method.denoiser.network(torch.zeros(1, 3, 32, 32), torch.zeros(1))
+    assert counter.flops["denoiser"] == pytest.approx(0.50e9, rel=0.01)
+    training = config.training
+    assert (training.images, training.batch_size, training.decay) == (16_000_000, 1024, 0.4)
+    assert len(training.ema_half_life) == 3 and max(training.ema_half_life) <= 0.05 * training.images
+    whole = training.lr
+    for seen, rate in ((9_600_000, whole), (12_800_000, whole / 2), (14_400_000, whole / 4), (16_000_000, 0.0)):
+        method.images_seen = seen
+        assert method.learning_rate() == pytest.approx(rate)
+
+
+def test_the_mid_validation_judge_is_no_judge():
+    config = load("cifar10_mid/edm")
+    method = experiment.build_method(load("cifar10_mid/edm", ["compile=false"]), load=False)
+    validator = experiment.build_validator(config, method.sampler)
+    assert validator is not None and validator.extractor.name == "cifar10_check"
+    assert "cifar10_check" not in [judge.name for judge in experiment.build_judges(config, "CIFAR-10")]
+    with pytest.raises(UsageError, match="is also a judge"):
+        experiment.build_validator(config, method.sampler, validator.judges)
+    with pytest.raises(UsageError, match="is also the seed of the run"):
+        experiment.build_validator(load("cifar10_mid/edm", ["seed=7"]), method.sampler)
+    with pytest.raises(UsageError, match=r"validation\.judge is not"):
+        experiment.build_validator(load("digits/edm", ["validation.reference=x.npz"]), method.sampler)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*SMALL, *MID)])
 def test_a_large_one_builds_and_plans_its_budgets(name: str):
     method, _ = build_on_meta(name)
     config = load(name)

@@ -220,6 +220,16 @@ def test_the_penalty_comes_when_it_is_due():
     assert min(losses[0], losses[4]) > 2 * max(losses[1:4])
 
 
+def test_the_game_may_be_played_in_some_steps_only():
+    """The penalty comes in every second of them: in every sixth step."""
+    method = tdpm(frozen=False, gamma=100.0, r1_every=2, game_every=3)
+    assert {phase.name: phase.every for phase in method.phases()} == {"denoiser": 1, "generator": 3, "critic": 3}
+    losses = []
+    for method.steps in (0, 3, 6, 9):
+        losses.append(method.critic_loss(batch(), NoiseStreams(0, range(8))).mean().item())
+    assert min(losses[0], losses[2]) > 2 * max(losses[1], losses[3])
+
+
 def test_the_latest_penalty_is_logged_when_none_is_due(monkeypatch):
     method, noted = tdpm(gamma=100.0, r1_every=4), []
     monkeypatch.setattr(method, "note", lambda values: noted.append(values.get("critic_penalty")))

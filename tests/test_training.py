@@ -20,6 +20,7 @@ from diffaccel.prior import GaussianPrior
 from diffaccel.process import EDMVarianceExploding
 from diffaccel.sampling import nearest
 from diffaccel.solver.onestep import Heun
+from diffaccel.training.speed import Speed
 
 BATCH, STEPS, MIDDLE = 32, 24, 12
 
@@ -118,6 +119,22 @@ def test_stopping_and_resuming_is_exact(whole_run, tmp_path):
     second = diffusion()
     trainer = fit(second, ckpt_path=tmp_path / "stopped.ckpt")
     assert_same(everything(second, trainer), end)
+
+
+def test_speed_is_that_of_the_last_window_and_the_end_that_of_all():
+    now = [0.0]
+    speed = Speed(lambda: now[0])
+    assert speed.seconds_left(100) == float("inf")
+    for time, images in ((5.0, 10), (7.0, 30), (8.0, 50)):  # the first window, with compilation, is left out
+        now[0] = time
+        speed.mark(images)
+    assert speed.images_per_second == 20.0
+    assert speed.seconds_left(90) == pytest.approx(40 * 3 / 40)
+    with speed.paused():
+        now[0] += 100.0
+    now[0] += 1.0
+    speed.mark(60)
+    assert speed.images_per_second == 10.0 and speed.seconds_left(50) == 0
 
 
 def test_resuming_twice_is_exact(whole_run, tmp_path):
@@ -224,6 +241,72 @@ def test_learning_rate_without_warmup_or_decay():
         assert method.learning_rate() == pytest.approx(1e-3)
 
 
+LIVES = [8, 24, 400]
+"""Half-lives, of which the ramp soon allows the first, at last the second, and never the third."""
+
+
+def averages(method):
+    return {ema.half_life: {name: tensor.clone() for name, tensor in ema.average.items()} for ema in method.emas}
+
+
+def test_several_averages_are_those_of_independent_recursions():
+    """average <- keep average + (1 - keep) weights, keep = 2^(-batch / min(half-life, seen / 20)), in float64."""
+    method = diffusion(dropout=0.0, ema_half_life=LIVES, images=30 * BATCH)
+    watch = Watch(
+        lambda module: {f"denoiser.{n}": p.detach().double() for n, p in module.denoiser.network.named_parameters()}
+    )
+    start = {f"denoiser.{n}": p.detach().double().clone() for n, p in method.denoiser.network.named_parameters()}
+    fit(method, [watch])
+    found = averages(method)
+    assert [*found] == LIVES
+    for half_life in LIVES:
+        exact = dict(start)
+        for step, weights in enumerate(watch.seen, start=1):
+            keep = 0.5 ** (BATCH / min(half_life, 0.05 * BATCH * step))
+            exact = {name: keep * exact[name] + (1 - keep) * weights[name] for name in exact}
+        for name, tensor in found[half_life].items():
+            torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-5, atol=1e-7)
+
+
+def test_half_lives_differ_once_the_ramp_allows_them():
+    """A weight that falls by 0.1 a step lags by 0.1 / (1 - keep) behind, less 0.1, in the long run."""
+    method = Averaged(half_lives=[BATCH, 2 * BATCH], steps=100)
+    fit(method)
+    for ema in method.emas:
+        keep = 0.5 ** (BATCH / ema.half_life)
+        assert ema.average["a"].item() - method.a.item() == pytest.approx(0.1 * keep / (1 - keep), rel=1e-3)
+
+
+def test_resuming_several_averages_is_exact(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    whole = diffusion(ema_half_life=LIVES)
+    fit(whole, [SaveAt(path, MIDDLE)])
+    kept = torch.load(path, weights_only=True)["diffaccel"]
+    assert kept["ema_half_life"] == LIVES[0] and [*kept["ema_others"]] == ["24", "400"]
+    resumed = diffusion(ema_half_life=LIVES)
+    fit(resumed, ckpt_path=path)
+    one, other = averages(whole), averages(resumed)
+    assert [*one] == [*other]
+    for half_life in LIVES:
+        assert_same(one[half_life], other[half_life])
+
+
+def test_the_average_in_use_may_change():
+    method = diffusion(ema_half_life=LIVES)
+    fit(method)
+    before = averages(method)
+    method.use_average(400)
+    assert [ema.half_life for ema in method.emas] == [400, 8, 24]
+    for half_life, average in averages(method).items():
+        assert_same(average, before[half_life])
+    exported = method.exports()
+    assert [*exported] == ["raw", "ema", "ema_8", "ema_24", "ema_400"]
+    assert_same(exported["ema"][0], exported["ema_400"][0])
+    assert exported["ema"][1]["ema_half_life"] == 400 and exported["ema_24"][1]["ema_half_life"] == 24
+    assert [*diffusion(ema_half_life=LIVES).exports()] == [*exported], "names are known before training"
+    assert [*diffusion().exports()] == ["raw", "ema"]
+
+
 class TwoPhases(TrainedModule):
     """Two numbers, each pulled by its own phase with a gradient of 1 and -10."""
 
@@ -319,8 +402,8 @@ def test_each_step_has_draws_of_its_own():
 class Averaged(TwoPhases):
     """The first of the two numbers is averaged: it falls by 0.1 a step."""
 
-    def __init__(self):
-        super().__init__(Training(images=6 * BATCH, lr=0.1, warmup=0, decay=0.0, ema_half_life=4))
+    def __init__(self, half_lives=(4,), steps=6):
+        super().__init__(Training(images=steps * BATCH, lr=0.1, warmup=0, decay=0.0, ema_half_life=[*half_lives]))
         self.net = nn.Module()
         self.net.a = self.a
 

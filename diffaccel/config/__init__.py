@@ -4,6 +4,7 @@ from diffaccel.config.keys import FLAGS, holds_path
 from diffaccel.config.loader import (
     EXPERIMENTS,
     as_written,
+    base_of,
     experiment_names,
     find,
     load,
@@ -26,6 +27,7 @@ __all__ = [
     "TUNABLE",
     "Tradeoff",
     "as_written",
+    "base_of",
     "experiment_names",
     "find",
     "holds_path",

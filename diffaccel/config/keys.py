@@ -43,6 +43,8 @@ def annotation_of(key: str) -> Any:
     names = key.split(".")
     if names[0] == "by_nfe" and len(names) > 2 and names[2] in TUNABLE:
         names = names[2:]
+    if names[:2] == ["validation", "judge"]:
+        names = ["extractor", *names[2:]]
     return _in_part(registry_of(names[0]), names[1:]) if names[0] in PARTS else _in_schema(Config, names)
 
 
@@ -109,6 +111,9 @@ def _parts(tree: dict[str, Any]) -> list[tuple[Any, Any, str, str]]:
     search = tree.get("search")
     if isinstance(search, dict) and isinstance(search.get("judge"), dict):
         found.append((search, "judge", "extractor", "search.judge"))
+    validation = tree.get("validation")
+    if isinstance(validation, dict) and "judge" in validation:
+        found.append((validation, "judge", "extractor", "validation.judge"))
     by_nfe = tree.get("by_nfe")
     for budget, entry in by_nfe.items() if isinstance(by_nfe, dict) else ():
         own = [key for key in TUNABLE if isinstance(entry, dict) and key in entry]

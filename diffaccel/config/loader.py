@@ -55,13 +55,16 @@ def load(
     Raises:
         UsageError: A file is missing or unreadable, a key is unknown, or a value has the wrong type or is out of range.
     """
+    settings = list(settings)
     given = parse_overrides(settings, trains)
     if experiment is None:
         experiment = _chosen(given)
     file = find(experiment)
     tree = _layered(merge(read(file, given=given, trains=trains), instead or {}), given, "the command line")
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
-    return _complete(tree, given, experiment)
+    config = _complete(tree, given, experiment)
+    config.words = settings
+    return config
 
 
 def load_tree(tree: Mapping[str, Any], settings: Iterable[str], where: str) -> Config:
@@ -109,6 +112,9 @@ def _typed(tree: dict[str, Any], experiment: str) -> Config:
         tree["nfe"] = [math.inf]
     if isinstance(tree.get("nfe"), int | float):
         tree["nfe"] = [tree["nfe"]]
+    training = tree.get("training")
+    if isinstance(training, dict) and type(training.get("ema_half_life")) in (int, float):
+        training["ema_half_life"] = [training["ema_half_life"]]
     if "precision" in tree:
         tree["precision"] = PRECISIONS.get(str(tree["precision"]), tree["precision"])
     try:
@@ -150,6 +156,12 @@ def experiment_names() -> list[str]:
     return sorted(file.as_posix() for file in files if file.stem != "base" and file.parent.name != SWEEPS)
 
 
+def base_of(file: Path) -> Path | None:
+    """Return the file that an experiment's file is based on, which may not exist; None if it has no base."""
+    base = _tree(file).get("base")
+    return None if base is None else file.parent / str(base)
+
+
 def _nearby(path: Path) -> Path:
     """Make a path in the working directory relative, for shorter messages and points."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -170,12 +182,7 @@ def read(
         UsageError: The file is not YAML, is not a mapping, or contains a reference; or its base does not exist or is
             based on this file.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise UsageError(f"{file} does not contain a mapping of keys to values")
+    tree = _tree(file)
     if "parameters" in tree and "command" in tree:
         raise UsageError(f"{file} is a sweep, not an experiment: run it with `diffaccel sweep {file}`")
     own = merge({}, {str(key): value for key, value in tree.items()})
@@ -199,6 +206,17 @@ def read(
     below = read(parent, (*above, file.resolve()), given, trains)
     map_paths(own, resolve, below)
     return _layered(below, own, file)
+
+
+def _tree(file: Path) -> dict[Any, Any]:
+    """Read a YAML file as it is."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{file} does not contain a mapping of keys to values")
+    return tree
 
 
 def _layered(below: dict[str, Any], own: dict[str, Any], where: object) -> dict[str, Any]:

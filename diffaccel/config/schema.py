@@ -77,6 +77,29 @@ class Tradeoff:
 
 
 @dataclass
+class Validation:
+    """Distances during and after a fit, on a seed and by an extractor that no point uses.
+
+    They show how far a fit is, and choose one of several averages (``training.ema_half_life``).
+    """
+
+    judge: dict[str, Any] = field(default_factory=dict)
+    """Extractor, which must not be one of the judges."""
+    reference: str | None = field(default=None, metadata=FILE)
+    """Statistics of training images in its features; null for no validation."""
+    seed: int = 7
+    """Seed of the images, which differs from ``seed``."""
+    nfe: list[float] = field(default_factory=lambda: [5.0, 50.0])
+    """Budgets. The average with the smallest distance at the largest one is chosen."""
+    n: int | None = None
+    """Images per budget for the choice of an average; by default the experiment's ``n``."""
+    looks: list[float] = field(default_factory=list)
+    """Fractions of the training after which the distances are measured and logged."""
+    look_n: int = 1000
+    """Images per budget in these measurements."""
+
+
+@dataclass
 class Config:
     """All keys of a run. Parts are checked when they are built."""
 
@@ -114,6 +137,8 @@ class Config:
     """Settings of `diffaccel search`."""
     training: Training = field(default_factory=Training)
     """Settings of the training."""
+    validation: Validation = field(default_factory=Validation)
+    """Measurements of a fit that are not points of the experiment."""
     checkpoint: str | None = field(default=None, metadata=FILE)
     """Weights of the denoiser: safetensors, or a checkpoint of ``fit``."""
     init: str | None = field(default=None, metadata=FILE)
@@ -199,6 +224,8 @@ class Config:
     def __post_init__(self) -> None:
         self.notes: list[str] = []
         """Messages about the machine, to be printed when work starts; not a key."""
+        self.words: list[str] = []
+        """Settings of the command line; not a key."""
 
     @property
     def method_name(self) -> str:

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         build_fitted,
         build_likelihood,
         build_searcher,
+        build_validator,
     )
     from diffaccel.experiment.identity import identify, identify_images
     from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
 
 _BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
-_MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher")
+_MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher", "validator")
 _JUDGES = ("extractor", "extractors", "judges")
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "build_prior",
     "build_sampler",
     "build_searcher",
+    "build_validator",
     "check_start",
     "identify",
     "identify_images",

@@ -10,6 +10,7 @@ from diffaccel.data import build_source
 from diffaccel.data.conditions import build_conditioner
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
+from diffaccel.evaluation.judges import Judge
 from diffaccel.evaluation.search import Searcher
 from diffaccel.experiment.build import build_inputs, build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
@@ -17,7 +18,8 @@ from diffaccel.experiment.judges import build_extractors, build_judges
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
 from diffaccel.features.extractors import EXTRACTORS
 from diffaccel.features.independence import check_independent
-from diffaccel.metrics.base import METRICS, Metric, build_metrics
+from diffaccel.metrics.base import METRICS, Metric, Real, build_metrics
+from diffaccel.metrics.reference import check_same_data, load_reference
 from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
@@ -113,6 +115,47 @@ def build_evaluator(
         metrics=build_metrics(config.metrics) if metrics is None else metrics,
         in_training=None if metrics is None else False,
         restores=inputs,
+    )
+
+
+def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = ()) -> Evaluator | None:
+    """Build the evaluator of ``config.validation``, which writes nothing; None without a reference.
+
+    Args:
+        config: Configuration of the run.
+        sampler: Sampler to measure.
+        judges: Judges of the run's points.
+
+    Raises:
+        UsageError: The validation has no extractor or that of a judge, or the seed of the run; or a budget is below the
+            minimum; or its files are missing, damaged, or don't match.
+    """
+    validation = config.validation
+    if not validation.reference:
+        return None
+    if not validation.judge:
+        raise UsageError("validation.reference is set, but validation.judge is not: name its extractor")
+    if validation.seed == config.seed:
+        raise UsageError(f"validation.seed={validation.seed} is also the seed of the run: set another one")
+    extractor = EXTRACTORS.build(validation.judge)
+    if extractor.sha256 in [judge.extractor.sha256 for judge in judges]:
+        raise UsageError(f"validation.judge: the extractor {extractor.name!r} is also a judge: set another one")
+    check_independent([extractor], feature_networks_of(*own_weights(config, sampler)), config.experiment)
+    reference = load_reference(validation.reference, extractor)
+    check_same_data(validation.reference, reference, build_source(config.data).label, shape_of(config))
+    n = validation.n or config.n
+    for budget in validation.nfe:
+        sampler.plan(budget, n)
+    return Evaluator(
+        budgets=validation.nfe,
+        n=n,
+        seed=validation.seed,
+        batch_size=config.images_per_batch,
+        judges=[Judge(extractor, Real(reference, None))],
+        out=config.folder,
+        provenance={},
+        settings=lambda budget: explicit(config.at(budget)),
+        metrics=build_metrics(["frechet"]),
     )
 
 

@@ -185,11 +185,29 @@ def check_resumable(path: Path, method: "Diffusion") -> dict[str, Any]:
     assign_weights(content["state_dict"], method, f"the weights of {path}")
     network = method.averaged()
     average = dict(network.named_parameters()) if network is not None else {}
-    if content["diffaccel"].get("ema", {}).keys() != average.keys():
+    own = content["diffaccel"]
+    averages = [own.get("ema", {}), *own.get("ema_others", {}).values()]
+    if any(one.keys() != average.keys() for one in averages):
         raise UsageError(f"resume: {path} contains averages of other networks: resume with the settings of its run")
-    for what, tensors in (("", content["state_dict"]), (" (average)", content["diffaccel"].get("ema", {}))):
+    _check_half_lives(path, own, method.training_plan.ema_half_life if average else [])
+    for what, tensors in (("", content["state_dict"]), *((" (average)", one) for one in averages)):
         check_finite(tensors, f"resume: {path}{what}", "resume from an older checkpoint")
     return content
+
+
+def _check_half_lives(path: Path, own: Mapping[str, Any], wanted: list[int]) -> None:
+    """Check that a training state has the averages of the run; a single average may go on with another half-life.
+
+    Raises:
+        UsageError: The half-lives of several averages differ.
+    """
+    there = sorted({*map(int, own.get("ema_others", {})), *([own["ema_half_life"]] if "ema_half_life" in own else [])})
+    if max(len(there), len(wanted)) > 1 and there != sorted(wanted):
+        known = f"half-lives {there}" if there else "one half-life"
+        raise UsageError(
+            f"resume: {path} has averages with {known}, but this run has {sorted(wanted)}: resume with "
+            "training.ema_half_life of that run, or choose another out="
+        )
 
 
 def describe_checkpoint(config: Config, denoiser: Denoiser) -> dict[str, Any] | None:

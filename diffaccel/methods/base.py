@@ -17,7 +17,7 @@ from diffaccel.methods.registry import METHODS
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import Prior
 from diffaccel.sampling import Sampler
-from diffaccel.training.ema import of_network
+from diffaccel.training.ema import EMA, of_network
 from diffaccel.training.module import Phase, TrainedModule
 from diffaccel.training.plan import Training
 from diffaccel.weights import tensors_sha256
@@ -131,17 +131,28 @@ class Diffusion(TrainedModule):
     def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
         """Return the trained weights with their headers by file name.
 
-        The names are ``raw`` and, averaged, ``ema`` for the denoiser, and the network's name for other networks.
+        The names are ``raw`` and, averaged, ``ema`` for the denoiser, and the network's name for other networks. Of
+        several averages, each is also exported under that name and its half-life, as in ``ema_50000``.
         """
-        average = self.ema.state_dict() if self.ema is not None else {}
         found = {}
         for name, network in self.trained_networks().items():
-            own = of_network(average, name)
             raw, ema = ("raw", "ema") if name == "denoiser" else (f"{name}_raw", name)
             said = {"kind": name, **(self.trained_ratios() if name == "denoiser" else {})}
             found[raw] = (network.state_dict(), {**said, "averaged": False})
-            found[ema] = ({**network.state_dict(), **own}, {**said, "averaged": bool(own)})
+            for file, average in self._averages(ema).items():
+                own = of_network(average.state_dict(), name) if average is not None else {}
+                half_life = {"ema_half_life": average.half_life} if average is not None else {}
+                chosen = self.chosen_by if file == ema else {}
+                about = {**said, "averaged": bool(own), **half_life, **chosen}
+                found[file] = ({**network.state_dict(), **own}, about)
         return found
+
+    def _averages(self, name: str) -> dict[str, EMA | None]:
+        """Return the averages by the names of their files; None for averages that there are not yet."""
+        by_half_life = {ema.half_life: ema for ema in self.emas}
+        half_lives = sorted(by_half_life or self.training_plan.ema_half_life)
+        several = half_lives if len(half_lives) > 1 else []
+        return {name: self.ema, **{f"{name}_{one:.0f}": by_half_life.get(one) for one in several}}
 
     def trained_ratios(self) -> dict[str, Any]:
         """Return the header entry with the denoiser's training range; empty if its levels are unbounded."""

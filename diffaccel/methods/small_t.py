@@ -110,7 +110,6 @@ class SmallTimeDiffusion(Diffusion):
         """Return the denoiser's weights and those of ``density``, averaged, in float32 to keep its moments exact."""
         found = super().exports()
         found.pop("density_raw", None)
-        state, _ = found.get("density", (self.density.state_dict(), {}))
         level = {"ratio_star": self.density.ratio, "any_level": not self.density.bound}
         said = {
             "kind": "density",
@@ -119,7 +118,9 @@ class SmallTimeDiffusion(Diffusion):
             **level,
             "shape": list(self.shape),
         }
-        return {**found, "density": (state, said)}
+        averages = {name: one for name, one in found.items() if one[1]["kind"] == "density"}
+        averages = averages or {"density": (self.density.state_dict(), {})}
+        return {**found, **{name: (state, {**about, **said}) for name, (state, about) in averages.items()}}
 
     def describe_fit(self, data: DataModule) -> list[str]:
         """Describe the likelihood of held-out noisy images."""

@@ -45,7 +45,9 @@ class TruncatedDiffusion(Diffusion):
             after a warm-up by ``objectives``.
         critic_since: Number of images seen from which on the critic is trained.
         gamma: Weight of the R1 gradient penalty on real states.
-        r1_every: Number of steps between penalties, which, as in the reference, are not scaled by this number.
+        r1_every: Number of the critic's steps between penalties, which, as in the reference, are not scaled by this
+            number.
+        game_every: Number of steps between two steps of generator and critic against each other.
         objectives: Further objectives that train the generator with the frozen denoiser, each with its own optimiser:
             names (``ode_pair``, ``distribution_matching``, ``moments``) and keys.
         parts: Arguments of :class:`Diffusion`; the prior is an :class:`~diffaccel.prior.ImplicitPrior`, or one that
@@ -64,15 +66,16 @@ class TruncatedDiffusion(Diffusion):
         critic_since: int = 0,
         gamma: float = 0.01,
         r1_every: int = 16,
+        game_every: int = 1,
         objectives: Annotated[list[dict[str, Any]], OBJECTIVES] = [],  # noqa: B006 (read only; a list, for YAML)
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
         positive("method 'tdpm'", generator_lr=generator_lr, critic_lr=critic_lr)
         at_least(0, "method 'tdpm'", generator_since=generator_since, critic_since=critic_since, gamma=gamma)
-        at_least(1, "method 'tdpm'", r1_every=r1_every)
+        at_least(1, "method 'tdpm'", r1_every=r1_every, game_every=game_every)
         self.generator_lr, self.critic_lr, self.gamma, self.r1_every = generator_lr, critic_lr, gamma, r1_every
-        self.generator_since, self.critic_since = generator_since, critic_since
+        self.generator_since, self.critic_since, self.game_every = generator_since, critic_since, game_every
         self.penalty: Tensor | None = None  # the latest one, because not every logged step computes it
         self.critic: Critic | None = None
         denoiser, prior = self.denoiser, self.prior
@@ -159,7 +162,8 @@ class TruncatedDiffusion(Diffusion):
             ("generator", generator, self.generator_loss, self.generator_lr, self.generator_since),
             ("critic", self.critic, self.critic_loss, self.critic_lr, self.critic_since),
         ):
-            game = Phase(name, network.parameters(), loss, lr=lr, since=since, betas=(0.0, 0.99), clip=False)
+            betas, every = (0.0, 0.99), self.game_every
+            game = Phase(name, network.parameters(), loss, every, since=since, lr=lr, betas=betas, clip=False)
             found.append(game)
         return found
 
@@ -191,7 +195,7 @@ class TruncatedDiffusion(Diffusion):
         real = self.diffused(batch.image, noise)
         d_made, d_real = self.judge(made, batch), self.judge(real, batch)
         loss = F.softplus(d_made) + F.softplus(-d_real)
-        if self.steps % self.r1_every == 0:
+        if self.steps // self.game_every % self.r1_every == 0:
             condition = self.condition(batch)
             seen = self.critic.seen(in_units(self.implicit, real), condition)
             penalty = r1_penalty(partial(self.critic.logits, condition=condition), seen, self.gamma)

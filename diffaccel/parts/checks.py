@@ -108,10 +108,15 @@ RANGES: dict[str, Range] = {
     "training.keep_best": POSITIVE,
     "training.checkpoint_minutes": POSITIVE,
     "training.log_every": COUNT,
+    "validation.nfe": Range(0, 10**5, "(]"),
+    "validation.n": Range(2, 10**8),
+    "validation.seed": Range(0, 2**63 - 1),
+    "validation.looks": Range(0, 1, "()", why="a fraction of the training"),
+    "validation.look_n": Range(2, 10**8),
 }
 """Key -> range of its value, of each number in its list, or of each key of its mapping; null is not checked."""
 
-SETS = ("nfe", "search.images", "tradeoff.T")
+SETS = ("nfe", "search.images", "tradeoff.T", "training.ema_half_life", "validation.nfe")
 """Lists of one or more different numbers."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -134,9 +139,7 @@ def check(config: Any) -> None:
         UsageError: A value is out of range.
     """
     for key, allowed in RANGES.items():
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name)
+        value = attrgetter(key)(config)
         for number in value if isinstance(value, list | dict) else [value]:
             if number is not None and number not in allowed and not (key == "nfe" and value == [math.inf]):
                 raise UsageError(f"{key}={_shown(value)}: {allowed}")

@@ -62,6 +62,8 @@ class Prior(nn.Module, ABC):
 
     weight_keys: tuple[str, ...] = ()
     """Names of keys that the weights depend on; weights fitted with other values are refused."""
+    fitted_name = ""
+    """Name of the file of the prior's own weights that a fit writes; empty if the prior has none."""
     uses_denoiser_weights = False
     """Whether fitting the prior trains the denoiser's own weights."""
 

@@ -36,6 +36,7 @@ class DensityPrior(Prior):
     """
 
     weight_keys = ("density",)
+    fitted_name = "density"
 
     def __init__(
         self,

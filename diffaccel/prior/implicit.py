@@ -57,6 +57,7 @@ class ImplicitPrior(Prior):
     """
 
     evaluations = 1
+    fitted_name = "generator"
     weight_keys = ("generator", "ratio_star", "ratio_init", "token", "K", "prior_level_offset", "network")
 
     def __init__(

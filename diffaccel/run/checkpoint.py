@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
+from diffaccel.evaluation.provenance import device_name
 from diffaccel.methods import Diffusion
 from diffaccel.report.logs import log_weights
 from diffaccel.storage import check_room, check_target, write_whole
@@ -83,7 +84,7 @@ class Checkpointer(L.Callback):
         for path in (last, *(self.out / f"{name}.safetensors" for name in method.exports())):
             check_target(path)
         trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
-        state = 4 * trained  # with two moments and the average
+        state = (3 + len(method.training_plan.ema_half_life)) * trained  # with two moments and the averages
         check_room(self.out, state * (1 if last.is_file() else 2), state, "checkpoints")
 
     def check_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -139,6 +140,8 @@ class Checkpointer(L.Callback):
             **self.description,
             "module": type(method).__name__,
             "images_seen": method.images_seen,
+            "steps": method.steps,
+            "device": device_name(method.device),
             "hours": round(self._seconds() / 3600, 3),
             "version": __version__,
             **self._trained_with(method),

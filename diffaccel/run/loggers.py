@@ -22,7 +22,8 @@ from diffaccel.text.terminal import say, side_output
 
 UNRELATED = (
     *("nfe", "out", "resume", "again", "dry_run", "logger", "wandb_mode", "format", "keep_features", "keep_images"),
-    *("accelerator", "devices", "num_nodes", "threads", "search", "tradeoff", "training", "init"),
+    *("accelerator", "devices", "num_nodes", "threads", "search", "tradeoff", "training"),
+    *("validation", "init"),
 )
 """Keys in which runs of the same curve may differ."""
 

@@ -1,12 +1,13 @@
 """Trainer and callbacks of a fit."""
 
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-from diffaccel.config import Config
+from diffaccel.config import Config, holds_path
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.experiment.loading import feature_networks_of
@@ -101,6 +102,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
     description = {
         "method": config.method_name,
         "experiment": config.experiment,
+        "command": command_of(config),
         "data": config.data.get("label") or config.data["name"],
         "seed": config.seed,
         "shape": config.shape,
@@ -116,6 +118,20 @@ def build_checkpointer(config: Config) -> Checkpointer:
         **({"feature_networks": used} if (used := feature_networks_of(config.init, config.prior.get("init"))) else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def command_of(config: Config) -> str:
+    """Return the command of a fit, for the header of its weights: without output folders, and with names of files only.
+
+    The paths of files are those of one machine.
+    """
+    words = []
+    for word in config.words:
+        key, _, value = word.partition("=")
+        if key in ("out", "resume"):
+            continue
+        words.append(f"{key}={Path(value).name}" if holds_path(key) and "${" not in value else word)
+    return shlex.join(["diffaccel", "fit", config.experiment, *words])
 
 
 def _without_path(node: dict[str, Any]) -> dict[str, Any]:

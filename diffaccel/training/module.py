@@ -20,6 +20,7 @@ from diffaccel.noise import NoiseStreams, stream_key
 from diffaccel.training.ema import EMA
 from diffaccel.training.finite import FiniteCheck
 from diffaccel.training.plan import Training
+from diffaccel.training.speed import Speed
 
 
 @dataclass
@@ -60,6 +61,10 @@ class TrainedModule(L.LightningModule):
         seed: Seed of the run.
 
     Attributes:
+        ema: Average that evaluations use, and that is exported as the fit's weights; None without averaging.
+        further_emas: Averages with other half-lives.
+        chosen_by: Header entry that describes how ``ema`` was chosen among several averages; empty if it was not.
+        speed: Images per second, and the remaining time.
         defer_check: Whether losses are checked for NaN in logged steps and before they have any effect on a file or an
             evaluation, and not in each step; None for a deferred check on GPUs only.
     """
@@ -71,6 +76,9 @@ class TrainedModule(L.LightningModule):
         self.images_seen, self.steps = 0, 0
         self.mid_step = self.logs_now = False
         self.ema: EMA | None = None
+        self.further_emas: list[EMA] = []
+        self.chosen_by: dict[str, Any] = {}
+        self.speed = Speed()
         self.defer_check: bool | None = None
         self._check = FiniteCheck(torch.device("cpu"), deferred=False)
         self._phases: list[Phase] = []
@@ -103,6 +111,17 @@ class TrainedModule(L.LightningModule):
         with nullcontext() if self.ema is None else self.ema.swapped():
             yield
 
+    @property
+    def emas(self) -> list[EMA]:
+        """All averages, the one in use first."""
+        return [] if self.ema is None else [self.ema, *self.further_emas]
+
+    def use_average(self, half_life: float) -> None:
+        """Use the average with a half-life, given in images, in evaluations and as the fit's weights."""
+        emas = self.emas
+        (self.ema,) = (one for one in emas if one.half_life == half_life)
+        self.further_emas = [one for one in emas if one.half_life != half_life]
+
     def note(self, values: Mapping[str, Tensor]) -> None:
         """Log values of a phase, 0-dimensional tensors, under ``train/`` at the end of the step, if it is logged."""
         if self.logs_now:
@@ -118,8 +137,14 @@ class TrainedModule(L.LightningModule):
         values = torch.stack([value.double() for value in noted.values()]).cpu() if noted else ()
         for name, value in zip(noted, values, strict=True):
             self.log(f"train/{name}", value, prog_bar=name in losses)
-        images = torch.tensor(self.images_seen, dtype=torch.float64, device="cpu")
-        self.log("train/images", images, prog_bar=True)
+        self._log_number("train/images", self.images_seen)
+        self.speed.mark(self.images_seen)  # the values above have been read, so that the device is not behind
+        if self.speed.images_per_second is not None:
+            self._log_number("train/images_per_second", self.speed.images_per_second)
+            self._log_number("train/seconds_left", self.speed.seconds_left(self.training_plan.images), shown=False)
+
+    def _log_number(self, name: str, number: float, shown: bool = True) -> None:
+        self.log(name, torch.tensor(number, dtype=torch.float64, device="cpu"), prog_bar=shown)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing; a callback runs the evaluator."""
@@ -147,10 +172,10 @@ class TrainedModule(L.LightningModule):
         data.start_step = self.images_seen // data.batch_size
         network = self.averaged()
         if self.ema is None and network is not None:
-            self.ema = EMA(network, self.training_plan.ema_half_life)
-        if self.ema is not None:
-            self.ema.to(self.device)
-            self.ema.failed = self._check.failed
+            self.ema, *self.further_emas = (EMA(network, one) for one in self.training_plan.ema_half_life)
+        for ema in self.emas:
+            ema.to(self.device)
+            ema.failed = self._check.failed
 
     def _defers_check(self) -> bool:
         """Whether the check for NaN is deferred: by default where reading a number from the device takes time."""
@@ -162,6 +187,7 @@ class TrainedModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Stop if the checkpoint is of a finished run."""
+        self.speed = Speed()
         if self.images_seen >= self.training_plan.images:
             self.trainer.should_stop = True
 
@@ -194,8 +220,8 @@ class TrainedModule(L.LightningModule):
         self.steps += 1
         images = len(batch.index) * self.trainer.world_size
         self.images_seen += images
-        if self.ema is not None:
-            self.ema.update(images, self.images_seen)
+        for ema in self.emas:
+            ema.update(images, self.images_seen)
         ends = self.images_seen >= self.training_plan.images
         if self.logs_now or ends:
             self._check.read()
@@ -236,7 +262,7 @@ class TrainedModule(L.LightningModule):
         self._check.read()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the average.
+        """Add the counters and the averages.
 
         Raises:
             UsageError: A loss or gradient was NaN or infinite, so that the state must not be kept.
@@ -244,13 +270,19 @@ class TrainedModule(L.LightningModule):
         self._check.read()
         checkpoint.setdefault("diffaccel", {}).update(images_seen=self.images_seen, steps=self.steps)
         if self.ema is not None:
-            checkpoint["diffaccel"]["ema"] = self.ema.state_dict()
+            others = {f"{ema.half_life:.0f}": ema.state_dict() for ema in self.further_emas}
+            averages = {"ema": self.ema.state_dict(), "ema_half_life": self.ema.half_life, "ema_others": others}
+            checkpoint["diffaccel"].update(averages)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters and the average."""
+        """Restore the counters and the averages, whose half-lives are those of the run."""
         state = checkpoint["diffaccel"]
         self.images_seen, self.steps = state["images_seen"], state["steps"]
         network = self.averaged()
         if "ema" in state and network is not None:
-            self.ema = EMA(network, self.training_plan.ema_half_life)
-            self.ema.load_state_dict(state["ema"])
+            self.further_emas = [EMA(network, int(half_life)) for half_life in state.get("ema_others", {})]
+            # A single average may go on with another half-life.
+            used = state["ema_half_life"] if self.further_emas else self.training_plan.ema_half_life[0]
+            self.ema = EMA(network, used)
+            for ema, average in zip(self.emas, [state["ema"], *state.get("ema_others", {}).values()], strict=True):
+                ema.load_state_dict(average)

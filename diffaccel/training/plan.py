@@ -33,8 +33,9 @@ class Training:
     """Decoupled weight decay, as in AdamW."""
     clip: float | None = 1.0
     """Maximum norm of the gradient of a phase; null for no clipping."""
-    ema_half_life: int = 50_000
-    """Half-life of the averaged weights, in images."""
+    ema_half_life: list[int] = field(default_factory=lambda: [50_000])
+    """Half-lives of the averaged weights, in images: a number, or a list for several averages in one fit, each of which
+    is written. ``validation`` chooses one of several; without it, the first is used."""
     antithetic: bool = False
     """Draw the denoiser's noise levels in antithetic pairs, u and 1 - u, which makes the loss less noisy."""
     pixel_sum: bool = False
@@ -53,3 +54,7 @@ class Training:
     """Minutes between checkpoints."""
     log_every: int = 50
     """Steps between logged losses."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ema_half_life, int):
+            self.ema_half_life = [self.ema_half_life]

@@ -41,6 +41,7 @@ VERBS = {
         Verb("curve", settings=True, function="curve_command"),
         Verb("bench", on_experiment=True),
         Verb("fit", on_experiment=True),
+        Verb("train", settings=True, function="train_command"),
         Verb("search", on_experiment=True),
         Verb("tradeoff", on_experiment=True),
         Verb("sweep", settings=True, module="sweeping", function="sweep_command"),

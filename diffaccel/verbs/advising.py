@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 advise DIR DIR ... nfe=10
-the best measured setting within a budget, how sure that is, and what a larger budget gives
+the best measured setting within a budget, with its errors
 
 DIR is the folder of a run, or its points.jsonl. Only points with the same reference, judge, number of images and noise
 are compared. A difference of less than two standard errors is a tie.

@@ -10,12 +10,14 @@ from diffaccel.data.module import check_labels
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.evaluation.callback import EvaluationCallback
+from diffaccel.evaluation.validation import ValidationCallback
 from diffaccel.experiment import loading
 from diffaccel.experiment.build import is_subclass
 from diffaccel.features.independence import check_independent
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.report.table import print_points
 from diffaccel.run import launch, loggers, trainer
+from diffaccel.run.lines import SpeedLines
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
 from diffaccel.verbs.extractor import fit_features
@@ -77,16 +79,19 @@ def fit(config: Config, evaluates: bool = True) -> Path:
     if resume is not None:
         checkpointer.check_same_run(resume, loading.check_resumable(resume, method))
     evaluator = _evaluator(config, method) if evaluates else None
-    callbacks: list[Any] = [checkpointer]
+    validator = experiment.build_validator(config, method.sampler, evaluator.judges if evaluator is not None else ())
+    callbacks: list[Any] = [SpeedLines(), checkpointer]
+    if validator is not None:
+        look_n = min(config.validation.look_n, validator.n)
+        # First, because the others write the weights that it chooses.
+        callbacks.insert(0, ValidationCallback(validator, config.validation.looks, look_n))
     if evaluator is not None:
         callbacks.append(EvaluationCallback(evaluator))
         if config.training.keep_best is not None:
             callbacks.append(trainer.build_best(config, evaluator))
     phases = len(method.phases())
-    if evaluator is not None:
-        check_independent(
-            [judge.extractor for judge in evaluator.judges], method.feature_networks(), "this run"
-        )  # losses are built by now
+    judges = [judge for one in (evaluator, validator) if one is not None for judge in one.judges]
+    check_independent([judge.extractor for judge in judges], method.feature_networks(), "this run")  # losses are built
     launch.write_config(config)
     fitting = trainer.build_trainer(config, callbacks, phases=phases)
     try:

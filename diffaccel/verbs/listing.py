@@ -18,11 +18,15 @@ from diffaccel.verbs.listed import Key, Listed, list_experiments, list_keys, lis
 
 HELP = """\
 list WHAT
-list experiments, sweeps, keys, the parts of a group (solver, prior ...) or the keys of a part; or all of these
+list experiments, sweeps, weights, keys, or the parts of a group (solver, prior ...)
 
-`diffaccel list` prints what can be listed, `diffaccel list experiments` and `diffaccel list experiments digits` the
+`diffaccel list` prints what can be listed; `diffaccel list experiments` and `diffaccel list experiments digits` the
 shipped experiments, `diffaccel list solver` the solvers, `diffaccel list solver heun` the keys of one, and
-`diffaccel list keys` and `diffaccel list keys training` the keys of an experiment.
+`diffaccel list keys` and `diffaccel list keys training` the keys of an experiment. `diffaccel list weights digits`
+prints a model card of each weights file, from its header and the shipped points.
+
+Keys:
+  format=markdown          in `list weights`, a table in Markdown
 """
 EXPLAIN_HELP = """\
 explain GROUP NAME
@@ -33,6 +37,8 @@ The groups are those of `diffaccel list`: solver, prior, method, metric ...
 LIST_USAGE = "list accepts at most a group of parts and the name of a part: `diffaccel list solver heun`"
 EXPLAIN_USAGE = "explain requires a group and a name: `diffaccel explain solver heun`"
 
+
+WEIGHTS = "shipped weights, with their training and distances; `diffaccel list weights digits` those of a data set"
 
 LISTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "experiments": ("shipped experiments; `diffaccel list experiments digits` those of a data set", list_experiments),
@@ -157,12 +163,16 @@ def _uses(tree: Any, group: str, name: str) -> bool:
 # Commands
 
 
-def show_list(words: list[str]) -> list[Listed] | list[Key]:
+def show_list(words: list[str]) -> list[Any]:
     """Print and return what can be listed, or a list: experiments, sweeps, keys, parts of a group, keys of a part.
 
     Raises:
         UsageError: There is no such list, or there are further words.
     """
+    if words[:1] == ["weights"]:
+        from diffaccel.verbs.weights import show_weights
+
+        return show_weights(words[1:])
     if len(words) > 2:
         raise UsageError(LIST_USAGE)
     if words and words[0] in LISTS:
@@ -171,7 +181,7 @@ def show_list(words: list[str]) -> list[Listed] | list[Key]:
         return _printed(_keys(registry_of(words[0]), words[1]))
     found = list_parts(*words)
     if not words:
-        found = [*(Listed(name, what) for name, (what, _) in LISTS.items()), *found]
+        found = [*(Listed(name, what) for name, (what, _) in LISTS.items()), Listed("weights", WEIGHTS), *found]
     _printed(found)
     if not words:
         print_lines(

@@ -56,12 +56,15 @@ class FitCheckpoint(Format):
         if not isinstance(own, dict) or not isinstance(state, dict):
             raise UsageError(f"checkpoint {path} is not from `diffaccel fit`: give OUT/last.ckpt of a run")
         average, described = own.get("ema", {}), own.get("description", {})
-        for tensors in (state, average):
+        others = own.get("ema_others", {})
+        if not isinstance(others, dict) or not all(str(half_life).isdecimal() for half_life in others):
+            raise UsageError(f"checkpoint {path} has averages without half-lives: use an older one")
+        for tensors in (state, average, *others.values()):
             if not isinstance(tensors, dict) or not all(isinstance(tensor, Stored) for tensor in tensors.values()):
                 raise UsageError(f"checkpoint {path} contains other values than tensors: use an older one")
         if not isinstance(described, dict):
             raise UsageError(f"checkpoint {path} has a description that is not a mapping: use an older one")
-        kept = {key: own[key] for key in ("images_seen", "trained_ratios", "extractor") if key in own}
+        kept = {key: own[key] for key in ("images_seen", "trained_ratios", "extractor", "ema_half_life") if key in own}
         header = {**described, **kept, "kind": "training state"}
         parts: dict[str, Weights] = {}
         named = {str(name): tensor for name, tensor in average.items()}

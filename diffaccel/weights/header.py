@@ -12,6 +12,9 @@
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
 | ``stands_on`` | :func:`~diffaccel.weights.tensors_sha256` of the frozen denoiser's network during the fit |
 | ``feature_networks`` | SHA-256 of the weights of the frozen feature networks that losses and critics used, sorted |
+| ``ema_half_life`` | half-life of averaged weights, in images |
+| ``chosen_by`` | distances by which this average was chosen among several, with their metric, seed and n |
+| ``steps``, ``hours``, ``device``, ``command`` | steps, duration, device and command of the fit |
 | ``source`` | provenance of weights imported from another codebase |
 
 Keys that are missing from a file are not compared with an experiment.
@@ -94,6 +97,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trained_ratios": (_is_range, "[least, largest]"),
     "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),
     "images_seen": (lambda value: value is None or type(value) is int, "a number of images"),
+    "ema_half_life": (lambda value: type(value) in (int, float) and value > 0, "a number of images"),
     "stands_on": (lambda value: isinstance(value, str), "a hash"),
     "feature_networks": (_are_hashes, "a list of hashes"),
     "source": (lambda value: isinstance(value, dict), "a mapping"),

@@ -1,0 +1,104 @@
+"""Model cards: what headers, files and points say, and nothing that was measured with other weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffaccel.__main__ import main
+from diffaccel.config import EXPERIMENTS
+from diffaccel.report import read_points
+from diffaccel.report.cards import BUDGETS, chosen_metric, markdown, read_cards
+from diffaccel.weights import file_sha256, save_weights
+
+RESULTS = EXPERIMENTS / "cifar10_small" / "results"
+
+
+@pytest.mark.parametrize("data", ["cifar10_small", "digits", "mnist", "toy"])
+def test_a_card_has_what_the_file_has(data: str):
+    cards = read_cards(data)
+    assert [card.path for card in cards] == sorted((EXPERIMENTS / data / "weights").glob("*.safetensors"))
+    text = markdown(cards)
+    for card in cards:
+        assert card.sha256 == file_sha256(card.path) and card.size == card.path.stat().st_size
+        row = next(line for line in text.splitlines() if f"`{card.path.name}`" in line)
+        assert f"{card.parameters:,}" in row and card.sha256[:12] in row
+        if card.kind != "extractor":
+            assert f"{card.header['images_seen']:,}" in row and f"diffaccel fit {card.header['experiment']}" in row
+
+
+def test_parameters_are_those_of_the_network():
+    sizes = {card.path.stem: card.parameters for card in read_cards("cifar10_small")}
+    assert sizes["edm"] == sizes["ddm"] == sizes["tdpm"] == 2_523_724
+    assert {card.path.stem: card.parameters for card in read_cards("digits")}["ddm"] == 325_364
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist has no results")
+@pytest.mark.parametrize("name", ["edm", "ddm", "tdpm", "tdpm_shared"])
+def test_a_figure_is_that_of_the_experiments_own_settings(name: str):
+    """edm/points.jsonl has many solvers at one budget, of which one is the experiment's."""
+    cards = {card.path.stem: card for card in read_cards("cifar10_small")}
+    assert chosen_metric([*cards.values()]) == "fd_cifar10"
+    points = read_points(RESULTS / name / "points.jsonl")
+    own = {"edm": "dpmpp2m", "ddm": "bridge", "tdpm_shared": "ddim"}.get(name)
+    for budget in BUDGETS:
+        found = cards[name].distances["fd_cifar10"][budget]
+        values = [
+            point["metrics"]["fd_cifar10"]
+            for point in points
+            if point["nfe_budget"] == budget and (own is None or point["solver"] == own)
+        ]
+        assert found.value in values and (found.n, found.seed) == (5000, 900_001)
+    assert not cards.get("edm_raw", cards["extractor"]).distances
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist has no results")
+def test_points_of_other_weights_are_no_figures(tmp_path: Path):
+    for name in ("weights", "results"):
+        shutil.copytree(EXPERIMENTS / "cifar10_small" / name, tmp_path / name)
+    assert not any(card.distances for card in read_cards(str(tmp_path))), "copies are not what the experiment names"
+
+
+def test_a_new_file_says_how_it_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Without the folders of the machine that it was made on."""
+    words = ["images=128", "data.path=/home/someone/x.npz", "--training.batch_size=64", f"out={tmp_path}"]
+    fit = ["fit", "digits/edm", "logger=none", "reference=", words[0], words[2], words[3]]
+    assert main(fit) == 0
+    (card,) = (card for card in read_cards(str(tmp_path)) if card.path.name == "ema.safetensors")
+    assert card.command == "diffaccel fit digits/edm logger=none reference= images=128 training.batch_size=64"
+    assert card.header["steps"] == 2 and card.header["device"] and card.header["ema_half_life"] == 10_000
+    capsys.readouterr()
+    assert main(["list", "weights", str(tmp_path), "format=markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert f"| `{card.command}` |" in printed and f"| {card.header['device']} |" in printed and "figure" not in printed
+
+
+def test_commands_name_files_without_their_folders():
+    from diffaccel.config import load
+    from diffaccel.run.trainer import command_of
+
+    words = ["init=/home/someone/a b.safetensors", "data.path=/home/someone/x.npz", "resume=auto", "out=/tmp/x", "n=20"]
+    config = load("cifar10_small/edm", words)
+    assert command_of(config) == "diffaccel fit cifar10_small/edm 'init=a b.safetensors' data.path=x.npz n=20"
+
+
+def test_what_a_list_of_weights_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for words, said in (
+        (["tyo"], "did you mean 'toy'"),
+        (["toy", "digits"], "at most one folder"),
+        (["toy", "format=html"], "format=html is not one of text, markdown"),
+        (["toy", "fromat=text"], "did you mean 'format'"),
+        ([str(tmp_path)], "neither a folder with weights"),
+    ):
+        assert main(["list", "weights", *words]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_names_from_files_do_not_break_the_table(tmp_path: Path):
+    header = {"kind": "denoiser", "data": "a | b", "images_seen": 5, "experiment": "x/y"}
+    save_weights(tmp_path / "a.safetensors", {"w": torch.zeros(3), "n": torch.zeros(2, dtype=torch.int64)}, header)
+    (card,) = read_cards(str(tmp_path))
+    assert card.parameters == 3 and json.dumps(card.header)
+    assert "a \\| b" in markdown([card])
