@@ -211,6 +211,22 @@ def test_settings_searched_for_other_weights_are_left_out(tmp_path: Path, capsys
     assert asked["solver"] == "heun" and asked["by_budget"] and not asked["tuned"]
 
 
+def test_a_fit_that_begins_with_searched_weights_trains_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """init= has the very hash that the search was for; what is trained has not, so that no point is called tuned."""
+    known = build_method(load("digits/edm")).sampler.weights_sha256()
+    file = tmp_path / "best.yaml"
+    file.write_text(
+        f"base: {find('digits/edm').resolve()}\ntuned_for: {json.dumps(known)}\nby_nfe: {{6: {{solver: ddim}}}}\n"
+    )
+    words = ["nfe=6", "n=20", "images=64", "batch_size=20", "logger=none", "threads=1", f"out={tmp_path / 'fit'}"]
+    assert main(["fit", str(file), f"init={WEIGHTS / 'edm.safetensors'}", *words]) == 0
+    assert "searched for another denoiser" in capsys.readouterr().err
+    (point,) = read_points(tmp_path / "fit" / "points.jsonl")
+    assert not point["tuned"] and point["solver"] == "dpmpp2m"
+    sampler = build_method(load(str(file), [f"init={WEIGHTS / 'edm.safetensors'}"]), load=False).sampler
+    assert not sampler.tuned and not sampler.by_nfe
+
+
 def test_what_a_search_finds_belongs_to_its_weights(tmp_path: Path):
     words = ["nfe=5", "n=20", "search.trials=1", "search.images=[20]", "threads=1", f"out={tmp_path}"]
     assert main(["search", "digits/edm_best", *words]) == 0

@@ -89,7 +89,7 @@ def test_weights_without_a_place_go_below_the_runs(tmp_path: Path, monkeypatch: 
     chain = Chain(experiments_of("digits"), [], Path("runs/digits"))
     chain.bench("small_t_trained")
     fitted, measured = (step.config for step in chain.steps)
-    assert fitted.folder == Path("runs/digits/fits/small_t_trained") and fitted.resume == "auto"
+    assert fitted.folder == Path("runs/digits/fits/small_t_trained")
     assert measured.checkpoint == "runs/digits/fits/small_t_trained/ema.safetensors"
     assert measured.prior["checkpoint"] == "runs/digits/fits/small_t_trained/density.safetensors"
     assert measured.folder == Path("runs/digits/small_t_trained")

@@ -109,7 +109,8 @@ class Chain:
             self._open.append(name)
             given = self._weights(name, config, built.sampler, without=names)
             self._open.remove(name)
-            words = [*self.words, *given.words, f"out={out}", "resume=auto"]
+            words = [*self.words, *given.words, f"out={out}"]
+            words += ["resume=auto"] if (out / "last.ckpt").is_file() else []
             config = _fitted(self._config(name, words))
             load_frozen = built.frozen and not given.waits
             self.steps.append(Step("fit", name, self.files[name], words, config, waits=given.waits,
