@@ -84,6 +84,14 @@ def _guarded(run: Callable[[], None]) -> int:
         # Treat a scheduler's SIGTERM like Ctrl-C. Lightning's own handler ignores SIGTERM outside of training.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        return _status(run)
+    except BrokenPipeError:  # also while a message is printed
+        _discard_output()
+        return BROKEN_PIPE
+
+
+def _status(run: Callable[[], None]) -> int:
+    try:
         run()
     except SharedError as error:
         from lightning.pytorch.utilities import rank_zero_only  # imported here, because it takes seconds
@@ -94,8 +102,7 @@ def _guarded(run: Callable[[], None]) -> int:
         console.print(printable(f"diffaccel: {error}"), style="red")
         return 2
     except BrokenPipeError:
-        _discard_output()
-        return BROKEN_PIPE
+        raise
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise

@@ -58,6 +58,10 @@ def test_the_keys_in_a_help_text_exist_and_are_all_keys(name: str):
         assert keys == OWN.get(name, set())
 
 
+def test_the_overview_fits_a_terminal():
+    assert max(map(len, overview().splitlines())) <= 120
+
+
 def test_the_keys_in_the_common_texts_exist():
     for text in (COMMON, FREQUENT):
         left = [line[2:].partition("  ")[0] for line in text.splitlines() if line.startswith("  ")]

@@ -14,7 +14,7 @@ from diffaccel.verbs.names import check_names
 
 HELP = """\
 export EXPERIMENT nfe=5 [format=diffusers]
-the noise levels of a budget for diffusers, k-diffusion or ComfyUI
+noise levels of a budget for diffusers, k-diffusion or ComfyUI
 
 Prints JSON with prior, solver and noise levels of each budget. With another format, prints the list that the tool
 takes; what the list does not express is written to stderr. Levels are noise-to-data ratios, which other tools call

@@ -18,7 +18,7 @@ from diffaccel.verbs.listed import Key, Listed, list_experiments, list_keys, lis
 
 HELP = """\
 list WHAT
-list experiments, sweeps, weights, keys, or the parts of a group (solver, prior ...)
+list experiments, sweeps, weights, keys, or the parts of a group
 
 `diffaccel list` prints what can be listed; `diffaccel list experiments` and `diffaccel list experiments digits` the
 shipped experiments, `diffaccel list solver` the solvers, `diffaccel list solver heun` the keys of one, and
@@ -30,7 +30,7 @@ Keys:
 """
 EXPLAIN_HELP = """\
 explain GROUP NAME
-describe a part: keys, defaults, references (explain solver heun)
+describe a part: keys, defaults, references, experiments
 
 The groups are those of `diffaccel list`: solver, prior, method, metric ...
 """

@@ -44,7 +44,7 @@ from diffaccel.verbs.sample import DESCRIPTION, read_description
 
 HELP = """\
 score SOURCE EXPERIMENT [name=mine]
-the metrics of bench for images of any origin: a folder, zip or npz
+the metrics of bench for any images: a folder, zip or npz
 
 SOURCE is a folder or zip of images, an npz with images or arr_0 (N, H, W, C), or statistics (mu, sigma). EXPERIMENT may
 be a data set (`diffaccel score images digits`), or be omitted with reference=FILE extractor=inception, where FILE is a

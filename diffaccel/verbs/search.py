@@ -9,7 +9,7 @@ from diffaccel.text.terminal import print_lines
 
 HELP = """\
 search EXPERIMENT nfe=5,10 seed=7
-find the best prior and solver for each budget, in search.trials
+find the best prior and solver for each budget
 
 Draws settings from the experiment's `search.space`, and keeps the best of them by successive halving. The winners are
 written to OUT/best.yaml; measure them on another seed with `diffaccel bench`.

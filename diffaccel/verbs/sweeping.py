@@ -12,7 +12,7 @@ from diffaccel.verbs.run import quiet
 
 HELP = """\
 sweep FILE [processes=2] [count=20]
-run a W&B sweep file here; the same command goes on with the rest
+run a W&B sweep file here; repeat it for the runs that are left
 
 FILE is a sweep of W&B, or the name of one in experiments/sweeps. Other keys are settings of an experiment for every
 run, in place of the sweep's parameters.

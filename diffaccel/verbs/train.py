@@ -17,7 +17,7 @@ from diffaccel.text.terminal import print_lines, say
 
 HELP = """\
 train FOLDER [methods=edm,dlg]
-run the fits of a folder of experiments that are missing, in order
+run the missing fits of a folder of experiments, in order
 
 Each fit runs after those whose weights it needs, in a process of its own, and resumes from its training state: the same
 command continues after an interrupt. Further keys are settings of every fit.
