@@ -352,11 +352,12 @@ def test_a_judge_is_listed_once(judges: dict[str, list[str]], tmp_path: Path, ca
 
 def test_a_search_takes_the_first_judge_or_the_one_it_names(judges: dict[str, list[str]], tmp_path: Path):
     words = [*BENCH[1:], *judges["both"], "search.images=[20]", "search.space.prior.eta=[1.0,2.0]", f"out={tmp_path}"]
+    words.append("chains=null")  # which a search refuses
     for own, metric in (([], "fd_digits"), (["search.judge=other"], "fd_other")):
         config = load("digits/dlg", [*words, *own])
         searcher = build_searcher(config, build_frozen(config))
         assert searcher.metric == metric
-        assert [judge.name for judge in searcher.evaluators[20].judges] == [metric.removeprefix("fd_")]
+        assert [judge.name for judge in searcher.evaluators[20, config.seed].judges] == [metric.removeprefix("fd_")]
     config = load("digits/dlg", [*words, "search.judge=nobody"])
     with pytest.raises(UsageError, match="judge.*'nobody'.*digits, other"):
         build_searcher(config, build_frozen(config))

@@ -153,7 +153,7 @@ def test_the_judge_of_a_search_is_not_one_of_the_table():
     assert name == "digits" and note, "the same network by its file"
     _, name, note = search_judge(load("cifar10_small/edm_best", ["search.judge=mobilenetv2"]))
     assert name == "mobilenetv2" and note
-    with pytest.raises(UsageError, match="search.judge=nobody: neither a judge .digits. nor an extractor"):
+    with pytest.raises(UsageError, match="search.judge='nobody': neither a judge .digits. nor an extractor"):
         search_judge(load("digits/edm", ["search.judge=nobody"]))
 
 

@@ -286,12 +286,12 @@ def busy(out: Path) -> bool:
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parameters = {**PARAMETERS, "method": {"values": ["dlg", "edm"]}, "nfe": {"value": 5}}
+    parameters = {**PARAMETERS, "method": {"values": ["dlg", "edm"]}, "nfe": {"value": 2}}
     file, out = written(tmp_path, parameters), tmp_path / "out"
     assert main(["sweep", str(file), "processes=2", "logger=none", f"out={out}"]) == 2
     printed = capsys.readouterr()
-    assert "nfe=5 is below the minimum" in printed.err and "1 of 2 runs failed (runs 1)" in printed.err
-    assert points_in(out) == [("edm", 5)]
+    assert "nfe=2 is below the minimum" in printed.err and "1 of 2 runs failed (runs 1)" in printed.err
+    assert points_in(out) == [("edm", 2)]
     with pytest.raises(UsageError, match="1 of 2 runs failed"):
         da.sweep(file, out=out, logger="none")
 

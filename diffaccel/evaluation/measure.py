@@ -28,8 +28,8 @@ def measure(
 ) -> dict[str, float]:
     """Compute the standard metrics of images, as in a bench.
 
-    Standard errors and limits treat the images as independent. A bench keeps those of one chain together, which differs
-    only where the number of chains is no multiple of 10.
+    Standard errors, limits and ``effective_n`` treat the images as independent. A bench keeps those of one chain
+    together.
 
     Args:
         images: Images (n, C, H, W), uint8, or float32 for toy points.

@@ -235,7 +235,7 @@ def search_judge(config: Config) -> tuple[Config, str, str]:
         if isinstance(name, str) and name not in EXTRACTORS:
             names = ", ".join(extractor.name for extractor in reported)
             raise UsageError(
-                f"search.judge={name}: neither a judge ({names}) nor an extractor: choose one, or give an extractor "
+                f"search.judge={name!r}: neither a judge ({names}) nor an extractor: choose one, or give an extractor "
                 "with its keys"
             )
         extractor = EXTRACTORS.build(node)

@@ -10,16 +10,19 @@ LEAST_EFFECTIVE = 0.25
 than twice those of as many independent images."""
 MOST_REPEATS = 0.1
 """Largest fraction of near repeats without a warning: ten times that of real images."""
+NAMES = ("effective_n", "near_repeats")
 
 
 def columns(points: Sequence[Point]) -> list[str]:
-    """Names of the metrics of repetition that a table of points should have.
+    """Names of the metrics of repetition that a table of points should have: none without chains."""
+    if not any(point["chains"] for point in points):
+        return []
+    return [name for name in NAMES if any(point["metrics"].get(name) is not None for point in points)]
 
-    The effective number of independent images is a column only beside chains, because it is n otherwise.
-    """
-    chained = any(point["chains"] for point in points)
-    names = ["effective_n"] * chained + ["near_repeats"]
-    return [name for name in names if any(point["metrics"].get(name) is not None for point in points)]
+
+def room(names: Sequence[str]) -> int:
+    """Number of characters of columns in a table."""
+    return sum(2 + len(name) for name in names)
 
 
 def in_words(points: Sequence[Point]) -> str:

@@ -9,8 +9,8 @@ from rich.table import Table
 from diffaccel.report.files import frechet_key
 from diffaccel.report.judges import common_judges, seen_by
 from diffaccel.report.points import Point, further_metrics, normalised
-from diffaccel.report.repetition import columns, warnings_of
-from diffaccel.text.terminal import number, print_lines, wide_console
+from diffaccel.report.repetition import columns, room, warnings_of
+from diffaccel.text.terminal import WIDTH, number, print_lines, wide_console
 
 NEIGHBOURHOODS = ("recall", "coverage")
 """Optional metrics in additional columns."""
@@ -57,7 +57,7 @@ def _print_table(points: Sequence[Point], name: str) -> None:
             *(number(point["metrics"].get(key)) for key in shown),
             number(point["seconds_per_image"], 3),
         )
-    wide_console().print(table)
+    wide_console(WIDTH + room(columns(points))).print(table)
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
     print_lines(*warnings_of(points))

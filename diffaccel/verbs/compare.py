@@ -20,6 +20,7 @@ from diffaccel.report.logs import budget_name
 from diffaccel.report.page import Shown, write_page
 from diffaccel.report.points import Point, distance, undrawn
 from diffaccel.report.published import published_for
+from diffaccel.report.repetition import columns, room
 from diffaccel.report.rows import Row, key_of
 from diffaccel.report.sources import Line, Note, View, chosen, read_lines, views_of
 from diffaccel.report.strips import plot_strip, strips_of
@@ -226,5 +227,6 @@ def show(rows: Sequence[Row]) -> None:
             found.add_column(head, justify="right" if column else "left", no_wrap=bool(column), overflow="fold")
     for line in lines:
         found.add_row(*(text for column, text in enumerate(line) if column not in left_out))
-    wide_console(108 + min(100, max(len(row.label) for row in rows))).print(found)
+    further = room(columns([row.point for row in rows]))
+    wide_console(108 + further + min(100, max(len(row.label) for row in rows))).print(found)
     print_lines(*notes(rows))
