@@ -114,7 +114,7 @@ def test_a_mid_one_builds_and_can_spend_its_budget(name: str):
     assert config.compile and config.channels_last and not config.by_nfe and not config.tuned_for
     own = EXPERIMENTS / "cifar10_mid"
     named = [path for path in weights_of(name) if not path.resolve().is_relative_to(own.resolve())]
-    judges = [Path(judge["path"]) for judge in config.judges if isinstance(judge, dict)]
+    judges = [Path(judge["path"]) for judge in config.judges if "path" in judge]
     assert len(named) >= 6 and all(path.is_file() for path in [*named, *judges])
     method = experiment.build_method(load(name, ["compile=false"]), load=False)
     for budget in (*config.nfe, *config.validation.nfe):

@@ -29,8 +29,9 @@ def test_cifar10_mid_runs_through_on_a_few_batches(tmp_path: Path):
         np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
     data = [f"data.path={tmp_path / 'train.npz'}", f"data.test_path={tmp_path / 'test.npz'}"]
     words = [*data, "data.label=CIFAR-10 (JPEG)", "images=16", "training.batch_size=8", "n=8", "batch_size=8"]
-    words += ["nfe=10", "compile=false", "channels_last=false", "precision=32-true", "logger=csv"]
-    words += ["validation.nfe=[5,10]", "validation.looks=[0.5]"]
+    words += ["nfe=20", "compile=false", "channels_last=false", "precision=32-true", "logger=csv"]
+    # Few images share the burn-in of the 100 chains of dlg, so that small budgets are out of its reach.
+    words += ["validation.nfe=[17,20]", "validation.looks=[0.5]"]
     out = tmp_path / "out"
     fits = train("cifar10_mid", words, out=str(out))
     assert len(fits) == 7 and not any(fit.done for fit in fits)
@@ -41,7 +42,7 @@ def test_cifar10_mid_runs_through_on_a_few_batches(tmp_path: Path):
         _, header = read_weights(file)
         assert len(header["chosen_by"]["distances"]) == 3 and header["images_seen"] == 16
         (logged,) = (out / name).glob("csv/*/metrics.csv")
-        assert "validation/nfe_005/fd_cifar10_check" in logged.read_text()
+        assert "validation/nfe_017/fd_cifar10_check" in logged.read_text()
         assert (out / name / "points.jsonl").is_file()
 
 

@@ -145,7 +145,8 @@ def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = 
     check_same_data(validation.reference, reference, build_source(config.data).label, shape_of(config))
     n = validation.n or config.n
     for budget in validation.nfe:
-        sampler.plan(budget, n)
+        for images in (n, min(n, validation.look_n)) if validation.looks else (n,):
+            sampler.plan(budget, images)
     return Evaluator(
         budgets=validation.nfe,
         n=n,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffaccel.config import EXPERIMENTS, Config, base_of, load, read
+from diffaccel.config.loader import SWEEPS
 from diffaccel.errors import UsageError, suggest
 from diffaccel.weights import open_weights
 
@@ -85,8 +86,10 @@ def folder_of(data: str) -> Path:
     for folder in (Path(data).expanduser(), EXPERIMENTS / data):
         if folder.is_dir() and names_in(folder):
             return folder
-    known = sorted(path.name for path in EXPERIMENTS.iterdir() if path.is_dir() and names_in(path))
-    raise UsageError(f"{data!r} is neither a folder of experiments nor one of {', '.join(known)}{suggest(data, known)}")
+    known = sorted(
+        path.name for path in EXPERIMENTS.iterdir() if path.is_dir() and path.name != SWEEPS and names_in(path)
+    )
+    raise UsageError(f"{data!r} is neither a folder of experiments nor under {EXPERIMENTS}{suggest(data, known)}")
 
 
 def names_in(folder: Path) -> list[str]:

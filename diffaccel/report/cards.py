@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from diffaccel.config import EXPERIMENTS, Config, experiment_names, load
 from diffaccel.errors import UsageError, suggest
+from diffaccel.noise import GENERATOR
 from diffaccel.parts.history import as_measured, explicit
 from diffaccel.report.files import read_points
 from diffaccel.report.judges import judges_of, seen_by
@@ -115,7 +116,7 @@ def read_cards(data: str | None = None) -> list[Card]:
         if folder.is_dir() and _files(folder):
             return list(_cards(folder))
     known = sorted(folder.name for folder in EXPERIMENTS.iterdir() if _files(folder))
-    raise UsageError(f"{data!r} is neither a folder with weights nor one of {', '.join(known)}{suggest(data, known)}")
+    raise UsageError(f"{data!r} is neither a folder with weights nor under {EXPERIMENTS}{suggest(data, known)}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -150,8 +151,8 @@ def _distances(
         return {}
     hashes = _hashes(Path(config.checkpoint))
     found: dict[str, dict[float, Distance]] = {}
-    # The largest number of images first, then the lowest seed; the first point of a budget counts.
-    for point in sorted(points, key=lambda one: (-(one["n"] or 0), one["seed"] or 0)):
+    # The first point of a budget counts: of the most images, the lowest seed, and the present noise.
+    for point in sorted(points, key=lambda one: (-(one["n"] or 0), one["seed"] or 0, one["noise"] != GENERATOR)):
         budget, denoiser = point["nfe_budget"], point["checkpoint"] or {}
         if point["experiment"] != config.experiment or budget not in BUDGETS or denoiser.get("sha256") not in hashes:
             continue
