@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         tradeoff,
         train,
     )
+    from diffaccel.condition import Condition
     from diffaccel.denoiser import Denoiser
     from diffaccel.errors import UsageError
     from diffaccel.evaluation.measure import measure
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from diffaccel.solver import Solver
 
 __all__ = [
+    "Condition",
     "Denoiser",
     "Model",
     "Prior",
@@ -81,6 +83,7 @@ _FUNCTIONS = (
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "Condition": "diffaccel.condition",
         "Denoiser": "diffaccel.denoiser",
         "Model": "diffaccel.sampling",
         "Prior": "diffaccel.prior",

@@ -32,6 +32,7 @@ from diffaccel.parts.overrides import as_given
 from diffaccel.prior import ChainPrior, Prior
 from diffaccel.report import append_point, read_points
 from diffaccel.sampling import Sampler
+from diffaccel.sampling.conditions import condition_by_index
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
 from diffaccel.storage import write_whole
@@ -257,10 +258,12 @@ class Searcher:
         key = json.dumps(drawn["prior"], sort_keys=True)
         if key not in self._trajectories:
             with sampler.arithmetic():
-                noise = NoiseStreams(self.seed, range(STARTS))
-                state = prior.open(sampler.denoiser, self.seed, [range(STARTS)], sampler.shape)
-                x_t, t = prior(sampler.denoiser, noise, sampler.shape, 2, state)
-                self._trajectories[key] = FineTrajectory(sampler.denoiser, x_t, t)
+                noise, indices = NoiseStreams(self.seed, range(STARTS)), range(STARTS)
+                state = prior.open(sampler.denoiser, self.seed, [indices], sampler.shape)
+                condition = condition_by_index(sampler.takes, prior, sampler.inputs, indices, sampler.device)
+                denoiser = sampler.denoiser.given(condition)
+                x_t, t = prior(denoiser, noise, sampler.shape, 2, state)
+                self._trajectories[key] = FineTrajectory(denoiser, x_t, t)
         found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
         node = {"name": grid["name"], "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         build_likelihood,
         build_searcher,
         build_validator,
+        check_unconditional,
     )
     from diffaccel.experiment.identity import identify, identify_images
     from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
@@ -48,6 +49,7 @@ __all__ = [
     "build_searcher",
     "build_validator",
     "check_start",
+    "check_unconditional",
     "identify",
     "identify_images",
     "set_budgets",
@@ -60,6 +62,7 @@ __getattr__, __dir__ = lazy(
         **dict.fromkeys((f"build_{part}" for part in _BUILD), "diffaccel.experiment.build"),
         **dict.fromkeys(("check_start", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
         **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
+        "check_unconditional": "diffaccel.experiment.evaluation",
         **dict.fromkeys((f"build_{part}" for part in _JUDGES), "diffaccel.experiment.judges"),
         **dict.fromkeys(("identify", "identify_images"), "diffaccel.experiment.identity"),
     },

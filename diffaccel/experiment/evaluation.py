@@ -170,14 +170,25 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     """Build the measurement of bits per dimension; None if it is not configured.
 
     Raises:
-        UsageError: The prior has no fixed level or no density.
+        UsageError: The prior has no fixed level or no density, or the network takes a condition other than labels.
     """
     if not config.likelihood:
         return None
+    check_unconditional("likelihood=true", sampler)
     sampler.prior.start_ratio(sampler.denoiser)
     identity = {**identify_parts(config), "data": config.data, "prior": by_content("prior", config.prior)}
     n, batch_size = config.likelihood_n, config.images_per_batch
     return BitsPerDim(build_data(config), n, config.seed, batch_size, config.folder, identity)
+
+
+def check_unconditional(what: str, sampler: Sampler) -> None:
+    """Check that a network can be evaluated without condition.
+
+    Raises:
+        UsageError: It takes a condition other than labels.
+    """
+    if sampler.takes.required:
+        raise UsageError(f"{what} is unconditional, but the network takes {sampler.takes}: leave it out")
 
 
 def build_fitted(config: Config, sampler: Sampler) -> list[DensityPrior]:

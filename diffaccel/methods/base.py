@@ -111,6 +111,10 @@ class Diffusion(TrainedModule):
             raise UsageError(
                 f"training.augment requires a network with augmentation labels: set network.augment={LABELS}"
             )
+        if self.training_plan.augment and self.takes.pixels:
+            raise UsageError(
+                f"training.augment moves the images, but not their condition ({self.takes}): set training.augment=0"
+            )
         return [Phase("denoiser", self.denoiser.network.parameters(), self.denoiser_loss)]
 
     @property

@@ -19,8 +19,8 @@ class WarmPrior(Prior):
     """Image of the condition with noise at ``ratio_star``, in no evaluation.
 
     This is small T's start, from the degraded image in place of a density. The state has the distribution of a diffused
-    image up to the error of the degraded image, which must be small against the noise. In inpainting, holes are 0.
-    At ratio 0 the result is the degraded image itself, in no evaluation at all.
+    image, except for the error of the degraded image, which must be small against the noise. In inpainting, holes are
+    0. At ratio 0 the result is the degraded image itself, in no evaluation at all.
 
     Args:
         ratio_star: Noise-to-data ratio of the starting states.
@@ -29,8 +29,7 @@ class WarmPrior(Prior):
         UsageError: ``ratio_star`` is negative or infinite.
 
     References:
-        Warm Starts Accelerate Conditional Diffusion (Scholz and Turner, 2025), https://arxiv.org/abs/2507.09212, which
-        learns the mean and the deviation of the start
+        Warm-Start Diffusion, https://arxiv.org/abs/2507.09212, which learns the mean and the deviation of the start
     """
 
     def __init__(self, ratio_star: float) -> None:

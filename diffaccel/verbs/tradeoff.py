@@ -36,6 +36,7 @@ def tradeoff(config: Config) -> list[Row]:
     sampler = experiment.build_frozen(config)
     if not isinstance(sampler.prior, DensityPrior):
         raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
+    experiment.check_unconditional("tradeoff", sampler)
     if launch.is_first(config):
         check_new([config.folder / "tradeoff.csv"], config.again)
     starts = starts_of(sampler, config.tradeoff.T, experiment.build_fitted(config, sampler))
