@@ -113,8 +113,8 @@ def _status(run: Callable[[], None]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         console.print(
-            "diffaccel: interrupted; finished results are kept (bench, sample, score, search and sweep resume from "
-            "them, fit with resume=auto)"
+            "diffaccel: interrupted; finished results are kept (bench, sample, score, search, sweep, "
+            "train, new and curve resume from them, fit with resume=auto)"
         )
         return 130
     return 0

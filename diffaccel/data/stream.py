@@ -56,7 +56,7 @@ class Conditions(Protocol):
     """Conditions of the images of one split."""
 
     def __call__(
-        self, images: Tensor, chosen: Tensor, noise: NoiseStreams, mirrored: Tensor | None = None
+        self, images: Tensor, chosen: Tensor, noise: NoiseStreams, mirrored: Tensor | None = None, /
     ) -> Condition:
         """Make the conditions of a batch.
 
