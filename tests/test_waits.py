@@ -61,7 +61,7 @@ def test_batches_of_resident_images_are_gathered_on_the_gpu():
     one = torch.arange(2, device=GPU)
     with refusing():
         batch = resident.gather(Chosen(one, one))
-    assert [tensor.device for tensor in batch if tensor is not None] == [GPU] * 3
+    assert [tensor.device for tensor in (batch.image, batch.condition.labels, batch.index)] == [GPU] * 3
     assert batch.image.dtype == torch.float32
 
 

@@ -255,7 +255,8 @@ class Sampler:
         conditions.check_prior(self.takes, prior, self.denoiser)
         if self.inputs is not None:
             self.inputs.check(n)
-        solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
+        if solver.counts_by_level(self.denoiser.process):
+            solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
         solver.check(self.denoiser.process)
         return plan

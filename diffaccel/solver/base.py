@@ -151,12 +151,17 @@ class Solver(ABC):
             return self.counted(steps)
         return (self.predictions(steps) - (self.analytic_first is not None)) * (2 if self.guidance else 1)
 
+    def counts_by_level(self, process: Process) -> bool:
+        """Whether the number of evaluations depends on the levels, because guidance acts in an interval."""
+        guided = bool(self.guidance) and self.guidance_interval is not None
+        return guided and not self.adaptive and process.scales_data
+
     def counting(self, process: Process, ratio: float) -> Self:
         """Return the solver with exact counts of evaluations for starts at a noise-to-data ratio.
 
         They depend on the levels if guidance acts in an interval; the solver is then run on a denoiser that counts.
         """
-        if not self.guidance or self.guidance_interval is None or self.adaptive or not process.scales_data:
+        if not self.counts_by_level(process):
             return self
         from diffaccel.solver.rehearsal import evaluations  # which runs solvers
 
