@@ -5,8 +5,9 @@
     python docs/tables.py --write README.md       # replace the tables between the marks of a file
     python docs/tables.py --check README.md       # exit status 1 if a table in the file is not that of the points
 
-A file marks the place of a table by ``<!-- points: NAME -->`` and ``<!-- end -->``. tables.yaml contains the tables: a
-row is a bench, and its cells are the points of this bench under experiments/*/results, so that no figure is typed.
+A file marks the place of a table by ``<!-- points: NAME -->`` and ``<!-- end -->``, and that of the model cards of a
+data set by ``<!-- cards: DATA -->`` and ``<!-- end -->``. tables.yaml contains the tables: a row is a bench, and its
+cells are the points of this bench under experiments/*/results, so that no figure is typed.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 import yaml
 
 from diffaccel.errors import UsageError
+from diffaccel.report.cards import markdown as cards_table
+from diffaccel.report.cards import read_cards
 from diffaccel.report.files import frechet_key, read_points
 from diffaccel.report.judges import judges_of, seen_by
 from diffaccel.report.points import FORMER_NOISE, normalised
@@ -30,7 +33,7 @@ from diffaccel.report.points import FORMER_NOISE, normalised
 DOCS = Path(__file__).parent
 EXPERIMENTS = DOCS.parent / "experiments"
 DAGGER = "†"
-MARKED = re.compile(r"(<!-- points: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (points|cards): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 METRICS = {
     "fd": ("`{key}`, the Frechet distance", 1),
@@ -278,7 +281,13 @@ def written(text: str) -> str:
     Raises:
         UsageError: A mark names no table.
     """
-    return MARKED.sub(lambda found: f"{found[1]}{markdown(named(found[2]))}{found[4]}", text)
+    makers = {"points": lambda name: markdown(named(name)), "cards": cards}
+    return MARKED.sub(lambda found: f"{found[1]}{makers[found[2]](found[3])}{found[5]}", text)
+
+
+def cards(data: str) -> str:
+    """Render the model cards of a data set's weights; see ``diffaccel list weights``."""
+    return cards_table(read_cards(data)) + "\n"
 
 
 def _place(key: str) -> str:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
-"""Pages whose blocks are run. README.md belongs to them as soon as its long blocks carry the mark."""
+PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)]
+"""Pages whose blocks are run."""
 
 MARK = re.compile(r"<!-- not-run: (.*) -->")
 SHELL = ("bash", "sh")

@@ -33,6 +33,7 @@ from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
+from diffaccel.report.cards import read_cards
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.verbs import VERBS
 from diffaccel.verbs.asked import OWN, read_words
@@ -45,7 +46,7 @@ sys.path.insert(0, str(pages.DOCS))
 import tables  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md")), *pages.PAGES]
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("experiments/*/README.md")), *pages.PAGES]
 ELSEWHERE_KEYS = {key for verb in VERBS.values() if not verb.on_experiment for key in keys_of(verb)} | {"timesteps"}
 """Keys of commands that are not on an experiment, and an argument of a function of diffusers in a text."""
 PROGRAMS = ("diffaccel", "make", "python", "pre-commit", "pip", "wandb")
@@ -104,8 +105,10 @@ def commands() -> list[tuple[str, ...]]:
 
 @pytest.fixture
 def my_solver() -> Iterator[None]:
-    """The README's own part, made by the README's own code."""
-    (code,) = re.findall(r"^```python\n(from dataclasses.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    """The documentation's own part, made by its own code."""
+    (code,) = re.findall(
+        r"^```python\n(from dataclasses.*?)^```", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S
+    )
     exec(code, {"__name__": "readme"})
     yield
     SOLVERS._factories.pop("my_solver")
@@ -114,7 +117,7 @@ def my_solver() -> Iterator[None]:
 def check_named(verb: str, words: Sequence[str]) -> None:
     """Check that ``list`` and ``explain`` are given groups and parts that exist, or the words for them in general."""
     group, *name = words
-    lists = {"experiments": list_experiments, "keys": list_keys, "sweeps": lambda: [True]}
+    lists = {"experiments": list_experiments, "keys": list_keys, "sweeps": lambda: [True], "weights": read_cards}
     if verb == "list" and group in lists:
         assert lists[group](*name)
         return
@@ -198,7 +201,7 @@ def test_no_word_of_a_block_is_special_to_zsh(page: Path):
 # Keys and values in messages and prose
 
 SETTING = re.compile(r"(?<![\w./\-\"'{<])([a-z_]\w*(?:\.\w+)*)=([\w./+-]*\w|)(?![\w=\"'\[{(<])")
-ELSEWHERE = {"key", "images", "classes", "condition", "use_distributed_sampler", "denoise", "hidden"}
+ELSEWHERE = {"key", "image", "images", "sigmas", "classes", "condition", "use_distributed_sampler", "denoise", "hidden"}
 """Words before a ``=`` in strings that advise no setting: arguments of functions."""
 
 

@@ -179,10 +179,11 @@ def test_seconds_of_another_device_are_not_compared(write: Write):
     assert method(advise([folder], nfe=10).best) == "ddm", "evaluations are"
 
 
-def test_other_data_or_judges_are_an_error(write: Write):
-    other = point("dlg", 10, 5.0, reference={"name": "other", "sha256": "cc"})
-    with pytest.raises(UsageError, match="scored differently"):
-        advise([write(point("edm", 10, 4.0), other)], nfe=10)
+def test_other_data_or_judges_are_never_mixed(write: Write):
+    other, said = point("dlg", 10, 3.0, reference={"name": "other", "sha256": "cc"}), []
+    advice = advise([write(point("edm", 10, 4.0), other)], nfe=10, note=said.append)
+    assert method(advice.best) == "edm" and advice.others == []
+    assert "1 of 2 points were not scored by" in said[0]
     jpeg = point("dlg", 10, 0, metrics={"fid_jpeg75": 1.0, "fid_jpeg75_inf": 1.0})
     with pytest.raises(UsageError, match="fid_jpeg75"):
         advise([write(point("edm", 10, 4.0), jpeg, name="jpeg")], nfe=10)
@@ -254,8 +255,8 @@ def test_the_command_repeats_the_point():
     settings = {"prior": {"name": "gaussian", "ratio_star": None}, "solver": solver}
     command = command_of(normalised(point("edm", 10, 4.0, settings=settings, solver="dpmpp2m", precision="32-true")))
     assert command == (
-        "diffaccel bench toy/edm nfe=10 n=300 seed=0 precision=32-true prior=gaussian prior.ratio_star=null "
-        "solver=dpmpp2m solver.lower_order_final=False solver.grid=karras solver.grid.rho=5.0"
+        "diffaccel bench toy/edm nfe=10 n=300 seed=0 precision=32-true solver=dpmpp2m "
+        "solver.lower_order_final=false solver.grid=karras solver.grid.rho=5.0 prior=gaussian prior.ratio_star=null"
     )
     config = load(*one_experiment(command.split()[2:], KEYS, FLAGS))
     assert config.solver == {**solver, "grid": {**solver["grid"]}} and config.prior["ratio_star"] is None

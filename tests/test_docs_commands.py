@@ -24,7 +24,7 @@ python = [page for page in PAGES if any(block.reason is None for block in blocks
 
 
 def name(page: Path) -> str:
-    return str(page.relative_to(DOCS))
+    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from diffaccel.__main__ import main
 from diffaccel.config import KEYS
 from diffaccel.parts.catalogue import CATALOGUE, registry_of
 from diffaccel.verbs import VERBS, Verb
-from diffaccel.verbs import compare as comparison
 from diffaccel.verbs.advising import OPTIONS as ADVISE_OPTIONS
 from diffaccel.verbs.asked import KEYS as SCORE_KEYS
+from diffaccel.verbs.comparison import OPTIONS
 from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import COMMON, FREQUENT, KEY, keys_of, overview, text_of, wanted
 from diffaccel.verbs.names import check_names, names_of
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 OWN = {
     "advise": {*ADVISE_OPTIONS},
     "export": {*EXPORT_OPTIONS, "nfe"},
-    "compare": {*comparison.OPTIONS},
+    "compare": {*OPTIONS},
     "convert": {*pretrained.OPTIONS, "inspect", "again"},
     "score": {*SCORE_KEYS},
     "sweep": {*SWEEP_OPTIONS},

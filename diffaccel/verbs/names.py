@@ -30,10 +30,12 @@ def check_own_keys(verb: Verb, words: list[str]) -> None:
         UsageError: A key is unknown.
     """
     own = keys_of(verb)
+    allowed = own | (KEYS if verb.settings else set())
     for word in sort_words(words, {*own})[1]:
         key = word.partition("=")[0].partition(".")[0]
-        if key not in own | (KEYS if verb.settings else set()):
-            raise UsageError(f"{verb.name} has no key {key!r}{suggest(key, own)}")
+        if key not in allowed:
+            remedy = suggest(key, allowed)
+            raise UsageError(f"{verb.name} has no key {key!r}{remedy if '?' in remedy else suggest(key, own)}")
 
 
 def check_names(experiment: str | None, settings: list[str]) -> tuple[str | None, list[str]]:
