@@ -43,7 +43,9 @@ def test_blocks_have_a_language_and_exempt_ones_a_reason(page: Path) -> None:
     found = fences(page)
     for block in found:
         language = block.language
-        assert language.strip("{}") in DIRECTIVES or language in (*SHELL, "python", "toml", "yaml", "text"), language
+        assert language.strip("{}") in DIRECTIVES or language in (*SHELL, "python", "toml", "yaml", "html", "text"), (
+            language
+        )
     exempt = [block for block in found if block.reason is not None]
     assert unfenced(page).count("<!-- not-run") == len(exempt), "a mark without a block"
     assert all(block.language in (*SHELL, "python") and len(block.reason or "") > 3 for block in exempt)

@@ -118,8 +118,8 @@ class OdePair(Objective):
         takes = prior.takes(denoiser)
         if self.pairs is not None and takes.required:
             raise UsageError(
-                f"objective 'ode_pair' keeps pairs of noise and labels, but the network takes {takes}: leave out its key "
-                "'pairs'"
+                f"objective 'ode_pair' keeps pairs of noise and labels, but the network takes {takes}: leave out "
+                "its key 'pairs'"
             )
         self.classes: int = Kinds.taken_by(denoiser.network).classes
         if self.pairs is not None:
