@@ -175,11 +175,12 @@ def test_a_curve_leaves_weights_points_and_the_page(done: Path):
 
 
 def test_again_nothing_is_fitted_or_measured(done: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(verb, "fit", lambda *_, **__: pytest.fail("a fit"))
+    monkeypatch.setattr(verb, "fit", lambda *_, **__: pytest.fail("a fit"))  # the density has seen 132 images, not 256
     monkeypatch.setattr("diffaccel.evaluation.Evaluator.measure", lambda *_, **__: pytest.fail("a measurement"))
     before = (done / "runs" / "dlg" / "points.jsonl").read_text()
     assert main(["curve", str(done), "methods=edm,dlg,small_t", NFE, *WORDS]) == 0
     said = capsys.readouterr()
+    assert "fewer than" not in said.err
     assert said.err.count("measured before") == 6 and "[3/3] bench small_t" in said.err
     assert (done / "runs" / "dlg" / "points.jsonl").read_text() == before
     assert str(done / "runs" / "curve" / "index.html") in said.out.replace("\n", "")

@@ -53,6 +53,7 @@ def test_its_commands_have_no_word_that_zsh_expands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_it_can_be_followed(tmp_path: Path):
     save_images(tmp_path / "photos", n=200, side=20)
     programs = tmp_path / "bin"

@@ -228,8 +228,10 @@ def _check_data(step: Step, config: Config, checked: set[str]) -> None:
 def _say_shorter(steps: Sequence[Step], words: Sequence[str]) -> None:
     """Say which weights of earlier fits, which are kept, were fitted on fewer images than are asked for."""
     asked = [word for word in words if word.startswith(("images=", "training.images="))]
-    files = {file: step.config for step in steps for file in configured(step.config).values() if asked}
-    for file, config in files.items():
+    files = {
+        file: step.config for step in steps for key, file in configured(step.config).items() if _in_steps(step, key)
+    }
+    for file, config in files.items() if asked else ():
         if not file.is_file() or not (file.parent / "last.ckpt").is_file():
             continue
         header, wanted = open_weights(file).header, config.training.images
@@ -239,6 +241,13 @@ def _say_shorter(steps: Sequence[Step], words: Sequence[str]) -> None:
                 f"{file}: fitted on {seen:,} images, fewer than {asked[-1]}, and kept (`{fit} {asked[-1]} resume=auto` "
                 "goes on)"
             )
+
+
+def _in_steps(step: Step, key: str) -> bool:
+    """Whether weights are trained in steps, and not, like a density in closed form, in one pass over the images."""
+    if step.sampler is None or key != "prior.checkpoint":
+        return step.sampler is not None
+    return any(list(network.parameters()) for network in step.sampler.prior.networks().values())
 
 
 # Fits and measurements
