@@ -22,7 +22,6 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
-suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"
 html_title = f"diffaccel {__version__}"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from rich.table import Table
@@ -143,10 +144,16 @@ def _value(value: Any, registry: Registry[Any] | None) -> str:
 
 def _experiments(group: str, name: str) -> list[str]:
     """Names of the shipped experiments that use a part."""
+    return [one for one, tree in _shipped() if _uses(tree, group, name)]
+
+
+@cache
+def _shipped() -> list[tuple[str, Any]]:
+    """Names of the shipped experiments with their contents."""
     # Imported here, because it takes seconds and a list does not use it.
     from diffaccel.config import experiment_names, find, read
 
-    return [one for one in experiment_names() if _uses(read(find(one)), group, name)]
+    return [(one, read(find(one))) for one in experiment_names()]
 
 
 def _uses(tree: Any, group: str, name: str) -> bool:
