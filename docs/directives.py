@@ -49,7 +49,7 @@ class Curve(SphinxDirective):
         number = self.env.new_serialno("curve")
         name = f"{self.env.docname.replace('/', '_')}_{number}"
         file = figures.curve(table, rows, DOCS / "_generated" / f"{name}.png")
-        caption = f"Curve of `docs/tables.yaml`, {table.name}: {tables.note(table)}"
+        caption = f"Points of the table `{table.name}`: {tables.metric(table)}"
         up = "../" * (self.env.docname.count("/"))
         return self.parse_text_to_nodes(
             f"```{{figure}} {up}_generated/{file.name}\n:alt: {table.name}\n\n{caption}\n```\n"

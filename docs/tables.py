@@ -184,10 +184,10 @@ def named(name: str) -> Table:
     return tables()[name]
 
 
-def value_of(point: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
+def value_of(point: Mapping[str, Any], name: str) -> tuple[float, float | None]:
     """Return a metric of a normalised point, and its standard error."""
-    key = frechet_key([point]) if metric == "fd" else metric
-    factor = METRICS[metric][1]
+    key = frechet_key([point]) if name == "fd" else name
+    factor = METRICS[name][1]
     value, error = point["metrics"][key], point["metrics"].get(f"{key}_se")
     return factor * value, None if error is None else factor * error
 
@@ -222,12 +222,18 @@ def markdown(table: Table) -> str:
     return "\n".join([*lines, "", note(table)]) + "\n"
 
 
+def metric(table: Table) -> str:
+    """Describe the metric of a table, with the number of images and the seed."""
+    first = next(iter(table.found[0][1].values()))
+    what = METRICS[table.metric][0].format(key=frechet_key([first]), judge=table.judge)
+    return f"{what}, ± one standard error, of {first['n']:,} images (seed {first['seed']})"
+
+
 def note(table: Table) -> str:
     """Describe what a table shows: metric, number of images, floor, precision, version and noise."""
     points = [point for _, cells in table.found for point in cells.values()]
     first = points[0]
-    what = METRICS[table.metric][0].format(key=frechet_key([first]), judge=table.judge)
-    parts = [f"{what}, ± one standard error, of {first['n']:,} images (seed {first['seed']})"]
+    parts = [metric(table)]
     floor = f"{frechet_key([first])}_floor" if table.metric == "fd" else f"{table.metric}_floor"
     value = first["metrics"].get(floor, first["metrics"].get(f"{table.metric}_real"))
     if value is not None:
