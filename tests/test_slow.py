@@ -25,12 +25,12 @@ def distance(out: Path) -> float:
 
 
 def test_edm_learns_digits(edm: Path):
-    """1.5 +- 0.1 was measured; untrained weights are at 16.2, the shipped ones at 0.36, real images at 0.36."""
+    """1.5 ± 0.1 was measured; untrained weights are at 16.2, the shipped ones at 0.36, real images at 0.36."""
     assert distance(edm) < 4
 
 
 def test_ddpm_learns_digits(tmp_path: Path):
-    """1.5 +- 0.1 was measured; untrained weights are at 11.2."""
+    """1.5 ± 0.1 was measured; untrained weights are at 11.2."""
     assert main(["fit", "digits/ddpm", *FIT, "images=40000", f"out={tmp_path}"]) == 0
     assert distance(tmp_path) < 4
 
