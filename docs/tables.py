@@ -199,6 +199,9 @@ def cell(point: Mapping[str, Any], table: Table) -> str:
         text += f" ({', '.join(f'{value_of(point, one)[0]:.2f}' for one in table.also)})"
     if point["nfe"] < point["nfe_budget"] - 1e-9:
         text += f" [{point['nfe']:g}]"
+    if point["chains"] and (effective := point["metrics"].get("effective_n")) is not None:
+        repeats = point["metrics"].get("near_repeats")
+        text += f" {{{effective:.0f}" + ("}" if repeats is None else f", {repeats:.2f}}}")
     return text + (DAGGER if point["noise"] == FORMER_NOISE else "")
 
 
@@ -245,6 +248,8 @@ def note(table: Table) -> str:
         parts.append(f"in parentheses {' and '.join(table.also)} (held-out images: {real})")
     if any(point["nfe"] < point["nfe_budget"] - 1e-9 for point in points):
         parts.append("in square brackets the evaluations spent, where the budget can't be met exactly")
+    if any(point["chains"] and point["metrics"].get("effective_n") is not None for point in points):
+        parts.append("in braces, for chains, the effective number of independent images and the fraction of near repeats")
     parts.append("/".join(sorted({str(point["precision"]) for point in points})))
     versions = sorted({str((point.get("versions") or {}).get("diffaccel", "?")) for point in points})
     text = "; ".join([*parts, f"diffaccel {', '.join(versions)}"]) + "."
