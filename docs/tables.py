@@ -249,7 +249,7 @@ def note(table: Table) -> str:
     if any(point["nfe"] < point["nfe_budget"] - 1e-9 for point in points):
         parts.append("in square brackets the evaluations spent, where the budget can't be met exactly")
     if any(point["chains"] and point["metrics"].get("effective_n") is not None for point in points):
-        parts.append("in braces, for chains, the effective number of independent images and the fraction of near repeats")
+        parts.append("in braces, for chains, the effective number of images and the fraction of near repeats")
     parts.append("/".join(sorted({str(point["precision"]) for point in points})))
     versions = sorted({str((point.get("versions") or {}).get("diffaccel", "?")) for point in points})
     text = "; ".join([*parts, f"diffaccel {', '.join(versions)}"]) + "."

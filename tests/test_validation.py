@@ -71,7 +71,13 @@ def test_the_smallest_distance_at_the_largest_budget_decides(judged: list[str], 
         64: {2.0: (3.0, 0.1), 4.0: (1.0, 0.1)},
         160: {2.0: (2.0, 0.1), 4.0: (2.0, 0.1)},
     }
-    fit = ["fit", "digits/edm", *TINY, "logger=none"]
+    fit = [
+        "fit",
+        "digits/edm",
+        *TINY,
+        "logger=none",
+        "training.decay=0",
+    ]  # at a rate that does not depend on the length
     assert main([*fit, f"out={tmp_path / 'plain'}"]) == 0
     assert main([*fit, *judged, "validation.looks=[0.3]", "images=320", f"out={tmp_path / 'looks'}"]) == 0
     monkeypatch.setattr(

@@ -86,7 +86,10 @@ class ValidationCallback(L.Callback):
 
     def describe(self, found: Mapping[float, tuple[float, float]], n: int | None = None) -> str:
         """Return measured distances as text."""
-        parts = [f"{number(value)} ± {number(error, 2)} at NFE {budget:g}" for budget, (value, error) in found.items()]
+        parts = []
+        for budget, (value, error) in found.items():
+            spread = f" ± {number(error, 2)}" if error == error else ""  # NaN for few images
+            parts.append(f"{number(value)}{spread} at NFE {budget:g}")
         return f"{self.metric} {', '.join(parts)} ({n or self.validator.n:,} images)"
 
     def _described(self, measured: Mapping[float, Mapping[float, tuple[float, float]]]) -> dict[str, Any]:
