@@ -250,7 +250,13 @@ class Observation(ABC):
 
     The exact E[x_0 | x_t, condition] has P x_0 = P y, where y is the image of the condition. Imposing this on an
     estimate removes a part of its error and leaves the rest unchanged, so that the squared error can only fall.
+
+    Attributes:
+        rounds: Number of times that finished images are clamped to [-1, 1] and imposed on in turn. The image lies in
+            both convex sets, so that alternating projections approach them. 0 if P acts on each pixel alone.
     """
+
+    rounds: int = 0
 
     @abstractmethod
     def impose(self, x: Tensor, target: Tensor, condition: Condition) -> Tensor:

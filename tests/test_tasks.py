@@ -16,6 +16,7 @@ from diffaccel.data.resident import Chosen, ResidentImages
 from diffaccel.data.stream import Stream, TrainingSet, coins, to_float
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
+from diffaccel.sampling.conditions import Observed
 from diffaccel.tasks.inpainting import Inpainting
 from diffaccel.tasks.linear import LUMA, Colourisation, SuperResolution, resizing
 
@@ -270,3 +271,16 @@ def test_tasks_that_are_refused(node: dict[str, object], words: str):
     with pytest.raises(UsageError, match="three channels, not 1"):
         Colourisation((1, 8, 8))
     assert build_conditioner({}, SHAPE) is None and set(CONDITIONERS) >= {task["name"] for task in TASKS}
+
+
+def test_finished_images_are_consistent_within_the_range_of_pixels(tmp_path: Path):
+    """Clamping alone would undo what is imposed: alternating projections are nearer to the small image."""
+    torch.manual_seed(0)
+    batch = (torch.rand(6, *SHAPE) < 0.5).to(torch.uint8) * 255
+    condition, task = condition_of(TASKS[0], batch), SuperResolution(SHAPE, factor=4)
+    observed = Observed(task.observation, condition)
+    x = 2 * torch.randn(6, *SHAPE)
+    small = task.shrink(condition.image)
+    once = task.observation.impose(x, condition.image, condition).clamp(-1, 1)
+    errors = [(task.shrink(one) - small).square().mean().sqrt().item() for one in (once, observed.end(x).clamp(-1, 1))]
+    assert errors[1] < 0.3 * errors[0]

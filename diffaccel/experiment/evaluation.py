@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from diffaccel.config import Config, find
 from diffaccel.data import build_source
-from diffaccel.data.conditions import build_conditioner
+from diffaccel.data.conditions import HeldOut, build_conditioner
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.judges import Judge
 from diffaccel.evaluation.search import Searcher
-from diffaccel.experiment.build import build_inputs, build_prior, shape_of
+from diffaccel.experiment.build import build_prior, shape_of
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
 from diffaccel.experiment.judges import build_extractors, build_judges
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
@@ -90,7 +90,6 @@ def build_evaluator(
     trained_with = feature_networks_of(*own_weights(config, sampler))
     check_independent([judge.extractor for judge in judges], trained_with, config.experiment)
     likelihood = build_likelihood(config, sampler) if measured else None
-    inputs = build_inputs(config)
     return Evaluator(
         budgets=config.nfe,
         n=config.n,
@@ -107,14 +106,14 @@ def build_evaluator(
             "configuration": describe_configuration(config, measured),
         },
         settings=lambda budget: explicit(config.at(budget)),
-        identity=identify(config, judges, inputs.identity(config.n) if inputs else None) if measured else None,
+        identity=identify(config, judges) if measured else None,
         again=config.again,
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
         metrics=build_metrics(config.metrics) if metrics is None else metrics,
         in_training=None if metrics is None else False,
-        restores=inputs,
+        restores=sampler.inputs if isinstance(sampler.inputs, HeldOut) else None,
     )
 
 

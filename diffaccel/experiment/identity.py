@@ -10,6 +10,7 @@ from typing import Any
 from diffaccel.config import STANDARD, Config
 from diffaccel.evaluation import Identity
 from diffaccel.evaluation.judges import Judge
+from diffaccel.experiment.build import build_inputs
 from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.history import explicit
 from diffaccel.parts.registry import Registry, part_of
@@ -18,16 +19,8 @@ from diffaccel.pretrained import files_sha256
 from diffaccel.version import __version__
 
 
-def identify(
-    config: Config, judges: Sequence[Judge], inputs: Mapping[str, Any] | None = None
-) -> Callable[[float], Identity]:
-    """Return a function budget -> everything that determines the images and metrics of a point.
-
-    Args:
-        config: Configuration of the run.
-        judges: Judges of the images.
-        inputs: What determines the conditions of the images, besides their part; None for no conditions.
-    """
+def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Identity]:
+    """Return a function budget -> everything that determines the images and metrics of a point."""
     scores = judges[0].identity()
     if len(judges) > 1:
         scores["judges"] = [judge.identity() for judge in judges[1:]]
@@ -35,13 +28,15 @@ def identify(
         scores["likelihood"] = config.likelihood_n
     if config.metrics != list(STANDARD):
         scores["metrics"] = [one if isinstance(one, str) else by_content("metric", one) for one in config.metrics]
-    images, conditions = identify_images(config), {"inputs": inputs} if inputs else {}
-    return lambda budget: Identity({**images(budget), **conditions}, scores)
+    images = identify_images(config)
+    return lambda budget: Identity(images(budget), scores)
 
 
 def identify_images(config: Config) -> Callable[[float], dict[str, Any]]:
     """Return a function budget -> everything that determines the images, with hashes in place of files."""
     parts = identify_parts(config)
+    if (inputs := build_inputs(config)) is not None:
+        parts["inputs"] = inputs.identity(config.n)
 
     def at(budget: float) -> dict[str, Any]:
         settings = {part: by_content(part, node) for part, node in explicit(config.at(budget)).items()}

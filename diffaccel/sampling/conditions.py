@@ -176,5 +176,9 @@ class Observed:
         return self.observation.impose(x_t, diffused, self.condition)
 
     def end(self, x_0: Tensor) -> Tensor:
-        """Impose the observed part on images, (B, C, H, W)."""
-        return self.observation.impose(x_0, self.image.to(x_0), self.condition)
+        """Impose the observed part on finished images, (B, C, H, W), within [-1, 1] as far as possible."""
+        image = self.image.to(x_0)
+        x_0 = self.observation.impose(x_0, image, self.condition)
+        for _ in range(self.observation.rounds):
+            x_0 = self.observation.impose(x_0.clamp(-1, 1), image, self.condition)
+        return x_0

@@ -19,6 +19,9 @@ from diffaccel.parts.checks import Count
 
 Filter = Literal["bicubic", "area"]
 
+ROUNDS = 10
+"""Number of alternating projections of finished images."""
+
 
 def resizing(size: int, smaller: int, kernel: Filter) -> Tensor:
     """Matrix that resizes a row of pixels, (smaller, size) float64.
@@ -43,6 +46,8 @@ class Resolved(Observation):
         rows: Resizing matrix of the rows, (h, H).
         columns: Resizing matrix of the columns, (w, W).
     """
+
+    rounds = ROUNDS
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         self.rows, self.columns = (torch.linalg.pinv(matrix) @ matrix for matrix in (rows, columns))
@@ -123,6 +128,8 @@ LUMA = (0.299, 0.587, 0.114)
 
 class Luma(Observation):
     """Luma of a colour image, the projection on its weights."""
+
+    rounds = ROUNDS
 
     @override
     def impose(self, x: Tensor, target: Tensor, condition: Condition) -> Tensor:
