@@ -335,7 +335,7 @@ def test_a_network_never_trained_without_labels_is_neither_guided_nor_run_by_cha
     config = load("digits/edm", [*words, "checkpoint=null", "solver.guidance=1"])
     config.network = {key: value for key, value in config.network.items() if key not in ("widths", "embedding")}
     method = build_method(config, load=False)
-    with pytest.raises(UsageError, match="trained without labels"):
+    with pytest.raises(UsageError, match="trained without condition"):
         next(method.sampler.draw(method.sampler.plan(10, 2), 0, [range(2)]))
     config = load("digits/dlg", [*words, "checkpoint=null", "posterior.checkpoint=null"])
     config.network = {key: value for key, value in config.network.items() if key not in ("widths", "embedding")}

@@ -304,8 +304,8 @@ def test_json_describes_a_chain_too():
 
 def test_a_searched_setting_by_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     low, high = da.export("cifar10_small/edm_best", nfe=[5, 10])
-    assert low["tuned"] and low["solver"]["name"] == "unipc2" and high["solver"]["name"] == "dpmpp2m"
-    assert low["solver"]["grid"]["name"] == "listed" and low["sigmas"][0] == pytest.approx(40)
+    assert low["tuned"] and low["solver"]["name"] == "unipc2" and high["solver"]["name"] == "unipc3"
+    assert low["solver"]["grid"]["name"] == "listed" and low["sigmas"][0] == pytest.approx(80)
     assert low["nfe"] == 5 and len(low["sigmas"]) == low["steps"] + 1
     out = tmp_path / "settings.json"
     assert main(["export", "cifar10_small/edm_best", "nfe=5,10", f"out={out}"]) == 0

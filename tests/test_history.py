@@ -44,12 +44,12 @@ def test_searched_settings_do_not_depend_on_changed_defaults(path):
         if node.get("name") in ("chain", "restart"):
             assert "images_per_chain" in node and "chains" not in node
         elif isinstance(node.get("name"), str) and (former := FORMER.get(node["name"])) is not None:
-            assert {key: node.get(key) for key in former} == former
+            assert former.keys() <= node.keys(), "what changed is stated"
     if tree.get("by_nfe"):
         config = load(str(path.relative_to(EXPERIMENTS).with_suffix("")))
         for budget in config.by_nfe:
             solver = config.at(budget)["solver"]
-            assert FORMER.get(solver["name"], {}).items() <= solver.items()
+            assert FORMER.get(solver["name"], {}).keys() <= solver.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -14,10 +14,13 @@ from diffaccel.verbs import VERBS, Verb
 from diffaccel.verbs.advising import OPTIONS as ADVISE_OPTIONS
 from diffaccel.verbs.asked import KEYS as SCORE_KEYS
 from diffaccel.verbs.comparison import OPTIONS
+from diffaccel.verbs.curve import OWN as CURVE_KEYS
 from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import COMMON, FREQUENT, KEY, keys_of, overview, text_of, wanted
 from diffaccel.verbs.names import check_names, names_of
+from diffaccel.verbs.new import OPTIONS as NEW_OPTIONS
 from diffaccel.verbs.sweeping import OPTIONS as SWEEP_OPTIONS
+from diffaccel.verbs.train import OPTIONS as TRAIN_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 OWN = {
@@ -27,6 +30,10 @@ OWN = {
     "convert": {*pretrained.OPTIONS, "inspect", "again"},
     "score": {*SCORE_KEYS},
     "sweep": {*SWEEP_OPTIONS},
+    "new": {*NEW_OPTIONS},
+    "curve": {*CURVE_KEYS, "nfe", "n", "seed", "images", "dry_run"},
+    "train": {*TRAIN_OPTIONS, "images"},
+    "list": {"format"},
 }
 """Command that is not on an experiment -> its keys."""
 

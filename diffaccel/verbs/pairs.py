@@ -69,6 +69,8 @@ class Pairs:
 
     def _difference(self, row: Row, first: Row) -> Frechet | None:
         """Difference by the extractor at the top of both points; None if it can't be computed."""
+        if not row.point["key"] or not first.point["key"]:  # images of unknown noise
+            return None
         if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
             return None
         if partition(row.point["chains"]) == partition(first.point["chains"]):
