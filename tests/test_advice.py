@@ -33,7 +33,6 @@ from diffaccel.prior import PRIORS
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
 from diffaccel.process.attenuation import ATTENUATIONS
-from diffaccel.report.cards import read_cards
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.verbs import VERBS
 from diffaccel.verbs.asked import OWN, read_words
@@ -84,7 +83,7 @@ def script() -> str:
         parts += [re.sub(r"\s+", " ", found) for found in re.findall(r"`(diffaccel [^`]*)`", text)]
     text = "\n".join(parts).replace(".venv/bin/", "").replace("EXPERIMENT", "digits/edm")
     text = text.replace(" key=value", "").replace(" ...", "")
-    return re.sub(r"\[([\w.]+=[\w./]+)\]", r"\1", text).replace("python -c", ": -c")
+    return re.sub(r"\[([\w.]+=[\w./,]+)\]", r"\1", text).replace("python -c", ": -c")
 
 
 def run(shell: list[str]) -> list[tuple[str, ...]]:
@@ -117,14 +116,11 @@ def my_solver() -> Iterator[None]:
 def check_named(verb: str, words: Sequence[str]) -> None:
     """Check that ``list`` and ``explain`` are given groups and parts that exist, or the words for them in general."""
     group, *name = words
-    lists = {
-        "experiments": list_experiments,
-        "keys": list_keys,
-        "sweeps": lambda: [True],
-        "weights": lambda *words: read_cards(*(word for word in words if "=" not in word)),
-    }
+    name = [word for word in name if "=" not in word and word != "digits/edm"]  # options, and what is filled in
+    lists = {"experiments": list_experiments, "keys": list_keys, "sweeps": lambda: [True]}
+    lists["weights"] = lambda data="digits": [(ROOT / "experiments" / data / "base.yaml").is_file()]
     if verb == "list" and group in lists:
-        assert lists[group](*name)
+        assert all(lists[group](*name))
         return
     assert len(name) == 1 or (verb == "list" and not name)
     if group not in ("GROUP", "WHAT"):
@@ -285,14 +281,14 @@ def test_commands_in_messages_are_the_programs():
         for command in re.findall(r"`diffaccel ([^`]*)`", text):
             verb, *words = shlex.split(command.replace("{}", "digits/edm").replace("EXPERIMENT", "digits/edm"))
             assert verb in (*VERBS, "help", "VERB"), (where, command)
-            if verb in ("list", "explain"):
+            if verb in ("list", "explain") and words:
                 check_named(verb, words)
             elif words and verb == "score":
                 check_score(words)
             elif verb == "sweep":
                 assert not words or words[0] in ("FILE", "digits/edm") or read_sweep(words[0])
-            elif words and verb == "help":
-                assert words[0] in (*VERBS, "VERB")
+            elif words and (verb == "help" or words == ["--help"]):
+                assert verb in VERBS or words[0] in (*VERBS, "VERB")
             elif words and verb in VERBS and verb not in ("advise", "compare", "convert", "new", "curve", "train"):
                 own = [word for word in words if verb != "export" or word.partition("=")[0] not in EXPORT_OPTIONS]
                 load(*one_experiment(own, KEYS, FLAGS))
