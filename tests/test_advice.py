@@ -39,7 +39,7 @@ from diffaccel.verbs.asked import OWN, read_words
 from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import help_of, keys_of, overview
 from diffaccel.verbs.listed import list_experiments, list_keys
-from diffaccel.verbs.names import check_own_keys
+from diffaccel.verbs.names import check_names, check_own_keys
 
 sys.path.insert(0, str(pages.DOCS))
 
@@ -163,9 +163,10 @@ def test_every_command_loads_and_builds(commands: list[tuple[str, ...]], my_solv
         if verb in ("new", "curve", "train"):  # on a folder, which may be one that an earlier command writes
             check_own_keys(VERBS[verb], words)
             continue
-        if {"--help", "help"} & {*words} or any(word.startswith("mine/") for word in words):
+        written = ("mine/", "runs/")  # by an earlier command
+        if {"--help", "help"} & {*words} or any(word.startswith(written) for word in words):
             continue
-        config = load(*one_experiment(words, KEYS, FLAGS))
+        config = load(*check_names(*one_experiment(words, KEYS, FLAGS)))
         if not config.experiment.startswith(SMALL) or config.method_name == "extractor":
             continue
         parts = repr((config.method, config.process, config.network, config.denoiser, config.prior, config.solver))
