@@ -4,6 +4,7 @@ The commands of exempt blocks, and those that measure the tables, are loaded and
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,12 @@ from diffaccel.parts.catalogue import CATALOGUE, registry_of
 HIDDEN = {"runs", "samples", "build", "dist"}
 """Entries of the clone that commands write or that are not tracked."""
 
-shell = [page for page in PAGES if any(block.reason is None for block in blocks(page, *SHELL))]
-python = [page for page in PAGES if any(block.reason is None for block in blocks(page, "python"))]
+FOLLOWED = {"tutorial.md": "test_tutorial.py"}
+"""Pages with a test of their own, which sets their variables."""
+
+pages = [page for page in PAGES if page.name not in FOLLOWED]
+shell = [page for page in pages if any(block.reason is None for block in blocks(page, *SHELL))]
+python = [page for page in pages if any(block.reason is None for block in blocks(page, "python"))]
 
 
 def name(page: Path) -> str:
@@ -102,5 +107,11 @@ def test_python_of_a_page_runs(
 def test_the_solver_of_the_documentation_has_its_test() -> None:
     code = "".join(block.code for block in blocks(DOCS / "extending.md", "python"))
     assert "def test_" in code and "MySolver(" in code
-    solver = code.partition("class MySolver")[2].partition("\n\n\n")[0]
-    assert 5 < len(solver.splitlines()) < 16
+    solver = code.partition("@SOLVERS")[2].partition("\n\n\n")[0]
+    lines = re.sub(r'""".*?"""', "", solver, flags=re.S).split("\n")
+    assert 5 < len([line for line in lines if line.strip()]) <= 10
+
+
+def test_pages_with_a_test_of_their_own_are_followed_there() -> None:
+    for page, test in FOLLOWED.items():
+        assert page in (ROOT / "tests" / test).read_text()
