@@ -82,6 +82,7 @@ def shortened(code: str) -> str:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Parts that a page registers are forgotten afterwards."""
+    assert all(list(registry_of(group)) for group in CATALOGUE)  # built-in parts are registered when one is looked up
     kept = {group: dict(registry_of(group)._factories) for group in CATALOGUE}
     yield
     for group, factories in kept.items():
@@ -105,10 +106,9 @@ def test_python_of_a_page_runs(
 
 
 def test_the_solver_of_the_documentation_has_its_test() -> None:
-    code = "".join(block.code for block in blocks(DOCS / "extending.md", "python"))
-    assert "def test_" in code and "MySolver(" in code
-    solver = code.partition("@SOLVERS")[2].partition("\n\n\n")[0]
-    lines = re.sub(r'""".*?"""', "", solver, flags=re.S).split("\n")
+    solver, test, *_ = blocks(DOCS / "extending.md", "python")
+    assert "def test_" in test.code and "MySolver(" in test.code
+    lines = re.sub(r'""".*?"""', "", solver.code.partition("@SOLVERS")[2], flags=re.S).splitlines()
     assert 5 < len([line for line in lines if line.strip()]) <= 10
 
 
