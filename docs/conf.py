@@ -54,3 +54,4 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Module|Path|Mapping|Sequence|Callable|Iterator|Iterable|Any|Generator|ndarray|dtype)"),
     (r"py:.*", r"(diffaccel\.)?[a-z_]+(\.[a-z_]+)*\.[A-Za-z_.]+"),
 ]
+nitpick_ignore = [("py:class", "Advice")]  # a result whose attributes are described where it is returned

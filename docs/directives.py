@@ -1,7 +1,6 @@
 """Directives of the documentation: tables and curves of points, the parts, and what ``import diffaccel`` offers."""
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +141,10 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def _drop_missing(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Drop entries ``NAME*`` of the index without a page: Sphinx can't be told that they are optional."""
-    if docname == "index":
-        lines = source[0].splitlines(keepends=True)
-        source[0] = "".join(
-            line for line in lines if not re.fullmatch(r"\w+\*\n", line) or any(DOCS.glob(f"{line.strip()}.md"))
-        )
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     (DOCS / "_generated").mkdir(exist_ok=True)
     for name, directive in (("points", Points), ("curve", Curve), ("strip", Strip), ("parts", Parts)):
         app.add_directive(name, directive)
     app.add_directive("offered", Offered)
-    app.connect("source-read", _drop_missing)
     return {"parallel_read_safe": False}

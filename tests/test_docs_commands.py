@@ -4,6 +4,7 @@ The commands of exempt blocks, and those that measure the tables, are loaded and
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,12 @@ from diffaccel.parts.catalogue import CATALOGUE, registry_of
 HIDDEN = {"runs", "samples", "build", "dist"}
 """Entries of the clone that commands write or that are not tracked."""
 
-shell = [page for page in PAGES if any(block.reason is None for block in blocks(page, *SHELL))]
-python = [page for page in PAGES if any(block.reason is None for block in blocks(page, "python"))]
+FOLLOWED = {"tutorial.md": "test_tutorial.py"}
+"""Pages with a test of their own, which sets their variables."""
+
+pages = [page for page in PAGES if page.name not in FOLLOWED]
+shell = [page for page in pages if any(block.reason is None for block in blocks(page, *SHELL))]
+python = [page for page in pages if any(block.reason is None for block in blocks(page, "python"))]
 
 
 def name(page: Path) -> str:
@@ -77,6 +82,7 @@ def shortened(code: str) -> str:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Parts that a page registers are forgotten afterwards."""
+    assert all(list(registry_of(group)) for group in CATALOGUE)  # built-in parts are registered when one is looked up
     kept = {group: dict(registry_of(group)._factories) for group in CATALOGUE}
     yield
     for group, factories in kept.items():
@@ -100,7 +106,12 @@ def test_python_of_a_page_runs(
 
 
 def test_the_solver_of_the_documentation_has_its_test() -> None:
-    code = "".join(block.code for block in blocks(DOCS / "extending.md", "python"))
-    assert "def test_" in code and "MySolver(" in code
-    solver = code.partition("class MySolver")[2].partition("\n\n\n")[0]
-    assert 5 < len(solver.splitlines()) < 16
+    solver, test, *_ = blocks(DOCS / "extending.md", "python")
+    assert "def test_" in test.code and "MySolver(" in test.code
+    lines = re.sub(r'""".*?"""', "", solver.code.partition("@SOLVERS")[2], flags=re.S).splitlines()
+    assert 5 < len([line for line in lines if line.strip()]) <= 10
+
+
+def test_pages_with_a_test_of_their_own_are_followed_there() -> None:
+    for page, test in FOLLOWED.items():
+        assert page in (ROOT / "tests" / test).read_text()
