@@ -297,8 +297,8 @@ def written(text: str) -> str:
 
 
 def cards(data: str) -> str:
-    """Render the model cards of a data set's weights; see ``diffaccel list weights``."""
-    return cards_table(read_cards(data)) + "\n"
+    """Render the model cards of a data set's weights, except those without averaging; see ``diffaccel list weights``."""
+    return cards_table([card for card in read_cards(data) if not card.path.stem.endswith("_raw")]) + "\n"
 
 
 def _place(key: str) -> str:
