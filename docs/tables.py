@@ -297,7 +297,7 @@ def written(text: str) -> str:
 
 
 def cards(data: str) -> str:
-    """Render the model cards of a data set's weights, except those without averaging; see ``diffaccel list weights``."""
+    """Render the model cards of a data set's weights, except those without averaging."""
     return cards_table([card for card in read_cards(data) if not card.path.stem.endswith("_raw")]) + "\n"
 
 
