@@ -57,7 +57,7 @@ class Browser:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
         # The tab that Chromium starts with requests its own resources.
-        return [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome:")]
+        return [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome")]
 
     def printed(self) -> bytes:
         """The page as PDF, on its own paper size."""

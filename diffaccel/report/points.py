@@ -13,6 +13,8 @@ NUMBERS = (
     *("nfe", "nfe_marginal", "nfe_burn_in", "nfe_sequential", "nfe_equivalent"),
     *("gflops_per_image", "seconds_per_image", "seconds_scoring"),
 )
+UNKNOWN = "unknown"
+"""Noise of images whose origin is not known; equal seeds don't make them pairs."""
 FORMER_NOISE = "mt19937"
 """Random number generator of points that do not name theirs, up to version 0.1."""
 COUNTS = ("n", "seed", "chains")

@@ -19,7 +19,7 @@ import numpy as np
 from diffaccel.errors import UsageError
 from diffaccel.jackknife import Frechet, partition
 from diffaccel.report.judges import common_judges, features_of, seen_by
-from diffaccel.report.points import normalised
+from diffaccel.report.points import UNKNOWN, normalised
 from diffaccel.report.rows import Row, key_of, parts_of
 from diffaccel.report.sources import Note
 
@@ -54,7 +54,7 @@ class Pairs:
         return [self._paired(row, first.get(key_of(row.point))) for row in self.rows]
 
     def _paired(self, row: Row, first: Row | None) -> Row:
-        if first is None or first is row or None in key_of(row.point)[1:]:
+        if first is None or first is row or None in key_of(row.point)[1:] or row.point["noise"] == UNKNOWN:
             return row
         difference = self._difference(row, first)
         if difference is None:
@@ -69,8 +69,6 @@ class Pairs:
 
     def _difference(self, row: Row, first: Row) -> Frechet | None:
         """Difference by the extractor at the top of both points; None if it can't be computed."""
-        if not row.point["key"] or not first.point["key"]:  # images of unknown noise
-            return None
         if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
             return None
         if partition(row.point["chains"]) == partition(first.point["chains"]):

@@ -33,6 +33,7 @@ from diffaccel.metrics.statistics import read_any
 from diffaccel.parts.overrides import as_given
 from diffaccel.report import append_point, distance, normalised, read_points
 from diffaccel.report.judges import features_name
+from diffaccel.report.points import UNKNOWN
 from diffaccel.report.table import print_points
 from diffaccel.run import launch
 from diffaccel.run.machine import settle
@@ -67,8 +68,6 @@ DESCRIBED = (
     *("nfe_budget", "nfe", "nfe_burn_in", "evaluations", "chains", "noise", "precision"),
 )
 """Keys of a description that are those of a point."""
-UNKNOWN = "unknown"
-"""Noise of images whose origin is not known; equal seeds don't make them pairs."""
 SHOWN = 64
 """Number of images on the sample grid."""
 
