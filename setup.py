@@ -13,15 +13,14 @@ from setuptools.command.build_py import build_py
 def shipped() -> list[str]:
     """Return the files of experiments/ that a wheel and an sdist contain.
 
-    Results stay in the clone, and so do weights without averaging (``*_raw``) and the held-out statistics of the second
-    classifier (``floor_check``), which no experiment names.
+    Results stay in the clone, and so do weights without averaging (``*_raw``), which no experiment names.
     """
     files = [file for pattern in ("*/*.yaml", "*/weights/*") for file in Path("experiments").glob(pattern)]
     return sorted(file.as_posix() for file in files if not _stays(file))
 
 
 def _stays(file: Path) -> bool:
-    return file.stem.endswith("_raw") or file.name == "floor_check.npz"
+    return file.stem.endswith("_raw")
 
 
 class BuildWithExperiments(build_py):
