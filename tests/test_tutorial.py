@@ -37,7 +37,7 @@ def test_its_variables_can_be_set_from_outside():
     """By which the test below shortens it, and by nothing else."""
     language, content = blocks()[0]
     assert language == "bash"
-    assert set(re.findall(r"^(\w+)=\$\{\1:-", content, re.MULTILINE)) == SMALL.keys()
+    assert set(re.findall(r'^(\w+)="\$\{\1:-', content, re.MULTILINE)) == SMALL.keys()
     values = subprocess.run(
         ["bash", "-c", f"{content}\necho $IMAGES $SIZE $LENGTH $N $NFE"],
         env={**os.environ, **SMALL}, capture_output=True, text=True, check=True,
