@@ -22,6 +22,7 @@ from diffaccel.experiment.loading import (
     check_grid,
     check_shared_prior,
     check_trained,
+    initialise_denoiser,
     load_denoiser,
     load_network,
     load_prior,
@@ -258,8 +259,10 @@ def _fill_denoiser(
     if pretrained is not None and load:
         denoiser.source = pretrained.source
         assign_weights(pretrained.tensors, denoiser.network, f"the weights of {config.checkpoint}")
-    elif weights := config.checkpoint if load else config.init:
-        return load_denoiser(config, Path(weights), denoiser)
+    elif load and config.checkpoint:
+        return load_denoiser(config, Path(config.checkpoint), denoiser)
+    elif not load and config.init:
+        initialise_denoiser(config, Path(config.init), denoiser)
     return {}
 
 

@@ -3,11 +3,13 @@
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from diffaccel.condition import Kinds
 from diffaccel.config import Config
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -51,14 +53,36 @@ def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict
     Raises:
         UsageError: See :func:`load_network`.
     """
-    asked: dict[str, Any] = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
-    asked["condition"] = config.condition
-    if not denoiser.any_process:
-        asked["process"] = config.process
-    header = dict(load_network(path, denoiser.network, "denoiser", asked).header)
+    header = dict(load_network(path, denoiser.network, "denoiser", _asked_of(config, denoiser)).header)
     if header.get("label_drop") == 0 or header.get("condition_drop") == 0:
         denoiser.network.null_class = False  # type: ignore[assignment]  # an attribute of the network
     return header
+
+
+def initialise_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> None:
+    """Load the initial weights of a fit, which may be those of the same network without condition.
+
+    Raises:
+        UsageError: See :func:`load_network`.
+    """
+    weights, asked = open_weights(path).of("denoiser"), _asked_of(config, denoiser)
+    kinds = [one.name for one in fields(Kinds)]
+    theirs = weights.header.get("network", config.network)
+    widened = getattr(denoiser.network, "widened", None)
+    if widened is None or any(theirs.get(key) for key in kinds) or not any(config.network.get(key) for key in kinds):
+        load_network(path, denoiser.network, "denoiser", asked)
+        return
+    asked["network"] = {key: value for key, value in config.network.items() if key not in kinds}
+    del asked["condition"]
+    check_header(path, weights.header, asked)
+    assign_weights(widened(weights.read()), denoiser.network, f"weights {path}")
+
+
+def _asked_of(config: Config, denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """Key of a denoiser's header -> value in the experiment."""
+    process = {} if denoiser.any_process else {"process": config.process}
+    network = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
+    return {**network, "condition": config.condition, **process}
 
 
 def load_prior(

@@ -1,7 +1,7 @@
 """Small U-Net of the shipped weights, with FiLM conditioning on the noise level."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -235,6 +235,17 @@ class UNet(Decoder):
         self.branches = nn.ModuleList([Branch(widths[-1]) for _ in heads] if len(heads) > 1 else [])
         for decoder, multiple in zip(self.decoders, heads, strict=True):
             decoder.build_decoder(stage, widths, blocks, skips, folded * multiple)
+
+    def widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Extend the weights of the same network without condition: conditions have no effect until they are trained."""
+        found, own = dict(tensors), self.state_dict()
+        added = self.takes.pixels * self.unshuffle**2
+        if added and "stem.weight" in found:
+            found["stem.weight"] = F.pad(found["stem.weight"], (0, 0, 0, 0, 0, added))
+        for name in own.keys() - found.keys():
+            if name.startswith("embed_class."):
+                found[name] = torch.zeros_like(own[name])
+        return found
 
     @property
     def decoders(self) -> list[Decoder]:
