@@ -26,6 +26,7 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 html_theme = "furo"
 html_title = f"diffaccel {__version__}"
 html_static_path = ["_static"]
+html_extra_path = ["_generated/extra"]
 html_css_files = ["custom.css"]
 html_theme_options = {"navigation_with_keys": True}
 

@@ -18,6 +18,8 @@ from diffaccel.parts.catalogue import CATALOGUE, DESCRIPTIONS, registry_of
 from diffaccel.verbs.listing import Explanation, explain, list_parts
 
 DOCS = Path(__file__).parent
+EXTRA = DOCS / "_generated" / "extra"
+"""Files that are copied into the site as they are."""
 
 
 class Points(SphinxDirective):
@@ -66,6 +68,23 @@ class Strip(SphinxDirective):
         return self.parse_text_to_nodes(
             f"```{{figure}} {up}_generated/{file.name}\n:alt: samples of digits\n\n{caption}\n```\n"
         )
+
+
+class Page(SphinxDirective):
+    """``{page} EXPERIMENTS``: the interactive page of the shipped points of a data set, and a link to it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Write the page, and return the link."""
+        name = self.arguments[0]
+        for file in (tables.EXPERIMENTS / name / "results").rglob("points.jsonl"):
+            self.env.note_dependency(str(file))
+        folder = f"compare_{name}"
+        figures.page(name, EXTRA / folder)
+        up = "../" * self.env.docname.count("/")
+        link = nodes.reference("", f"Open the interactive page of {name}", refuri=f"{up}{folder}/index.html")
+        return [nodes.paragraph("", "", link)]
 
 
 class Parts(SphinxDirective):
@@ -143,8 +162,7 @@ def _escaped(text: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
-    (DOCS / "_generated").mkdir(exist_ok=True)
-    for name, directive in (("points", Points), ("curve", Curve), ("strip", Strip), ("parts", Parts)):
-        app.add_directive(name, directive)
-    app.add_directive("offered", Offered)
+    EXTRA.mkdir(parents=True, exist_ok=True)
+    for directive in (Points, Curve, Strip, Page, Parts, Offered):
+        app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": False}

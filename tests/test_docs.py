@@ -16,7 +16,7 @@ sys.path.insert(0, str(DOCS))  # as Sphinx does, for the directives
 import tables  # noqa: E402
 
 ALL = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-DIRECTIVES = {"points", "curve", "strip", "parts", "offered", "toctree", "figure", "eval-rst"}
+DIRECTIVES = {"points", "curve", "strip", "page", "parts", "offered", "toctree", "figure", "eval-rst"}
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
