@@ -113,15 +113,17 @@ function drawChart() {
   const yaxis = axis([...at.flatMap(one => [one.mean, Math.max(one.mean - (one.se ?? 0), one.mean / 2)]), ...published.map(p => p.value)]);
   const labels = curves.length ? endLabels(curves, yaxis, height - 90) : [];
   const n = [...new Set(view().points.map(point => point.n))];
+  const metric = `${escaped(view().key)}${n.length === 1 && n[0] ? `@${n[0]}` : ""} (lower is better)`;
   const layout = {
     height, autosize: true, showlegend: false, annotations: labels, hovermode: "closest", dragmode: narrow ? false : "zoom",
-    margin: {l: narrow ? 46 : 64, r: labels.length ? 230 : 14, t: 14, b: 54},
+    margin: {l: narrow ? 46 : 64, r: labels.length ? 230 : 14, t: narrow ? 34 : 14, b: 54},
+    ...(narrow ? {title: {text: metric, x: 0, font: {size: 12}}} : {}),
     width: state.printing ? 680 : undefined,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {family: "system-ui, sans-serif", color: variable("--text"), size: 13},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: variable("--faint"), activecolor: variable("--text")},
     hoverlabel: {align: "left", bgcolor: variable("--raised"), bordercolor: variable("--line"), font: {family: "system-ui, sans-serif", color: variable("--text"), size: 12}},
     xaxis: {...axis([...at.map(one => one.x), ...published.map(p => p.nfe)], ticks), title: {text: escaped(cost().label), standoff: 10}},
-    yaxis: {...yaxis, title: {text: `${escaped(view().key)}${n.length === 1 && n[0] ? `@${n[0]}` : ""} (lower is better)`, standoff: 6}},
+    yaxis: {...yaxis, ...(narrow ? {} : {title: {text: metric, standoff: 6}})},
   };
   const config = {displaylogo: false, responsive: true, displayModeBar: narrow ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
