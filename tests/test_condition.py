@@ -98,15 +98,14 @@ def test_image_and_mask_reach_the_network_and_null_is_zero():
     torch.testing.assert_close(one, found[[1]], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_the_condition_at_zero_are_the_unconditional_network():
-    """So that a trained unconditional network can begin a conditional one."""
-    plain, conditional = network(), network(image=3)
-    state = plain.state_dict()
-    stem = torch.zeros_like(conditional.stem.weight)
-    stem[:, : plain.stem.in_channels] = state["stem.weight"]
-    conditional.load_state_dict({**state, "stem.weight": stem})
+def test_widened_weights_are_the_unconditional_network_until_they_are_trained():
+    """So that a trained unconditional network can begin a conditional one, also under the null condition."""
+    plain, conditional = network(), network(image=3, mask=True, classes=4)
+    conditional.load_state_dict(conditional.widened(plain.state_dict()))
     x, noise = torch.randn(3, *SHAPE), torch.rand(3)
-    torch.testing.assert_close(conditional(x, noise, Condition(image=torch.randn(3, *SHAPE))), plain(x, noise))
+    image, mask, labels = torch.randn(3, *SHAPE), torch.ones(3, 1, *SHAPE[1:]), torch.tensor([0, 3, -1])
+    for condition in (Condition(labels, image=image, mask=mask), None):
+        torch.testing.assert_close(conditional(x, noise, condition), plain(x, noise))
 
 
 def test_a_compiled_batch_is_filled_up_in_every_kind():

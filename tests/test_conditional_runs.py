@@ -68,6 +68,22 @@ def test_holes_are_filled_and_known_pixels_stay(tmp_path: Path):
         assert point["metrics"]["known_error"] == 0
 
 
+def test_a_fit_begins_with_the_network_without_condition(tmp_path: Path):
+    """At a rate next to 0 the weights stay those of the file, with zeros for the image; other networks are refused."""
+    plain = fitted(tmp_path / "plain", "digits/edm") / "ema.safetensors"
+    still = {"training.lr": 1e-30, "init": plain}
+    begun = load_file(fitted(tmp_path / "begun", "digits/edm", SR, still) / "raw.safetensors")
+    start = load_file(plain)
+    added = begun["stem.weight"].shape[1] - start["stem.weight"].shape[1]
+    assert added > 0 and begun["stem.weight"][:, -added:].abs().max() < 1e-20
+    begun["stem.weight"] = begun["stem.weight"][:, :-added]
+    torch.testing.assert_close(begun, dict(start), rtol=0, atol=1e-20)
+    with pytest.raises(UsageError, match="network.widths is"):
+        fitted(tmp_path / "no", "digits/edm", SR, {**still, "network.widths": [16, 16]})
+    with pytest.raises(UsageError, match="network.image is 1 in the file"):
+        fitted(tmp_path / "no", "digits/edm", {"init": tmp_path / "begun" / "ema.safetensors"})
+
+
 def test_weights_say_their_condition(weights: Path, tmp_path: Path):
     for other, words in (
         (

@@ -17,7 +17,8 @@ from diffaccel import experiment
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.errors import UsageError
-from diffaccel.experiment.chain import Chain, experiments_of
+from diffaccel.experiment.chain import Chain
+from diffaccel.experiment.order import experiments_of
 from diffaccel.report import read_points
 from diffaccel.verbs import curve as verb
 from diffaccel.verbs import curve_cost

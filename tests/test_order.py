@@ -127,7 +127,7 @@ def test_cifar10_mid_is_missing_in_order():
     for name in ("tdpm", "dlg", "small_t", "small_t_flow"):
         assert order.index("edm") < order.index(name)
         assert [made.left.name for made in fits[name].needs] == ["ema.safetensors"]
-    with pytest.raises(UsageError, match="'cifar10_mod' is neither a folder.*did you mean 'cifar10_mid'"):
+    with pytest.raises(UsageError, match="'cifar10_mod' is no folder.*did you mean 'cifar10_mid'"):
         plan("cifar10_mod")
 
 

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import experiment
-from diffaccel.config import EXPERIMENTS, Config, find, load, read
+from diffaccel.config import Config, base_of, find, load, read
 from diffaccel.errors import UsageError
 from diffaccel.experiment.build import is_subclass
+from diffaccel.experiment.order import value_at
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.sampling import Sampler
-
-BASE = "base"
-"""Name of the file that contains what the experiments of a folder share, and is no experiment."""
 
 
 @dataclass
@@ -159,7 +157,8 @@ class Chain:
         known = {os.path.realpath(find(file)): other for other, file in self.files.items()}
         maker = name
         for file in _lineage(find(self.files[name])):
-            if _value(read(file), key) is None or os.path.abspath(_value(read(file), key)) != os.path.abspath(path):
+            named = value_at(read(file), key)
+            if named is None or os.path.abspath(named) != os.path.abspath(path):
                 break
             maker = known.get(os.path.realpath(file), maker)
         return maker
@@ -202,39 +201,9 @@ def _fitted(config: Config) -> Config:
     return config
 
 
-def _value(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def _lineage(file: Path) -> list[Path]:
     """Return a file and its bases, in this order."""
     found = [file]
-    while (base := _base_of(found[-1])) is not None:
+    while (base := base_of(found[-1])) is not None:
         found.append(base)
     return found
-
-
-def _base_of(file: Path) -> Path | None:
-    import yaml
-
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return file.parent / str(tree["base"]) if isinstance(tree, dict) and tree.get("base") else None
-
-
-def experiments_of(folder: str) -> dict[str, str]:
-    """Return the experiments of a folder by name, as for the commands.
-
-    Args:
-        folder: Path of a folder of experiments, or name of one under experiments/.
-
-    Raises:
-        UsageError: There is no such folder, or it has no experiments.
-    """
-    for place, prefix in ((Path(folder), None), (EXPERIMENTS / folder, folder)):
-        names = sorted(file.stem for file in place.glob("*.yaml") if file.stem != BASE) if place.is_dir() else []
-        if names:
-            return {name: f"{prefix}/{name}" if prefix else str(place / f"{name}.yaml") for name in names}
-    known = ", ".join(sorted(path.name for path in EXPERIMENTS.iterdir() if (path / "base.yaml").is_file()))
-    raise UsageError(f"{folder} is no folder of experiments: give one that `diffaccel new` wrote, or one of {known}")

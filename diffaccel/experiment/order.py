@@ -89,12 +89,28 @@ def folder_of(data: str) -> Path:
     known = sorted(
         path.name for path in EXPERIMENTS.iterdir() if path.is_dir() and path.name != SWEEPS and names_in(path)
     )
-    raise UsageError(f"{data!r} is neither a folder of experiments nor under {EXPERIMENTS}{suggest(data, known)}")
+    raise UsageError(f"{data!r} is no folder of experiments, nor one under {EXPERIMENTS}{suggest(data, known)}")
 
 
 def names_in(folder: Path) -> list[str]:
     """Return the names of the experiments of a folder, without bases."""
     return sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")
+
+
+def experiments_of(data: str) -> dict[str, str]:
+    """Return the experiments of a folder by name, as for the commands.
+
+    Args:
+        data: Name under experiments/, or path.
+
+    Raises:
+        UsageError: See :func:`folder_of`.
+    """
+    folder = folder_of(data)
+    inside = folder.resolve().parent == EXPERIMENTS.resolve()
+    return {
+        name: f"{folder.resolve().name}/{name}" if inside else str(folder / f"{name}.yaml") for name in names_in(folder)
+    }
 
 
 def plan(
@@ -115,12 +131,11 @@ def plan(
         UsageError: There is no such folder or experiment, an experiment is invalid, fits need each other, or weights
             don't exist and no experiment of the folder makes them.
     """
-    folder = folder_of(data)
-    known = names_in(folder)
+    folder, known = folder_of(data), experiments_of(data)
     root = Path("runs", folder.absolute().name) if root is None else root
     if unknown := [name for name in names or () if name not in known]:
         raise UsageError(f"{folder} has no experiment {unknown[0]!r}{suggest(unknown[0], known)}")
-    experiments = {name: _Experiment(folder, name, settings) for name in known}
+    experiments = {name: _Experiment(folder, name, given, settings) for name, given in known.items()}
     extractors = {path for one in experiments.values() for key, path in one.named if key == EXTRACTOR}
     makers: dict[tuple[str, Path], tuple[str, Made]] = {}
     for name, one in experiments.items():
@@ -129,7 +144,7 @@ def plan(
             # Of two experiments that set the same file, the one with its name makes it.
             if (key, _real(named)) not in makers or named.stem == name:
                 makers[key, _real(named)] = name, made
-    return _sorted(experiments, makers, names or known, root)
+    return _sorted(experiments, makers, names or list(known), root)
 
 
 def _sorted(
@@ -172,24 +187,23 @@ class _Experiment:
     Args:
         folder: Folder.
         name: Name of the experiment.
+        experiment: Experiment, as for the commands.
         settings: Settings of its fit.
 
     Attributes:
         named: Keys and files.
     """
 
-    def __init__(self, folder: Path, name: str, settings: Sequence[str]) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, experiment: str, settings: Sequence[str]) -> None:
+        self.folder, self.name, self.experiment = folder, name, experiment
         file = folder / f"{name}.yaml"
-        inside = folder.resolve().parent == EXPERIMENTS.resolve()
-        self.experiment = f"{folder.resolve().name}/{name}" if inside else str(file)
         self.config: Config = load(self.experiment, settings)
         tree, base = read(file), base_of(file)
         below = read(base) if base is not None else {}
         scores = [] if self._is_extractor else [*self.config.extractors, self.config.validation.judge]
         files = [node.get("path") for node in scores if isinstance(node, Mapping)]
-        self.named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := _at(tree, key))]
-        self._own = [(key, path) for key, path in self.named if _at(tree, key) != _at(below, key)]
+        self.named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := value_at(tree, key))]
+        self._own = [(key, path) for key, path in self.named if value_at(tree, key) != value_at(below, key)]
         self.named += [(EXTRACTOR, Path(path)) for path in files if path]
 
     @property
@@ -246,8 +260,8 @@ def _real(path: Path) -> Path:
     return path.expanduser().resolve()
 
 
-def _at(tree: Mapping[str, Any], key: str) -> str | None:
-    """Value of a dotted key in a tree; None if there is none."""
+def value_at(tree: Mapping[str, Any], key: str) -> str | None:
+    """Return the text under a dotted key of a tree; None if there is none."""
     found: Any = tree
     for name in key.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None

@@ -237,7 +237,7 @@ class UNet(Decoder):
             decoder.build_decoder(stage, widths, blocks, skips, folded * multiple)
 
     def widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Extend the weights of the same network without condition: conditions have no effect until they are trained."""
+        """Extend the weights of the same network without condition; conditions have no effect until trained."""
         found, own = dict(tensors), self.state_dict()
         added = self.takes.pixels * self.unshuffle**2
         if added and "stem.weight" in found:

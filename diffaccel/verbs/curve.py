@@ -11,7 +11,8 @@ from diffaccel import experiment
 from diffaccel.config import EXPERIMENTS, FLAGS, KEYS, Config, find
 from diffaccel.data.module import check_labels
 from diffaccel.errors import SharedError, UsageError, suggest
-from diffaccel.experiment.chain import Chain, Step, configured, experiments_of
+from diffaccel.experiment.chain import Chain, Step, configured
+from diffaccel.experiment.order import experiments_of
 from diffaccel.metrics.reference import file_of, read_reference
 from diffaccel.parts.overrides import sort_words
 from diffaccel.pretrained import open_weights
