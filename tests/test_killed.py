@@ -251,8 +251,10 @@ def test_another_number_of_processes_goes_on(bench: Bench, two: Callable[..., su
     assert len(ranks) > before and set(ranks) == {0, 1}, "both had a part"
     bench.run(out).kill_when(bench.done(3 * bench.batches // 4, out))
     assert two(*words).wait(timeout=300) == 0
-    point = bench.check(out, without=("metrics", "memorisation", "images_by_rank", "world_size"))
+    point = bench.check(out, without=("metrics", "jackknife", "memorisation", "images_by_rank", "world_size"))
     assert point["metrics"] == pytest.approx(bench.point["metrics"], rel=1e-9, nan_ok=True)
+    for name, values in bench.point["jackknife"].items():
+        assert point["jackknife"][name] == pytest.approx(values, rel=1e-9)
     assert point["memorisation"]["share"] == bench.point["memorisation"]["share"]
     assert point["world_size"] == 2 and sum(point["images_by_rank"]) == point["n"] and all(point["images_by_rank"])
 
