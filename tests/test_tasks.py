@@ -239,7 +239,7 @@ def held_out(tmp_path: Path, n: int = 5, **keys: int) -> HeldOut:
 
 
 def test_samples_of_an_image_are_in_succession(tmp_path: Path):
-    """Sample i has the condition of test image i // samples, in any batch, made once."""
+    """Sample i has the condition of the test image at i // samples of the order, in any batch, made once."""
     one, three = held_out(tmp_path), held_out(tmp_path, samples=3)
     expected = one.condition(range(5)).select(torch.arange(15) // 3)
     for span in (range(15), range(4, 11), range(7, 8)):
@@ -249,6 +249,17 @@ def test_samples_of_an_image_are_in_succession(tmp_path: Path):
         assert torch.equal(three.targets(span), one.targets(range(5))[torch.arange(15)[span.start : span.stop] // 3])
     assert not torch.equal(held_out(tmp_path, seed=1).condition(range(5)).mask, one.condition(range(5)).mask)
     assert one.identity(5)["sha256"] == three.identity(15)["sha256"] != one.identity(4)["sha256"]
+
+
+def test_the_first_samples_are_typical_of_sorted_files(tmp_path: Path):
+    """Every test image is used once; the first hundred of a thousand are spread over the file as random ones are."""
+    inputs = held_out(tmp_path, n=1000)
+    order = inputs.order
+    assert torch.equal(order.sort().values, torch.arange(1000))
+    counts = torch.bincount(order[:100] // 100, minlength=10)
+    assert 3 <= counts.min() and counts.max() <= 20
+    assert torch.equal(inputs.targets(range(20, 30)), inputs._open()[0].read(order[20:30]))
+    assert not torch.equal(held_out(tmp_path, n=1000, seed=1).order, order)
 
 
 def test_too_few_test_images(tmp_path: Path):

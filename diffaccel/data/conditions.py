@@ -75,15 +75,17 @@ def round_to_8_bits(images: Tensor) -> Tensor:
 class HeldOut:
     """Conditions of sampled images: those of the images of the test split, each for some samples in succession.
 
-    Sample i belongs to test image i // samples. Random degradations depend on the index of the test image and on a seed
-    of their own, so that they are the same for every method, budget and seed of sampling.
+    Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation: files are often
+    sorted by class, so that the first ones are not typical of the others. The permutation and random degradations,
+    which depend on the index of the test image, have a seed of their own. They are the same for every method, budget
+    and seed of sampling.
 
     Args:
         conditioner: Conditioner.
         source: Data set.
         limit: Maximum number of test images; None for all.
         samples: Number of samples per test image.
-        seed: Seed of random degradations.
+        seed: Seed of the permutation and of random degradations.
         lpips: Whether to measure the perceptual distance of samples to the test images.
 
     Raises:
@@ -104,6 +106,7 @@ class HeldOut:
         self.conditioner, self.source, self.limit, self.samples, self.seed = conditioner, source, limit, samples, seed
         self.lpips = lpips
         self._opened: tuple[Images, Conditions] | None = None
+        self._order: Tensor | None = None
 
     @property
     def kinds(self) -> Kinds:
@@ -136,30 +139,37 @@ class HeldOut:
                 f"{self.source.label} has {found}: set n={found * self.samples} or less"
             )
 
-    def _inputs(self, indices: range) -> tuple[range, Tensor]:
+    @property
+    def order(self) -> Tensor:
+        """Test images in the order of their use, (N,) int64."""
+        if self._order is None:
+            draws = NoiseStreams(self.seed, range(len(self._open()[0])), "condition order").uniform()
+            self._order = draws.argsort(stable=True)
+        return self._order
+
+    def _inputs(self, indices: range) -> tuple[Tensor, Tensor]:
         """Test images of a batch of samples, and the position of each sample's image among them."""
         first, last = indices.start // self.samples, (indices.stop - 1) // self.samples
-        return range(first, last + 1), torch.arange(indices.start, indices.stop) // self.samples - first
+        return self.order[first : last + 1], torch.arange(indices.start, indices.stop) // self.samples - first
 
     def condition(self, indices: range) -> Condition:
         """Return the conditions of samples, (B,) of them, each made once per test image."""
-        inputs, position = self._inputs(indices)
+        chosen, position = self._inputs(indices)
         images, conditions = self._open()
-        chosen = torch.arange(inputs.start, inputs.stop)
-        made = conditions(images.read(chosen), chosen, NoiseStreams(self.seed, inputs, "condition"))
+        made = conditions(images.read(chosen), chosen, NoiseStreams(self.seed, chosen, "condition"))
         return made.select(position)
 
     def targets(self, indices: range) -> Tensor:
         """Return the test images of samples, (B, C, H, W) uint8."""
-        inputs, position = self._inputs(indices)
-        return self._open()[0].read(torch.arange(inputs.start, inputs.stop))[position]
+        chosen, position = self._inputs(indices)
+        return self._open()[0].read(chosen)[position]
 
     def identity(self, n: int) -> dict[str, Any]:
         """Return what determines the conditions of n samples, besides the conditioner: a hash of the test images."""
         self.check(n)
         digest, images = hashlib.sha256(), self._open()[0]
         for first in range(0, count := -(-n // self.samples), 500):
-            batch = images.read(torch.arange(first, min(first + 500, count)))
+            batch = images.read(self.order[first : min(first + 500, count)])
             digest.update(batch.numpy().tobytes())
         return {"sha256": digest.hexdigest(), "samples": self.samples, "seed": self.seed}
 
