@@ -9,6 +9,7 @@ import torch
 from stored import LABELS, RGB, N, data, same, together, training
 
 from diffaccel.data import Batch, Stream
+from diffaccel.data.source import random_order
 from diffaccel.data.stream import mirrored
 
 
@@ -85,6 +86,21 @@ def test_scoring_batches_cover_the_split_once_without_padding(npz: str, world: i
     for b, images, labels in parts:
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), RGB[5 * b : 5 * b + 5])
         assert labels is not None and labels.tolist() == LABELS[5 * b : 5 * b + 5].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_some_images_of_a_split_are_typical_of_sorted_files(npz: str, world: int) -> None:
+    """A number of images is drawn in random order, the same for every batch size and number of processes."""
+    order = random_order(N)
+    assert sorted(order.tolist()) == list(range(N)) and order.tolist() != list(range(N))
+    module = data("npz", path=npz)
+    for size in (2, 4):
+        parts = sorted((part for rank in range(world) for part in module.batches("train", size, rank, world, n=7)),
+                       key=lambda part: part[0])  # fmt: skip
+        found = torch.cat([images for _, images, _ in parts])
+        assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), RGB[order[:7].numpy()])
+    spread = random_order(10_000)[:500] // 1000
+    assert torch.bincount(spread, minlength=10).min() >= 25, "ten sorted classes"
 
 
 def test_lightning_trains_on_it_until_the_method_stops(npz: str) -> None:

@@ -24,6 +24,8 @@ QUICK = ["logger=none", "threads=1", "reference=", "data.n=2000"]
 TOY = (0.2, 0.3, 0.5)
 ENTROPY = -sum(w * math.log(w) for w in TOY) + math.log(2 * math.pi * math.e * 0.3**2)
 """Of the toy mixture, whose modes don't overlap, in nats."""
+TO_NORMAL = 0.1647
+"""KL[p_T || N(0, I)] at T = 0.4 in nats, the mean over a million draws of x_T, ± 0.0006."""
 
 
 def fit(out: Path, *words: str) -> Path:
@@ -140,7 +142,7 @@ def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsy
     assert abs(flow["mixture", 0.4][0] - ENTROPY / (2 * math.log(2))) < 4 * flow["mixture", 0.4][1]
     gain, se = (float(rows["mixture", 0.4][f"bits_per_dim_gain{end}"]) for end in ("", "_se"))
     assert gain == pytest.approx(flow["N(0, I)", 0.4][0] - flow["mixture", 0.4][0], abs=1e-9)
-    assert abs(gain - 0.05214 / (2 * math.log(2))) < 4 * se < 0.1, "KL[p_T || N(0, I)], which the mixture closes"
+    assert abs(gain - TO_NORMAL / (2 * math.log(2))) < 3 * se < 0.1, "KL[p_T || N(0, I)], which the mixture closes"
     assert float(rows["N(0, I)", 0.4]["bits_per_dim_gain"]) == 0
     assert rows["Gaussian", 0.4]["bits_per_dim_nfe"] == rows["mixture", 0.4]["bits_per_dim_nfe"], "one level, one stop"
     nfe = [float(rows["Gaussian", T]["bits_per_dim_nfe"]) for T in (0.2, 0.4, 0.9)]

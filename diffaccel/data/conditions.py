@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.condition import Condition, Kinds, Observation
-from diffaccel.data.source import Images, Source, Split
+from diffaccel.data.source import Images, Source, Split, random_order
 from diffaccel.data.stream import Conditions, to_float
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
@@ -143,8 +143,7 @@ class HeldOut:
     def order(self) -> Tensor:
         """Test images in the order of their use, (N,) int64."""
         if self._order is None:
-            draws = NoiseStreams(self.seed, range(len(self._open()[0])), "condition order").uniform()
-            self._order = draws.argsort(stable=True)
+            self._order = random_order(len(self._open()[0]), self.seed)
         return self._order
 
     def _inputs(self, indices: range) -> tuple[Tensor, Tensor]:

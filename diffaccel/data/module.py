@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from diffaccel.data.conditions import Conditioner
 from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
-from diffaccel.data.source import SPLITS, Images, Source, Split, build_source
+from diffaccel.data.source import SPLITS, Images, Source, Split, build_source, random_order
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
 from diffaccel.text.terminal import say
@@ -228,7 +228,7 @@ class DataModule(LightningDataModule):
         return DataLoader([0])  # type: ignore[arg-type]
 
     def batches(
-        self, split: str, batch_size: int, rank: int = 0, world: int = 1
+        self, split: str, batch_size: int, rank: int = 0, world: int = 1, n: int | None = None
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Iterate once over a split in a fixed order, for reference statistics and scoring.
 
@@ -239,12 +239,14 @@ class DataModule(LightningDataModule):
             batch_size: Images per batch.
             rank: Rank of this process.
             world: Number of ranks.
+            n: Maximum number of images, which are the first of a random order; None for all, in the order of the files.
 
         Yields:
             The global batch index b; images (n, C, H, W) uint8, or float32 points of the source ``toy``; labels (n,)
             int64, or None.
         """
         images = self.images(split)
-        for b in range(rank, -(-len(images) // batch_size), world):
-            indices = torch.arange(b * batch_size, min((b + 1) * batch_size, len(images)))
+        order = torch.arange(len(images)) if n is None else random_order(len(images))[:n]
+        for b in range(rank, -(-len(order) // batch_size), world):
+            indices = order[b * batch_size : (b + 1) * batch_size]
             yield b, images.read(indices), None if images.labels is None else images.labels[indices]

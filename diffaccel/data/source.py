@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from diffaccel.errors import UsageError
+from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
 
 Split = Literal["train", "test"]
@@ -57,6 +58,14 @@ class Images(ABC):
         Raises:
             UsageError: Some images, named in the message, can't be used.
         """
+
+
+def random_order(n: int, seed: int = 0) -> Tensor:
+    """Return a random permutation of n images, (n,) int64, the same on all machines.
+
+    Files are often sorted by class, so that the first images of a split are not typical of the others.
+    """
+    return NoiseStreams(seed, range(n), "order").uniform().argsort(stable=True)
 
 
 class ArrayImages(Images):

@@ -37,7 +37,7 @@ def least_ratio(denoiser: Denoiser) -> float:
 
 
 class BitsPerDim:
-    """Bits per dimension of the first ``n`` test images, distributed over all ranks and computed once per prior.
+    """Bits per dimension of ``n`` test images in random order, distributed over all ranks and computed once per prior.
 
     Args:
         data: Data module of the test images; images are dequantised, toy points are used as they are.
@@ -83,13 +83,10 @@ class BitsPerDim:
         found, calls = [torch.zeros(len(starts), 0, dtype=torch.float64)], [torch.zeros(len(starts))]
         # Outside Lightning's inference mode, which excludes gradients, and in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(sampler.device.type, enabled=False):
-            batches = self.data.batches("test", self.batch_size, world.rank, world.size)
+            batches = self.data.batches("test", self.batch_size, world.rank, world.size, self.n)
             own, key = math.ceil(self.n / self.batch_size / world.size), self._key(sampler.denoiser, starts)
             for index, images, _ in track(batches, "bits/dim", own, shown=world.first):
                 first = index * self.batch_size
-                if first >= self.n:
-                    break
-                images = images[: self.n - first]
                 path = self.folder and self.folder / f"bits_{key}_{first:08d}_{len(images)}.pt"
                 done = read_whole(path)
                 if done is None:

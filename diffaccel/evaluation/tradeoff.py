@@ -97,11 +97,8 @@ class TradeoffCurve:
             for name, priors in starts.items()
         }
         parts: list[tuple[Bound, Tensor]] = []
-        for index, images, _ in self.data.batches("test", self.batch_size):
+        for index, images, _ in self.data.batches("test", self.batch_size, n=self.settings.images):
             first = index * self.batch_size
-            if first >= self.settings.images:
-                break
-            images = images[: self.settings.images - first]
             noise = NoiseStreams(self.seed, range(first, first + len(images)), "likelihood")
             width = cell_range(images)
             x_0 = (images if width is None else dequantised(images, noise)).to(denoiser.device)

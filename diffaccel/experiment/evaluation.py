@@ -176,6 +176,7 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     check_unconditional("likelihood=true", sampler)
     sampler.prior.start_ratio(sampler.denoiser)
     identity = {**identify_parts(config), "data": config.data, "prior": by_content("prior", config.prior)}
+    identity["order"] = "random"  # of the test images
     n, batch_size = config.likelihood_n, config.images_per_batch
     return BitsPerDim(build_data(config), n, config.seed, batch_size, config.folder, identity)
 

@@ -25,7 +25,7 @@ def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Ident
     if len(judges) > 1:
         scores["judges"] = [judge.identity() for judge in judges[1:]]
     if config.likelihood:
-        scores["likelihood"] = config.likelihood_n
+        scores["likelihood"] = {"n": config.likelihood_n, "order": "random"}  # earlier points: the first of the file
     if config.metrics != list(STANDARD):
         scores["metrics"] = [one if isinstance(one, str) else by_content("metric", one) for one in config.metrics]
     images = identify_images(config)
