@@ -210,7 +210,7 @@ def test_sdist_contains_what_a_wheel_is_built_from(sdist: Path) -> None:
 
 
 def test_wheel_contains_every_experiment_and_the_marker_of_types(wheel: Path, installed: Path) -> None:
-    assert wheel.stat().st_size < 70e6  # with the judge of searches and validations, which experiments name
+    assert wheel.stat().st_size < 95e6, "PyPI takes files of up to 100 MB"
     package = installed / "diffaccel"
     assert files(package, "**/*.py", "py.typed") == files(ROOT / "diffaccel", "**/*.py", "py.typed")
     assert files(package / "experiments", "*/*.yaml") == files(ROOT / "experiments", "*/*.yaml")
