@@ -1,13 +1,14 @@
 """Captions of the images of a split: generated from labels, or read from text files, COCO's JSON, or the data.
 
 Text files and JSON are paired with images by the names of the files, with folders and without suffixes: the captions of
-``001.Albatross/a.jpg`` are those of ``001.Albatross/a.txt``, or else of the only ``a.txt``. This covers a folder of
-captions, captions beside the images, and the layout of the captions of CUB, ``text_c10/001.Albatross/a.txt``.
+``001.Albatross/a.jpg`` are those of ``001.Albatross/a.txt``, as in CUB's ``text_c10``. One name may lack leading folders
+of the other, as for ``a.txt``, or for an image ``train/001.Albatross/a.jpg``, if that leaves a single pair.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,21 @@ def read_captions(images: Images, path: Path | None, label: str) -> Captions:
             f"condition 'captions': there is no {where}: set condition.path= to a folder of .txt files, or to COCO's "
             f"{COCO}"
         )
-    return _each(names, _lookup(found), where)
+    pairs = _pairs([os.path.splitext(name)[0] for name in names], found)
+
+    def read(stem: str) -> tuple[str, ...] | None:
+        value = found[pairs[stem]] if stem in pairs else None
+        return value() if callable(value) else value
+
+    return _each(names, read, where)
 
 
-def _each(names: Iterable[str], read: Callable[[str], tuple[str, ...] | None], where: str) -> Captions:
+def _each(names: Sequence[str], read: Callable[[str], tuple[str, ...] | None], where: str) -> Captions:
     """Read the captions of each image by the name of its file.
 
     Raises:
         UsageError: Some images have no captions.
     """
-    names = list(names)
     found = [read(os.path.splitext(name)[0]) for name in names]
     missing = [name for name, captions in zip(names, found, strict=True) if not captions]
     if missing:
@@ -103,20 +109,30 @@ def _each(names: Iterable[str], read: Callable[[str], tuple[str, ...] | None], w
     return [captions for captions in found if captions]
 
 
-def _lookup(found: Mapping[str, Any]) -> Callable[[str], tuple[str, ...] | None]:
-    """Return a function that finds captions by the whole name of an image, or else by its unique last part."""
+def _pairs(images: Sequence[str], texts: Mapping[str, Any]) -> dict[str, str]:
+    """Pair names of images with names of texts, both without suffixes.
+
+    The names of a pair are equal, or one is the other without leading folders. Of the latter, a name in several pairs
+    is in none.
+    """
     last: dict[str, list[str]] = {}
-    for stem in found:
-        last.setdefault(stem.rpartition("/")[2], []).append(stem)
+    for text in texts:
+        last.setdefault(text.rpartition("/")[2], []).append(text)
+    pairs, shortened = {}, dict[str, str]()
+    for image in images:
+        if image in texts:
+            pairs[image] = image
+            continue
+        own = [text for text in last.get(image.rpartition("/")[2], []) if _ends(image, text) or _ends(text, image)]
+        if len(own) == 1:
+            shortened[image] = own[0]
+    used = Counter([*pairs.values(), *shortened.values()])
+    return pairs | {image: text for image, text in shortened.items() if used[text] == 1}
 
-    def read(stem: str) -> tuple[str, ...] | None:
-        stems = [stem] if stem in found else last.get(stem.rpartition("/")[2], [])
-        if len(stems) != 1:
-            return None
-        value = found[stems[0]]
-        return value() if callable(value) else value
 
-    return read
+def _ends(name: str, end: str) -> bool:
+    """Whether a name ends in another one, by whole folders."""
+    return name.endswith(f"/{end}")
 
 
 def _text_files(folder: Path) -> dict[str, Callable[[], tuple[str, ...] | None]]:

@@ -96,11 +96,12 @@ class Pretrained(TextEncoder):
             with extra("text", needed_by=self._where):
                 import transformers
             folder = str(self.folder)
-            safe = {"local_files_only": True, "trust_remote_code": False}
             try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
                 kind = getattr(transformers, self.network)
-                network = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **safe)
+                network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
             except Exception as error:  # whatever the library finds wrong with the files
                 reason = " ".join(str(error).split())
                 raise UsageError(
@@ -193,9 +194,9 @@ def _downloaded(model: str, where: str) -> Path:
     """
     with extra("text", needed_by=where):
         from huggingface_hub import snapshot_download
-    for options in ({"local_files_only": True}, {}):  # first without a connection
+    for offline in (True, False):  # without a connection, if the files are there
         try:
-            return Path(snapshot_download(model, allow_patterns=list(FILES), **options))
+            return Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=offline))
         except Exception as error:  # of the connection, the name, or the cache; the library has many
             problem = error
     reason = " ".join(str(problem).split())

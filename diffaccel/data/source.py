@@ -104,7 +104,8 @@ class ArrayImages(Images):
     @override
     def first(self, n: int) -> "ArrayImages":
         """Return the first ``n`` images, with the number of classes of the whole split."""
-        labels, captions = (None if one is None else one[:n] for one in (self.labels, self.captions))
+        labels = None if self.labels is None else self.labels[:n]
+        captions = None if self.captions is None else self.captions[:n]
         return ArrayImages(self.images[:n], labels, self.classes, self.notes, captions)
 
 

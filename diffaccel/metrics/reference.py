@@ -127,9 +127,10 @@ def save_references(references: Mapping[Path, Reference]) -> None:
         for path, part in parts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
-                labels = references[path].labels
-                own = {} if labels is None else {"labels": labels.numpy().astype(np.int32)}
-                np.savez_compressed(file, **references[path]._arrays(), **own)
+                arrays, labels = references[path]._arrays(), references[path].labels
+                if labels is not None:
+                    arrays["labels"] = labels.numpy().astype(np.int32)
+                np.savez_compressed(file, **arrays)
         for path, old in olds.items():
             path.replace(old)
         for path, part in parts.items():
