@@ -1,8 +1,8 @@
 """Captions of the images of a split: generated from labels, or read from text files, COCO's JSON, or the data.
 
-Text files and JSON are paired with images by the names of the files, with folders and without suffixes: the captions of
-``001.Albatross/a.jpg`` are those of ``001.Albatross/a.txt``, as in CUB's ``text_c10``. One name may lack leading folders
-of the other, as for ``a.txt``, or for an image ``train/001.Albatross/a.jpg``, if that leaves a single pair.
+Text files and JSON are paired with images by the names of the files, with folders and without suffixes: the captions
+of ``001.Albatross/a.jpg`` are those of ``001.Albatross/a.txt``, as in CUB's ``text_c10``. One name may lack leading
+folders of the other, as for ``a.txt``, or for an image ``train/001.Albatross/a.jpg``, if that leaves a single pair.
 """
 
 import json

@@ -61,8 +61,8 @@ class Pretrained(TextEncoder):
         if not Path(self.path).is_dir():
             raise UsageError(
                 f"{self._where}: there is no folder {printable(str(self.path))}: set condition.encoder.path= to a "
-                "folder with config.json, safetensors weights and a tokenizer, or condition.encoder.model= to a name on "
-                "the hub"
+                "folder with config.json, safetensors weights and a tokenizer, or condition.encoder.model= to a name "
+                "on the hub"
             )
         return Path(self.path)
 

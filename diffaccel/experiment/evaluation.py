@@ -130,14 +130,14 @@ def check_classes(config: Config, sampler: Sampler, judges: Sequence[Judge], met
     inputs = sampler.inputs
     if not sampler.classes and (inputs is None or inputs.labels(1) is None):
         raise UsageError(
-            f"metrics: 'accuracy' requires samples of known classes, which those of {config.experiment} are not: "
-            "remove it, or use a class-conditional experiment or captions of images with labels"
+            f"metrics: 'accuracy' requires samples of known classes, but those of {config.experiment} have none: "
+            "remove it, or use a class-conditional experiment, or captions of images with labels"
         )
     for judge in judges:
         if judge.real.reference.labels is None:
             raise UsageError(
-                f"metrics: 'accuracy' requires the labels of the training images, which the reference of "
-                f"{judge.name!r} does not contain: compute it again with `diffaccel reference EXPERIMENT`, or remove the metric"
+                f"metrics: 'accuracy' requires the labels of training images, but the reference of {judge.name!r} has "
+                "none: compute it again with `diffaccel reference EXPERIMENT`, or remove the metric"
             )
 
 
