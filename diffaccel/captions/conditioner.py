@@ -101,7 +101,8 @@ class Captions(Conditioner):
     def given(self) -> Given | None:
         if self.caption is None:
             return None
-        return Given(self, lambda n: self.of_text([self.caption or ""] * n), {"caption": self.caption})
+        caption = self.caption
+        return Given(self, lambda: self.of_text([caption]), {"caption": caption})
 
     @override
     def of_text(self, captions: Sequence[str]) -> Condition:

@@ -125,7 +125,8 @@ class Pretrained(TextEncoder):
             batch = list(captions[first : first + BATCH])
             read = tokenizer(batch, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
             ids, mask = read["input_ids"].to(network.device), read["attention_mask"].to(network.device)
-            hidden = network(input_ids=ids, attention_mask=mask).last_hidden_state
+            with torch.autocast(network.device.type, enabled=False):
+                hidden = network(input_ids=ids, attention_mask=mask).last_hidden_state
             for caption, states, own in zip(batch, hidden.half().cpu(), mask.bool().cpu(), strict=True):
                 if not torch.isfinite(states[own]).all():
                     raise UsageError(f"{self._where}: the embedding of {printable(caption)!r:.80} is not finite")

@@ -194,6 +194,11 @@ class HeldOut:
         first, last = indices.start // self.samples, (indices.stop - 1) // self.samples
         return self.order[first : last + 1], torch.arange(indices.start, indices.stop) // self.samples - first
 
+    def prepare(self) -> None:
+        """Compute what the conditions need, before images are sampled."""
+        self._open()
+        self.conditioner.prepare()
+
     def of_text(self, captions: Sequence[str]) -> Condition:
         """Make the conditions of captions; see :class:`Conditioner`."""
         return self.conditioner.of_text(captions)
@@ -231,12 +236,13 @@ class Given:
 
     Args:
         conditioner: Conditioner.
-        make: Function that makes the conditions of n samples.
+        make: Function that makes the condition, of one sample.
         key: What determines the condition, besides the conditioner.
     """
 
-    def __init__(self, conditioner: Conditioner, make: Callable[[int], Condition], key: Mapping[str, Any]) -> None:
+    def __init__(self, conditioner: Conditioner, make: Callable[[], Condition], key: Mapping[str, Any]) -> None:
         self.conditioner, self.make, self.key = conditioner, make, key
+        self._made: Condition | None = None
 
     @property
     def kinds(self) -> Kinds:
@@ -259,11 +265,17 @@ class Given:
         Raises:
             UsageError: It can't.
         """
-        self.make(1)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the condition, once."""
+        self._made = self._made or self.make()
 
     def condition(self, indices: range) -> Condition:
         """Return the conditions of samples, (B,) of them."""
-        return self.make(len(indices))
+        self.prepare()
+        assert self._made is not None
+        return self._made.map(lambda value: value.expand(len(indices), *value.shape[1:]))
 
     def labels(self, n: int) -> Tensor | None:
         """Return the classes of n samples, which are unknown: None."""

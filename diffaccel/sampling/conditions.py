@@ -35,6 +35,9 @@ class Inputs(Protocol):
             UsageError: There are too few, or they can't be read.
         """
 
+    def prepare(self) -> None:
+        """Compute what the conditions need, before images are sampled."""
+
     def condition(self, indices: range) -> Condition:
         """Return the conditions of images, on the CPU."""
 
@@ -73,6 +76,16 @@ def condition_by_index(
         require_inputs(takes)
         return own
     return join(own, inputs.condition(indices).to(device))
+
+
+def classes_of(labels: Tensor | None, inputs: Inputs | None, n: int) -> Tensor | None:
+    """Return the classes that n images are made for, (n,) on the CPU; None for no classes.
+
+    These are the labels of a class-conditional network, or else the classes of the inputs, such as those of captions.
+    """
+    if labels is not None:
+        return labels.cpu()
+    return None if inputs is None else inputs.labels(n)
 
 
 def require_inputs(takes: Kinds) -> None:

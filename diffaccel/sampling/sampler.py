@@ -225,11 +225,6 @@ class Sampler:
         return self.takes.classes
 
     @property
-    def condition_length(self) -> int:
-        """Number of tokens of a condition; 1 if it is unknown."""
-        return (0 if self.inputs is None else self.inputs.length) or 1
-
-    @property
     def extra_evaluations(self) -> int:
         """Evaluations per image after the solver."""
         return int(self.tweedie is not None and self.tweedie.counted)
@@ -358,6 +353,8 @@ class Sampler:
         if done == len(group):
             return
         networks = {**self.evaluated_networks(plan.prior), **self.auxiliary_networks(plan.prior)}
+        if self.inputs is not None and given is None:
+            self.inputs.prepare()
         seconds, flops = self._warm_up(plan, len(group[0]), given)
         rounds = len(saved["trace"]) if saved else 0
         stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
@@ -405,15 +402,8 @@ class Sampler:
         return conditions.labels_by_index(self.takes, plan.prior, indices, self.device)
 
     def classes_of(self, plan: Plan, n: int) -> Tensor | None:
-        """Return the classes that n images are made for, (n,) on the CPU; None for no classes.
-
-        These are the labels of a class-conditional network, or else the classes of the inputs, such as those that
-        captions are of.
-        """
-        labels = self.labels(plan, range(n))
-        if labels is not None:
-            return labels.cpu()
-        return None if self.inputs is None else self.inputs.labels(n)
+        """Return the classes that n images are made for, see :mod:`diffaccel.sampling.conditions`."""
+        return conditions.classes_of(self.labels(plan, range(n)), self.inputs, n)
 
     def condition(self, plan: Plan, indices: range) -> Condition | None:
         """Return the condition of images by their index, see :mod:`diffaccel.sampling.conditions`."""

@@ -104,7 +104,8 @@ def _forward(sampler: Sampler, images: int) -> float:
     """Time of a forward pass, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
-    tokens = torch.zeros(images, sampler.condition_length, sampler.takes.tokens, device=sampler.device)
+    length = sampler.inputs.length if sampler.inputs is not None else 1
+    tokens = torch.zeros(images, length, sampler.takes.tokens, device=sampler.device)
     started = _clock(sampler)
     sampler.denoiser(x_t, t, Condition(tokens=tokens) if sampler.takes.tokens else None)
     return _clock(sampler) - started
