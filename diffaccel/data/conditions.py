@@ -206,7 +206,7 @@ class HeldOut:
     def labels(self, n: int) -> Tensor | None:
         """Return the class labels of the test images of n samples, (n,); None for images without labels."""
         labels = self._open()[0].labels
-        return None if labels is None else labels[torch.arange(n) // self.samples]
+        return None if labels is None else labels[self.order[torch.arange(n) // self.samples]]
 
     def condition(self, indices: range) -> Condition:
         """Return the conditions of samples, (B,) of them, each made once per test image."""
