@@ -22,7 +22,7 @@ from diffaccel.noise import NoiseStreams
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 FILES = [name for name in FILES if not name.startswith("sweeps/")]  # see test_sweep.py
 NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
-SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "cifar10_small/"))]
+SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "digits_text/", "cifar10_small/"))]
 MID = [name for name in NAMES if name.startswith("cifar10_mid/")]
 OTHERS = ("/tdpm", "/ddm")
 """Of the papers' size too, but each its own."""
@@ -43,6 +43,8 @@ def weights_of(name: str) -> list[Path]:
 def test_there_are_experiments():
     assert {"toy/edm", "toy/ddpm", "toy/dlg", "digits/edm", "digits/ddpm", "digits/dlg"} <= set(SMALL)
     assert {f"{data}/ddm" for data in ("toy", "digits", "cifar10_small")} <= set(SMALL)
+    assert {f"digits_text/{method}" for method in ("edm", "ddm", "tdpm")} <= set(SMALL)
+    assert {"cub64/tdpm", "coco64/tdpm"} <= set(NAMES)
     assert {"cifar10/edm", "cifar10/dlg", "cifar10/dlg_kar2", "cifar10/small_t"} <= set(PAPER)
     assert {f"{data}/tdpm" for data in ("toy", "digits", "cifar10_small", "cifar10", "lsun256")} <= set(NAMES)
     assert {"celebahq256/dlg", "celebahq256/dlg_ours"} <= set(LARGER)

@@ -58,7 +58,8 @@ class Npz(Source):
     """Arrays of an npz file: ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` (N,) integers.
 
     Without these names, ``arr_0`` and ``arr_1`` are read instead, which are the names in ADM's samples. The number of
-    classes is the length of an optional array ``classes`` (of names), otherwise the largest training label plus 1.
+    classes is the length of an optional array ``classes`` (of names), otherwise the largest training label plus 1. An
+    optional array ``captions`` has one or more captions of each image, (N,) or (N, K) text.
 
     Args:
         path: File of the training images.
@@ -98,15 +99,18 @@ class Npz(Source):
         images = _checked_images(file, image_key)
         classes = _classes(file) if label_key else None
         labels = _checked_labels(file, label_key, len(images), classes) if label_key else None
-        read = {"images", "arr_0"} | ({label_key, "classes"} if label_key else set())  # arr_0 may repeat images
+        captions = _captions(file, len(images)) if "captions" in file.names else None
+        read = {"images", "arr_0", "captions"} | ({label_key, "classes"} if label_key else set())  # arr_0 may repeat
         notes = file.unread(read)
         if share is None:
-            return ArrayImages(channels_first(images), labels, classes, notes)
+            return ArrayImages(channels_first(images), labels, classes, notes, captions)
         if labels is not None and classes is None:
             classes = int(labels.max()) + 1  # of all images
         own = held_out.chosen([held_out.digest_of_array(image) for image in images], share, name, self.path)
         notes = [*notes, held_out.note(len(images), len(images) - len(own))] if name == "train" else []
-        return ArrayImages(channels_first(images[own.numpy()]), None if labels is None else labels[own], classes, notes)
+        chosen = None if captions is None else [captions[index] for index in own.tolist()]
+        labels = None if labels is None else labels[own]
+        return ArrayImages(channels_first(images[own.numpy()]), labels, classes, notes, chosen)
 
 
 def _keys(file: npz.ArrayFile) -> tuple[str, str | None]:
@@ -164,6 +168,20 @@ def _classes(file: npz.ArrayFile) -> int | None:
     if classes.ndim != 1 or len(classes) > MAX_CLASSES:
         raise UsageError(f"{file.where}: 'classes' has shape {classes.shape}: save one name per class, or omit it")
     return len(classes)
+
+
+def _captions(file: npz.ArrayFile, n: int) -> list[tuple[str, ...]]:
+    captions = file.read("captions")
+    if captions.dtype.kind != "U" or captions.ndim not in (1, 2) or len(captions) != n:
+        raise UsageError(
+            f"{file.where}: 'captions' is {captions.dtype} {captions.shape}: save text, ({n},) or ({n}, K), as in "
+            "captions=np.array(list_of_texts)"
+        )
+    rows = captions.reshape(n, -1).tolist()
+    found = [tuple(text.strip() for text in row if text.strip()) for row in rows]  # shorter rows end in empty texts
+    if empty := [index for index, row in enumerate(found) if not row]:
+        raise UsageError(f"{file.where}: {len(empty)} images, the first is {empty[0]}, have no caption: add them")
+    return found
 
 
 def _checked_labels(file: npz.ArrayFile, key: str, n: int, classes: int | None) -> Tensor:

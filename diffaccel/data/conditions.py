@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,10 @@ from diffaccel.noise import NoiseStreams
 from diffaccel.parts.registry import Registry
 
 CONDITIONERS: Registry["Conditioner"] = Registry(
-    "condition", builtins=["diffaccel.tasks"], context=["shape"], extra={"samples": int, "seed": int, "lpips": bool}
+    "condition",
+    builtins=["diffaccel.tasks", "diffaccel.captions.conditioner"],
+    context=["shape"],
+    extra={"samples": int, "seed": int, "lpips": bool},
 )
 
 
@@ -27,10 +30,16 @@ class Conditioner(ABC):
     Attributes:
         kinds: Kinds of the conditions.
         observation: Part of the image that its condition determines; None for no such part.
+        length: Number of tokens of a condition, for estimates of the cost.
     """
 
     kinds: Kinds
     observation: Observation | None = None
+    length: int = 0
+    restores: ClassVar[bool] = True
+    """Whether the image is to be restored from its condition, so that samples are compared with the image."""
+    hashed: ClassVar[bool] = False
+    """Whether :meth:`identity` covers the files that keys name, so that their paths do not identify the samples."""
     on_device: ClassVar[bool] = False
     """Whether the conditions depend on the images alone, so that they can be made on the device of the images."""
     weight_keys: ClassVar[tuple[str, ...] | None] = None
@@ -43,6 +52,34 @@ class Conditioner(ABC):
         Raises:
             UsageError: It is missing, or doesn't fit the images.
         """
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash of files that determine what the weights of a network mean, besides its keys; None for no such files.
+
+        Raises:
+            UsageError: The files are missing.
+        """
+        return None
+
+    def prepare(self) -> None:  # noqa: B027  (optional)
+        """Compute what the opened conditions need, before worker processes are started."""
+
+    def identity(self, conditions: Conditions) -> dict[str, Any]:
+        """Return what determines the conditions of a split, besides its images and the keys of the conditioner."""
+        return {}
+
+    def given(self) -> "Given | None":
+        """Return the condition of sampled images that keys set; None for those of the test images."""
+        return None
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions, (B,) of them.
+
+        Raises:
+            UsageError: The condition is no text.
+        """
+        raise UsageError(f"captions: the condition is {self.kinds} and no text: give condition=Condition(...)")
 
     def baseline(self, condition: Condition) -> Tensor | None:
         """Return images that are made from the condition without a model, (B, C, H, W); None if there are none."""
@@ -118,6 +155,11 @@ class HeldOut:
         """Part of the images that the conditions determine; None for no such part."""
         return self.conditioner.observation
 
+    @property
+    def length(self) -> int:
+        """Number of tokens of a condition; 0 for no tokens."""
+        return self.conditioner.length
+
     def _open(self) -> tuple[Images, Conditions]:
         if self._opened is None:
             images = self.source.split("test")
@@ -151,6 +193,20 @@ class HeldOut:
         first, last = indices.start // self.samples, (indices.stop - 1) // self.samples
         return self.order[first : last + 1], torch.arange(indices.start, indices.stop) // self.samples - first
 
+    def prepare(self) -> None:
+        """Compute what the conditions need, before images are sampled."""
+        self._open()
+        self.conditioner.prepare()
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions; see :class:`Conditioner`."""
+        return self.conditioner.of_text(captions)
+
+    def labels(self, n: int) -> Tensor | None:
+        """Return the class labels of the test images of n samples, (n,); None for images without labels."""
+        labels = self._open()[0].labels
+        return None if labels is None else labels[self.order[torch.arange(n) // self.samples]]
+
     def condition(self, indices: range) -> Condition:
         """Return the conditions of samples, (B,) of them, each made once per test image."""
         chosen, position = self._inputs(indices)
@@ -166,11 +222,71 @@ class HeldOut:
     def identity(self, n: int) -> dict[str, Any]:
         """Return what determines the conditions of n samples, besides the conditioner: a hash of the test images."""
         self.check(n)
-        digest, images = hashlib.sha256(), self._open()[0]
+        digest, (images, conditions) = hashlib.sha256(), self._open()
         for first in range(0, count := -(-n // self.samples), 500):
             batch = images.read(self.order[first : min(first + 500, count)])
             digest.update(batch.numpy().tobytes())
-        return {"sha256": digest.hexdigest(), "samples": self.samples, "seed": self.seed}
+        own = {"sha256": digest.hexdigest(), "samples": self.samples, "seed": self.seed}
+        return {**own, **self.conditioner.identity(conditions)}
+
+
+class Given:
+    """The same condition for all sampled images.
+
+    Args:
+        conditioner: Conditioner.
+        make: Function that makes the condition, of one sample.
+        key: What determines the condition, besides the conditioner.
+    """
+
+    def __init__(self, conditioner: Conditioner, make: Callable[[], Condition], key: Mapping[str, Any]) -> None:
+        self.conditioner, self.make, self.key = conditioner, make, key
+        self._made: Condition | None = None
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of the conditions."""
+        return self.conditioner.kinds
+
+    @property
+    def observation(self) -> Observation | None:
+        """Part of the images that the conditions determine; None for no such part."""
+        return self.conditioner.observation
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of a condition; 0 for no tokens."""
+        return self.conditioner.length
+
+    def check(self, n: int) -> None:
+        """Check that the condition can be made.
+
+        Raises:
+            UsageError: It can't.
+        """
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the condition, once."""
+        self._made = self._made or self.make()
+
+    def condition(self, indices: range) -> Condition:
+        """Return the conditions of samples, (B,) of them."""
+        self.prepare()
+        assert self._made is not None
+        return self._made.map(lambda value: value.expand(len(indices), *value.shape[1:]))
+
+    def labels(self, n: int) -> Tensor | None:
+        """Return the classes of n samples, which are unknown: None."""
+        return None
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions; see :class:`Conditioner`."""
+        return self.conditioner.of_text(captions)
+
+    def identity(self, n: int) -> dict[str, Any]:
+        """Return what determines the conditions of n samples, besides the keys of the conditioner."""
+        return {**self.key, "fingerprint": self.conditioner.fingerprint}
 
 
 def build_conditioner(node: Mapping[str, Any], shape: tuple[int, int, int]) -> Conditioner | None:

@@ -184,6 +184,7 @@ class DataModule(LightningDataModule):
         images = self.images("train")
         if self.conditioner is not None:
             self.conditioner.open("train", images)
+            self.conditioner.prepare()
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:

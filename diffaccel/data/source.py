@@ -27,11 +27,13 @@ class Images(ABC):
         labels: Class labels, (N,) int64, or None.
         classes: Number of classes; 0 without labels.
         notes: Sentences on skipped files and changed images, which the data module prints once.
+        captions: One or more captions of each image, or None.
     """
 
     labels: Tensor | None
     classes: int
     notes: Sequence[str] = ()
+    captions: Sequence[tuple[str, ...]] | None = None
     in_memory: ClassVar[bool] = False
     """Whether the images are already in memory, so that reading them is cheap."""
 
@@ -76,14 +78,20 @@ class ArrayImages(Images):
         labels: Class labels, (N,) integers, or None.
         classes: Number of classes; None for the largest label plus 1.
         notes: See :class:`Images`.
+        captions: See :class:`Images`.
     """
 
     in_memory = True
 
     def __init__(
-        self, images: Tensor, labels: Tensor | None = None, classes: int | None = None, notes: Sequence[str] = ()
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        classes: int | None = None,
+        notes: Sequence[str] = (),
+        captions: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
-        self.images, self.notes = images, notes
+        self.images, self.notes, self.captions = images, notes, captions
         self.labels = None if labels is None else labels.long()
         self.classes = (0 if self.labels is None else int(self.labels.max()) + 1) if classes is None else classes
 
@@ -105,7 +113,9 @@ class ArrayImages(Images):
     @override
     def first(self, n: int) -> "ArrayImages":
         """Return the first ``n`` images, with the number of classes of the whole split."""
-        return ArrayImages(self.images[:n], None if self.labels is None else self.labels[:n], self.classes, self.notes)
+        labels = None if self.labels is None else self.labels[:n]
+        captions = None if self.captions is None else self.captions[:n]
+        return ArrayImages(self.images[:n], labels, self.classes, self.notes, captions)
 
 
 class Source(ABC):

@@ -246,8 +246,9 @@ class Evaluator:
         kind = sampler.kind.dtype
         first, device = self.judges[0], sampler.device
         scores = Scores(
-            n, first.extractor.dim, sampler.shape, shown, kind, first.real, chains, device, further(self.judges)
-        )
+            n, first.extractor.dim, sampler.shape, shown, kind, first.real, chains, device, further(self.judges),
+            sampler.classes_of(plan, n),
+        )  # fmt: skip
         restored = None
         if self.restores is not None:
             restored = Restoration(self.restores, n, device, self.lpips)

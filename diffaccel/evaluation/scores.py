@@ -65,10 +65,16 @@ class FeatureSums:
         # Every row was written by one rank, so that the sum equals the row.
         self.features = all_reduce(self.features.to(self.device)).cpu()
 
-    def made(self, distance: str) -> Made:
-        """Return the inputs of the metrics, after :meth:`reduce`; ``distance`` is the key of the Frechet distance."""
-        block = blocks_of(torch.arange(len(self.features)), self.chains)
-        return Made(self.n, self.features, self.frechet, distance, block, self.chains)
+    def made(self, distance: str, labels: Tensor | None = None) -> Made:
+        """Return the inputs of the metrics, after :meth:`reduce`.
+
+        Args:
+            distance: Key of the Frechet distance.
+            labels: Classes of the images, (n,) int64; None for no classes.
+        """
+        block, own = blocks_of(torch.arange(len(self.features)), self.chains), len(self.features)
+        labels = None if labels is None else labels[:own]
+        return Made(self.n, self.features, self.frechet, distance, block, self.chains, labels)
 
 
 class Scores:
@@ -84,6 +90,7 @@ class Scores:
         chains: Number of chains; None for independent images.
         device: Device of the sums.
         others: Statistics of real images in the features of further extractors, by the hash of the extractor.
+        labels: Classes that the images were made for, (n,) int64, equal on all ranks; None for no classes.
     """
 
     def __init__(
@@ -97,8 +104,9 @@ class Scores:
         chains: int | None,
         device: torch.device,
         others: Mapping[str, Real] = MappingProxyType({}),
+        labels: Tensor | None = None,
     ) -> None:
-        self.n, self.real, self.chains, self.device = n, real, chains, device
+        self.n, self.real, self.chains, self.device, self.labels = n, real, chains, device, labels
         self.first = FeatureSums(n, dim, real, chains, device)
         self.others = {
             sha256: FeatureSums(n, own.reference.moments.dim, own, chains, device) for sha256, own in others.items()
@@ -158,4 +166,4 @@ class Scores:
             distance: Key of the Frechet distance.
             number: Index of the extractor.
         """
-        return [self.first, *self.others.values()][number].made(distance)
+        return [self.first, *self.others.values()][number].made(distance, self.labels)

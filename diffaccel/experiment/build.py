@@ -11,7 +11,7 @@ from torch import nn
 from diffaccel.condition import Kinds, check_kinds
 from diffaccel.config import Config
 from diffaccel.data import build_source
-from diffaccel.data.conditions import HeldOut, build_conditioner
+from diffaccel.data.conditions import Given, HeldOut, build_conditioner
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
@@ -221,7 +221,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
     return sampler, header, posterior
 
 
-def build_inputs(config: Config) -> HeldOut | None:
+def build_inputs(config: Config) -> HeldOut | Given | None:
     """Build the conditions of sampled images, whose files are opened when they are needed; None for no condition.
 
     Raises:
@@ -231,7 +231,7 @@ def build_inputs(config: Config) -> HeldOut | None:
     if conditioner is None:
         return None
     own = {key: config.condition[key] for key in ("samples", "seed", "lpips") if key in config.condition}
-    return HeldOut(conditioner, build_source(config.data), config.limit, **own)
+    return conditioner.given() or HeldOut(conditioner, build_source(config.data), config.limit, **own)
 
 
 def _compile(config: Config, sampler: Sampler, training: bool, frozen_denoiser: bool = False) -> None:

@@ -89,6 +89,8 @@ def build_evaluator(
     judges = build_judges(config, source.label, only)
     trained_with = feature_networks_of(*own_weights(config, sampler))
     check_independent([judge.extractor for judge in judges], trained_with, config.experiment)
+    chosen, inputs = build_metrics(config.metrics) if metrics is None else metrics, sampler.inputs
+    check_classes(config, sampler, judges, chosen)
     likelihood = build_likelihood(config, sampler) if measured else None
     return Evaluator(
         budgets=config.nfe,
@@ -111,10 +113,32 @@ def build_evaluator(
         keep_features=config.keep_features,
         keep_images=config.keep_images,
         likelihood=likelihood,
-        metrics=build_metrics(config.metrics) if metrics is None else metrics,
+        metrics=chosen,
         in_training=None if metrics is None else False,
-        restores=sampler.inputs if isinstance(sampler.inputs, HeldOut) else None,
+        restores=inputs if isinstance(inputs, HeldOut) and inputs.conditioner.restores else None,
     )
+
+
+def check_classes(config: Config, sampler: Sampler, judges: Sequence[Judge], metrics: Sequence[Metric]) -> None:
+    """Check that metrics that require classes have those of the samples and of the training images.
+
+    Raises:
+        UsageError: The samples are of no class, or statistics of training images have no labels.
+    """
+    if not any(metric.needs_labels for metric in metrics):
+        return
+    inputs = sampler.inputs
+    if not sampler.classes and (inputs is None or inputs.labels(1) is None):
+        raise UsageError(
+            f"metrics: 'accuracy' requires samples of known classes, but those of {config.experiment} have none: "
+            "remove it, or use a class-conditional experiment, or captions of images with labels"
+        )
+    for judge in judges:
+        if judge.real.reference.labels is None:
+            raise UsageError(
+                f"metrics: 'accuracy' requires the labels of training images, but the reference of {judge.name!r} has "
+                "none: compute it again with `diffaccel reference EXPERIMENT`, or remove the metric"
+            )
 
 
 def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = ()) -> Evaluator | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffaccel.captions.encoders import TEXT_ENCODERS
 from diffaccel.data.conditions import CONDITIONERS
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import DENSITIES
@@ -21,6 +22,7 @@ from diffaccel.weights import Weights, tensors_sha256
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "condition": CONDITIONERS,
+    "encoder": TEXT_ENCODERS,
     "network": NETWORKS,
     "denoiser": DENOISERS,
     "process": PROCESSES,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.config import STANDARD, Config
+from diffaccel.data.conditions import CONDITIONERS
 from diffaccel.evaluation import Identity
 from diffaccel.evaluation.judges import Judge
 from diffaccel.experiment.build import build_inputs
@@ -51,12 +52,28 @@ def identify_parts(config: Config) -> dict[str, Any]:
     return {
         **{key: getattr(config, key) for key in keys},
         **{part: by_content(part, getattr(config, part)) for part in ("process", "network", "denoiser", "posterior")},
-        **({"condition": by_content("condition", config.condition)} if config.condition else {}),
+        **({"condition": _condition(config.condition)} if config.condition else {}),
         **({"truncate": True} if config.truncate else {}),
         **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),
         "version": __version__,
     }
+
+
+def _condition(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node of a condition by content, without the paths of files that the identity of the inputs covers."""
+    hashed = getattr(CONDITIONERS[node["name"]], "hashed", False)
+    return _without_paths(CONDITIONERS, node) if hashed else by_content("condition", node)
+
+
+def _without_paths(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in node.items():
+        annotation = registry.annotation(key, node.get("name"))
+        inner = part_of(annotation)
+        if not is_path(annotation):
+            found[key] = _without_paths(inner, value) if inner is not None and isinstance(value, Mapping) else value
+    return found
 
 
 def by_content(part: str, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffaccel.condition import Kinds
 from diffaccel.config import Config
+from diffaccel.data.conditions import build_conditioner
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.experiment.headers import check_denoiser, check_header
@@ -66,14 +67,15 @@ def initialise_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -
         UsageError: See :func:`load_network`.
     """
     weights, asked = open_weights(path).of("denoiser"), _asked_of(config, denoiser)
-    kinds = [one.name for one in fields(Kinds)]
+    kinds = getattr(denoiser.network, "condition_keys", [one.name for one in fields(Kinds)])
     theirs = weights.header.get("network", config.network)
     widened = getattr(denoiser.network, "widened", None)
     if widened is None or any(theirs.get(key) for key in kinds) or not any(config.network.get(key) for key in kinds):
         load_network(path, denoiser.network, "denoiser", asked)
         return
     asked["network"] = {key: value for key, value in config.network.items() if key not in kinds}
-    del asked["condition"]
+    asked.pop("condition")
+    asked.pop("condition_sha256", None)
     check_header(path, weights.header, asked)
     assign_weights(widened(weights.read()), denoiser.network, f"weights {path}")
 
@@ -82,7 +84,19 @@ def _asked_of(config: Config, denoiser: NetworkDenoiser) -> dict[str, Any]:
     """Key of a denoiser's header -> value in the experiment."""
     process = {} if denoiser.any_process else {"process": config.process}
     network = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
-    return {**network, "condition": config.condition, **process}
+    return {**network, "condition": config.condition, **process, **condition_fingerprint(config)}
+
+
+def condition_fingerprint(config: Config) -> dict[str, str]:
+    """Return the header entry with the hash of files that determine the condition; empty for no such files.
+
+    Raises:
+        UsageError: A name or key is unknown, or the files are missing.
+    """
+    channels, height, width = config.shape
+    conditioner = build_conditioner(config.condition, (channels, height, width))
+    found = None if conditioner is None else conditioner.fingerprint
+    return {} if found is None else {"condition_sha256": found}
 
 
 def load_prior(
@@ -103,6 +117,7 @@ def load_prior(
     """
     ((name, network),) = prior.networks().items()
     asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node), "condition": config.condition}
+    asked |= condition_fingerprint(config)
     weights = load_network(path, network, name, asked)
     if denoiser is not None and config.checkpoint:
         check_denoiser(weights, denoiser)

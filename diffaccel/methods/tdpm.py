@@ -85,6 +85,7 @@ class TruncatedDiffusion(Diffusion):
                 "ratio": prior.ratio_made,
                 "image": self.takes.image,
                 "mask": self.takes.mask,
+                "tokens": self.takes.tokens,
             }
             self.critic = CRITICS.build(critic, shape=self.shape, classes=self.classes, **context)
         if self.critic is not None and self.critic.needs_trained_denoiser and not frozen:

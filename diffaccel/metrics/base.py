@@ -28,7 +28,9 @@ from diffaccel.parts.registry import Registry
 COMPARED = 5_000
 """Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
 
-METRICS: Registry["Metric"] = Registry("metric", builtins=["diffaccel.metrics.standard", "diffaccel.metrics.cmmd"])
+METRICS: Registry["Metric"] = Registry(
+    "metric", builtins=["diffaccel.metrics.standard", "diffaccel.metrics.cmmd", "diffaccel.metrics.accuracy"]
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Made:
         block: Jackknife block of each row of ``features``, (m,) integers, with whole chains in a block; None for
             independent images.
         chains: Number of chains, image i by chain i modulo this number; None for independent images.
+        labels: Class that each row of ``features`` was made for, (m,) int64, -1 for no class; None for no classes.
     """
 
     n: int
@@ -51,6 +54,7 @@ class Made:
     distance: str
     block: Tensor | None = None
     chains: int | None = None
+    labels: Tensor | None = None
     _neighbours: dict[int, Neighbours] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def neighbours(self, m: int) -> Neighbours:
@@ -144,10 +148,12 @@ class Metric(ABC):
 
     Attributes:
         in_training: Whether evaluations during training and during a search compute the metric.
+        needs_labels: Whether the metric requires the classes of generated and training images.
         gives_distance: Whether the metric gives the Frechet distance under ``made.distance``, for tables and curves.
     """
 
     in_training: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     gives_distance: ClassVar[bool] = False
 
     @abstractmethod

@@ -68,11 +68,13 @@ class Reference:
         features: Features of images evenly spaced over the split, (m, dim) float16.
         provenance: Origin of the statistics: ``data``, ``label``, ``split``, ``n``, ``limit``, ``shape``, ``extractor``
             (``name``, ``sha256``, ``dim``), ``order``, ``version`` and, if it is packed, ``covariance``.
+        labels: Class labels of the images of ``features``, (m,) int64, for the metric ``accuracy``; None without.
     """
 
     moments: Moments
     features: Tensor
     provenance: dict[str, Any]
+    labels: Tensor | None = None
 
     def moments_of(self, n: int) -> Moments:
         """Compute the moments of n images evenly spaced over the split.
@@ -91,7 +93,7 @@ class Reference:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content, equal before saving and after loading."""
+        """Hash of the statistics, equal before saving and after loading, and for a file with or without labels."""
         digest = hashlib.sha256()
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -125,7 +127,10 @@ def save_references(references: Mapping[Path, Reference]) -> None:
         for path, part in parts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
-                np.savez_compressed(file, **references[path]._arrays())
+                arrays, labels = references[path]._arrays(), references[path].labels
+                if labels is not None:
+                    arrays["labels"] = labels.numpy().astype(np.int32)
+                np.savez_compressed(file, **arrays)
         for path, old in olds.items():
             path.replace(old)
         for path, part in parts.items():
@@ -180,9 +185,9 @@ def compute_references(
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     passes = [_Pass(extractor) for extractor in extractors]
     with failing_together():
-        for index, images, _ in data.batches(split, batch_size, rank, world):
+        for index, images, labels in data.batches(split, batch_size, rank, world):
             for one in passes:
-                one.add(index, images)
+                one.add(index, images, labels)
     return [one.reference(data, split, keep, world) for one in passes]
 
 
@@ -192,14 +197,14 @@ class _Pass:
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
         self.sums = MomentSums(extractor.dim, blocks=8)
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def add(self, index: int, images: Tensor) -> None:
+    def add(self, index: int, images: Tensor, labels: Tensor | None = None) -> None:
         features = self.extractor(images.to(self.extractor.device)).cpu()
         self.sums.update(features, index)
         if features.abs().max() > FLOAT16_MAX:
             raise UsageError(f"features of batch {index} exceed {FLOAT16_MAX:.0f}: scale them in the extractor")
-        self.kept[index] = features.half()
+        self.kept[index] = features.half(), labels
 
     def reference(self, data: Splits, split: str, keep: int, world: int) -> Reference:
         """Gather the features of all ranks; collective."""
@@ -209,7 +214,8 @@ class _Pass:
             dist.all_gather_object(shares, kept)
             kept = {index: features for share in shares for index, features in share.items()}
         moments = self.sums.compute()
-        features = torch.cat([kept[index] for index in sorted(kept)])
+        features = torch.cat([kept[index][0] for index in sorted(kept)])
+        labels = [own for index in sorted(kept) if (own := kept[index][1]) is not None]
         chosen = torch.linspace(0, moments.n - 1, min(keep, moments.n), dtype=torch.float64).round().long()
         provenance = {
             "data": data.name,
@@ -225,7 +231,7 @@ class _Pass:
         if extractor.dim > PACKED_ABOVE:
             provenance["covariance"] = TRIANGLE
             moments = Moments(moments.n, moments.mean, _unpack(_pack(moments.covariance), extractor.dim))
-        return Reference(moments, features[chosen], provenance)
+        return Reference(moments, features[chosen], provenance, torch.cat(labels)[chosen] if labels else None)
 
 
 def _pack(covariance: Tensor) -> Tensor:
@@ -322,6 +328,7 @@ def read_reference(path: str | Path) -> Reference:
             Moments(int(n), torch.from_numpy(mean), matrix),
             torch.from_numpy(features),
             provenance,
+            torch.from_numpy(file.read("labels").astype(np.int64)) if "labels" in file.names else None,
         )
     except (UsageError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
         reason = str(error) if isinstance(error, UsageError) else f"{error!r:.100}"
@@ -335,7 +342,9 @@ def _named(extractor: dict[str, Any]) -> str:
 
 
 def _check_shapes(reference: Reference, dim: int, path: str) -> None:
-    moments = reference.moments
+    moments, labels = reference.moments, reference.labels
+    if labels is not None and (labels.shape != (len(reference.features),) or (labels < 0).any()):
+        raise UsageError(f"{path}: the labels are not one class number of each feature: {REMEDY}")
     if moments.mean.shape != (dim,) or moments.covariance.shape != (dim, dim) or moments.n < 2:
         raise UsageError(f"{path}: the moments are not of {dim} features of at least 2 images: {REMEDY}")
     for what, values in (

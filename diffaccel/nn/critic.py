@@ -22,12 +22,13 @@ from typing_extensions import override
 
 from diffaccel.condition import Condition, Kinds, pixels_of
 from diffaccel.errors import UsageError
+from diffaccel.nn.text import pooled
 from diffaccel.parts.registry import Registry
 
 CRITICS: Registry["Critic"] = Registry(
     "critic",
     builtins=["diffaccel.nn.critic", "diffaccel.training.feature_critic"],
-    context=["shape", "classes", "image", "mask", "denoiser", "ratio"],
+    context=["shape", "classes", "image", "mask", "tokens", "denoiser", "ratio"],
 )
 
 GROUP = 4  # maximum number of samples in a group of the minibatch standard deviation
@@ -144,38 +145,50 @@ def minibatch_deviation(x: Tensor) -> Tensor:
 
 
 class CriticHead(nn.Module):
-    """Map features to a logit, with classes by a projection on an embedding of the label.
+    """Map features to a logit, with labels and texts by a projection on their embedding.
 
         logit = <out(features), m(c)> / sqrt(width),    m: normalised embedding, 8 layers at 1/100 of the learning rate
 
+    The embedding of a text is a linear map of the mean of its valid tokens.
+
     Args:
         width: Number of features.
-        classes: Number of class labels; 0 for a linear layer instead of the projection.
+        classes: Number of class labels; 0 for none.
+        tokens: Width of the tokens of a text; 0 for none. Without classes and tokens there is a linear layer instead of
+            the projection.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, tokens: int = 0) -> None:
         super().__init__()
-        self.out = EqualisedLinear(width, width if classes else 1)
+        projects = bool(classes or tokens)
+        self.out = EqualisedLinear(width, width if projects else 1)
         self.embed_class = nn.Embedding(classes, width) if classes else None
+        self.embed_text = EqualisedLinear(tokens, width) if tokens else None
         self.mapping = nn.ModuleList(
-            EqualisedLinear(width, width, MAPPING_RATE) for _ in range(MAPPING_LAYERS if classes else 0)
+            EqualisedLinear(width, width, MAPPING_RATE) for _ in range(MAPPING_LAYERS if projects else 0)
         )
 
     def forward(self, features: Tensor, condition: Condition | Tensor | None) -> Tensor:
         """Features (B, width), condition with labels (B,) or None -> logits (B,).
 
         Raises:
-            UsageError: ``condition`` has no labels in a critic with classes.
+            UsageError: ``condition`` has no labels in a critic with classes, or no tokens in a critic with tokens.
         """
         out = self.out(features)
-        if self.embed_class is None:
+        if not len(self.mapping):
             return rearrange(out, "b 1 -> b")
-        condition = Condition.of(condition)
-        if condition is None or condition.labels is None:
-            raise UsageError(
-                "a critic with classes was called without labels: pass the labels, or build it with classes=0"
-            )
-        mapped = self.embed_class(condition.labels)
+        condition, parts = Condition.of(condition), []
+        if self.embed_class is not None:
+            if condition is None or condition.labels is None:
+                raise UsageError(
+                    "a critic with classes was called without labels: pass the labels, or build it with classes=0"
+                )
+            parts.append(self.embed_class(condition.labels))
+        if self.embed_text is not None:
+            if condition is None or condition.tokens is None:
+                raise UsageError("a critic with tokens was called without them: pass them, or build it with tokens=0")
+            parts.append(self.embed_text(pooled(condition).to(out.dtype)))
+        mapped = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.mapping:
             mapped = leaky(layer(mapped))
@@ -196,17 +209,24 @@ class Critic(nn.Module, ABC):
         classes: Number of class labels; 0 for an unconditional critic, which ignores labels.
         image: Number of channels of the condition's image, which the trained layers receive after the sample's.
         mask: Whether they receive the condition's mask too.
+        tokens: Width of the tokens of the condition's text.
     """
 
     needs_trained_denoiser = False
     """Whether its features are a denoiser's, which has to be trained already."""
 
     def __init__(
-        self, shape: tuple[int, int, int], width: int, classes: int, image: int = 0, mask: bool = False
+        self,
+        shape: tuple[int, int, int],
+        width: int,
+        classes: int,
+        image: int = 0,
+        mask: bool = False,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.shape, self.takes = tuple(shape), Kinds(classes, image=image, mask=mask)
-        self.head = CriticHead(width, classes)
+        self.shape, self.takes = tuple(shape), Kinds(classes, tokens, image, mask)
+        self.head = CriticHead(width, classes, tokens)
 
     @abstractmethod
     def features(self, seen: Tensor) -> Tensor:
@@ -255,6 +275,7 @@ class StyleGAN2Critic(Critic):
         classes: Number of class labels; 0 for an unconditional critic.
         image: See :class:`Critic`.
         mask: See :class:`Critic`.
+        tokens: See :class:`Critic`.
 
     Raises:
         UsageError: Images that can't be halved down to 4 x 4, or widths under 1.
@@ -268,6 +289,7 @@ class StyleGAN2Critic(Critic):
         classes: int = 0,
         image: int = 0,
         mask: bool = False,
+        tokens: int = 0,
     ) -> None:
         channels, size, width = shape
         if size != width or size < 4 or size & (size - 1):
@@ -282,7 +304,7 @@ class StyleGAN2Critic(Critic):
             )
         resolutions = [2**power for power in range(int(math.log2(size)), 1, -1)]
         widths = [min(channel_base // resolution, channel_max) for resolution in resolutions]
-        super().__init__(shape, widths[-1], classes, image, mask)
+        super().__init__(shape, widths[-1], classes, image, mask, tokens)
         self.from_image = EqualisedConv2d(channels + self.takes.pixels, widths[0], 1)
         self.blocks = nn.Sequential(
             *(CriticBlock(before, after) for before, after in zip(widths, widths[1:], strict=False))
@@ -309,6 +331,7 @@ class MLPCritic(Critic):
         classes: Number of class labels; 0 for an unconditional critic.
         image: See :class:`Critic`.
         mask: See :class:`Critic`.
+        tokens: See :class:`Critic`.
 
     Raises:
         UsageError: A width or a depth under 1.
@@ -322,10 +345,11 @@ class MLPCritic(Critic):
         classes: int = 0,
         image: int = 0,
         mask: bool = False,
+        tokens: int = 0,
     ) -> None:
         if min(width, depth) < 1:
             raise UsageError(f"critic 'mlp': width={width} and depth={depth}: use 1 or more for each")
-        super().__init__(shape, width, classes, image, mask)
+        super().__init__(shape, width, classes, image, mask, tokens)
         widths = [math.prod((shape[0] + self.takes.pixels, *shape[1:]))] + [width] * depth
         self.layers = nn.ModuleList(
             EqualisedLinear(before, after) for before, after in zip(widths, widths[1:], strict=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -13,10 +13,23 @@ from typing_extensions import override
 from diffaccel.condition import Condition, Kinds, labels_of, pixels_of
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
+from diffaccel.nn.text import CrossAttention, Text, TextEncoder, heads_of
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.parts.registry import Registry
 
 NETWORKS: Registry[nn.Module] = Registry("network", builtins=["diffaccel.nn"], context=["shape"])
+
+
+class Conditioning(NamedTuple):
+    """What all stages are conditional on.
+
+    Attributes:
+        embedding: Embedding of the noise level, the class and the augmentation, (B, embedding).
+        text: Encoded tokens; None for no text.
+    """
+
+    embedding: Tensor
+    text: Text | None
 
 
 class NoiseEmbedding(nn.Module):
@@ -67,9 +80,9 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Residual self-attention over positions; the output layer is initialised with zeros."""
 
-    def __init__(self, width: int, head_width: int = 32) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = next(n for n in range(max(1, width // head_width), 0, -1) if width % n == 0)
+        self.heads = heads_of(width)
         self.norm = nn.GroupNorm(_groups(width), width)
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
         _zero(self.out)
@@ -82,15 +95,18 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Residual block, optionally followed by self-attention."""
+    """Residual block, optionally followed by self-attention, and by cross-attention to a text."""
 
-    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, attends: bool) -> None:
+    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, attends: bool, reads: bool) -> None:
         block = ResidualBlock(width_in, width, embedding, dropout)
         super().__init__([block, SelfAttention(width) if attends else nn.Identity()])
+        if attends and reads:
+            self.append(CrossAttention(width, embedding, _groups(width)))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, width_in, H, W), (B, embedding) -> (B, width, H, W)."""
-        return self[1](self[0](x, embedding))
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, width_in, H, W), conditioning -> (B, width, H, W)."""
+        hidden = self[1](self[0](x, conditioning.embedding))
+        return self[2](hidden, conditioning.text) if len(self) > 2 else hidden
 
 
 def _zero(layer: nn.Module) -> None:
@@ -140,13 +156,13 @@ class Decoder(nn.Module):
         self.out = nn.Conv2d(hidden, channels, 3, padding=1)
         _zero(self.out)
 
-    def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def decode(self, hidden: Tensor, skips: list[Tensor], conditioning: Conditioning) -> Tensor:
         """Bottleneck (B, C, H, W) and the encoder's outputs, finest first -> (B, channels, H', W')."""
         skips = list(skips)
         for index, stage in enumerate(self.up):
             if index and index % self.blocks == 0:
                 hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
-            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), embedding)
+            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), conditioning)
         hidden = self.merge(torch.cat([hidden, skips.pop()], dim=1))
         return self.out(F.silu(self.norm(hidden)))
 
@@ -159,9 +175,9 @@ class Branch(Decoder):
         self.decouple = Decouple(width)
 
     @override
-    def decode(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def decode(self, hidden: Tensor, skips: list[Tensor], conditioning: Conditioning) -> Tensor:
         """See :class:`Decoder`."""
-        return super().decode(self.decouple(hidden), skips, embedding)
+        return super().decode(self.decouple(hidden), skips, conditioning)
 
 
 @NETWORKS.register("unet")
@@ -182,10 +198,15 @@ class UNet(Decoder):
         augment: Number of augmentation labels, which are zero in sampling; 0 for none.
         image: Number of channels of a condition's image, which follow those of the input; 0 for none.
         mask: Whether a condition's mask follows, as one more channel.
+        tokens: Width of a condition's tokens, to which the resolutions in ``attention`` attend; 0 for none.
+        text_layers: Number of layers of a text encoder over these tokens, which is trained along.
 
     Raises:
-        UsageError: The image can't be unshuffled and halved once per resolution.
+        UsageError: The image can't be unshuffled and halved once per resolution, or no resolution attends to tokens.
     """
+
+    condition_keys: ClassVar[tuple[str, ...]] = ("classes", "image", "mask", "tokens", "text_layers")
+    """Keys without which the network is unconditional, see :meth:`widened`."""
 
     def __init__(
         self,
@@ -201,6 +222,8 @@ class UNet(Decoder):
         augment: Whole = 0,
         image: Whole = 0,
         mask: bool = False,
+        tokens: Whole = 0,
+        text_layers: Whole = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -211,16 +234,20 @@ class UNet(Decoder):
                 f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
             )
         self.shape, self.unshuffle, self.classes, self.heads = tuple(shape), unshuffle, classes, tuple(heads)
-        self.takes_augment, self.takes = augment > 0, Kinds(classes, image=image, mask=mask)
+        if (tokens and not attention) or (text_layers and not tokens):
+            missing, key = ("attention", "tokens") if tokens else ("tokens", "text_layers")
+            raise UsageError(f"network 'unet': {key} requires network.{missing}: set it, or remove network.{key}")
+        self.takes_augment, self.takes = augment > 0, Kinds(classes, tokens, image, mask)
         self.embed_noise = NoiseEmbedding(embedding)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
         self.embed_augment = nn.Linear(augment, embedding, bias=False) if augment else None
         if self.embed_augment is not None:
             _zero(self.embed_augment)
+        self.text = TextEncoder(tokens, embedding, text_layers) if tokens else None
         folded = channels * unshuffle**2
 
         def stage(width_in: int, level: int) -> Stage:
-            return Stage(width_in, widths[level], embedding, dropout, level in attention)
+            return Stage(width_in, widths[level], embedding, dropout, level in attention, tokens > 0)
 
         self.stem = nn.Conv2d(folded + self.takes.pixels * unshuffle**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -239,12 +266,16 @@ class UNet(Decoder):
     def widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Extend the weights of the same network without condition; conditions have no effect until trained."""
         found, own = dict(tensors), self.state_dict()
+        attending = [name for name, module in self.named_modules() if isinstance(module, CrossAttention)]
+        readers = {f"{name}.{layer}" for name in attending for layer in ("norm", "query", "key_value", "out")}
         added = self.takes.pixels * self.unshuffle**2
         if added and "stem.weight" in found:
             found["stem.weight"] = F.pad(found["stem.weight"], (0, 0, 0, 0, 0, added))
         for name in own.keys() - found.keys():
             if name.startswith("embed_class."):
                 found[name] = torch.zeros_like(own[name])
+            elif name.startswith("text.") or name.rpartition(".")[0] in readers:
+                found[name] = own[name]  # the output layers of cross-attention are zero
         return found
 
     @property
@@ -271,13 +302,13 @@ class UNet(Decoder):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise UsageError(f"network 'unet' was built for images of shape {self.shape}, got {tuple(x.shape[1:])}")
-        hidden, skips, embedding = self.encode(x, noise, condition, augment)
-        outputs = [decoder.decode(hidden, skips, embedding) for decoder in self.decoders]
+        hidden, skips, conditioning = self.encode(x, noise, condition, augment)
+        outputs = [decoder.decode(hidden, skips, conditioning) for decoder in self.decoders]
         return torch.cat([F.pixel_shuffle(output, self.unshuffle) for output in outputs], dim=1)
 
     def encode(
         self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augment: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+    ) -> tuple[Tensor, list[Tensor], Conditioning]:
         """Run the encoder.
 
         Args:
@@ -287,13 +318,17 @@ class UNet(Decoder):
             augment: Augmentation labels, (B, augment); None for zero.
 
         Returns:
-            The bottleneck, the inputs of the skip connections, finest first, and the embedding of the conditioning.
+            The bottleneck, the inputs of the skip connections, finest first, and the conditioning of the stages.
         """
         embedding = self.embed_noise(noise)
         if self.embed_class is not None:
             embedding = embedding + self.embed_class(labels_of(condition, self.classes, noise))
         if self.embed_augment is not None and augment is not None:
             embedding = embedding + self.embed_augment(augment)
+        text, given = None, Condition.of(condition)
+        if self.text is not None and given is not None and given.tokens is not None:
+            text = self.text(given)
+        conditioning = Conditioning(embedding, text)
         if self.takes.pixels:
             x = torch.cat([x, pixels_of(condition, self.takes, x)], dim=1)
         hidden = self.stem(F.pixel_unshuffle(x, self.unshuffle))
@@ -301,8 +336,8 @@ class UNet(Decoder):
         for index, stage in enumerate(self.down):
             if index and index % self.blocks == 0:
                 hidden = F.avg_pool2d(hidden, 2)
-            hidden = stage(hidden, embedding)
+            hidden = stage(hidden, conditioning)
             skips.append(hidden)
         for stage in self.middle:
-            hidden = stage(hidden, embedding)
-        return hidden, skips, embedding
+            hidden = stage(hidden, conditioning)
+        return hidden, skips, conditioning

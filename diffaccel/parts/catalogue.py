@@ -10,6 +10,7 @@ CATALOGUE = {
     "method": "diffaccel.methods.registry:METHODS",
     "data": "diffaccel.data.source:SOURCES",
     "condition": "diffaccel.data.conditions:CONDITIONERS",
+    "encoder": "diffaccel.captions.encoders:TEXT_ENCODERS",
     "process": "diffaccel.process.base:PROCESSES",
     "attenuation": "diffaccel.process.attenuation:ATTENUATIONS",
     "network": "diffaccel.nn.unet:NETWORKS",
@@ -31,7 +32,8 @@ CATALOGUE = {
 DESCRIPTIONS = {
     "method": "published methods: training and combination of parts",
     "data": "sources of images",
-    "condition": "conditions of images: degradations of the images, or images of another source",
+    "condition": "conditions of images: degradations of the images, images of another source, or captions",
+    "encoder": "text encoders of captions",
     "process": "forward processes",
     "attenuation": "attenuations of images in the decoupled process",
     "network": "networks of denoisers and generators",

@@ -37,6 +37,7 @@ WORDS = {
 }
 
 ALIASES = {
+    "caption": "condition.caption",
     "chains": "prior.chains",
     "guidance": "solver.guidance",
     "guidance_interval": "solver.guidance_interval",

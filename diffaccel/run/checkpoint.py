@@ -21,7 +21,9 @@ from diffaccel.text.terminal import side_output
 from diffaccel.version import __version__
 from diffaccel.weights import save_weights, tensors_sha256
 
-IDENTITY = ("method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256")
+IDENTITY = (
+    "method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256", "condition_sha256"
+)  # fmt: skip
 """Keys of the description that must be equal in a resumed run."""
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from diffaccel.config import Config, holds_path
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
-from diffaccel.experiment.loading import feature_networks_of
+from diffaccel.experiment.loading import condition_fingerprint, feature_networks_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import files_sha256
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
@@ -113,6 +113,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
         **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
         **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
         "condition": config.condition,
+        **condition_fingerprint(config),
         **({"condition_drop": config.training.condition_drop} if config.condition else {}),
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
         **({"feature_networks": used} if (used := feature_networks_of(config.init, config.prior.get("init"))) else {}),

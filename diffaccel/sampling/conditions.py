@@ -24,6 +24,10 @@ class Inputs(Protocol):
     def observation(self) -> Observation | None:
         """Part of the images that the conditions determine; None for no such part."""
 
+    @property
+    def length(self) -> int:
+        """Number of tokens of a condition, for estimates of the cost; 0 for no tokens."""
+
     def check(self, n: int) -> None:
         """Check that there are conditions for n images.
 
@@ -31,8 +35,21 @@ class Inputs(Protocol):
             UsageError: There are too few, or they can't be read.
         """
 
+    def prepare(self) -> None:
+        """Compute what the conditions need, before images are sampled."""
+
     def condition(self, indices: range) -> Condition:
         """Return the conditions of images, on the CPU."""
+
+    def labels(self, n: int) -> Tensor | None:
+        """Return the classes of n images, (n,) on the CPU; None for no classes."""
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions.
+
+        Raises:
+            UsageError: The condition is no text.
+        """
 
 
 def labels_by_index(takes: Kinds, prior: Prior, indices: range, device: torch.device) -> Tensor | None:
@@ -61,6 +78,16 @@ def condition_by_index(
     return join(own, inputs.condition(indices).to(device))
 
 
+def classes_of(labels: Tensor | None, inputs: Inputs | None, n: int) -> Tensor | None:
+    """Return the classes that n images are made for, (n,) on the CPU; None for no classes.
+
+    These are the labels of a class-conditional network, or else the classes of the inputs, such as those of captions.
+    """
+    if labels is not None:
+        return labels.cpu()
+    return None if inputs is None else inputs.labels(n)
+
+
 def require_inputs(takes: Kinds) -> None:
     """Check that sampling without inputs is possible.
 
@@ -80,11 +107,12 @@ def given_condition(
     shape: tuple[int, int, int],
     device: torch.device,
     labels: Sequence[int] | None,
-    condition: Condition | None,
+    condition: Condition | str | Sequence[str] | None,
+    inputs: Inputs | None = None,
 ) -> Condition | None:
     """Check the labels and conditions that a user gives for n images, and move them to the device.
 
-    Labels that are missing in a condition are those by index.
+    Labels that are missing in a condition are those by index. A caption is that of all images.
 
     Raises:
         UsageError: The network does not take them, the prior is a chain, or a value is invalid.
@@ -97,6 +125,10 @@ def given_condition(
         if condition is not None and not isinstance(prior, ChainPrior):
             reason = "the network takes no condition"
         raise UsageError(f"{what}: {reason}: leave {'them' if condition is None else 'it'} out")
+    if isinstance(condition, str):
+        condition = [condition] * n
+    if isinstance(condition, list | tuple) and not isinstance(condition, Condition):
+        condition = _of_text(condition, n, takes, inputs)
     if condition is not None and not isinstance(condition, Condition):
         raise UsageError(f"condition: {type(condition).__name__} is not a Condition: give da.Condition(image=...)")
     own = None if labels is None else Condition(labels=_checked_labels(takes.classes, labels, n, device))
@@ -109,6 +141,20 @@ def given_condition(
     found = condition.to(device)
     check_condition(found, takes, n, shape)
     return join(found, own)
+
+
+def _of_text(captions: Sequence[str], n: int, takes: Kinds, inputs: Inputs | None) -> Condition:
+    """Encode the captions of n images by the text encoder of the experiment."""
+    if any(not isinstance(caption, str) for caption in captions):
+        raise UsageError(
+            f"condition: {type(captions).__name__} is not a Condition: give da.Condition(image=...), or captions"
+        )
+    if inputs is None or not takes.tokens:
+        reason = "the model has no text encoder" if takes.tokens else f"the network takes {takes}"
+        raise UsageError(f"condition: {reason}: give da.Condition(...), or load an experiment with condition=captions")
+    if len(captions) != n:
+        raise UsageError(f"condition: {len(captions)} captions for {n} images: give one caption, or one for each image")
+    return inputs.of_text(captions)
 
 
 def _checked_labels(classes: int, labels: Sequence[int], n: int, device: torch.device) -> Tensor:

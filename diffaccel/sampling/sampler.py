@@ -131,7 +131,7 @@ class Sampler:
         seed: int = 0,
         labels: Sequence[int] | None = None,
         batch_size: int | None = None,
-        condition: Condition | None = None,
+        condition: Condition | str | Sequence[str] | None = None,
     ) -> Tensor:
         """Make images.
 
@@ -142,7 +142,8 @@ class Sampler:
             seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
             labels: Class of each image, n integers; by default the index modulo the number of classes.
             batch_size: Number of images per batch; by default that of the sampler.
-            condition: Condition of the n images; by default labels by index, and the sampler's inputs.
+            condition: Condition of the n images, or, for an experiment with captions, a caption of all images or one of
+                each; by default labels by index, and the sampler's inputs.
 
         Returns:
             Images (n, C, H, W) on the CPU: uint8, or float32 for toy points. Their cost is in ``spent``.
@@ -155,8 +156,10 @@ class Sampler:
         batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
         if self.precision == "64-true":
             self.to(self.device)  # converts the weights
-        plan = self.plan(nfe, n)
-        given = conditions.given_condition(self.takes, plan.prior, n, self.shape, self.device, labels, condition)
+        plan = self.plan(nfe, n, given=condition is not None)
+        given = conditions.given_condition(
+            self.takes, plan.prior, n, self.shape, self.device, labels, condition, self.inputs
+        )
         if given is None and self.inputs is None:
             conditions.require_inputs(self.takes)
         images = torch.zeros(n, *self.shape, dtype=self.kind.dtype)
@@ -245,15 +248,20 @@ class Sampler:
 
     # Budgets
 
-    def plan(self, nfe: float, n: int) -> Plan:
+    def plan(self, nfe: float, n: int, given: bool = False) -> Plan:
         """Plan at most ``nfe`` evaluations per image for n images, including burn-in, with the settings of the budget.
+
+        Args:
+            nfe: Budget.
+            n: Number of images.
+            given: Whether the user gives the condition, so that the sampler's inputs are not used.
 
         Raises:
             UsageError: The budget is below the minimum, or prior, solver, process and network are incompatible.
         """
         prior, solver = self.setting(nfe)
         conditions.check_prior(self.takes, prior, self.denoiser)
-        if self.inputs is not None:
+        if self.inputs is not None and not given:
             self.inputs.check(n)
         if solver.counts_by_level(self.denoiser.process):
             solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
@@ -345,7 +353,9 @@ class Sampler:
         if done == len(group):
             return
         networks = {**self.evaluated_networks(plan.prior), **self.auxiliary_networks(plan.prior)}
-        seconds, flops = self._warm_up(plan, len(group[0]))
+        if self.inputs is not None and given is None:
+            self.inputs.prepare()
+        seconds, flops = self._warm_up(plan, len(group[0]), given)
         rounds = len(saved["trace"]) if saved else 0
         stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
         with self._watched(checks, counter):
@@ -375,7 +385,7 @@ class Sampler:
         with self.arithmetic(), counter, deferred:
             yield
 
-    def _warm_up(self, plan: Plan, count: int) -> tuple[float, dict[str, float]]:
+    def _warm_up(self, plan: Plan, count: int, given: Condition | None) -> tuple[float, dict[str, float]]:
         """Warm up once for each prior, and for larger batches: the time, 0 for later calls, and FLOPs by network."""
         if not needs_warm_up(self, plan):
             return 0.0, {}
@@ -383,13 +393,17 @@ class Sampler:
         known, flops = self._warm.get(key, (0, {}))
         if count <= known:
             return 0.0, flops
-        seconds, flops = warm_up(self, plan, count)
+        seconds, flops = warm_up(self, plan, count, given)
         self._warm[key] = count, flops
         return seconds, flops
 
     def labels(self, plan: Plan, indices: range) -> Tensor | None:
         """Return the class labels of images by their index, see :mod:`diffaccel.sampling.conditions`."""
         return conditions.labels_by_index(self.takes, plan.prior, indices, self.device)
+
+    def classes_of(self, plan: Plan, n: int) -> Tensor | None:
+        """Return the classes that n images are made for, see :mod:`diffaccel.sampling.conditions`."""
+        return conditions.classes_of(self.labels(plan, range(n)), self.inputs, n)
 
     def condition(self, plan: Plan, indices: range) -> Condition | None:
         """Return the condition of images by their index, see :mod:`diffaccel.sampling.conditions`."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffaccel.condition import Condition
 from diffaccel.deferred import Stopwatch
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn.compiling import is_compiled
@@ -21,13 +22,16 @@ def needs_warm_up(sampler: "Sampler", plan: Plan) -> bool:
 
 
 @torch.no_grad()
-def warm_up(sampler: "Sampler", plan: Plan, count: int) -> tuple[float, dict[str, float]]:
+def warm_up(
+    sampler: "Sampler", plan: Plan, count: int, given: Condition | None = None
+) -> tuple[float, dict[str, float]]:
     """Evaluate the networks of a plan once for one image, counting FLOPs, and once for a batch.
 
     Args:
         sampler: Sampler.
         plan: Plan of the budget.
         count: Number of images of a batch.
+        given: Condition of ``count`` images or more; by default the sampler's.
 
     Returns:
         Time, in seconds, and FLOPs per evaluation by network.
@@ -35,17 +39,17 @@ def warm_up(sampler: "Sampler", plan: Plan, count: int) -> tuple[float, dict[str
     stopwatch = Stopwatch(sampler.device)
     networks = {**sampler.evaluated_networks(plan.prior), **sampler.auxiliary_networks(plan.prior)}
     with sampler.arithmetic(), EvaluationCounter(networks) as counter:
-        _evaluate(sampler, plan, 1)
+        _evaluate(sampler, plan, 1, given)
     with sampler.arithmetic():
-        _evaluate(sampler, plan, count)
+        _evaluate(sampler, plan, count, given)
     stopwatch.stop()
     return stopwatch.seconds, counter.flops
 
 
-def _evaluate(sampler: "Sampler", plan: Plan, count: int) -> None:
+def _evaluate(sampler: "Sampler", plan: Plan, count: int, given: Condition | None) -> None:
     indices = range(count)
     noise, denoiser = NoiseStreams(0, indices, "warm-up", sampler.device), sampler.denoiser
-    denoiser = denoiser.given(sampler.condition(plan, indices))
+    denoiser = denoiser.given(sampler.condition(plan, indices) if given is None else given.select(slice(count)))
     plan.prior.warm_up(denoiser, noise, sampler.shape)
     if not plan.steps:
         return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffaccel.condition import Condition
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter
@@ -103,8 +104,10 @@ def _forward(sampler: Sampler, images: int) -> float:
     """Time of a forward pass, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
+    length = sampler.inputs.length if sampler.inputs is not None else 1
+    tokens = torch.zeros(images, length, sampler.takes.tokens, device=sampler.device)
     started = _clock(sampler)
-    sampler.denoiser(x_t, t)
+    sampler.denoiser(x_t, t, Condition(tokens=tokens) if sampler.takes.tokens else None)
     return _clock(sampler) - started
 
 

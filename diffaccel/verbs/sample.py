@@ -47,6 +47,7 @@ Keys:
   nfe=10 or nfe=5,10       maximum network evaluations per image, including burn-in; one folder each
   n=64 seed=0              number of images, and seed of their noise
   prior=gaussian chains=100  distribution of the starting states, and number of chains of a chain prior
+  caption="a seven"        caption of all images, for an experiment with condition=captions
   format=npz               an npz file with the array `images`, also as `arr_0`, in place of PNG files
   dry_run=true             print the plan with its cost and memory; write nothing
 """

@@ -7,6 +7,7 @@
 | ``prior``, ``posterior``, ``density`` | the same for a generator, a density or a classifier |
 | ``shape`` | image shape, [channels, height, width] |
 | ``condition`` | condition of the images in addition to labels, as in an experiment; empty for none |
+| ``condition_sha256`` | hash of the files that determine the condition, such as those of a text encoder |
 | ``classes`` | number of class labels of the network, 0 for none |
 | ``trained_ratios`` | lowest and highest noise-to-data ratio of a denoiser's training |
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
@@ -98,7 +99,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),
     "images_seen": (lambda value: value is None or type(value) is int, "a number of images"),
     "ema_half_life": (lambda value: type(value) in (int, float) and value > 0, "a number of images"),
-    "stands_on": (lambda value: isinstance(value, str), "a hash"),
+    **dict.fromkeys(("stands_on", "condition_sha256"), (lambda value: isinstance(value, str), "a hash")),
     "feature_networks": (_are_hashes, "a list of hashes"),
     "source": (lambda value: isinstance(value, dict), "a mapping"),
 }

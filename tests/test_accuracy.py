@@ -1,0 +1,91 @@
+"""Accuracy of conditional samples: the classifier in closed form, what it is fitted to, and what is left out."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffaccel.errors import UsageError
+from diffaccel.metrics import FrechetDistance, Moments
+from diffaccel.metrics.accuracy import Accuracy, Discriminant
+from diffaccel.metrics.base import Made, Real
+from diffaccel.metrics.reference import Reference, read_reference
+
+
+def gaussians(n: int, distance: float, dim: int = 3) -> tuple[Tensor, Tensor]:
+    """Two classes N(+-distance / 2 e_1, A A^T), whose optimal accuracy is Phi(delta / 2)."""
+    labels = torch.arange(n) % 2
+    x = torch.randn(n, dim)
+    x[:, 0] += distance * (labels - 0.5)
+    mixing = torch.eye(dim) + 0.5 * torch.ones(dim, dim).triu(1)
+    return x @ mixing, labels
+
+
+def reference(features: Tensor, labels: Tensor | None) -> Reference:
+    provenance = {"extractor": {"name": "identity", "sha256": "0", "dim": features.shape[1]}, "label": "x"}
+    return Reference(Moments.from_features(features), features.half(), provenance, labels)
+
+
+def made(features: Tensor, labels: Tensor | None) -> Made:
+    return Made(len(features), features, FrechetDistance(features.shape[1], Moments.from_features(features)), "fd_x",
+                labels=labels)  # fmt: skip
+
+
+@pytest.mark.parametrize("distance", [1.0, 2.0, 4.0])
+def test_two_gaussians_are_told_apart_as_well_as_possible(distance: float):
+    """The optimum is Phi(delta / 2), delta the Mahalanobis distance, which no linear map of the features changes."""
+    (features, labels), (others, own) = gaussians(4000, distance), gaussians(20_000, distance)
+    found = Accuracy()(made(others, own), Real(reference(features, labels), reference(others, own)))
+    optimum = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
+    assert found["accuracy"] == pytest.approx(optimum, abs=0.01) and found["accuracy_floor"] == found["accuracy"]
+    assert found["accuracy_se"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 20_000) ** 0.5)
+
+
+def test_it_is_scikit_learns_discriminant():
+    """With the same shrinkage of the covariance within the classes, and equal frequencies."""
+    lda = pytest.importorskip("sklearn.discriminant_analysis")
+    torch.manual_seed(1)
+    labels = torch.arange(600) % 3
+    centres = torch.randn(3, 8) * 0.8
+    features = centres[labels] + torch.randn(600, 8) @ torch.randn(8, 8)
+    theirs = lda.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.01, priors=[1 / 3] * 3)
+    theirs.fit(features.numpy(), labels.numpy())
+    others = centres[labels] + torch.randn(600, 8) * 2
+    found = Discriminant(features, labels)(others).numpy()
+    assert (found == theirs.predict(others.numpy())).mean() > 0.995  # the covariances differ by n / (n - 3)
+
+
+def test_classes_need_not_be_all_there():
+    features, labels = gaussians(200, 8.0)
+    assert set(Discriminant(features, labels * 5 + 2)(features).tolist()) == {2, 7}
+
+
+def test_samples_of_no_class_are_left_out():
+    (features, labels), real = gaussians(400, 8.0), None
+    real = Real(reference(features, labels), None)
+    wrong = torch.where(torch.arange(400) < 100, -1, torch.where(torch.arange(400) < 200, 1 - labels, labels))
+    found = Accuracy()(made(features, wrong), real)
+    assert found["accuracy"] == pytest.approx(2 / 3, abs=0.01) and "accuracy_floor" not in found
+    assert found["accuracy_se"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 300) ** 0.5)
+    for one, other in ((None, labels), (labels, None), (torch.full((400,), -1), labels)):
+        assert not Accuracy()(made(features, one), Real(reference(features, other), None))
+
+
+def test_labels_are_in_the_file_and_not_in_its_hash(tmp_path: Path):
+    features, labels = gaussians(50, 1.0)
+    provenance = {"extractor": {"name": "identity", "sha256": "0", "dim": 3}, "label": "x"}
+    with_labels = Reference(Moments.from_features(features), features.half(), provenance, labels)
+    without = Reference(with_labels.moments, with_labels.features, provenance)
+    assert with_labels.sha256 == without.sha256
+    with_labels.save(tmp_path / "a.npz")
+    found = read_reference(tmp_path / "a.npz")
+    assert torch.equal(found.labels, labels) and found.sha256 == without.sha256
+    without.save(tmp_path / "b.npz")
+    assert read_reference(tmp_path / "b.npz").labels is None
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    np.savez(tmp_path / "c.npz", **{**arrays, "labels": arrays["labels"][:-1]})
+    with pytest.raises(UsageError, match="labels are not one class number of each feature"):
+        read_reference(tmp_path / "c.npz")
