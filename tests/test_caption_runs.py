@@ -41,7 +41,7 @@ def test_weights_say_their_encoder(weights: Path, tmp_path: Path):
     for keys, words in (
         ({"condition.encoder.length": 8}, r'condition.encoder is .*"length": 16.* in the file and .*"length": 8'),
         ({"network.text_layers": 2}, "network.text_layers is 1 in the file and 2 in"),
-        ({"network.tokens": 16}, "network takes tokens of width 16, but condition=captions gives tokens of width 32"),
+        ({"network.tokens": 16}, "network.tokens is 32 in the file and 16 in the experiment"),
     ):
         with pytest.raises(UsageError, match=words):
             bench("digits_text/edm", **{**FAST, **keys}, checkpoint=weights, n=4, out=tmp_path)

@@ -165,8 +165,11 @@ def test_a_large_one_builds_and_plans_its_budgets(name: str, tmp_path: Path):
     words = []
     if config.condition:  # made from test images, which do not ship
         images = np.zeros((config.n, *config.shape[1:], config.shape[0]), np.uint8)
-        np.savez(tmp_path / "images.npz", images=images)
+        np.savez(tmp_path / "images.npz", images=images, captions=np.full(config.n, "a bird"))
         words = [f"data.path={tmp_path / 'images.npz'}", f"data.test_path={tmp_path / 'images.npz'}"]
+    if config.condition.get("name") == "captions":  # by an encoder that needs no weights
+        words = [f"data={{name: npz, path: {tmp_path / 'images.npz'}, test_path: {tmp_path / 'images.npz'}}}"]
+        words += ["condition.path=", "condition.encoder={name: words, dim: 768}"]
     method, _ = build_on_meta(name, words)
     for budget in config.nfe:
         plan = method.sampler.plan(budget, config.n)
