@@ -133,6 +133,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         UsageError: A part, key or value is unknown; or weights are missing, damaged or of another network, or, with
             ``frozen``, not configured.
     """
+    _check_samples(config)
     sampler, header, posterior = _build_parts(config, load)
     method = METHODS.build(
         {key: value for key, value in config.method.items() if key != "label"},
@@ -153,6 +154,20 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         check_start(config, sampler, method.starts_from)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
     return method
+
+
+def _check_samples(config: Config) -> None:
+    """Check that the method is one of sampling.
+
+    Raises:
+        UsageError: It trains a network that is not sampled.
+    """
+    from diffaccel.methods import Diffusion  # imported here, because it requires Lightning, which takes seconds
+
+    if not is_subclass(METHODS[config.method["name"]], Diffusion):
+        raise UsageError(
+            f"method {config.method['name']!r} makes no images: `diffaccel fit {config.experiment}` trains its network"
+        )
 
 
 def build_frozen(config: Config, load: bool = True) -> Sampler:

@@ -36,7 +36,7 @@ EXPECTED = 2.0
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Moments of the standardised latents of the images of a split.
+    """Moments of the standardised latents of the images of a split, which are the same for every ``std``.
 
     A record has the moments of an image and, if ``mirrored``, of the image mirrored left to right, because mirrored
     latents are not the latents of a mirrored image. Values are float16, with a relative error of 5e-4.
@@ -66,7 +66,6 @@ class LatentCache:
         described = {
             "format": FORMAT,
             "autoencoder": self.latents.sha256,
-            "std": self.latents.std,
             "images": self.images.fingerprint(),
             "n": len(self.images),
             "record": self.record,
@@ -96,7 +95,7 @@ class LatentCache:
         found = np.memmap(path, np.float16, "r")
         if found.size != math.prod(shape):
             raise UsageError(f"{path} has {found.size} numbers instead of {math.prod(shape)}: remove the file")
-        return EncodedImages(found.reshape(shape))
+        return EncodedImages(found.reshape(shape), self.latents.std)
 
     def _encode(self, path: Path, device: torch.device) -> None:
         part = path.with_suffix(".part")
@@ -136,16 +135,16 @@ class LatentCache:
         images = to_float(self.images.read(indices)).to(device)
         versions = [images, images.flip(-1)] if self.mirrored else [images]
         found = [torch.stack(self.latents.encode(version)[: self.record[1]], 1) for version in versions]
-        return torch.stack(found, 1).half().cpu()
+        return (torch.stack(found, 1) / self.latents.std).half().cpu()
 
     def _report(self, sums: Tensor) -> None:
         """Print the standard deviation of the latents, if it is far from the expected one."""
         count, first, second = sums.tolist()
         std = math.sqrt(max(second / max(count, 1) - (first / max(count, 1)) ** 2, 0))
-        if not self.latents.std / EXPECTED <= std <= self.latents.std * EXPECTED:
+        if not 1 / EXPECTED <= std <= EXPECTED:
             say(
-                f"latents: the standard deviation over these images is {std:.3g} instead of {self.latents.std:g}: the "
-                "auto-encoder's scaling_factor may be that of other images; latents.std= corrects it"
+                f"latents: the standard deviation over these images is {std:.3g} times latents.std: the auto-encoder's "
+                f"scaling_factor may be that of other images; latents.std={self.latents.std / std:.3g} corrects it"
             )
 
 
@@ -166,11 +165,12 @@ class EncodedImages:
     """Open cache.
 
     Args:
-        records: Records, (N, versions, moments, c, h, w) float16.
+        records: Records, (N, versions, moments, c, h, w) float16, in units of the latents' standard deviation.
+        std: Standard deviation of the latents.
     """
 
-    def __init__(self, records: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
-        self.records = records
+    def __init__(self, records: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]", std: float) -> None:
+        self.records, self.std = records, std
 
     def __len__(self) -> int:
         return len(self.records)
@@ -186,6 +186,6 @@ class EncodedImages:
             Moments, (B, c, h, w) float32; the standard deviations are 0 if there are only means.
         """
         version = torch.zeros_like(indices) if mirrored is None else mirrored.to(indices)
-        found = torch.from_numpy(self.records[indices.numpy(), version.numpy()]).float()
+        found = torch.from_numpy(self.records[indices.numpy(), version.numpy()]).float() * self.std
         mean = found[:, 0]
         return Moments(mean, found[:, 1] if found.shape[1] > 1 else torch.zeros_like(mean))

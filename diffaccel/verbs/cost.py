@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
+from diffaccel.latents import Latents
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import ChainPrior, Group, Plan
 from diffaccel.run.machine import describe, device_type
@@ -175,12 +176,28 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
                 spent = (human(nfe * cost.flops, "FLOP"), duration(total))
             burn_in = f"{plan.prior.burn_in_evaluations(config.n) / config.n:.3g}"
             table.add_row(f"{budget:g}", str(plan.chain_steps), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
-    print_lines(
-        f"{config.experiment}: {config.method_name}, images {tuple(sampler.shape)}, n={config.n}, seed={config.seed}"
-    )
+    shapes = f"images {sampler.image_shape}" + (f", latents {sampler.shape}" if sampler.latents is not None else "")
+    print_lines(f"{config.experiment}: {config.method_name}, {shapes}, n={config.n}, seed={config.seed}")
     print_lines(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32 (a dry run uses random weights)")
     wide_console().print(table)
     _print_forward(config, cost, 4.0 * parameters)
+    if sampler.latents is not None:
+        _print_decoding(sampler, sampler.latents)
+
+
+def _print_decoding(sampler: Sampler, latents: Latents) -> None:
+    """Print the cost of decoding, measured on one image."""
+    x_0 = torch.randn(1, *latents.shape, device=sampler.device)
+    with torch.no_grad(), EvaluationCounter({"decoder": latents}) as counter:
+        latents(x_0)
+        started = _clock(sampler)
+        latents(x_0)
+        seconds = _clock(sampler) - started
+    parameters = sum(parameter.numel() for parameter in latents.parameters())
+    print_lines(
+        f"decoding takes {human(counter.flops['decoder'], 'FLOP')} and {seconds:.3g} s per image in addition (timed on "
+        f"one image), by an auto-encoder of {parameters:,} parameters"
+    )
 
 
 def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:
