@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         check_unconditional,
     )
     from diffaccel.experiment.identity import identify, identify_images
-    from diffaccel.experiment.latents import build_fit_data, build_latents, shape_of
     from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
+    from diffaccel.experiment.latents import build_fit_data, build_latents, shape_of
 
 _BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
 _MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher", "validator")

@@ -114,7 +114,9 @@ def build_checkpoint(path: Path) -> Model:
 
     def derive(prior: Part, solver: Part) -> Sampler:
         if weights.header.get("latents"):
-            raise UsageError(f"{path} samples latents, which are not images: load its experiment, with the auto-encoder")
+            raise UsageError(
+                f"{path} samples latents, which are not images: load its experiment, with the auto-encoder"
+            )
         low = max(denoiser.ratio_range[0], 0.002)
         return Sampler(denoiser, prior, solver or {**DEFAULT, "grid": {"ratio_min": low}}, found.shape).eval()
 
@@ -377,7 +379,12 @@ def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> Le
     posterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape_of(config))
     if load and checkpoint:
         network = cast(nn.Module, posterior.network)
-        load_network(Path(checkpoint), network, "classifier", {"shape": list(shape_of(config)), "posterior": node, "latents": describe_latents(config)})
+        load_network(
+            Path(checkpoint),
+            network,
+            "classifier",
+            {"shape": list(shape_of(config)), "posterior": node, "latents": describe_latents(config)},
+        )
     return posterior
 
 

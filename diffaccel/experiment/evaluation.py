@@ -57,9 +57,8 @@ def build_data(config: Config, make: "Callable[..., DataModule] | None" = None) 
         data.source.label = as_given(config.data["label"]) or data.source.label
     if data.shape != image_shape_of(config):
         raise UsageError(
-            f"{data.label}: images have shape {data.shape}, but the experiment has {image_shape_of(config)}: set shape= "
-            "(and a "
-            "suitable network), or another data set"
+            f"{data.label}: images have shape {data.shape}, but the experiment has {image_shape_of(config)}: set "
+            "shape= (and a suitable network), or another data set"
         )
     return data
 

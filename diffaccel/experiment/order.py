@@ -3,8 +3,8 @@
 Experiments name files of weights under the keys :data:`KEYS`, and several may name the same file, for example that of a
 denoiser that they share. The experiment whose own file sets the key, and does not inherit it from its ``base``, makes
 these weights, unless its method freezes the part. An extractor's weights are made by the experiment of the method
-``extractor`` that has the name of the file, and an auto-encoder's by that of the method ``autoencoder``. A fit needs the
-weights that its experiment names and does not make.
+``extractor`` that has the name of the file, and an auto-encoder's by that of the method ``autoencoder``. A fit needs
+the weights that its experiment names and does not make.
 
 Weights are read from the file that the experiments name, if it exists, as for shipped weights, and otherwise from the
 output folder of the fit, ``ROOT/<name>``.

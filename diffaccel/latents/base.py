@@ -84,7 +84,7 @@ class AutoEncoder(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the decoder's last layer, whose gradients balance the losses of a fit."""
 
 

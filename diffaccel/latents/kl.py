@@ -117,9 +117,7 @@ class Stage(nn.Module):
 class Encoder(nn.Module):
     """Images (B, C, H, W) -> mean and log-variance, (B, 2 c, h, w)."""
 
-    def __init__(
-        self, depth: int, widths: list[int], blocks: int, channels: int, groups: int, attention: bool
-    ) -> None:
+    def __init__(self, depth: int, widths: list[int], blocks: int, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(depth, widths[0], 3, padding=1)
         changes = ["down"] * (len(widths) - 1) + [""]
@@ -140,9 +138,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, c, h, w) -> images (B, C, H, W); each stage has one block more than the encoder's."""
 
-    def __init__(
-        self, depth: int, widths: list[int], blocks: int, channels: int, groups: int, attention: bool
-    ) -> None:
+    def __init__(self, depth: int, widths: list[int], blocks: int, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         coarse = widths[::-1]
         self.conv_in = nn.Conv2d(channels, coarse[0], 3, padding=1)
@@ -212,5 +208,5 @@ class KLAutoEncoder(AutoEncoder):
 
     @property
     @override
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight

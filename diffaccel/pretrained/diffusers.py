@@ -1,8 +1,8 @@
 """Folders in diffusers format: pipelines, outputs of the training script, or folders of a network.
 
 Two layouts of UNet2DModel are supported: the skip / skip NCSN++ (``fourier``) and DDPM's U-Net (``positional``), with
-the options of diffusers' tutorials and training script. AutoencoderKL is read as the auto-encoder of latents. The package
-diffusers is not required.
+the options of diffusers' tutorials and training script. AutoencoderKL is read as the auto-encoder of latents. The
+package diffusers is not required.
 """
 
 import json

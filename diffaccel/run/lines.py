@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from diffaccel.training.module import TrainedModule
 from diffaccel.text.terminal import PlainConsole
+from diffaccel.training.module import TrainedModule
 
 INTERVAL = 60.0
 """Least time between two lines, in seconds."""

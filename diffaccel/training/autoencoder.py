@@ -224,4 +224,3 @@ def psnr(made: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of images in [-1, 1], (B, C, H, W) each, after clamping, in dB: (B,)."""
     error = (made.clamp(-1, 1) - images).float().square().flatten(1).mean(1)
     return 10 * (4 / error.clamp_min(1e-10)).log10()
-

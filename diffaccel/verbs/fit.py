@@ -30,8 +30,8 @@ HELP = """\
 fit EXPERIMENT [resume=auto]
 train; writes weights and the curve
 
-Trains the networks of the experiment's method: a feature network if it is `extractor`, the auto-encoder of latents if it
-is `autoencoder`. Weights, training state and points of the final evaluation are written to OUT.
+Trains the networks of the experiment's method: a feature network if it is `extractor`, the auto-encoder of latents if
+it is `autoencoder`. Weights, training state and points of the final evaluation are written to OUT.
 
 Keys:
   resume=auto              resume from OUT/last.ckpt if it exists; or the path of a training state
@@ -47,7 +47,7 @@ console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def fit(config: Config, evaluates: bool = True) -> Path:
-    """Train a method, a feature network that scores images, or an auto-encoder, and print the points of the final evaluation.
+    """Train a method, a feature network or an auto-encoder, and print the points of the final evaluation.
 
     Args:
         config: Configuration of the run.
