@@ -99,8 +99,8 @@ ACCEPTED |= {(kind, place) for kind in DENOISERS for place in ("checkpoint", "in
 ACCEPTED |= {("training state of a denoiser", "resume"), ("autoencoder", "latents.checkpoint")}
 SAME_KIND = {("training state of a classifier", "resume"), ("foreign", "checkpoint"), ("foreign", "init")}
 """Of the right kind, and of other networks: tests below."""
-FILES = [*SHIPPED, "generator", "autoencoder", "foreign", *(f"training state of {a}" for a in ("a denoiser", "a classifier",
-                                                                                "an extractor"))]  # fmt: skip
+STATES = [f"training state of {a}" for a in ("a denoiser", "a classifier", "an extractor")]
+FILES = [*SHIPPED, "generator", "autoencoder", "foreign", *STATES]
 
 
 @pytest.mark.parametrize(("held", "place"), [(f, p) for f in FILES for p in PLACES if (f, p) not in SAME_KIND])
