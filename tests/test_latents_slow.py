@@ -40,7 +40,7 @@ denoiser: {name: decoupled, sigma_data: 1.0}
 levels: {name: uniform}
 prior: {name: gaussian}
 solver: {name: bridge, eta: 0.0}
-training: {images: 30000, batch_size: 24, lr: 0.002, warmup: 1000, decay: 0.5, ema_half_life: 1000}
+training: {images: 12000, batch_size: 24, lr: 0.002, warmup: 1000, decay: 0.5, ema_half_life: 1000}
 """
 
 

@@ -257,7 +257,7 @@ def test_the_first_samples_are_typical_of_sorted_files(tmp_path: Path):
     order = inputs.order
     assert torch.equal(order.sort().values, torch.arange(1000))
     counts = torch.bincount(order[:100] // 100, minlength=10)
-    assert counts.min() >= 3 and counts.max() <= 20
+    assert 3 <= counts.min() and counts.max() <= 20
     assert torch.equal(inputs.targets(range(20, 30)), inputs._open()[0].read(order[20:30]))
     assert not torch.equal(held_out(tmp_path, n=1000, seed=1).order, order)
 

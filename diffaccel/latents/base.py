@@ -15,7 +15,7 @@ from diffaccel.weights import tensors_sha256
 AUTOENCODERS: Registry["AutoEncoder"] = Registry(
     "auto-encoder",
     group="diffaccel.autoencoders",
-    builtins=["diffaccel.latents"],
+    builtins=["diffaccel.latents.kl"],
     context=["shape"],
     extra={"checkpoint": Path | None, "std": float, "sample": bool, "cache": Path | None},
 )
