@@ -28,8 +28,8 @@ logger: none
 """
 AUTOENCODER = """
 base: base.yaml
-method: {name: autoencoder, critic_weight: 0.05, critic_since: 5000, critic_widths: [16, 32]}
-training: {images: 6000, batch_size: 6, lr: 0.004, warmup: 300, decay: 0.5, ema_half_life: 300}
+method: {name: autoencoder, critic_weight: 0.05, critic_since: 2500, critic_widths: [16, 32]}
+training: {images: 3000, batch_size: 6, lr: 0.004, warmup: 150, decay: 0.5, ema_half_life: 300}
 """
 DDM = """
 base: base.yaml

@@ -135,7 +135,7 @@ def test_what_batches_took_adds_up():
     for first, count in ((0, 3), (3, 2)):
         found.add(chunk(torch.full((count, 1), float(first)), first))
     assert found.evaluations == {"denoiser": 25} and found.flops == {"denoiser": 100.0}
-    assert found.seconds.tolist() == [1.0, 0.5, 6.0] and found.images_by_rank == {0: 5}
+    assert found.seconds.tolist() == [1.0, 0.5, 6.0, 0.0] and found.images_by_rank == {0: 5}
     assert found.features[0].flatten().tolist() == [0, 0, 0, 3, 3]
     assert math.isnan(measured(found).values["fd_inf"]) is False
 
