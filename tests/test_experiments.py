@@ -11,23 +11,29 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import experiment
+from diffaccel.__main__ import main
 from diffaccel.config import EXPERIMENTS, load
 from diffaccel.data import Batch
 from diffaccel.density import TrainingImages
 from diffaccel.errors import UsageError
-from diffaccel.methods import Diffusion, TruncatedDiffusion
+from diffaccel.experiment.latents import node_of
+from diffaccel.latents import AUTOENCODERS
+from diffaccel.methods import METHODS, Diffusion, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
 
 FILES = sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.glob("*/*.yaml"))
 FILES = [name for name in FILES if not name.startswith("sweeps/")]  # see test_sweep.py
-NAMES = [name for name in FILES if "/base" not in name and "/extractor" not in name]
+APART = ("/base", "/extractor", "/autoencoder")
+"""Files that are no experiments, or whose method is not sampled."""
+NAMES = [name for name in FILES if not any(part in name for part in APART)]
 SMALL = [name for name in NAMES if name.startswith(("toy/", "digits/", "digits_text/", "cifar10_small/"))]
 MID = [name for name in NAMES if name.startswith("cifar10_mid/")]
 OTHERS = ("/tdpm", "/ddm")
 """Of the papers' size too, but each its own."""
 PAPER = [name for name in NAMES if name.startswith("cifar10/") and not name.endswith(OTHERS)]
-LARGER = [name for name in NAMES if name.startswith("celebahq256/") and not name.endswith(OTHERS)]
+LARGER = [name for name in NAMES if name.startswith("celebahq256/") and not name.endswith((*OTHERS, "_latent"))]
+LATENT = [name for name in NAMES if name.endswith("_latent") or name == "celebahq256/ddm"]
 
 
 def weights_of(name: str) -> list[Path]:
@@ -48,9 +54,12 @@ def test_there_are_experiments():
     assert {"cifar10/edm", "cifar10/dlg", "cifar10/dlg_kar2", "cifar10/small_t"} <= set(PAPER)
     assert {f"{data}/tdpm" for data in ("toy", "digits", "cifar10_small", "cifar10", "lsun256")} <= set(NAMES)
     assert {"celebahq256/dlg", "celebahq256/dlg_ours"} <= set(LARGER)
+    methods = ("edm", "tdpm", "small_t", "dlg")
+    assert {f"{data}/{name}_latent" for data in ("celebahq256", "lsun256") for name in methods} <= set(LATENT)
+    assert {"celebahq256/ddm", "lsun256/ddm_latent"} <= set(LATENT)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("/base")])
+@pytest.mark.parametrize("name", [name for name in FILES if "/base" not in name])
 def test_it_loads(name: str):
     config = load(name)
     assert config.experiment == name
@@ -101,7 +110,7 @@ def build_on_meta(name: str, words: Sequence[str] = ()) -> tuple[Diffusion, floa
     config = load(name, words)
     with torch.device("meta"):
         method = experiment.build_method(config, load=False)
-        x = torch.empty(2, *config.shape)
+        x = torch.empty(2, *method.shape)
         with FlopCounterMode(display=False) as counter:
             output = method.denoiser.network(x, torch.empty(2))
     heads = sum(config.network.get("heads", [1]))
@@ -215,6 +224,46 @@ def test_ddm_has_the_sizes_of_its_reference(name: str, millions: float):
     method, _ = build_on_meta(name)
     parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latents_are_those_of_latent_diffusion(name: str):
+    """An auto-encoder of 55.3 M parameters with a factor of 4, and latents of 3x64x64."""
+    method, flops = build_on_meta(name)
+    latents = method.sampler.latents
+    assert latents is not None and latents.shape == (3, 64, 64) == method.shape
+    assert sum(parameter.numel() for parameter in latents.parameters()) == 55_312_063
+    assert 50e9 < flops < 100e9, "a sixth of the network of pixels, or less"
+    header = load(name).latents
+    assert header["checkpoint"].endswith("weights/autoencoder.safetensors")
+
+
+@pytest.mark.parametrize("data", ["celebahq256", "lsun256"])
+def test_the_auto_encoder_of_the_papers_size_can_be_trained(data: str):
+    config = load(f"{data}/autoencoder")
+    with torch.device("meta"):
+        network = AUTOENCODERS.build(node_of(config), shape=(3, 256, 256))
+        recipe = {**config.method, "perceptual_weight": 0.0}  # LPIPS reads weights that do not ship
+        method = METHODS.build(recipe, network=network, training=config.training)
+    assert [phase.name for phase in method.phases()] == ["autoencoder", "critic"]
+    assert sum(parameter.numel() for parameter in method.critic.parameters()) / 1e6 == pytest.approx(2.76, abs=0.01)
+
+
+SMALLER = ["latents.widths=[8,8,8]", "latents.groups=4", "threads=1", "logger=none", "n=4", "precision=32-true"]
+NARROW = {
+    "adm": ["network.width=16", "network.multipliers=[1,1,1,1]", "network.blocks=1"],
+    "unet": ["network.widths=[8,8,8,8]", "network.blocks=1", "network.embedding=16", "network.attention=[3]"],
+    "ddpm": ["network.width=32", "network.multipliers=[1,1,1]", "network.blocks=1"],
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_dry_run_in_latents(name: str, capsys: pytest.CaptureFixture[str]):
+    """Without data and weights; with narrow networks, because a CPU takes minutes for those of the papers' size."""
+    narrow = NARROW[load(name).network["name"]]
+    assert main(["bench", name, "dry_run=true", "nfe=50", *SMALLER, *narrow]) == 0
+    printed = capsys.readouterr().out
+    assert "images (3, 256, 256), latents (3, 64, 64)" in printed and "decoding takes" in printed
 
 
 @pytest.mark.parametrize(

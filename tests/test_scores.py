@@ -30,6 +30,7 @@ def chunk(features: Tensor, first: int = 0) -> Chunk:
     return Chunk(
         indices, features, torch.zeros(count, 32, dtype=torch.uint8), shown, None, "", 0,
         {"denoiser": 5 * count}, {}, {"denoiser": 100.0}, 0.5, 0.25, warm_up=3.0,
+        decoding=0.125, decoding_flops=7.0,
     )  # fmt: skip
 
 
@@ -135,7 +136,8 @@ def test_what_batches_took_adds_up():
     for first, count in ((0, 3), (3, 2)):
         found.add(chunk(torch.full((count, 1), float(first)), first))
     assert found.evaluations == {"denoiser": 25} and found.flops == {"denoiser": 100.0}
-    assert found.seconds.tolist() == [1.0, 0.5, 6.0] and found.images_by_rank == {0: 5}
+    assert found.seconds.tolist() == [1.0, 0.5, 6.0, 0.25] and found.images_by_rank == {0: 5}
+    assert found.decoding_flops == 7.0
     assert found.features[0].flatten().tolist() == [0, 0, 0, 3, 3]
     assert math.isnan(measured(found).values["fd_inf"]) is False
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from diffaccel.__main__ import main
 from diffaccel.config import EXPERIMENTS, load
 from diffaccel.errors import UsageError
-from diffaccel.experiment import build_method
+from diffaccel.experiment import build_latents, build_method
 from diffaccel.experiment.loading import check_resumable
 from diffaccel.features.extractors import Small
 from diffaccel.features.fitting import fit_extractor
+from diffaccel.latents import AUTOENCODERS
 from diffaccel.pretrained import inspect, read
 from diffaccel.weights import (
     FORMATS,
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 WEIGHTS = EXPERIMENTS / "digits" / "weights"
 QUICK = ["logger=none", "threads=1", "reference=", "training.images=32", "training.batch_size=16", "nfe=5", "n=20"]
 IMPLICIT = ["method=tdpm", "method.frozen=true", "method.critic=mlp", "prior=implicit", "prior.ratio_star=0.5"]
+KL = {"name": "kl", "widths": [8, 16], "blocks": 1, "groups": 4}
+SMALL_KL = [f"latents.{key}={value}" for key, value in KL.items()]
 SHIPPED = {"denoiser": "edm", "density": "gaussian", "classifier": "classifier", "extractor": "extractor"}
 
 
@@ -57,6 +60,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, experiment in (("denoiser", "digits/edm"), ("classifier", "digits/dlg")):
         assert main(["fit", experiment, f"out={out / kind}", *QUICK]) == 0
         found[f"training state of a {kind}"] = out / kind / "last.ckpt"
+    found["autoencoder"] = out / "autoencoder.safetensors"
+    network = AUTOENCODERS.build(KL, shape=(1, 8, 8))
+    save_weights(found["autoencoder"], network.state_dict(), {"kind": "autoencoder", "autoencoder": KL}, torch.float32)
     from diffaccel.data import DataModule
 
     digits, state = DataModule({"name": "digits"}), out / "extractor.ckpt"
@@ -79,6 +85,10 @@ PLACES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "prior.checkpoint of a density": ("density", use("digits/small_t", "prior.checkpoint")),
     "posterior.checkpoint": ("classifier", use("digits/dlg", "posterior.checkpoint")),
     "extractor": ("extractor", lambda path: Small(str(path))),
+    "latents.checkpoint": (
+        "autoencoder",
+        lambda path: build_latents(load("digits/edm", [*SMALL_KL, f"latents.checkpoint={path}"])),
+    ),
     "resume": ("training state", lambda path: check_resumable(path, build_method(load("digits/edm"), load=False))),
 }
 """Place -> the kind that it takes, and its reader."""
@@ -86,11 +96,11 @@ DENOISERS = ("denoiser", "training state of a denoiser")
 ACCEPTED = {(kind, place) for place, (kind, _) in PLACES.items() for kind in SHIPPED if kind == PLACES[place][0]}
 ACCEPTED |= {("generator", place) for place in PLACES if place.endswith("of a generator")}
 ACCEPTED |= {(kind, place) for kind in DENOISERS for place in ("checkpoint", "init")}
-ACCEPTED |= {("training state of a denoiser", "resume")}
+ACCEPTED |= {("training state of a denoiser", "resume"), ("autoencoder", "latents.checkpoint")}
 SAME_KIND = {("training state of a classifier", "resume"), ("foreign", "checkpoint"), ("foreign", "init")}
 """Of the right kind, and of other networks: tests below."""
-FILES = [*SHIPPED, "generator", "foreign", *(f"training state of {a}" for a in ("a denoiser", "a classifier",
-                                                                                "an extractor"))]  # fmt: skip
+STATES = [f"training state of {a}" for a in ("a denoiser", "a classifier", "an extractor")]
+FILES = [*SHIPPED, "generator", "autoencoder", "foreign", *STATES]
 
 
 @pytest.mark.parametrize(("held", "place"), [(f, p) for f in FILES for p in PLACES if (f, p) not in SAME_KIND])

@@ -65,7 +65,7 @@ class Captions(Conditioner):
         if wrong := [template for template in templates if "{label}" not in template]:
             raise UsageError(f"condition.templates: {wrong[0]!r} has no {{label}}: write it for the name of the class")
         self.encoder: TextEncoder = TEXT_ENCODERS.build(encoder)
-        self.kinds, self.length = Kinds(tokens=self.encoder.dim), self.encoder.length
+        self.kinds, self.token_count = Kinds(tokens=self.encoder.dim), self.encoder.length
         self.paths = {"train": path, "test": test_path or path}
         self.templates, self.names, self.caption = templates, names, caption
         self.cache = (Path(cache) if cache else default_folder()) if self.encoder.cached else None

@@ -153,7 +153,12 @@ def find(experiment: str) -> Path:
 def experiment_names() -> list[str]:
     """Return the names of the shipped experiments: files under experiments/ except for bases and sweeps."""
     files = [file.relative_to(EXPERIMENTS).with_suffix("") for file in EXPERIMENTS.glob("*/*.yaml")]
-    return sorted(file.as_posix() for file in files if file.stem != "base" and file.parent.name != SWEEPS)
+    return sorted(file.as_posix() for file in files if not is_base(file) and file.parent.name != SWEEPS)
+
+
+def is_base(file: Path) -> bool:
+    """Whether a file is a base of experiments, by its name: ``base`` or ``base_...``."""
+    return file.stem == "base" or file.stem.startswith("base_")
 
 
 def base_of(file: Path) -> Path | None:

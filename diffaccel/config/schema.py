@@ -114,6 +114,10 @@ class Config:
     """Condition of each image in addition to its label: a degradation, or an image of another source. In sampling, the
     conditions are those of the test images, each for ``samples`` images in succession (1 by default); ``seed`` (0) is
     that of random degradations. Empty for none."""
+    latents: dict[str, Any] = field(default_factory=dict)
+    """Auto-encoder whose latents the diffusion runs in, in place of pixels; ``checkpoint`` is its weights, ``std`` the
+    standard deviation of the latents (1 by default), ``sample`` whether they are drawn from the encoder's posterior
+    (true by default) or its means, and ``cache`` the folder of the encoded images. Empty for pixels."""
     process: dict[str, Any] = field(default_factory=lambda: {"name": "edm"})
     """Forward process."""
     network: dict[str, Any] = field(default_factory=dict)
@@ -226,6 +230,8 @@ class Config:
         """Messages about the machine, to be printed when work starts; not a key."""
         self.words: list[str] = []
         """Settings of the command line; not a key."""
+        self.autoencoder_sha256: str | None = None
+        """Hash of the auto-encoder's tensors, once they are read; not a key."""
 
     @property
     def method_name(self) -> str:

@@ -30,12 +30,12 @@ class Conditioner(ABC):
     Attributes:
         kinds: Kinds of the conditions.
         observation: Part of the image that its condition determines; None for no such part.
-        length: Number of tokens of a condition, for estimates of the cost.
+        token_count: Number of tokens of a condition, for estimates of the cost.
     """
 
     kinds: Kinds
     observation: Observation | None = None
-    length: int = 0
+    token_count: int = 0
     restores: ClassVar[bool] = True
     """Whether the image is to be restored from its condition, so that samples are compared with the image."""
     hashed: ClassVar[bool] = False
@@ -156,9 +156,9 @@ class HeldOut:
         return self.conditioner.observation
 
     @property
-    def length(self) -> int:
+    def token_count(self) -> int:
         """Number of tokens of a condition; 0 for no tokens."""
-        return self.conditioner.length
+        return self.conditioner.token_count
 
     def _open(self) -> tuple[Images, Conditions]:
         if self._opened is None:
@@ -254,9 +254,9 @@ class Given:
         return self.conditioner.observation
 
     @property
-    def length(self) -> int:
+    def token_count(self) -> int:
         """Number of tokens of a condition; 0 for no tokens."""
-        return self.conditioner.length
+        return self.conditioner.token_count
 
     def check(self, n: int) -> None:
         """Check that the condition can be made.

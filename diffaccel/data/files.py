@@ -5,6 +5,7 @@ all images of a split are grey, otherwise RGB; ``limit`` doesn't affect this.
 """
 
 import copy
+import hashlib
 import os
 import warnings
 from abc import abstractmethod
@@ -172,6 +173,14 @@ class FileImages(Images):
                     f"({printable(str(error))}): put it back"
                 ) from None
         return images
+
+    @override
+    def fingerprint(self) -> str:
+        """Return a hash of the names of the files, their sizes and times of change (in archives checksums)."""
+        digest = hashlib.sha256(repr((len(self), self.shape, self.image_size)).encode())
+        for name in self.names:
+            digest.update(repr((name, self.files.state(name))).encode())
+        return digest.hexdigest()
 
     def _pixels(self, name: str) -> Tensor:
         """Read one image, (C, H, W) uint8."""

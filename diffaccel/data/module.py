@@ -1,7 +1,7 @@
 """Data module: a source, its training stream, and its images in a fixed order for statistics."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningDataModule
@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from diffaccel.data.conditions import Conditioner
 from diffaccel.data.resident import Chosen, ChosenSet, ResidentImages, stays_resident
-from diffaccel.data.source import SPLITS, Images, Source, Split, build_source, random_order
+from diffaccel.data.source import SPLITS, Images, MissingSplit, Source, Split, build_source, random_order
 from diffaccel.data.stream import Batch, GlobalBatches, Stream, TrainingSet
 from diffaccel.errors import UsageError
 from diffaccel.text.terminal import say
 
 
-def _as_read(batch: Any) -> Any:
+def as_read(batch: Any) -> Any:
     """Return a batch unchanged, because the training set reads whole batches."""
     return batch
 
@@ -83,10 +83,13 @@ class DataModule(LightningDataModule):
 
     Attributes:
         start_step: First step of the training loader; set this before iterating over the loader, to resume.
+        mirrors: Whether the mirror image of a sample is a sample of the mirrored image.
 
     Raises:
         UsageError: An unknown source or key, or a number out of range.
     """
+
+    mirrors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -174,6 +177,13 @@ class DataModule(LightningDataModule):
                 f"use the same class numbers in both"
             )
 
+    def has_split(self, split: str) -> bool:
+        """Whether there is such a split; opens it."""
+        try:
+            return bool(self.images(split))
+        except MissingSplit:
+            return False
+
     def size(self, split: str) -> int:
         """Number of images of a split, at most ``limit``."""
         return len(self.images(split))
@@ -209,7 +219,7 @@ class DataModule(LightningDataModule):
         return DataLoader(
             chosen,
             batch_sampler=batches,
-            collate_fn=_as_read,
+            collate_fn=as_read,
             num_workers=0 if resident else self.num_workers,
             pin_memory=device.type == "cuda",  # for copies to the device that don't wait for it
         )
@@ -227,6 +237,11 @@ class DataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[int]:
         """Loader of a single dummy batch: validation evaluates generated images (see the evaluator)."""
         return DataLoader([0])  # type: ignore[arg-type]
+
+    def order(self, split: str, n: int | None = None) -> Tensor:
+        """Return the images of a split in the order of :meth:`batches`."""
+        found = len(self.images(split))
+        return torch.arange(found) if n is None else random_order(found)[:n]
 
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1, n: int | None = None
@@ -247,7 +262,7 @@ class DataModule(LightningDataModule):
             int64, or None.
         """
         images = self.images(split)
-        order = torch.arange(len(images)) if n is None else random_order(len(images))[:n]
+        order = self.order(split, n)
         for b in range(rank, -(-len(order) // batch_size), world):
             indices = order[b * batch_size : (b + 1) * batch_size]
             yield b, images.read(indices), None if images.labels is None else images.labels[indices]

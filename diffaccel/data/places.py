@@ -82,6 +82,10 @@ class Files(ABC):
         """
 
     @abstractmethod
+    def state(self, name: str) -> tuple[int, int]:
+        """Return numbers that change if a file changes: size, and time of change or checksum."""
+
+    @abstractmethod
     def _walk(self) -> Iterator[str]:
         """Yield the names of regular files, and count hidden and other skipped files."""
 
@@ -119,6 +123,12 @@ class FolderFiles(Files):
             stream.close()
             raise ValueError(f"{size} bytes, the limit is {MAX_BYTES}")
         return stream
+
+    @override
+    def state(self, name: str) -> tuple[int, int]:
+        """Return size and time of change of a file."""
+        found = os.stat(os.path.join(self.path, name))
+        return found.st_size, found.st_mtime_ns
 
     @override
     def _walk(self) -> Iterator[str]:
@@ -171,6 +181,12 @@ class ZipFiles(Files):
         if member.file_size > MAX_BYTES:  # zipfile unpacks at most file_size bytes
             raise ValueError(f"{member.file_size} bytes, the limit is {MAX_BYTES}")
         return io.BytesIO(self._archive().read(member))
+
+    @override
+    def state(self, name: str) -> tuple[int, int]:
+        """Return size and checksum of a member."""
+        member = self._members[name]
+        return member.file_size, member.CRC
 
     def _archive(self) -> zipfile.ZipFile:
         """Handle of this process, because a forked worker would share the file position of the parent's handle."""

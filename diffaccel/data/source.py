@@ -1,5 +1,6 @@
 """Interfaces of data sets: sources, and splits of images that are read by index."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -53,6 +54,13 @@ class Images(ABC):
     @abstractmethod
     def first(self, n: int) -> "Images":
         """Return the first ``n`` images, or all if there are fewer."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that differs if an image differs, by default of all pixels."""
+        digest = hashlib.sha256(repr((len(self), self.shape)).encode())
+        for start in range(0, len(self), 500):
+            digest.update(self.read(torch.arange(start, min(start + 500, len(self)))).numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self) -> None:  # noqa: B027  (optional: only images in separate files need checks)
         """Check every image, so that a damaged image is an error before a training starts.

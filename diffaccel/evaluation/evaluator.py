@@ -246,7 +246,7 @@ class Evaluator:
         kind = sampler.kind.dtype
         first, device = self.judges[0], sampler.device
         scores = Scores(
-            n, first.extractor.dim, sampler.shape, shown, kind, first.real, chains, device, further(self.judges),
+            n, first.extractor.dim, sampler.image_shape, shown, kind, first.real, chains, device, further(self.judges),
             sampler.classes_of(plan, n),
         )  # fmt: skip
         restored = None

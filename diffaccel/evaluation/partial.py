@@ -41,6 +41,8 @@ class Chunk:
         trace: Records of a chain in this round.
         warm_up: Time for compilation and other work that only a first batch requires, in seconds.
         others: Features of further extractors by the hash of the extractor, (b, dim) float32 each.
+        decoding: Time for decoding latents, in seconds.
+        decoding_flops: FLOPs per image of the decoder of latents; 0 without latents.
     """
 
     indices: Tensor
@@ -58,6 +60,8 @@ class Chunk:
     trace: list[dict[str, Any]] = field(default_factory=list)
     warm_up: float = 0.0
     others: dict[str, Tensor] = field(default_factory=dict)
+    decoding: float = 0.0
+    decoding_flops: float = 0.0
 
     def of(self, extractor: str) -> Tensor | None:
         """Return the features of the extractor with this hash; None if there are none."""

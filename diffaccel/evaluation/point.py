@@ -56,6 +56,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "chain": summarise([scores.traces[first] for first in sorted(scores.traces)]),
         "gflops_per_image": flops / 1e9,
         "seconds_per_image": scores.seconds[0].item() / n,
+        **_decoding(sampler, scores, n),
         "seconds_scoring": scores.seconds[1].item() / n,
         "seconds_warm_up": scores.seconds[2].item(),
         "n": n,
@@ -69,6 +70,13 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "versions": versions(),
         "git": git_commit(),
     }
+
+
+def _decoding(sampler: Sampler, scores: Scores, n: int) -> dict[str, float]:
+    """Cost per image of the decoder of latents, which no other key includes; empty without latents."""
+    if sampler.latents is None:
+        return {}
+    return {"gflops_decoding": scores.decoding_flops / 1e9, "seconds_decoding": scores.seconds[3].item() / n}
 
 
 def describe_judges(extractor: Named, real: Real, n: int) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def produce(
             made.indices, torch.zeros(len(final), 0), digests(final), final[made.indices < shown],
             final if keep_images else None, "", rank, made.evaluations, made.burn_in, made.flops,
             seconds, scoring, [as_numbers(record) for record in batch.trace], made.seconds_warm_up,
+            decoding=made.seconds_decoding, decoding_flops=made.decoding_flops,
         )  # fmt: skip
         _assign(chunk, extractors, batch.features)
         partial.save(batch.group, batch.number, chunk, batch.state)

@@ -116,7 +116,8 @@ class Scores:
         self.evaluations: Counter[str] = Counter()
         self.burn_in: Counter[str] = Counter()
         self.flops: dict[str, float] = {}
-        self.seconds = torch.zeros(3, dtype=torch.float64)
+        self.seconds = torch.zeros(4, dtype=torch.float64)  # sampling, scoring, warm-up, decoding
+        self.decoding_flops = 0.0
         self.images_by_rank: Counter[int] = Counter()
         self.traces: dict[int, list[Any]] = {}
 
@@ -131,7 +132,9 @@ class Scores:
         self.evaluations.update(chunk.evaluations)
         self.burn_in.update(chunk.burn_in)
         self.flops |= chunk.flops
-        self.seconds += torch.tensor([chunk.sampling, chunk.scoring, chunk.warm_up], dtype=torch.float64)
+        spent = [chunk.sampling, chunk.scoring, chunk.warm_up, chunk.decoding]
+        self.seconds += torch.tensor(spent, dtype=torch.float64)
+        self.decoding_flops = max(self.decoding_flops, chunk.decoding_flops)
         self.images_by_rank[chunk.rank] += len(indices)
         if chunk.trace:
             self.traces.setdefault(int(indices[0]) % (self.chains or self.n), []).extend(chunk.trace)
@@ -143,6 +146,7 @@ class Scores:
         # Every row was written by one rank, so that the sum equals the row.
         self.digests = all_reduce(self.digests.to(self.device, torch.int32)).to("cpu", torch.uint8)
         self.shown = all_reduce(self.shown.to(self.device, torch.float32)).to("cpu", self.shown.dtype)
+        self.decoding_flops = max(all_gather(self.decoding_flops))
         own = (self.evaluations, self.burn_in, self.flops, self.seconds, self.images_by_rank, self.traces)
         self.evaluations, self.burn_in, self.flops, self.images_by_rank = Counter(), Counter(), {}, Counter()
         self.seconds, self.traces = torch.zeros_like(self.seconds), {}

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         build_sampler,
         check_start,
         set_budgets,
-        shape_of,
     )
     from diffaccel.experiment.evaluation import (
         build_data,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     )
     from diffaccel.experiment.identity import identify, identify_images
     from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
+    from diffaccel.experiment.latents import build_fit_data, build_latents, shape_of
 
 _BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
 _MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher", "validator")
@@ -37,9 +37,11 @@ __all__ = [
     "build_evaluator",
     "build_extractor",
     "build_extractors",
+    "build_fit_data",
     "build_fitted",
     "build_frozen",
     "build_judges",
+    "build_latents",
     "build_likelihood",
     "build_method",
     "build_model",
@@ -60,7 +62,8 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         **dict.fromkeys((f"build_{part}" for part in _BUILD), "diffaccel.experiment.build"),
-        **dict.fromkeys(("check_start", "set_budgets", "shape_of"), "diffaccel.experiment.build"),
+        **dict.fromkeys(("check_start", "set_budgets"), "diffaccel.experiment.build"),
+        **dict.fromkeys(("build_fit_data", "build_latents", "shape_of"), "diffaccel.experiment.latents"),
         **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
         "check_unconditional": "diffaccel.experiment.evaluation",
         **dict.fromkeys((f"build_{part}" for part in _JUDGES), "diffaccel.experiment.judges"),

@@ -17,6 +17,14 @@ from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
 from diffaccel.errors import UsageError
 from diffaccel.experiment.headers import check_ratios
+from diffaccel.experiment.latents import (
+    build_latents,
+    check_combination,
+    check_solver,
+    describe_latents,
+    image_shape_of,
+    shape_of,
+)
 from diffaccel.experiment.loading import (
     adopt,
     check_grid,
@@ -42,12 +50,6 @@ from diffaccel.weights import assign_weights, open_weights
 
 if TYPE_CHECKING:
     from diffaccel.methods import Diffusion
-
-
-def shape_of(config: Config) -> tuple[int, int, int]:
-    """Return the image shape (C, H, W)."""
-    channels, height, width = config.shape
-    return channels, height, width
 
 
 def build_sampler(config: Config) -> Sampler:
@@ -88,7 +90,7 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
         if not given:
             return copy.copy(own)
         other = again(given)
-        made = own.using(build_prior(other, other.prior, posterior, denoiser), SOLVERS.build(other.solver))
+        made = own.using(build_prior(other, other.prior, posterior, denoiser), _build_solver(other, other.solver))
         check_trained(other, made)
         set_budgets(other, made, posterior, load=True)
         return made.eval()
@@ -102,7 +104,8 @@ def build_checkpoint(path: Path) -> Model:
     Raises:
         UsageError: The file is damaged, contains code, is not of a denoiser, or does not determine the network.
     """
-    found = Pretrained.of(open_weights(path))
+    weights = open_weights(path)
+    found = Pretrained.of(weights)
     network = NETWORKS.build(found.network, shape=found.shape)
     process = PROCESSES.build(found.process)
     denoiser = DENOISERS.build(found.denoiser, process=process, network=network)
@@ -110,6 +113,10 @@ def build_checkpoint(path: Path) -> Model:
     denoiser.eval()
 
     def derive(prior: Part, solver: Part) -> Sampler:
+        if weights.header.get("latents"):
+            raise UsageError(
+                f"{path} samples latents, which are not images: load its experiment, with the auto-encoder"
+            )
         low = max(denoiser.ratio_range[0], 0.002)
         return Sampler(denoiser, prior, solver or {**DEFAULT, "grid": {"ratio_min": low}}, found.shape).eval()
 
@@ -128,6 +135,7 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         UsageError: A part, key or value is unknown; or weights are missing, damaged or of another network, or, with
             ``frozen``, not configured.
     """
+    _check_samples(config)
     sampler, header, posterior = _build_parts(config, load)
     method = METHODS.build(
         {key: value for key, value in config.method.items() if key != "label"},
@@ -148,6 +156,20 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
         check_start(config, sampler, method.starts_from)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
     return method
+
+
+def _check_samples(config: Config) -> None:
+    """Check that the method is one of sampling.
+
+    Raises:
+        UsageError: It trains a network that is not sampled.
+    """
+    from diffaccel.methods import Diffusion  # imported here, because it requires Lightning, which takes seconds
+
+    if not is_subclass(METHODS[config.method["name"]], Diffusion):
+        raise UsageError(
+            f"method {config.method['name']!r} makes no images: `diffaccel fit {config.experiment}` trains its network"
+        )
 
 
 def build_frozen(config: Config, load: bool = True) -> Sampler:
@@ -190,9 +212,13 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
     Raises:
         UsageError: See :func:`build_method`.
     """
-    shape, inputs = shape_of(config), build_inputs(config)
+    inputs = build_inputs(config)
+    solver = _build_solver(config, config.solver)  # first, so that a mistyped name is reported before weights are read
+    discrete = build_source(config.data).has_images()
+    check_combination(config, None if inputs is None else inputs.conditioner, discrete)
+    latents = build_latents(config, load)
+    shape = image_shape_of(config) if latents is None else latents.shape
     torch.manual_seed(config.seed)
-    solver = SOLVERS.build(config.solver)  # first, so that a mistyped name is reported before weights are read
     pretrained = adopt(config)
     process = PROCESSES.build(config.process)
     network = NETWORKS.build(config.network, shape=shape) if config.network else None
@@ -211,14 +237,22 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
         solver,
         shape,
         tweedie=Tweedie(config.tweedie_ratio, config.tweedie_counted) if config.tweedie_ratio is not None else None,
-        kind=ImageKind(build_source(config.data).has_images(), config.truncate),
+        kind=ImageKind(discrete, config.truncate),
         precision=None if config.precision == "auto" else config.precision,  # which a run replaces before it builds
         batch_size=config.images_per_batch,
         inputs=inputs,
+        latents=latents,
     )
     by = f"condition={config.condition['name']}" if config.condition else "the experiment"
     check_kinds(sampler.takes, Kinds() if inputs is None else inputs.kinds, by)
     return sampler, header, posterior
+
+
+def _build_solver(config: Config, node: Mapping[str, Any]) -> Solver:
+    """Build a solver, and check that it suits the samples."""
+    solver = SOLVERS.build(node)
+    check_solver(config, solver)
+    return solver
 
 
 def build_inputs(config: Config) -> HeldOut | Given | None:
@@ -227,7 +261,7 @@ def build_inputs(config: Config) -> HeldOut | Given | None:
     Raises:
         UsageError: A name or key is unknown, a value is out of range, or the images can't be degraded.
     """
-    conditioner = build_conditioner(config.condition, shape_of(config))
+    conditioner = build_conditioner(config.condition, image_shape_of(config))
     if conditioner is None:
         return None
     own = {key: config.condition[key] for key in ("samples", "seed", "lpips") if key in config.condition}
@@ -302,7 +336,7 @@ def set_budgets(
             prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
             if _same_weights(parts["prior"], config.prior):
                 prior.share_weights(sampler.prior)  # which may be in training
-        sampler.by_nfe[budget] = Setting(prior, SOLVERS.build(parts["solver"]))
+        sampler.by_nfe[budget] = Setting(prior, _build_solver(config, parts["solver"]))
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -345,7 +379,12 @@ def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> Le
     posterior = POSTERIORS.build(node, denoiser=denoiser, shape=shape_of(config))
     if load and checkpoint:
         network = cast(nn.Module, posterior.network)
-        load_network(Path(checkpoint), network, "classifier", {"shape": config.shape, "posterior": node})
+        load_network(
+            Path(checkpoint),
+            network,
+            "classifier",
+            {"shape": list(shape_of(config)), "posterior": node, "latents": describe_latents(config)},
+        )
     return posterior
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffaccel.config import Config, find
@@ -12,9 +13,10 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator
 from diffaccel.evaluation.judges import Judge
 from diffaccel.evaluation.search import Searcher
-from diffaccel.experiment.build import build_prior, shape_of
+from diffaccel.experiment.build import build_prior
 from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
 from diffaccel.experiment.judges import build_extractors, build_judges
+from diffaccel.experiment.latents import image_shape_of
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
 from diffaccel.features.extractors import EXTRACTORS
 from diffaccel.features.independence import check_independent
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
     from diffaccel.data import DataModule
 
 
-def build_data(config: Config) -> "DataModule":
+def build_data(config: Config, make: "Callable[..., DataModule] | None" = None) -> "DataModule":
     """Build the data module and check that its images have the experiment's shape.
+
+    Args:
+        config: Configuration of the run.
+        make: Function of the arguments of a data module; by default the class of images.
 
     Raises:
         UsageError: The data are missing or damaged, or the images have another shape.
@@ -38,22 +44,21 @@ def build_data(config: Config) -> "DataModule":
     from diffaccel.data import DataModule  # imported here, because it requires Lightning, which takes seconds
 
     training = config.training
-    data = DataModule(
-        config.data,
+    data = (make or DataModule)(
+        source=config.data,
         batch_size=training.batch_size,
         seed=config.seed,
         limit=config.limit,
         flip=training.flip,
         num_workers=training.workers,
-        conditioner=build_conditioner(config.condition, shape_of(config)),
+        conditioner=build_conditioner(config.condition, image_shape_of(config)),
     )
     if "label" in config.data:
         data.source.label = as_given(config.data["label"]) or data.source.label
-    if data.shape != shape_of(config):
+    if data.shape != image_shape_of(config):
         raise UsageError(
-            f"{data.label}: images have shape {data.shape}, but the experiment has {shape_of(config)}: set shape= "
-            "(and a "
-            "suitable network), or another data set"
+            f"{data.label}: images have shape {data.shape}, but the experiment has {image_shape_of(config)}: set "
+            "shape= (and a suitable network), or another data set"
         )
     return data
 
@@ -81,10 +86,10 @@ def build_evaluator(
     if config.n < 2:
         raise UsageError(f"n={config.n}: a distance requires at least 2 images")
     source = build_source(config.data)  # reads nothing
-    if source.fixed_shape not in (None, shape_of(config)):
+    if source.fixed_shape not in (None, image_shape_of(config)):
         raise UsageError(
             f"data={config.data['name']}: images have shape {source.fixed_shape}, but the experiment has "
-            f"{shape_of(config)}: set shape= (and a suitable network), or another data set"
+            f"{image_shape_of(config)}: set shape= (and a suitable network), or another data set"
         )
     judges = build_judges(config, source.label, only)
     trained_with = feature_networks_of(*own_weights(config, sampler))
@@ -165,7 +170,7 @@ def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = 
         raise UsageError(f"validation.judge: the extractor {extractor.name!r} is also a judge: set another one")
     check_independent([extractor], feature_networks_of(*own_weights(config, sampler)), config.experiment)
     reference = load_reference(validation.reference, extractor)
-    check_same_data(validation.reference, reference, build_source(config.data).label, shape_of(config))
+    check_same_data(validation.reference, reference, build_source(config.data).label, image_shape_of(config))
     n = validation.n or config.n
     for budget in validation.nfe:
         for images in (n, min(n, validation.look_n)) if validation.looks else (n,):
@@ -186,7 +191,10 @@ def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = 
 def own_weights(config: Config, sampler: Sampler) -> list[str | None]:
     """Weights files of the sampler that diffaccel trained."""
     nodes = [config.prior, config.posterior, *(entry.get("prior", {}) for entry in config.by_nfe.values())]
-    return [config.checkpoint if sampler.denoiser.source is None else None, *(node.get("checkpoint") for node in nodes)]
+    own = config.checkpoint if sampler.denoiser.source is None else None
+    autoencoder = config.latents.get("checkpoint")
+    trained = autoencoder if autoencoder and Path(autoencoder).is_file() else None
+    return [own, trained, *(node.get("checkpoint") for node in nodes)]
 
 
 def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:

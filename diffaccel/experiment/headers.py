@@ -13,6 +13,7 @@ from diffaccel.data.conditions import CONDITIONERS
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.density import DENSITIES
 from diffaccel.errors import UsageError
+from diffaccel.latents import AUTOENCODERS
 from diffaccel.nn import NETWORKS
 from diffaccel.parts.registry import Registry
 from diffaccel.prior import PRIORS
@@ -21,6 +22,7 @@ from diffaccel.process import PROCESSES
 from diffaccel.weights import Weights, tensors_sha256
 
 REGISTRIES: dict[str, Registry[Any]] = {
+    "autoencoder": AUTOENCODERS,
     "condition": CONDITIONERS,
     "encoder": TEXT_ENCODERS,
     "network": NETWORKS,

@@ -12,11 +12,13 @@ from diffaccel.data.conditions import CONDITIONERS
 from diffaccel.evaluation import Identity
 from diffaccel.evaluation.judges import Judge
 from diffaccel.experiment.build import build_inputs
+from diffaccel.experiment.latents import node_of, options_of
 from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.history import explicit
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
+from diffaccel.pretrained.diffusers_autoencoder import folder_of
 from diffaccel.version import __version__
 
 
@@ -53,6 +55,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
         **{key: getattr(config, key) for key in keys},
         **{part: by_content(part, getattr(config, part)) for part in ("process", "network", "denoiser", "posterior")},
         **({"condition": _condition(config.condition)} if config.condition else {}),
+        **({"latents": _latents(config)} if config.latents else {}),
         **({"truncate": True} if config.truncate else {}),
         **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),
@@ -74,6 +77,13 @@ def _without_paths(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str
         if not is_path(annotation):
             found[key] = _without_paths(inner, value) if inner is not None and isinstance(value, Mapping) else value
     return found
+
+
+def _latents(config: Config) -> dict[str, Any]:
+    """Return what determines the decoded images: the auto-encoder's weights, and the scale of the latents."""
+    options = options_of(config)
+    path = None if options["checkpoint"] is None else str(folder_of(Path(options["checkpoint"])))
+    return {**node_of(config), "std": options["std"], "checkpoint": _content(path)}
 
 
 def by_content(part: str, node: Mapping[str, Any]) -> dict[str, Any]:

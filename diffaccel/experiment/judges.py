@@ -5,7 +5,7 @@ from typing import Any
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.judges import Judge
-from diffaccel.experiment.build import shape_of
+from diffaccel.experiment.latents import image_shape_of
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.metrics.base import Real
@@ -71,7 +71,7 @@ def _build(config: Config, extractor: Extractor, label: str) -> Judge:
         if not path:
             return None
         found = load_reference(path, extractor)
-        check_same_data(path, found, label, shape_of(config))
+        check_same_data(path, found, label, image_shape_of(config))
         return found
 
     reference, floor = load(config.reference), load(config.floor)

@@ -15,6 +15,7 @@ from diffaccel.data.conditions import build_conditioner
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.experiment.headers import check_denoiser, check_header
+from diffaccel.experiment.latents import check_latents, describe_latents, shape_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import Pretrained, files_sha256
 from diffaccel.prior import Prior
@@ -23,7 +24,7 @@ from diffaccel.solver import Solver
 from diffaccel.weights import Weights, assign_weights, check_finite, open_weights, read_checkpoint, read_description
 
 if TYPE_CHECKING:
-    from diffaccel.methods import Diffusion
+    from diffaccel.training.module import TrainedModule
 
 
 def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
@@ -43,9 +44,16 @@ def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, 
             from the experiment.
     """
     weights = open_weights(path).of(kind)
-    check_header(path, weights.header, asked)
+    _check(path, weights.header, asked)
     assign_weights(weights.read(), network, f"weights {path}")
     return weights
+
+
+def _check(path: Path, header: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare a header with an experiment."""
+    if "latents" in asked:
+        check_latents(path, header, asked["latents"])
+    check_header(path, header, {key: value for key, value in asked.items() if key != "latents"})
 
 
 def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict[str, Any]:
@@ -76,15 +84,16 @@ def initialise_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -
     asked["network"] = {key: value for key, value in config.network.items() if key not in kinds}
     asked.pop("condition")
     asked.pop("condition_sha256", None)
-    check_header(path, weights.header, asked)
+    _check(path, weights.header, asked)
     assign_weights(widened(weights.read()), denoiser.network, f"weights {path}")
 
 
 def _asked_of(config: Config, denoiser: NetworkDenoiser) -> dict[str, Any]:
     """Key of a denoiser's header -> value in the experiment."""
     process = {} if denoiser.any_process else {"process": config.process}
-    network = {"shape": config.shape, "network": config.network, "denoiser": config.denoiser}
-    return {**network, "condition": config.condition, **process, **condition_fingerprint(config)}
+    network = {"shape": list(shape_of(config)), "network": config.network, "denoiser": config.denoiser}
+    own = {"condition": config.condition, "latents": describe_latents(config)}
+    return {**network, **own, **process, **condition_fingerprint(config)}
 
 
 def condition_fingerprint(config: Config) -> dict[str, str]:
@@ -116,8 +125,8 @@ def load_prior(
         UsageError: See :func:`load_network`; or a generator was trained with another denoiser.
     """
     ((name, network),) = prior.networks().items()
-    asked: dict[str, Any] = {"shape": config.shape, "prior": dict(node), "condition": config.condition}
-    asked |= condition_fingerprint(config)
+    asked: dict[str, Any] = {"shape": list(shape_of(config)), "prior": dict(node), "condition": config.condition}
+    asked |= {"latents": describe_latents(config), **condition_fingerprint(config)}
     weights = load_network(path, network, name, asked)
     if denoiser is not None and config.checkpoint:
         check_denoiser(weights, denoiser)
@@ -180,11 +189,12 @@ def adopt(config: Config) -> Pretrained | None:
     if not weights.brings_network:
         return None
     found = Pretrained.of(weights)
-    channels, height, width = config.shape
-    if found.shape != (channels, height, width):
+    shape = shape_of(config)
+    if found.shape != shape:
+        what = "latents" if config.latents else "images"
         raise UsageError(
-            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, but the experiment's images have "
-            f"shape {(channels, height, width)}: choose another experiment, or set shape="
+            f"checkpoint {config.checkpoint} makes images of shape {found.shape}, but the experiment's {what} have "
+            f"shape {shape}: choose another experiment, or set shape="
         )
     config.network, config.denoiser = found.network, found.denoiser
     return found
@@ -210,7 +220,7 @@ def check_grid(solver: Solver, denoiser: Denoiser) -> None:
         )
 
 
-def check_resumable(path: Path, method: "Diffusion") -> dict[str, Any]:
+def check_resumable(path: Path, method: "TrainedModule") -> dict[str, Any]:
     """Read and check a training state before a run is resumed from it, and return its content.
 
     Raises:

@@ -3,7 +3,8 @@
 Experiments name files of weights under the keys :data:`KEYS`, and several may name the same file, for example that of a
 denoiser that they share. The experiment whose own file sets the key, and does not inherit it from its ``base``, makes
 these weights, unless its method freezes the part. An extractor's weights are made by the experiment of the method
-``extractor`` that has the name of the file. A fit needs the weights that its experiment names and does not make.
+``extractor`` that has the name of the file, and an auto-encoder's by that of the method ``autoencoder``. A fit needs
+the weights that its experiment names and does not make.
 
 Weights are read from the file that the experiments name, if it exists, as for shipped weights, and otherwise from the
 output folder of the fit, ``ROOT/<name>``.
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffaccel.config import EXPERIMENTS, Config, base_of, load, read
-from diffaccel.config.loader import SWEEPS
+from diffaccel.config.loader import SWEEPS, is_base
 from diffaccel.errors import UsageError, suggest
 from diffaccel.weights import open_weights
 
-KEYS = ("checkpoint", "prior.checkpoint", "posterior.checkpoint")
+AUTOENCODER = "latents.checkpoint"
+"""Key of the file of an auto-encoder, which the experiment of the method ``autoencoder`` makes."""
+KEYS = ("checkpoint", "prior.checkpoint", "posterior.checkpoint", AUTOENCODER)
 """Keys of files of trained weights."""
 EXTRACTOR = "extractor"
 """Key that stands for the files of all extractors of an experiment."""
@@ -94,7 +97,7 @@ def folder_of(data: str) -> Path:
 
 def names_in(folder: Path) -> list[str]:
     """Return the names of the experiments of a folder, without bases."""
-    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")
+    return sorted(file.stem for file in folder.glob("*.yaml") if not is_base(file))
 
 
 def experiments_of(data: str) -> dict[str, str]:
@@ -202,18 +205,28 @@ class _Experiment:
         below = read(base) if base is not None else {}
         scores = [] if self._is_extractor else [*self.config.extractors, self.config.validation.judge]
         files = [node.get("path") for node in scores if isinstance(node, Mapping)]
-        self.named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := value_at(tree, key))]
-        self._own = [(key, path) for key, path in self.named if value_at(tree, key) != value_at(below, key)]
+        named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := value_at(tree, key))]
+        if self._is_autoencoder:
+            self.named, self._own = [], [(key, path) for key, path in named if key == AUTOENCODER]
+            return
+        changed = [(key, path) for key, path in named if value_at(tree, key) != value_at(below, key)]
+        self.named, self._own = named, [(key, path) for key, path in changed if key != AUTOENCODER]
         self.named += [(EXTRACTOR, Path(path)) for path in files if path]
 
     @property
     def _is_extractor(self) -> bool:
         return bool(self.config.method["name"] == "extractor")
 
+    @property
+    def _is_autoencoder(self) -> bool:
+        return bool(self.config.method["name"] == "autoencoder")
+
     def made(self, extractors: Iterable[Path]) -> list[tuple[str, Path]]:
         """Return keys and files of the weights that a fit of the experiment makes."""
         if self._is_extractor:
             return [(EXTRACTOR, path) for path in sorted(extractors) if path.stem == self.name]
+        if self._is_autoencoder:
+            return self._own
         from diffaccel.methods import METHODS  # imported here, because it requires Lightning, which takes seconds
 
         kind: Any = METHODS[self.config.method["name"]]
@@ -230,6 +243,7 @@ class _Experiment:
             "prior.checkpoint": prior.fitted_name,
             "posterior.checkpoint": "classifier",
             EXTRACTOR: "extractor",
+            AUTOENCODER: "autoencoder",
         }
         return f"{names[key]}.safetensors"
 

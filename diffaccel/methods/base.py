@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from diffaccel.condition import Condition
-from diffaccel.data import Batch, DataModule
+from diffaccel.data import Batch
 from diffaccel.data.augment import LABELS, augment
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.denoiser.levels import Levels
@@ -50,7 +50,7 @@ class Diffusion(TrainedModule):
         )  # registered as submodules, for checkpoints and devices
         self.shape, self.takes = sampler.shape, sampler.takes
         self.classes = self.takes.classes
-        self.truncated = self.frozen = False
+        self.truncated = False
 
     @classmethod
     def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:
@@ -162,10 +162,6 @@ class Diffusion(TrainedModule):
         """Return the header entry with the denoiser's training range; empty if its levels are unbounded."""
         bounded = self.truncated or getattr(self.levels, "bounded", True)
         return {"trained_ratios": list(self.denoiser.ratio_range)} if bounded else {}
-
-    def describe_fit(self, data: DataModule) -> list[str]:
-        """Return lines that describe the quality of the fit on held-out images."""
-        return []
 
     def denoiser_loss(self, batch: Batch, noise: NoiseStreams) -> Tensor:
         """Compute the squared error of the network's output at one noise level per sample, (B,)."""

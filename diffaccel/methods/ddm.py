@@ -72,6 +72,8 @@ class DecoupledDiffusion(Diffusion):
             raise UsageError(
                 "method.weighting=unit excludes l1 and reconstruction: set method.weighting=later, reference or none"
             )
+        if perceptual_weight and self.sampler.latents is not None:
+            raise UsageError("method 'ddm': LPIPS compares images, not latents: set method.perceptual_weight=0")
         if perceptual_weight and (reconstruction == "none" or self.shape[0] != 3):
             raise UsageError(
                 "method 'ddm': perceptual_weight requires a reconstruction loss and images with three channels: set "

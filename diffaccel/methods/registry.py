@@ -10,6 +10,7 @@ METHODS: Registry[Any] = Registry(
     context=[
         *("sampler", "levels", "training", "seed"),
         *("data", "device", "bf16", "state_path", "resume", "console"),  # of the fit of an extractor
+        "network",  # of the fit of an auto-encoder
     ],
     extra={"label": str | None, "metric": str | None},
 )

@@ -151,7 +151,7 @@ class SmallTimeDiffusion(Diffusion):
             for index, images, _ in data.batches("train", 250, rank, world):
                 yield index, to_float(images).to(self.device)
 
-        flip = self.training_plan.flip
+        flip = self.training_plan.flip and data.mirrors  # otherwise the data are mirrored already
         with failing_together():
             self.density.fit(TrainingImages(read, self.global_rank, self.trainer.world_size, flip, self.seed))
         self.density.broadcast()

@@ -1,7 +1,8 @@
 """Folders in diffusers format: pipelines, outputs of the training script, or folders of a network.
 
 Two layouts of UNet2DModel are supported: the skip / skip NCSN++ (``fourier``) and DDPM's U-Net (``positional``), with
-the options of diffusers' tutorials and training script. The package diffusers is not required.
+the options of diffusers' tutorials and training script. AutoencoderKL is read as the auto-encoder of latents. The
+package diffusers is not required.
 """
 
 import json
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffaccel.nn import NCSNpp
+from diffaccel.pretrained import diffusers_autoencoder
 from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign, unwrap
 from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
@@ -150,6 +152,9 @@ class Diffusers(Format):
         if not path.is_dir():
             raise refuse(origin, f"it is part of a folder of diffusers: give the folder, {path.parent}")
         parts = find_parts(path, options.get("weights"))
+        if diffusers_autoencoder.is_autoencoder(parts.config):
+            found = read_weights(parts.files)
+            return diffusers_autoencoder.open_autoencoder(path, parts.config, found, _identity(parts))
         scheduler = {} if parts.scheduler is None else _read_json(parts.scheduler)
         network, shape = read_config(parts.config, options.get("size"), origin)
         found = aliases(unwrap(origin, read_weights(parts.files)))

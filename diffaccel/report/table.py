@@ -60,10 +60,20 @@ def _print_table(points: Sequence[Point], name: str) -> None:
     wide_console(WIDTH + room(columns(points))).print(table)
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
-    print_lines(*warnings_of(points))
+    print_lines(*warnings_of(points), *_decoding(points))
     if last.get(f"{name}_floor") is not None:
         real = {key: last.get(f"{key}_real") for key in (*NEIGHBOURHOODS, "near_repeats")}
         known = {"kid": last.get("kid_floor"), **real}
         others = "".join(f", {key} {number(value)}" for key, value in known.items() if value is not None)
         held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
         print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")
+
+
+def _decoding(points: Sequence[Point]) -> list[str]:
+    """Return a line on the cost of decoding latents, which is not in the table; none without latents."""
+    found = [point for point in points if point.get("seconds_decoding") is not None]
+    if not found:
+        return []
+    seconds = max(point["seconds_decoding"] for point in found)
+    gflops = number(found[-1].get("gflops_decoding"), 3)
+    return [f"decoding the latents takes {number(seconds, 3)} s and {gflops} GFLOP per image in addition"]

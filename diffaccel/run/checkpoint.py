@@ -18,12 +18,14 @@ from diffaccel.methods import Diffusion
 from diffaccel.report.logs import log_weights
 from diffaccel.storage import check_room, check_target, write_whole
 from diffaccel.text.terminal import side_output
+from diffaccel.training.module import TrainedModule
 from diffaccel.version import __version__
 from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = (
-    "method", "data", "seed", "shape", "network", "denoiser", "process", "prior", "init_sha256", "condition_sha256"
-)  # fmt: skip
+    *("method", "data", "seed", "shape", "latents", "autoencoder", "network", "denoiser", "process", "prior"),
+    *("init_sha256", "condition_sha256"),
+)
 """Keys of the description that must be equal in a resumed run."""
 
 
@@ -61,10 +63,10 @@ class Checkpointer(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the description of the weights to the checkpoint."""
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, TrainedModule)
         checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **self._trained_with(pl_module)}
 
-    def _trained_with(self, method: Diffusion) -> dict[str, Any]:
+    def _trained_with(self, method: TrainedModule) -> dict[str, Any]:
         """Header entries with the hashes of the frozen networks of the fit, and of the fits that it continues."""
         used = sorted({*self.description.get("feature_networks", ()), *method.feature_networks()})
         return {**stands_on(method), **({"feature_networks": used} if used else {})}
@@ -76,7 +78,7 @@ class Checkpointer(L.Callback):
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started
 
-    def check_outputs(self, method: Diffusion) -> None:
+    def check_outputs(self, method: TrainedModule) -> None:
         """Check before training that all files can be written.
 
         Raises:
@@ -111,7 +113,7 @@ class Checkpointer(L.Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, TrainedModule)
         if pl_module.steps % 10:
             return
         # All ranks follow the clock of rank 0, because saving is collective.
@@ -120,14 +122,14 @@ class Checkpointer(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save after an interrupt between steps; after an error or within a step, keep the last checkpoint."""
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, TrainedModule)
         whole = trainer.world_size == 1 and trainer.training and not pl_module.mid_step
         if isinstance(exception, KeyboardInterrupt) and whole:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the training state and, if the run is complete, the weights, by default in bf16."""
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, TrainedModule)
         self.save(trainer)
         if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
             self._export(trainer, pl_module)
@@ -137,7 +139,7 @@ class Checkpointer(L.Callback):
         trainer.save_checkpoint(self.out / "last.ckpt")
         self._saved = time.monotonic()
 
-    def _export(self, trainer: L.Trainer, method: Diffusion) -> None:
+    def _export(self, trainer: L.Trainer, method: TrainedModule) -> None:
         description = {
             **self.description,
             "module": type(method).__name__,
@@ -162,8 +164,8 @@ class Checkpointer(L.Callback):
                     log_weights(logger, path, f"{description['experiment']}-{path.stem}", said)
 
 
-def stands_on(method: Diffusion) -> dict[str, str]:
+def stands_on(method: TrainedModule) -> dict[str, str]:
     """Return the header entry with the hash of a frozen denoiser's network; empty for no frozen denoiser."""
-    if not method.frozen or not isinstance(method.denoiser, NetworkDenoiser):
+    if not isinstance(method, Diffusion) or not method.frozen or not isinstance(method.denoiser, NetworkDenoiser):
         return {}
     return {"stands_on": tensors_sha256(method.denoiser.network.state_dict())}

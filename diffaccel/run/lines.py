@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from diffaccel.methods import Diffusion
 from diffaccel.text.terminal import PlainConsole
+from diffaccel.training.module import TrainedModule
 
 INTERVAL = 60.0
 """Least time between two lines, in seconds."""
@@ -22,7 +22,7 @@ class SpeedLines(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Print a line, unless the last one is recent or the speed is not known yet."""
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, TrainedModule)
         now, speed = time.monotonic(), pl_module.speed.images_per_second
         if speed is None or now - self._printed < INTERVAL or self._console.is_terminal or not trainer.is_global_zero:
             return

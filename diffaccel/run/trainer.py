@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from diffaccel.config import Config, holds_path
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
+from diffaccel.experiment.latents import describe_latents, node_of, shape_of
 from diffaccel.experiment.loading import condition_fingerprint, feature_networks_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import files_sha256
@@ -105,7 +106,8 @@ def build_checkpointer(config: Config) -> Checkpointer:
         "command": command_of(config),
         "data": config.data.get("label") or config.data["name"],
         "seed": config.seed,
-        "shape": config.shape,
+        "shape": list(shape_of(config)),
+        **({"latents": latents} if (latents := describe_latents(config)) else {}),
         "network": config.network,
         "denoiser": config.denoiser,
         "process": config.process,
@@ -116,9 +118,30 @@ def build_checkpointer(config: Config) -> Checkpointer:
         **condition_fingerprint(config),
         **({"condition_drop": config.training.condition_drop} if config.condition else {}),
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
-        **({"feature_networks": used} if (used := feature_networks_of(config.init, config.prior.get("init"))) else {}),
+        **({"feature_networks": used} if (used := _feature_networks(config)) else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def build_autoencoder_checkpointer(config: Config) -> Checkpointer:
+    """Build the callback that saves the training state and the weights of the fit of an auto-encoder."""
+    description = {
+        "method": config.method_name,
+        "experiment": config.experiment,
+        "command": command_of(config),
+        "data": config.data.get("label") or config.data["name"],
+        "seed": config.seed,
+        "shape": config.shape,
+        "autoencoder": node_of(config),
+    }
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def _feature_networks(config: Config) -> list[str]:
+    """Hashes of the feature networks that trained the weights that a fit starts from or uses."""
+    autoencoder = config.latents.get("checkpoint")
+    own = autoencoder if autoencoder and Path(autoencoder).is_file() else None
+    return feature_networks_of(config.init, config.prior.get("init"), own)
 
 
 def command_of(config: Config) -> str:

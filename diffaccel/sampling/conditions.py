@@ -25,7 +25,7 @@ class Inputs(Protocol):
         """Part of the images that the conditions determine; None for no such part."""
 
     @property
-    def length(self) -> int:
+    def token_count(self) -> int:
         """Number of tokens of a condition, for estimates of the cost; 0 for no tokens."""
 
     def check(self, n: int) -> None:

@@ -23,6 +23,8 @@ class Sampled:
         trace: Records of a chain in this round.
         state: State of the chains after the batch; None for independent images.
         stopwatch: Stopwatch of prior and solver.
+        decoding: Stopwatch of the decoder of latents; None without latents.
+        decoding_flops: FLOPs per image of this decoder.
         checks: Checks of the values that were computed.
         seconds_warm_up: Time for compilation and other work that the first batch alone requires, in seconds.
     """
@@ -37,6 +39,13 @@ class Sampled:
     stopwatch: Stopwatch
     checks: Checks
     seconds_warm_up: float = 0.0
+    decoding: Stopwatch | None = None
+    decoding_flops: float = 0.0
+
+    @property
+    def seconds_decoding(self) -> float:
+        """Time for decoding latents, in seconds; waits for the device."""
+        return 0.0 if self.decoding is None else self.decoding.seconds
 
     def settle(self) -> float:
         """Wait for the device, and return the time for sampling, in seconds.
@@ -60,6 +69,8 @@ class Spent:
         evaluations: Total number of evaluations by network.
         gflops_per_image: FLOPs of all networks, including auxiliary ones, in 10^9.
         seconds_per_image: Wall-clock time of prior and solver.
+        gflops_decoding: FLOPs per image of the decoder of latents, in 10^9, in addition; 0 without latents.
+        seconds_decoding: Wall-clock time per image of this decoder, in addition.
     """
 
     n: int
@@ -68,3 +79,5 @@ class Spent:
     evaluations: dict[str, int]
     gflops_per_image: float
     seconds_per_image: float
+    gflops_decoding: float = 0.0
+    seconds_decoding: float = 0.0

@@ -17,6 +17,7 @@ from diffaccel.condition import Condition, Kinds
 from diffaccel.deferred import Checks, Stopwatch, runs_ahead
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
+from diffaccel.latents import Latents
 from diffaccel.nfe import EvaluationCounter, total_flops
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
@@ -32,6 +33,9 @@ from diffaccel.sampling.settings import Setting, Tweedie
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
+
+DECODER = "decoder"
+"""Name of the decoder of latents, whose FLOPs are counted apart."""
 
 
 class Sampler:
@@ -53,6 +57,7 @@ class Sampler:
         batch_size: Number of images per batch, by default 100; images do not depend on it beyond rounding.
         inputs: Conditions of the images by index, for networks that take others than labels; None if they are given in
             each call.
+        latents: Latents that are sampled, with their decoder, whose cost is measured apart; None for pixels.
 
     Raises:
         UsageError: A name or key is unknown, a part is of another type, a value is out of range, or ``shape`` is
@@ -61,6 +66,7 @@ class Sampler:
     Attributes:
         tuned: Whether ``by_nfe`` was searched for the weights of the sampler.
         spent: Cost of the latest call; None before the first call.
+        shape: Shape of the samples (C, H, W): images, or latents, which are decoded to images of ``image_shape``.
     """
 
     denoiser: Denoiser
@@ -73,6 +79,7 @@ class Sampler:
     precision: str
     batch_size: int
     inputs: Inputs | None
+    latents: Latents | None
     tuned: bool
     spent: Spent | None
     _warm: dict[tuple[int, float], tuple[int, dict[str, float]]]
@@ -89,6 +96,7 @@ class Sampler:
         precision: str | None = None,
         batch_size: int | None = None,
         inputs: Inputs | None = None,
+        latents: Latents | None = None,
     ) -> None:
         check_part("prior", prior, Prior)
         check_part("solver", solver, Solver)
@@ -100,6 +108,7 @@ class Sampler:
         else:
             self._assemble(model, prior, solver, shape)
         self.inputs = self.inputs if inputs is None else inputs
+        self.latents = self.latents if latents is None else latents
         self.by_nfe = self.by_nfe if by_nfe is None else dict(by_nfe)
         self.tweedie, self.kind = tweedie or self.tweedie, kind or self.kind
         self.precision = self.precision if precision is None else check_precision(precision)
@@ -121,7 +130,7 @@ class Sampler:
         self.denoiser, self.shape = model, checked_shape(shape)
         self.prior = prior if isinstance(prior, Prior) else build_prior(prior, model, self.shape)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS.build(solver or DEFAULT)
-        self.by_nfe, self.tuned, self.spent, self._warm, self.inputs = {}, False, None, {}, None
+        self.by_nfe, self.tuned, self.spent, self._warm, self.inputs, self.latents = {}, False, None, {}, None, None
         self.tweedie, self.kind, self.precision, self.batch_size = None, ImageKind(), "32-true", 100
 
     def __call__(
@@ -162,20 +171,22 @@ class Sampler:
         )
         if given is None and self.inputs is None:
             conditions.require_inputs(self.takes)
-        images = torch.zeros(n, *self.shape, dtype=self.kind.dtype)
+        images = torch.zeros(n, *self.image_shape, dtype=self.kind.dtype)
         evaluations, burn_in = Counter[str](), Counter[str]()
         flops: dict[str, float] = {}
-        seconds = 0.0
+        seconds, decoding, decoding_flops = 0.0, 0.0, 0.0
         for group in plan.prior.schedule(n, batch_size):
             for made in self.batches(plan, group, seed, given=given):
                 images[made.indices] = made.images.cpu()
-                seconds += made.settle()
+                seconds, decoding = seconds + made.settle(), decoding + made.seconds_decoding
+                decoding_flops = made.decoding_flops
                 evaluations.update(made.evaluations)
                 burn_in.update(made.burn_in)
                 flops |= made.flops
         total, burned = self.evaluations_per_image(plan, nfe, evaluations, burn_in, n)
         gflops = total_flops(evaluations, flops) / n / 1e9
-        self.spent = Spent(n, total, burned, dict(evaluations), gflops, seconds / n)
+        apart = decoding_flops / 1e9, decoding / n
+        self.spent = Spent(n, total, burned, dict(evaluations), gflops, seconds / n, *apart)
         return images
 
     # Settings and networks
@@ -185,8 +196,14 @@ class Sampler:
         """Device of the denoiser."""
         return self.denoiser.device
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the images (C, H, W), which differs from ``shape`` if latents are sampled."""
+        return self.shape if self.latents is None else self.latents.image_shape
+
     def _modules(self) -> tuple[nn.Module, ...]:
-        return (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values()))
+        decoder = () if self.latents is None else (self.latents,)
+        return (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values()), *decoder)
 
     def to(self, device: torch.device | str) -> "Sampler":
         """Move the networks, and convert their weights if the precision is ``64-true``."""
@@ -207,7 +224,7 @@ class Sampler:
         """Return a sampler with the same denoiser, and another prior, solver and settings by budget."""
         return Sampler(
             self.denoiser, prior.to(self.device), solver or self.solver, self.shape, by_nfe, self.tweedie, self.kind,
-            self.precision, self.batch_size, self.inputs,
+            self.precision, self.batch_size, self.inputs, self.latents,
         )  # fmt: skip
 
     def setting(self, nfe: float) -> Setting:
@@ -263,6 +280,8 @@ class Sampler:
         conditions.check_prior(self.takes, prior, self.denoiser)
         if self.inputs is not None and not given:
             self.inputs.check(n)
+        if self.latents is not None:
+            self.latents.to(self.device)
         if solver.counts_by_level(self.denoiser.process):
             solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
@@ -316,7 +335,7 @@ class Sampler:
             given: Condition of all n images; by default that of :meth:`condition`.
 
         Yields:
-            Indices of a batch and its images, (B, C, H, W) in [-1, 1] (not clamped).
+            Indices of a batch and its samples, (B, C, H, W): images in [-1, 1] (not clamped), or latents.
         """
         for indices in group:
             noise = NoiseStreams(seed, indices, device=self.device)
@@ -357,6 +376,7 @@ class Sampler:
             self.inputs.prepare()
         seconds, flops = self._warm_up(plan, len(group[0]), given)
         rounds = len(saved["trace"]) if saved else 0
+        decoder_flops: dict[str, float] = {}
         stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
         with self._watched(checks, counter):
             state = self.restore(plan, seed, group, saved) if done else self.open(plan, seed, group)
@@ -365,13 +385,21 @@ class Sampler:
             # Left between batches, so that the caller computes in full precision; the generator runs inside ``next``.
             with self._watched(checks, counter):
                 indices, x_0 = next(batches)
-                images = self.kind(x_0)
+                images = self.kind(x_0) if self.latents is None else x_0
             stopwatch.stop()
+            decoding = None
+            if self.latents is not None:
+                decoding, decoder = Stopwatch(self.device), EvaluationCounter({DECODER: self.latents}, decoder_flops)
+                with self._checked(checks), decoder:
+                    images = self.kind(self.latents.decode(x_0))
+                decoding.stop()
+                decoder_flops = decoder.flops
             chained = isinstance(state, ChainState)
             trace = state.trace[rounds:] if chained else []
             yield Sampled(
                 torch.arange(indices.start, indices.stop), images, dict(counter.evaluations), dict(counter.burn_in),
                 dict(counter.flops), trace, state.state_dict() if chained else None, stopwatch, checks, seconds,
+                decoding, decoder_flops.get(DECODER, 0.0),
             )  # fmt: skip
             rounds, seconds = rounds + len(trace), 0.0
             stopwatch, checks, counter = (
@@ -381,9 +409,12 @@ class Sampler:
     @contextmanager
     def _watched(self, checks: Checks, counter: EvaluationCounter) -> Iterator[None]:
         """Evaluate in the precision of the networks, counted, with checks that do not make the host wait."""
-        deferred = checks.collected() if runs_ahead(self.device) else nullcontext()
-        with self.arithmetic(), counter, deferred:
+        with self.arithmetic(), counter, self._checked(checks):
             yield
+
+    def _checked(self, checks: Checks) -> AbstractContextManager[None]:
+        """Return the context of checks that do not make the host wait."""
+        return checks.collected() if runs_ahead(self.device) else nullcontext()
 
     def _warm_up(self, plan: Plan, count: int, given: Condition | None) -> tuple[float, dict[str, float]]:
         """Warm up once for each prior, and for larger batches: the time, 0 for later calls, and FLOPs by network."""

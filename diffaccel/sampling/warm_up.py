@@ -54,6 +54,8 @@ def _evaluate(sampler: "Sampler", plan: Plan, count: int, given: Condition | Non
     if not plan.steps:
         return
     x_t = noise.normal(torch.empty(count, *sampler.shape, device=sampler.device))
+    if sampler.latents is not None:
+        sampler.latents.decode(x_t)
     # A chain evaluates without guidance, also where the solver guides.
     for each in (denoiser, *((denoiser.guided(plan.solver.guidance),) if plan.solver.guidance else ())):
         each(*each.process.from_ratio(x_t, torch.full((count,), 1.0, dtype=torch.float64, device=x_t.device)))

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from diffaccel.data import Batch
+from diffaccel.data import Batch, DataModule
 from diffaccel.features.independence import feature_networks
 from diffaccel.noise import NoiseStreams, stream_key
 from diffaccel.training.ema import EMA
@@ -84,8 +84,21 @@ class TrainedModule(L.LightningModule):
         self._phases: list[Phase] = []
         self._noted: dict[str, Tensor] = {}
 
+    frozen = False
+    """Whether a denoiser that the fit uses is frozen."""
+    classes = 0
+    """Number of classes of the trained networks."""
+
     def phases(self) -> list[Phase]:
         """Return the phases; empty for a method without training."""
+        return []
+
+    def exports(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Return the trained weights with their headers by file name."""
+        return {}
+
+    def describe_fit(self, data: DataModule) -> list[str]:
+        """Return lines that describe the quality of the fit on held-out images."""
         return []
 
     def averaged(self) -> nn.Module | None:

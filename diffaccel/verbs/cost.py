@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from diffaccel.condition import Condition
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
+from diffaccel.latents import Latents
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import ChainPrior, Group, Plan
 from diffaccel.run.machine import describe, device_type
@@ -104,7 +105,7 @@ def _forward(sampler: Sampler, images: int) -> float:
     """Time of a forward pass, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
-    length = sampler.inputs.length if sampler.inputs is not None else 1
+    length = sampler.inputs.token_count if sampler.inputs is not None else 1
     tokens = torch.zeros(images, length, sampler.takes.tokens, device=sampler.device)
     started = _clock(sampler)
     sampler.denoiser(x_t, t, Condition(tokens=tokens) if sampler.takes.tokens else None)
@@ -178,12 +179,30 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
                 spent = (human(nfe * cost.flops, "FLOP"), duration(total))
             burn_in = f"{plan.prior.burn_in_evaluations(config.n) / config.n:.3g}"
             table.add_row(f"{budget:g}", str(plan.chain_steps), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
-    print_lines(
-        f"{config.experiment}: {config.method_name}, images {tuple(sampler.shape)}, n={config.n}, seed={config.seed}"
-    )
+    shapes = f"images {sampler.image_shape}" + (f", latents {sampler.shape}" if sampler.latents is not None else "")
+    print_lines(f"{config.experiment}: {config.method_name}, {shapes}, n={config.n}, seed={config.seed}")
     print_lines(f"{parameters:,} parameters, {human(4.0 * parameters, 'B')} in fp32 (a dry run uses random weights)")
     wide_console().print(table)
     _print_forward(config, cost, 4.0 * parameters)
+    if sampler.latents is not None:
+        _print_decoding(sampler, sampler.latents)
+
+
+def _print_decoding(sampler: Sampler, latents: Latents) -> None:
+    """Print the cost of decoding, measured on one image."""
+    x_0 = torch.randn(1, *latents.shape, device=sampler.device)
+    seconds = 0.0
+    with torch.no_grad(), EvaluationCounter({"decoder": latents}) as counter:
+        for number in range(2):
+            if number == 0 or seconds < AFFORDABLE:  # the first time includes the start-up of libraries
+                started = _clock(sampler)
+                latents(x_0)
+                seconds = _clock(sampler) - started
+    parameters = sum(parameter.numel() for parameter in latents.parameters())
+    print_lines(
+        f"decoding takes {human(counter.flops['decoder'], 'FLOP')} and {seconds:.3g} s per image in addition (timed on "
+        f"one image), by an auto-encoder of {parameters:,} parameters"
+    )
 
 
 def _print_forward(config: Config, cost: ForwardCost, weights: float) -> None:

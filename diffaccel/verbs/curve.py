@@ -212,6 +212,7 @@ def _check_data(step: Step, config: Config, checked: set[str]) -> None:
     """Check the images of a fit, and that the statistics are of these images."""
     assert step.method is not None
     step.method.phases()
+    experiment.build_latents(config)
     data = experiment.build_data(config)
     check_labels(data, step.method.trained_classes)
     if (key := repr((config.data, config.limit))) in checked or config.limit is not None:

@@ -1,4 +1,4 @@
-"""``fit``: training of a method, or of the feature network that scores images."""
+"""``fit``: training of a method, of the feature network that scores images, or of an auto-encoder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +14,24 @@ from diffaccel.evaluation.validation import ValidationCallback
 from diffaccel.experiment import loading
 from diffaccel.experiment.build import is_subclass
 from diffaccel.features.independence import check_independent
+from diffaccel.latents.data import LatentData
 from diffaccel.methods import METHODS, Diffusion
 from diffaccel.report.table import print_points
 from diffaccel.run import launch, loggers, trainer
 from diffaccel.run.lines import SpeedLines
+from diffaccel.run.machine import device_type
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
+from diffaccel.training.autoencoder import AutoEncoderTraining
+from diffaccel.verbs.autoencoder import fit_autoencoder
 from diffaccel.verbs.extractor import fit_features
 
 HELP = """\
 fit EXPERIMENT [resume=auto]
 train; writes weights and the curve
 
-Trains the networks of the experiment's method, or a feature network if the method is `extractor`. Weights, training
-state and points of the final evaluation are written to OUT.
+Trains the networks of the experiment's method: a feature network if it is `extractor`, the auto-encoder of latents if
+it is `autoencoder`. Weights, training state and points of the final evaluation are written to OUT.
 
 Keys:
   resume=auto              resume from OUT/last.ckpt if it exists; or the path of a training state
@@ -43,7 +47,7 @@ console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def fit(config: Config, evaluates: bool = True) -> Path:
-    """Train a method, or the feature network that scores images, and print the points of the final evaluation.
+    """Train a method, a feature network or an auto-encoder, and print the points of the final evaluation.
 
     Args:
         config: Configuration of the run.
@@ -61,7 +65,7 @@ def fit(config: Config, evaluates: bool = True) -> Path:
             raise UsageError(
                 "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"
             )
-        return fit_features(config)
+        return fit_autoencoder(config) if is_subclass(kind, AutoEncoderTraining) else fit_features(config)
     frozen = kind.keeps_denoiser(config.method)
     if config.init and (frozen or not config.network):
         raise UsageError(
@@ -69,8 +73,11 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         )
     for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
         part.pop("checkpoint", None)  # trained networks start from new weights, frozen ones keep theirs
+    latents = experiment.build_latents(config)
     method = experiment.build_method(config, load=frozen)
-    data = experiment.build_data(config)
+    if latents is not None:
+        method.sampler.latents = latents
+    data = experiment.build_fit_data(config, latents, device_type(config))
     check_labels(data, method.trained_classes)
     resume = resume_from(config, [*method.exports()], console)
     checkpointer = trainer.build_checkpointer(config)
@@ -93,6 +100,8 @@ def fit(config: Config, evaluates: bool = True) -> Path:
     judges = [judge for one in (evaluator, validator) if one is not None for judge in one.judges]
     check_independent([judge.extractor for judge in judges], method.feature_networks(), "this run")  # losses are built
     launch.write_config(config)
+    if isinstance(data, LatentData):
+        data.prepare()  # before there are other processes, which would wait for it only so long
     fitting = trainer.build_trainer(config, callbacks, phases=phases)
     try:
         fitting.fit(method, data, ckpt_path=resume, weights_only=True)

@@ -37,6 +37,8 @@ def tradeoff(config: Config) -> list[Row]:
     if not isinstance(sampler.prior, DensityPrior):
         raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
     experiment.check_unconditional("tradeoff", sampler)
+    if sampler.latents is not None:
+        raise UsageError("tradeoff compares likelihoods of images, which a diffusion in latents does not have")
     if launch.is_first(config):
         check_new([config.folder / "tradeoff.csv"], config.again)
     starts = starts_of(sampler, config.tradeoff.T, experiment.build_fitted(config, sampler))

@@ -5,7 +5,9 @@
 | ``kind`` | one of :data:`KINDS` |
 | ``network``, ``denoiser``, ``process`` | parts that the weights were trained with, as in an experiment |
 | ``prior``, ``posterior``, ``density`` | the same for a generator, a density or a classifier |
-| ``shape`` | image shape, [channels, height, width] |
+| ``shape`` | shape of the samples that are denoised, images or latents, [channels, height, width] |
+| ``latents`` | hash of the auto-encoder (``sha256``) and standard deviation of the latents; empty for pixels |
+| ``autoencoder`` | network of an auto-encoder, as in an experiment's ``latents`` |
 | ``condition`` | condition of the images in addition to labels, as in an experiment; empty for none |
 | ``condition_sha256`` | hash of the files that determine the condition, such as those of a text encoder |
 | ``classes`` | number of class labels of the network, 0 for none |
@@ -33,6 +35,7 @@ KINDS = {
     "density": "a density",
     "classifier": "a classifier",
     "extractor": "an extractor",
+    "autoencoder": "an auto-encoder",
     "training state": "a training state",
 }
 """Kind of weights -> phrase for messages."""
@@ -93,7 +96,7 @@ def _are_hashes(value: Any) -> bool:
 
 _PART = (_is_part, "a part's name and keys")
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior", "condition"), _PART),
+    **dict.fromkeys(("network", "denoiser", "process", "prior", "posterior", "condition", "autoencoder"), _PART),
     "shape": (_is_shape, "[channels, height, width]"),
     "trained_ratios": (_is_range, "[least, largest]"),
     "classes": (lambda value: type(value) is int and value >= 0, "a number of classes"),
@@ -101,5 +104,6 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ema_half_life": (lambda value: type(value) in (int, float) and value > 0, "a number of images"),
     **dict.fromkeys(("stands_on", "condition_sha256"), (lambda value: isinstance(value, str), "a hash")),
     "feature_networks": (_are_hashes, "a list of hashes"),
+    "latents": (lambda value: isinstance(value, dict), "a mapping"),
     "source": (lambda value: isinstance(value, dict), "a mapping"),
 }
