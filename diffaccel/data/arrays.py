@@ -174,8 +174,8 @@ def _captions(file: npz.ArrayFile, n: int) -> list[tuple[str, ...]]:
     captions = file.read("captions")
     if captions.dtype.kind != "U" or captions.ndim not in (1, 2) or len(captions) != n:
         raise UsageError(
-            f"{file.where}: 'captions' is {captions.dtype} {captions.shape}: save text, ({n},) or ({n}, K), as in "
-            "captions=np.array(list_of_texts)"
+            f"{file.where}: 'captions' is {captions.dtype} {captions.shape}: save text, ({n},) or ({n}, K), "
+            "which np.array makes of a list of texts"
         )
     rows = captions.reshape(n, -1).tolist()
     found = [tuple(text.strip() for text in row if text.strip()) for row in rows]  # shorter rows end in empty texts

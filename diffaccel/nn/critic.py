@@ -186,7 +186,7 @@ class CriticHead(nn.Module):
             parts.append(self.embed_class(condition.labels))
         if self.embed_text is not None:
             if condition is None or condition.tokens is None:
-                raise UsageError("a critic with tokens was called without them: pass them, or build it with tokens=0")
+                raise UsageError("a critic with tokens was called without them: pass them, or build it without")
             parts.append(self.embed_text(pooled(condition).to(out.dtype)))
         mapped = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         mapped = mapped * (mapped.square().mean(1, keepdim=True) + 1e-8).rsqrt()
