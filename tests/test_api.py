@@ -249,9 +249,11 @@ def by_class(classes: int = CLASSES) -> da.Sampler:
 def test_labels_are_the_images_classes():
     sampler = by_class()
     balanced = sampler(6, nfe=4)
-    assert torch.equal(sampler(6, nfe=4, labels=[0, 1, 2, 0, 1, 2]), balanced)
-    assert torch.equal(sampler(6, nfe=4, labels=torch.arange(6) % 3), balanced)  # type: ignore[arg-type]
-    assert torch.equal(sampler(6, nfe=4, labels=np.arange(6) % 3, batch_size=4), sampler(6, nfe=4, batch_size=4))  # type: ignore[arg-type]
+    assert torch.equal(sampler(6, nfe=4, labels=[0, 1, 2, 1, 2, 0]), balanced)
+    assert torch.equal(sampler(6, nfe=4, labels=torch.tensor([0, 1, 2, 1, 2, 0])), balanced)  # type: ignore[arg-type]
+    assert torch.equal(
+        sampler(6, nfe=4, labels=np.array([0, 1, 2, 1, 2, 0]), batch_size=4), sampler(6, nfe=4, batch_size=4)
+    )  # type: ignore[arg-type]
     ones = sampler(6, nfe=4, labels=[1] * 6)
     assert torch.equal(ones[1], balanced[1]) and not torch.equal(ones[0], balanced[0])
 

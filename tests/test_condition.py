@@ -247,8 +247,8 @@ def test_kinds_are_checked_before_work():
 def test_labels_by_index_are_added_to_a_given_condition():
     sampler, image = sampler_of(network(image=3, classes=3)), torch.randn(4, *SHAPE)
     by_index = sampler(4, nfe=2, condition=Condition(image=image))
-    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image, labels=torch.tensor([0, 1, 2, 0]))))
-    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image), labels=[0, 1, 2, 0]))
+    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image, labels=torch.tensor([0, 1, 2, 1]))))
+    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image), labels=[0, 1, 2, 1]))
     assert not torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image), labels=[2, 2, 2, 2]))
 
 

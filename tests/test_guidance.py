@@ -13,6 +13,7 @@ from diffaccel.data import Batch
 from diffaccel.denoiser import DecoupledDenoiser, Denoiser, GuidedDenoiser, KarrasDenoiser, MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
+from diffaccel.evaluation.scores import blocks_of
 from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import UNet
@@ -66,10 +67,19 @@ def diffusion(solver: dict[str, object], classes: int = CLASSES, **training: flo
     return assemble(Diffusion, model, GaussianPrior(), SOLVERS.build(solver), LogNormal(), Training(**training), SHAPE)
 
 
-def test_an_images_label_is_its_index_in_any_batch():
+@pytest.mark.parametrize("classes", [2, 5, 10, 20])
+def test_every_jackknife_block_has_all_classes(classes: int):
+    method = diffusion({"name": "ddim"}, classes)
+    n = 10 * classes
+    labels, block = method.sampler.labels(plan_of(method, 3), range(n)), blocks_of(torch.arange(n), None)
+    assert torch.bincount(labels, minlength=classes).tolist() == [10] * classes
+    assert all(labels[block == one].unique().numel() == classes for one in range(10))
+
+
+def test_an_image_has_its_label_in_any_batch():
     method = diffusion({"name": "ddim"})
     plan = plan_of(method, 3)
-    assert method.sampler.labels(plan, range(4, 9)).tolist() == [1, 2, 0, 1, 2]
+    assert method.sampler.labels(plan, range(4, 9)).tolist() == [2, 0, 2, 0, 1]
     whole = next(iter(method.sampler.draw(plan, 0, [range(6)])))[1]
     parts = torch.cat([images for _, images in method.sampler.draw(plan, 0, [range(2), range(2, 6)])])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)

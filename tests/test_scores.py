@@ -71,6 +71,17 @@ def test_neighbourhoods_of_held_out_images_stand_beside():
     assert (found["precision_real"], found["recall_real"], found["coverage_real"]) == (0, 0, 0)
 
 
+def test_samples_of_a_condition_are_in_one_block():
+    block = blocks_of(torch.arange(90), None, samples=3)
+    assert torch.equal(block.view(30, 3), (torch.arange(30) % BLOCKS)[:, None].expand(30, 3))
+    rows, real = torch.randn(90, 1).cumsum(0), Real(reference(0.0, 1.0, torch.randn(20, 1)), None)
+    found = Scores(90, 1, (1, 1, 1), 4, torch.float32, real, None, CPU, samples=3)
+    found.add(chunk(rows))
+    whole, alone = (one.first.frechet.moments(0).mean for one in (found, scores(rows, real)))
+    assert whole.item() == pytest.approx(rows[block != 0].double().mean().item())
+    assert whole.item() != pytest.approx(alone.item())
+
+
 def test_copies_are_those_of_training_images():
     """Held-out images are 5 off, so that half of what is generated here is close, and the other half is not."""
     training, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5

@@ -239,6 +239,9 @@ class Given:
         key: What determines the condition, besides the conditioner.
     """
 
+    samples = 1
+    """Images depend on one another by nothing but the condition, which is the same for all."""
+
     def __init__(self, conditioner: Conditioner, make: Callable[[], Condition], key: Mapping[str, Any]) -> None:
         self.conditioner, self.make, self.key = conditioner, make, key
         self._made: Condition | None = None

@@ -247,7 +247,7 @@ class Evaluator:
         first, device = self.judges[0], sampler.device
         scores = Scores(
             n, first.extractor.dim, sampler.image_shape, shown, kind, first.real, chains, device, further(self.judges),
-            sampler.classes_of(plan, n),
+            sampler.classes_of(plan, n), 1 if sampler.inputs is None else sampler.inputs.samples,
         )  # fmt: skip
         restored = None
         if self.restores is not None:

@@ -27,9 +27,17 @@ def digests(images: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(-1, 32)
 
 
-def blocks_of(indices: Tensor, chains: int | None) -> Tensor:
-    """Return the jackknife block of each image, (B,); blocks contain whole chains, whose images are correlated."""
-    return (indices % chains if chains else indices) % BLOCKS
+def blocks_of(indices: Tensor, chains: int | None, samples: int = 1) -> Tensor:
+    """Return the jackknife block of each image, (B,).
+
+    Blocks contain whole chains, and all samples of a condition, because these images depend on one another.
+
+    Args:
+        indices: Indices of the images, (B,).
+        chains: Number of chains, image i by chain i modulo this number; None for independent images.
+        samples: Number of images in succession that share a condition.
+    """
+    return (indices % chains if chains else indices // samples) % BLOCKS
 
 
 class FeatureSums:
@@ -41,17 +49,20 @@ class FeatureSums:
         real: Statistics of real images.
         chains: Number of chains; None for independent images.
         device: Device of the sums.
+        samples: Number of images in succession that share a condition.
     """
 
-    def __init__(self, n: int, dim: int, real: Real, chains: int | None, device: torch.device) -> None:
-        self.n, self.chains, self.device = n, chains, device
+    def __init__(
+        self, n: int, dim: int, real: Real, chains: int | None, device: torch.device, samples: int = 1
+    ) -> None:
+        self.n, self.chains, self.device, self.samples = n, chains, device, samples
         self.frechet = FrechetDistance(dim, real.reference.moments, blocks=BLOCKS).to(device)
         self.features = torch.zeros(min(n, KEPT), dim)
         self.checks = Checks()
 
     def add(self, indices: Tensor, features: Tensor) -> None:
         """Add the features (b, dim) of a batch of this rank, by the indices of its images, (b,)."""
-        own, blocks = to_device(features, self.device), blocks_of(indices, self.chains)
+        own, blocks = to_device(features, self.device), blocks_of(indices, self.chains, self.samples)
         for block in blocks.unique().tolist():
             chosen = to_device((blocks == block).nonzero()[:, 0], self.device)
             with self.checks.collected() if runs_ahead(self.device) else nullcontext():
@@ -72,7 +83,8 @@ class FeatureSums:
             distance: Key of the Frechet distance.
             labels: Classes of the images, (n,) int64; None for no classes.
         """
-        block, own = blocks_of(torch.arange(len(self.features)), self.chains), len(self.features)
+        own = len(self.features)
+        block = blocks_of(torch.arange(own), self.chains, self.samples)
         labels = None if labels is None else labels[:own]
         return Made(self.n, self.features, self.frechet, distance, block, self.chains, labels)
 
@@ -91,6 +103,7 @@ class Scores:
         device: Device of the sums.
         others: Statistics of real images in the features of further extractors, by the hash of the extractor.
         labels: Classes that the images were made for, (n,) int64, equal on all ranks; None for no classes.
+        samples: Number of images in succession that share a condition.
     """
 
     def __init__(
@@ -105,11 +118,13 @@ class Scores:
         device: torch.device,
         others: Mapping[str, Real] = MappingProxyType({}),
         labels: Tensor | None = None,
+        samples: int = 1,
     ) -> None:
         self.n, self.real, self.chains, self.device, self.labels = n, real, chains, device, labels
-        self.first = FeatureSums(n, dim, real, chains, device)
+        self.first = FeatureSums(n, dim, real, chains, device, samples)
         self.others = {
-            sha256: FeatureSums(n, own.reference.moments.dim, own, chains, device) for sha256, own in others.items()
+            sha256: FeatureSums(n, own.reference.moments.dim, own, chains, device, samples)
+            for sha256, own in others.items()
         }
         self.digests = torch.zeros(n, 32, dtype=torch.uint8)
         self.shown = torch.zeros(min(shown, n), *shape, dtype=dtype)

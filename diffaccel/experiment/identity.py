@@ -29,6 +29,8 @@ def identify(config: Config, judges: Sequence[Judge]) -> Callable[[float], Ident
         scores["judges"] = [judge.identity() for judge in judges[1:]]
     if config.likelihood:
         scores["likelihood"] = {"n": config.likelihood_n, "order": "random"}  # earlier points: the first of the file
+    if config.condition.get("samples", 1) > 1:
+        scores["blocks"] = "conditions"  # earlier points: samples of a condition are in several blocks
     if config.metrics != list(STANDARD):
         scores["metrics"] = [one if isinstance(one, str) else by_content("metric", one) for one in config.metrics]
     images = identify_images(config)
@@ -56,6 +58,7 @@ def identify_parts(config: Config) -> dict[str, Any]:
         **{part: by_content(part, getattr(config, part)) for part in ("process", "network", "denoiser", "posterior")},
         **({"condition": _condition(config.condition)} if config.condition else {}),
         **({"latents": _latents(config)} if config.latents else {}),
+        **({"labels": "rotated"} if config.network.get("classes") else {}),  # earlier points: index mod classes
         **({"truncate": True} if config.truncate else {}),
         **({} if config.tweedie_ratio is None else {"tweedie": [config.tweedie_ratio, config.tweedie_counted]}),
         "checkpoint": _content(config.checkpoint),

@@ -28,6 +28,10 @@ class Inputs(Protocol):
     def token_count(self) -> int:
         """Number of tokens of a condition, for estimates of the cost; 0 for no tokens."""
 
+    @property
+    def samples(self) -> int:
+        """Number of images in succession that share a condition."""
+
     def check(self, n: int) -> None:
         """Check that there are conditions for n images.
 
@@ -53,13 +57,17 @@ class Inputs(Protocol):
 
 
 def labels_by_index(takes: Kinds, prior: Prior, indices: range, device: torch.device) -> Tensor | None:
-    """Return the class labels of images, index mod classes, (B,), which are balanced and independent of the batch.
+    """Return the class labels of images, (B,), which are balanced and independent of the batch.
+
+    Of every ``classes`` images in succession, each has another class. The order is rotated by one from group to group,
+    so that the images of a jackknife block, one in ten, are not of one class.
 
     Returns None, the null class, if the network has no classes, and for chains, in which the class changes.
     """
     if not takes.classes or isinstance(prior, ChainPrior):
         return None
-    return torch.arange(indices.start, indices.stop, device=device) % takes.classes
+    index = torch.arange(indices.start, indices.stop, device=device)
+    return (index + index // takes.classes) % takes.classes
 
 
 def condition_by_index(

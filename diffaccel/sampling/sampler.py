@@ -149,7 +149,7 @@ class Sampler:
             nfe: Maximum number of network evaluations per image, including burn-in; ``math.inf`` for an adaptive
                 solver.
             seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
-            labels: Class of each image, n integers; by default the index modulo the number of classes.
+            labels: Class of each image, n integers; by default all classes in turn.
             batch_size: Number of images per batch; by default that of the sampler.
             condition: Condition of the n images, or, for an experiment with captions, a caption of all images or one of
                 each; by default labels by index, and the sampler's inputs.

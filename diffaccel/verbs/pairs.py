@@ -71,6 +71,8 @@ class Pairs:
         """Difference by the extractor at the top of both points; None if it can't be computed."""
         if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
             return None
+        if _samples(row.point) != _samples(first.point):
+            return None
         if partition(row.point["chains"]) == partition(first.point["chains"]):
             own, others = parts_of(row.point), parts_of(first.point)
             if own is not None and others is not None and own.alike(others):
@@ -101,7 +103,7 @@ class Pairs:
             return None
         # Images of the same chain, in either row, must be in the same block; gcd(c, 0) is c.
         chains = math.gcd(row.point["chains"] or 0, first.point["chains"] or 0)
-        block = blocks_of(torch.arange(len(own)), chains or None)
+        block = blocks_of(torch.arange(len(own)), chains or None, _samples(row.point))
         return paired_difference(own, others, block, moments)
 
     def _reference(self, row: Row) -> "Moments | None":
@@ -170,3 +172,9 @@ def _moments(path: Path, sha256: str | None) -> "Moments":
     if reference.sha256 != sha256:
         raise UsageError(f"{path} is not the reference of the points")
     return reference.moments
+
+
+def _samples(point: Mapping[str, Any]) -> int:
+    """Number of images in succession that share a condition."""
+    condition = (point.get("configuration") or {}).get("condition") or {}
+    return int(condition.get("samples", 1))
