@@ -67,7 +67,7 @@ def test_a_pipeline_in_latents_reproduces_its_training_images(tmp_path: Path, mo
         Path(f"{name}.yaml").write_text(text)
     fit("autoencoder.yaml", out="autoencoder")
     header = open_weights("autoencoder/autoencoder.safetensors").header
-    assert header["psnr"] > 22, "a grey image is at 11 dB"
+    assert header["psnr"] > 22, "27.0 was measured; a grey image is at 11 dB"
 
     fit("ddm.yaml", out="ddm")
     weights = Path("ddm/ema.safetensors")
@@ -82,7 +82,7 @@ def test_a_pipeline_in_latents_reproduces_its_training_images(tmp_path: Path, mo
     save_weights(Path("untrained.safetensors"), network, opened.header)
     (folder,) = sample("ddm.yaml", **{**keys, "checkpoint": "untrained.safetensors"}, out="untrained", format="npz")
     untrained = to_nearest(torch.from_numpy(np.load(folder / "images.npz")["images"]), real)
-    assert reached < 0.4 * untrained and reached < 30
+    assert reached < 0.4 * untrained and reached < 30, "23 was measured, 84 with random weights"
     nearest = torch.cdist(images.flatten(1).double(), real.flatten(1).double()).argmin(1)
     assert len(nearest.unique()) >= 4, "samples are of several training images"
 
