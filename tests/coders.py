@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from diffaccel.latents import AUTOENCODERS, AutoEncoder, Moments
 
 
-@AUTOENCODERS.register("shuffle")
 class Shuffle(AutoEncoder):
     """2x2 pixels are channels, times a gain for each channel; the posterior has a standard deviation of its own."""
 

@@ -64,7 +64,8 @@ def test_a_file_names_small_ones(shape, keys, count):
 
 
 def test_keys_are_the_constructors():
-    assert CRITICS.keys_of("stylegan2") == {"shape", "channel_base", "channel_max", "classes", "image", "mask"}
+    own = {"channel_base", "channel_max"}
+    assert CRITICS.keys_of("stylegan2") == {"shape", "classes", "image", "mask", "tokens", *own}
     with pytest.raises(UsageError, match="critic 'mlp' has no key 'widht'; did you mean 'width'"):
         CRITICS.build({"name": "mlp", "widht": 3}, shape=(2, 1, 1))
 

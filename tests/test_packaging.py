@@ -28,7 +28,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 REQUIREMENTS, LOWEST = (
     runpy.run_path(str(ROOT / ".ci" / "lowest.py"))[name](PYPROJECT) for name in ("requirements", "lowest")
 )
-EXTRAS = {"flow": ["zuko"], "sklearn": ["sklearn"], "vision": ["torchvision"]}
+EXTRAS = {"flow": ["zuko"], "sklearn": ["sklearn"], "text": ["transformers"], "vision": ["torchvision"]}
 """Extra -> packages that the code imports."""
 JUDGES = "judges"
 """Extra with weights alone, which the code doesn't import."""
@@ -40,14 +40,14 @@ LIST = """
 import json, re
 from diffaccel.config import EXPERIMENTS, as_written, load
 names = sorted(file.relative_to(EXPERIMENTS).with_suffix("").as_posix() for file in EXPERIMENTS.glob("*/*.yaml"))
-names = [name for name in names if not name.endswith("/base") and not name.startswith("sweeps/")]
+names = [name for name in names if "/base" not in name and not name.startswith("sweeps/")]
 trees = {name: json.dumps(as_written(load(name)), default=str) for name in names}
 print(json.dumps({name: re.findall(f"{EXPERIMENTS}/([^\\"]+)", tree) for name, tree in trees.items()}))
 """
 
 
-BROUGHT = {"triton": "torch"}
-"""Package -> dependency that requires it wherever it is imported: PyTorch with CUDA."""
+BROUGHT = {"triton": "torch", "huggingface_hub": "transformers"}
+"""Package -> dependency that requires it: PyTorch with CUDA, the library of text encoders."""
 
 
 def imported() -> list[tuple[str, str]]:
@@ -78,7 +78,7 @@ def test_what_is_imported_is_installed_or_names_its_extra():
         required = {re.split("[>=]", one)[0] for one in REQUIREMENTS[extra]}
         names = {name.lower().replace("_", "-") for name in providers.get(package, [])} | {BROUGHT.get(package, "")}
         assert names & required, f"{package} is of none of the {extra or 'plain'} dependencies"
-    assert {extra: [package] for extra, package in used if extra} == EXTRAS
+    assert {extra: [package] for extra, package in used if extra and package not in BROUGHT} == EXTRAS
     assert REQUIREMENTS.keys() == {"", *EXTRAS, JUDGES, "all", "dev", "docs"}
     assert [EfficientNetLite0.shipped.package] == [one.partition(">=")[0] for one in REQUIREMENTS[JUDGES]]
 

@@ -362,7 +362,7 @@ def registered() -> dict[str, list[str]]:
     """Registry -> names of diffaccel's own parts, by its source."""
     found: dict[str, list[str]] = {}
     for file in Path(module.__file__).parents[1].rglob("*.py"):
-        for registry, name in re.findall(r"^@?([A-Z]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
+        for registry, name in re.findall(r"^@?([A-Z_]+)\.register\(\"(\w+)\"\)", file.read_text(), re.MULTILINE):
             found.setdefault(registry, []).append(name)
     return found
 
