@@ -136,7 +136,7 @@ def test_colour_classes_and_both_names(tmp_path: Path, weights: Path):
     file = np.load(tmp_path / "npz" / "images_nfe2" / "images.npz")
     assert file["images"].shape == (7, 8, 8, 3) and file["images"].dtype == np.uint8
     np.testing.assert_array_equal(file["images"], file["arr_0"])
-    assert file["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert file["labels"].tolist() == [0, 1, 2, 1, 2, 0, 2]
     names = sorted(path.name for path in (tmp_path / "png" / "images_nfe2").iterdir())
     assert names == [*(f"{i:06d}.png" for i in range(7)), "sample.json"]
     np.testing.assert_array_equal(
