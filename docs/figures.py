@@ -84,7 +84,9 @@ def page(data: str, folder: Path) -> Path:
     words = [f"experiments/{data}/results", f"out={made.relative_to(root)}", "judge=efficientnet_lite0"]
     subprocess.run([sys.executable, "-m", "diffaccel", "compare", *words], cwd=root, check=True, capture_output=True)
     folder.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(made / "index.html", folder))
+    page = Path(shutil.copy(made / "index.html", folder))
+    shutil.rmtree(made)  # the tables beside it are no pages of the documentation
+    return page
 
 
 def _saved(figure: plt.Figure, file: Path) -> Path:
