@@ -109,7 +109,32 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-class HeldOut:
+class OfConditioner:
+    """What all conditions of sampled images take over from their conditioner."""
+
+    conditioner: Conditioner
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of the conditions."""
+        return self.conditioner.kinds
+
+    @property
+    def observation(self) -> Observation | None:
+        """Part of the images that the conditions determine; None for no such part."""
+        return self.conditioner.observation
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens of a condition; 0 for no tokens."""
+        return self.conditioner.token_count
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions; see :class:`Conditioner`."""
+        return self.conditioner.of_text(captions)
+
+
+class HeldOut(OfConditioner):
     """Conditions of sampled images: those of the images of the test split, each for some samples in succession.
 
     Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation: files are often
@@ -144,21 +169,6 @@ class HeldOut:
         self.lpips = lpips
         self._opened: tuple[Images, Conditions] | None = None
         self._order: Tensor | None = None
-
-    @property
-    def kinds(self) -> Kinds:
-        """Kinds of the conditions."""
-        return self.conditioner.kinds
-
-    @property
-    def observation(self) -> Observation | None:
-        """Part of the images that the conditions determine; None for no such part."""
-        return self.conditioner.observation
-
-    @property
-    def token_count(self) -> int:
-        """Number of tokens of a condition; 0 for no tokens."""
-        return self.conditioner.token_count
 
     def _open(self) -> tuple[Images, Conditions]:
         if self._opened is None:
@@ -198,10 +208,6 @@ class HeldOut:
         self._open()
         self.conditioner.prepare()
 
-    def of_text(self, captions: Sequence[str]) -> Condition:
-        """Make the conditions of captions; see :class:`Conditioner`."""
-        return self.conditioner.of_text(captions)
-
     def labels(self, n: int) -> Tensor | None:
         """Return the class labels of the test images of n samples, (n,); None for images without labels."""
         labels = self._open()[0].labels
@@ -230,7 +236,7 @@ class HeldOut:
         return {**own, **self.conditioner.identity(conditions)}
 
 
-class Given:
+class Given(OfConditioner):
     """The same condition for all sampled images.
 
     Args:
@@ -245,21 +251,6 @@ class Given:
     def __init__(self, conditioner: Conditioner, make: Callable[[], Condition], key: Mapping[str, Any]) -> None:
         self.conditioner, self.make, self.key = conditioner, make, key
         self._made: Condition | None = None
-
-    @property
-    def kinds(self) -> Kinds:
-        """Kinds of the conditions."""
-        return self.conditioner.kinds
-
-    @property
-    def observation(self) -> Observation | None:
-        """Part of the images that the conditions determine; None for no such part."""
-        return self.conditioner.observation
-
-    @property
-    def token_count(self) -> int:
-        """Number of tokens of a condition; 0 for no tokens."""
-        return self.conditioner.token_count
 
     def check(self, n: int) -> None:
         """Check that the condition can be made.
@@ -282,10 +273,6 @@ class Given:
     def labels(self, n: int) -> Tensor | None:
         """Return the classes of n samples, which are unknown: None."""
         return None
-
-    def of_text(self, captions: Sequence[str]) -> Condition:
-        """Make the conditions of captions; see :class:`Conditioner`."""
-        return self.conditioner.of_text(captions)
 
     def identity(self, n: int) -> dict[str, Any]:
         """Return what determines the conditions of n samples, besides the keys of the conditioner."""

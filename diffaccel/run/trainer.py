@@ -101,11 +101,7 @@ def build_checkpointer(config: Config) -> Checkpointer:
     if init := config.prior.get("init"):  # identified by content, not by path
         prior["init_sha256"] = files_sha256(Path(init))
     description = {
-        "method": config.method_name,
-        "experiment": config.experiment,
-        "command": command_of(config),
-        "data": config.data.get("label") or config.data["name"],
-        "seed": config.seed,
+        **_origin(config),
         "shape": list(shape_of(config)),
         **({"latents": latents} if (latents := describe_latents(config)) else {}),
         "network": config.network,
@@ -125,16 +121,19 @@ def build_checkpointer(config: Config) -> Checkpointer:
 
 def build_autoencoder_checkpointer(config: Config) -> Checkpointer:
     """Build the callback that saves the training state and the weights of the fit of an auto-encoder."""
-    description = {
+    description = {**_origin(config), "shape": config.shape, "autoencoder": node_of(config)}
+    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    """What weights of any kind say of the fit that made them."""
+    return {
         "method": config.method_name,
         "experiment": config.experiment,
         "command": command_of(config),
         "data": config.data.get("label") or config.data["name"],
         "seed": config.seed,
-        "shape": config.shape,
-        "autoencoder": node_of(config),
     }
-    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
 
 def _feature_networks(config: Config) -> list[str]:
