@@ -27,6 +27,8 @@ class Condition(NamedTuple):
         valid: Which tokens exist, as opposed to padding, (B, L) bool; None for all.
         image: Image in [-1, 1], (B, C', H, W).
         mask: 1 where ``image`` holds pixels of the sample itself, 0 elsewhere, (B, 1, H, W).
+        features: What a network computes from the other kinds alone, for example by a text encoder, tensors (B, ...)
+            that only this network understands; None where the network computes them in each evaluation.
     """
 
     labels: Tensor | None = None
@@ -34,6 +36,7 @@ class Condition(NamedTuple):
     valid: Tensor | None = None
     image: Tensor | None = None
     mask: Tensor | None = None
+    features: tuple[Tensor, ...] | None = None
 
     @classmethod
     def of(cls, value: "Condition | Tensor | None") -> "Condition | None":
@@ -41,13 +44,19 @@ class Condition(NamedTuple):
         return cls(labels=value) if isinstance(value, Tensor) else value
 
     @property
+    def kinds(self) -> "tuple[Tensor | None, ...]":
+        """The tensors of all kinds, without features."""
+        return self[:-1]
+
+    @property
     def size(self) -> int:
         """Number of samples."""
-        return next((len(value) for value in self if value is not None), 0)
+        return next((len(value) for value in self.kinds if value is not None), 0)
 
     def map(self, function: Any) -> "Condition":
         """Apply a function to the tensor of each kind."""
-        return Condition(*(None if value is None else function(value) for value in self))
+        features = None if self.features is None else tuple(function(value) for value in self.features)
+        return Condition._make([*(None if value is None else function(value) for value in self.kinds), features])
 
     def to(self, device: torch.device | str, **options: Any) -> "Condition":
         """Move the tensors to a device; with options of :meth:`torch.Tensor.to`."""
@@ -69,13 +78,13 @@ class Condition(NamedTuple):
         return found if found.size else None
 
     def drop(self, labels: Tensor | None = None, others: Tensor | None = None) -> "Condition":
-        """Replace the condition of some samples by null.
+        """Replace the condition of some samples by null; features are left out.
 
         Args:
             labels: Samples that lose their label, (B,) bool; None for no sample.
             others: Samples that lose tokens, image and mask, (B,) bool; None for no sample.
         """
-        found = self
+        found = self._replace(features=None)
         if labels is not None and found.labels is not None:
             found = found._replace(labels=found.labels.masked_fill(labels, NULL))
         if others is None:
@@ -86,15 +95,16 @@ class Condition(NamedTuple):
                 valid = torch.ones(found.tokens.shape[:2], dtype=torch.bool, device=found.tokens.device)
             found = found._replace(valid=valid & ~others[:, None])
         of_pixels = others[:, None, None, None]
-        blank = (None if one is None else one.masked_fill(of_pixels, 0) for one in (found.image, found.mask))
-        return Condition(*found[:3], *blank)
+        image, mask = (None if one is None else one.masked_fill(of_pixels, 0) for one in (found.image, found.mask))
+        return found._replace(image=image, mask=mask)
 
 
 def join(one: Condition | None, other: Condition | None) -> Condition | None:
-    """Combine the kinds of two conditions of the same batch; the kinds of ``one`` take precedence."""
+    """Combine the kinds of two conditions of the same batch, without features; those of ``one`` take precedence."""
     if one is None or other is None:
         return one or other
-    return Condition(*(other[i] if value is None else value for i, value in enumerate(one)))
+    pairs = zip(one.kinds, other.kinds, strict=True)
+    return Condition._make([*(second if first is None else first for first, second in pairs), None])
 
 
 @dataclass(frozen=True)
@@ -168,9 +178,11 @@ def check_condition(condition: Condition, takes: Kinds, n: int, shape: tuple[int
         shape: Shape of a sample, (C, H, W).
 
     Raises:
-        UsageError: A kind is missing, is not taken by the network, or has another shape or type, or a label is out of
-            range.
+        UsageError: A kind is missing, is not taken by the network, or has another shape or type, a label is out of
+            range, or features are given.
     """
+    if condition.features is not None:
+        raise UsageError("condition: features are computed by the network: leave them out")
     for kind, taken in (
         ("labels", takes.classes),
         ("tokens", takes.tokens),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
+from diffaccel.condition import Condition
 from diffaccel.nn.compiling import uncompiled
 
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
@@ -105,7 +106,8 @@ class EvaluationCounter:
         measuring: list[tuple[FlopCounter, Any, int]] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            samples, name = len(inputs[0]), _OTHER_NAME.get() or network
+            samples = inputs[0].size if isinstance(inputs[0], Condition) else len(inputs[0])
+            name = _OTHER_NAME.get() or network
             self.evaluations[name] += samples
             if _BURNING_IN.get():
                 self.burn_in[name] += samples

@@ -40,8 +40,10 @@ EVERYTHING = Condition(
 
 
 def test_samples_are_selected_in_every_kind():
-    chosen = EVERYTHING.select(torch.tensor([2, 0]))
-    assert all(torch.equal(one, two[[2, 0]]) for one, two in zip(chosen, EVERYTHING, strict=True))
+    features = (torch.randn(3, 2), torch.randn(3, 4, 1))
+    chosen = EVERYTHING._replace(features=features).select(torch.tensor([2, 0]))
+    pairs = zip((*chosen[:-1], *chosen.features), (*EVERYTHING[:-1], *features), strict=True)
+    assert all(torch.equal(one, two[[2, 0]]) for one, two in pairs)
     assert chosen.size == 2
     assert EVERYTHING.select(slice(1, 2)).labels.tolist() == [0]
 
@@ -52,7 +54,7 @@ def test_dropped_kinds_are_null_and_the_others_stay():
     assert found.labels.tolist() == [NULL, 0, NULL] and found[1:] == EVERYTHING[1:]
     found = EVERYTHING.drop(others=dropped)
     assert found.labels is EVERYTHING.labels
-    for value, whole in zip(found[2:], EVERYTHING[2:], strict=True):
+    for value, whole in zip(found[2:-1], EVERYTHING[2:-1], strict=True):
         assert not value[dropped].any() and torch.equal(value[1], whole[1])
     assert EVERYTHING._replace(valid=None).drop(others=dropped).valid.any(1).tolist() == [False, True, False]
 

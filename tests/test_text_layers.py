@@ -144,8 +144,13 @@ def test_evaluations_and_flops_of_a_caption_are_counted():
     )
     given = condition()._replace(valid=None)
     plain, with_guidance = sampler(3, nfe=4, condition=given), guided(3, nfe=8, condition=given)
-    assert sampler.spent.evaluations == {"denoiser": 12} and guided.spent.evaluations == {"denoiser": 24}
-    assert guided.spent.gflops_per_image == pytest.approx(2 * sampler.spent.gflops_per_image)
+    assert sampler.spent.evaluations == {"denoiser": 12, "text_encoder": 3}
+    assert guided.spent.evaluations == {"denoiser": 24, "text_encoder": 3}
+    with EvaluationCounter(unet.condition_encoders) as once, torch.no_grad():
+        unet.encoded(given)
+    encoding = once.flops["text_encoder"] / 1e9
+    plain_flops, guided_flops = (one.spent.gflops_per_image - encoding for one in (sampler, guided))
+    assert guided_flops == pytest.approx(2 * plain_flops) and plain_flops > encoding > 0
     assert not torch.equal(plain, with_guidance)
     x, noise = torch.randn(1, *SHAPE), torch.rand(1)
     flops = []

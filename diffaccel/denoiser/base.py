@@ -68,12 +68,23 @@ class Denoiser(nn.Module, ABC):
         return self
 
     @property
+    def condition_encoders(self) -> dict[str, nn.Module]:
+        """Parts of the network that depend on the condition alone, by name, which run in :meth:`given`."""
+        return {} if self.network is self else getattr(self.network, "condition_encoders", {})
+
+    def condition_for(self, network: nn.Module) -> Condition | None:
+        """Return the bound condition for a network that is called directly, such as a generator."""
+        return self.condition
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def given(self, condition: Condition | Tensor | None, observation: Observation | None = None) -> "Denoiser":
         """Bind a condition, or class labels (B,), so that solvers and priors don't handle them.
+
+        Without gradients, the ``condition_encoders`` of the network run here, instead of in each evaluation.
 
         Args:
             condition: Condition of the batch; None for no condition.

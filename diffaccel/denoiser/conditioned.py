@@ -1,6 +1,7 @@
 """Denoisers with a bound condition, and classifier-free guidance."""
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ SMALLEST = 1e-12
 """Smallest noise-to-data ratio by which a change of the image is divided."""
 
 
+class EncodesConditions(Protocol):
+    """A network with ``condition_encoders``."""
+
+    def encoded(self, condition: Condition) -> Condition:
+        """Add the features of a condition, so that evaluations don't compute them."""
+
+
 class ConditionedDenoiser(Denoiser):
     """A denoiser with a bound condition.
 
@@ -23,14 +31,25 @@ class ConditionedDenoiser(Denoiser):
         condition: Condition of the batch.
         observation: Part of the samples that the condition determines, which is imposed on every prediction, see
             :func:`imposed`; None for no such part.
+        encoded: The condition with the features that the network computes from it alone; by default computed here,
+            unless gradients are enabled.
     """
 
     condition: Condition
 
-    def __init__(self, denoiser: Denoiser, condition: Condition, observation: Observation | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        observation: Observation | None = None,
+        encoded: Condition | None = None,
+    ) -> None:
         super().__init__()
         self.process, self.ratio_range = denoiser.process, denoiser.ratio_range
         self.denoiser, self.condition, self.observation = denoiser, condition, observation
+        if encoded is None and denoiser.condition_encoders and not torch.is_grad_enabled():
+            encoded = cast(EncodesConditions, denoiser.network).encoded(condition)
+        self.encoded = encoded
 
     @property
     @override
@@ -39,13 +58,20 @@ class ConditionedDenoiser(Denoiser):
 
     @override
     def select(self, index: Tensor) -> Denoiser:
-        return ConditionedDenoiser(self.denoiser.select(index), self.condition.select(index), self.observation)
+        encoded = None if self.encoded is None else self.encoded.select(index)
+        return ConditionedDenoiser(self.denoiser.select(index), self.condition.select(index), self.observation, encoded)
+
+    @override
+    def condition_for(self, network: nn.Module) -> Condition:
+        # Features have no gradients, and belong to one network.
+        encoded = None if torch.is_grad_enabled() or network is not self.network else self.encoded
+        return self.condition if encoded is None else encoded
 
     @override
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Prediction:
-        prediction = self.predicted(x_t, t, condition or self.condition, augment)
+        prediction = self.predicted(x_t, t, condition or self.condition_for(self.network), augment)
         return prediction if self.observation is None else imposed(self.observation, prediction, t, self)
 
     def predicted(self, x_t: Tensor, t: Tensor, condition: Condition, augment: Tensor | None) -> Prediction:
@@ -64,7 +90,7 @@ class ConditionedDenoiser(Denoiser):
                 "solver.guidance needs a network that was also trained without condition, which this network was not: "
                 "set solver.guidance=0, or use a network fitted with training.label_drop (or condition_drop)"
             )
-        return GuidedDenoiser(self.denoiser, self.condition, weight, interval, self.observation)
+        return GuidedDenoiser(self.denoiser, self.condition, weight, interval, self.observation, self.encoded)
 
 
 class GuidedDenoiser(ConditionedDenoiser):
@@ -79,6 +105,7 @@ class GuidedDenoiser(ConditionedDenoiser):
         weight: Guidance weight w; 0 for no guidance.
         interval: Lowest and highest noise-to-data ratio at which guidance acts; None for all.
         observation: See :class:`ConditionedDenoiser`.
+        encoded: See :class:`ConditionedDenoiser`.
 
     References:
         Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), https://arxiv.org/abs/2207.12598, Eq. 6
@@ -93,14 +120,18 @@ class GuidedDenoiser(ConditionedDenoiser):
         weight: float,
         interval: Sequence[float] | None = None,
         observation: Observation | None = None,
+        encoded: Condition | None = None,
     ) -> None:
-        super().__init__(denoiser, condition, observation)
+        super().__init__(denoiser, condition, observation, encoded)
         self.weight, self.interval = weight, interval
 
     @override
     def select(self, index: Tensor) -> Denoiser:
-        selected = self.condition.select(index)
-        return GuidedDenoiser(self.denoiser.select(index), selected, self.weight, self.interval, self.observation)
+        selected, encoded = (None if one is None else one.select(index) for one in (self.condition, self.encoded))
+        assert selected is not None
+        return GuidedDenoiser(
+            self.denoiser.select(index), selected, self.weight, self.interval, self.observation, encoded
+        )
 
     @override
     def predicted(self, x_t: Tensor, t: Tensor, condition: Condition, augment: Tensor | None) -> Prediction:

@@ -205,7 +205,7 @@ class Diffusion(TrainedModule):
         """Replace random fractions by null: ``label_drop`` of the labels, ``condition_drop`` of all other kinds."""
         if condition is None:
             return None
-        device, plan = next(value.device for value in condition if value is not None), self.training_plan
+        device, plan = next(value.device for value in condition.kinds if value is not None), self.training_plan
         if condition.labels is not None:
             condition = condition.drop(labels=noise.uniform().to(device) < plan.label_drop)
         if self.takes.required and plan.condition_drop:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from diffaccel.condition import Condition
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
+from diffaccel.nn.layers import zeroed
 from diffaccel.nn.unet import NETWORKS
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 
@@ -20,13 +21,6 @@ HEAD_WIDTH = 64
 def _norm(width: int) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or fewer groups of 4 channels for less than 128 channels."""
     return nn.GroupNorm(min(32, width // 4), width)
-
-
-def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Initialise weight and bias with zeros."""
-    for parameter in convolution.parameters():
-        nn.init.zeros_(parameter)
-    return convolution
 
 
 def _resample(x: Tensor, resample: str) -> Tensor:
@@ -87,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = max(1, width // HEAD_WIDTH)
-        self.norm, self.qkv, self.out = _norm(width), nn.Conv2d(width, 3 * width, 1), _zero(nn.Conv2d(width, width, 1))
+        self.norm, self.qkv, self.out = _norm(width), nn.Conv2d(width, 3 * width, 1), zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -110,7 +104,7 @@ class Block(nn.Module):
         self.resample = resample
         self.norm_1, self.norm_2 = _norm(width_in), _norm(width)
         self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.conv_2 = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.conv_2 = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.film = nn.Linear(embedding, 2 * width)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()

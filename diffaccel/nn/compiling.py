@@ -85,8 +85,9 @@ def is_compiled(network: nn.Module) -> bool:
 
 def _filled(value: Any, count: int, size: int) -> Any:
     """Repeat the first sample of a batch up to a size."""
-    if isinstance(value, tuple):  # a condition
-        return type(value)(*(_filled(one, count, size) for one in value))
+    if isinstance(value, tuple):  # a condition, and its features
+        filled = [_filled(one, count, size) for one in value]
+        return type(value)(*filled) if hasattr(value, "_fields") else tuple(filled)
     if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
         return value
     return torch.cat([value, value[:1].expand(size - count, *value.shape[1:])])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffaccel.condition import Condition
+from diffaccel.nn.layers import zeroed
 
 
 class Text(NamedTuple):
@@ -96,10 +97,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads_of(width)
         self.norm = nn.GroupNorm(groups, width)
-        self.query, self.out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.query, self.out = nn.Conv2d(width, width, 1), zeroed(nn.Conv2d(width, width, 1))
         self.key_value = nn.Linear(dim, 2 * width)
-        for parameter in self.out.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, text: Text | None) -> Tensor:
         """(B, C, H, W), text of the samples or None -> (B, C, H, W); samples without text are returned unchanged."""

@@ -13,6 +13,8 @@ from typing_extensions import override
 from diffaccel.condition import Condition, Kinds, labels_of, pixels_of
 from diffaccel.errors import UsageError
 from diffaccel.nn.decouple import Decouple
+from diffaccel.nn.layers import groups_of, zeroed
+from diffaccel.nn.pixels import PixelEncoder
 from diffaccel.nn.text import CrossAttention, Text, TextEncoder, heads_of
 from diffaccel.parts.checks import Count, Counts, Dropout, Whole, Wholes
 from diffaccel.parts.registry import Registry
@@ -62,12 +64,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int, embedding: int, dropout: float) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = nn.GroupNorm(_groups(width_in), width_in), nn.GroupNorm(_groups(width), width)
+        self.norm_1, self.norm_2 = nn.GroupNorm(groups_of(width_in), width_in), nn.GroupNorm(groups_of(width), width)
         self.conv_1, self.conv_2 = nn.Conv2d(width_in, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
         self.film = nn.Linear(embedding, 2 * width)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
-        _zero(self.conv_2)
+        zeroed(self.conv_2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, width_in, H, W), (B, embedding) -> (B, width, H, W)."""
@@ -83,9 +85,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = heads_of(width)
-        self.norm = nn.GroupNorm(_groups(width), width)
+        self.norm = nn.GroupNorm(groups_of(width), width)
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
-        _zero(self.out)
+        zeroed(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -101,23 +103,12 @@ class Stage(nn.ModuleList):
         block = ResidualBlock(width_in, width, embedding, dropout)
         super().__init__([block, SelfAttention(width) if attends else nn.Identity()])
         if attends and reads:
-            self.append(CrossAttention(width, embedding, _groups(width)))
+            self.append(CrossAttention(width, embedding, groups_of(width)))
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, width_in, H, W), conditioning -> (B, width, H, W)."""
         hidden = self[1](self[0](x, conditioning.embedding))
         return self[2](hidden, conditioning.text) if len(self) > 2 else hidden
-
-
-def _zero(layer: nn.Module) -> None:
-    """Initialise the parameters of a layer with zeros."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-
-
-def _groups(width: int) -> int:
-    """Largest number of groups, at most 32, with at least 4 channels per group."""
-    return next(groups for groups in range(min(32, max(1, width // 4)), 0, -1) if width % groups == 0)
 
 
 class Decoder(nn.Module):
@@ -152,9 +143,9 @@ class Decoder(nn.Module):
                 self.up.append(stage(hidden + skips.pop(), level))
                 hidden = widths[level]
         self.merge = nn.Conv2d(hidden + skips.pop(), hidden, 1)
-        self.norm = nn.GroupNorm(_groups(hidden), hidden)
+        self.norm = nn.GroupNorm(groups_of(hidden), hidden)
         self.out = nn.Conv2d(hidden, channels, 3, padding=1)
-        _zero(self.out)
+        zeroed(self.out)
 
     def decode(self, hidden: Tensor, skips: list[Tensor], conditioning: Conditioning) -> Tensor:
         """Bottleneck (B, C, H, W) and the encoder's outputs, finest first -> (B, channels, H', W')."""
@@ -200,12 +191,16 @@ class UNet(Decoder):
         mask: Whether a condition's mask follows, as one more channel.
         tokens: Width of a condition's tokens, to which the resolutions in ``attention`` attend; 0 for none.
         text_layers: Number of layers of a text encoder over these tokens, which is trained along.
+        image_layers: Number of residual blocks per resolution of an encoder of image and mask, which is trained along,
+            and whose features are added at each resolution; 0 for none. As the text encoder, it does not depend on the
+            noise level, and runs once per sampled image.
 
     Raises:
-        UsageError: The image can't be unshuffled and halved once per resolution, or no resolution attends to tokens.
+        UsageError: The image can't be unshuffled and halved once per resolution, no resolution attends to tokens, or
+            there is nothing to encode.
     """
 
-    condition_keys: ClassVar[tuple[str, ...]] = ("classes", "image", "mask", "tokens", "text_layers")
+    condition_keys: ClassVar[tuple[str, ...]] = ("classes", "image", "mask", "tokens", "text_layers", "image_layers")
     """Keys without which the network is unconditional, see :meth:`widened`."""
 
     def __init__(
@@ -224,6 +219,7 @@ class UNet(Decoder):
         mask: bool = False,
         tokens: Whole = 0,
         text_layers: Whole = 0,
+        image_layers: Whole = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -234,16 +230,24 @@ class UNet(Decoder):
                 f"(unshuffle {unshuffle}, {len(widths)} resolutions): use fewer widths or another image size"
             )
         self.shape, self.unshuffle, self.classes, self.heads = tuple(shape), unshuffle, classes, tuple(heads)
-        if (tokens and not attention) or (text_layers and not tokens):
-            missing, key = ("attention", "tokens") if tokens else ("tokens", "text_layers")
-            raise UsageError(f"network 'unet': {key} requires network.{missing}: set it, or remove network.{key}")
+        for key, value, missing, has in (
+            ("tokens", tokens, "attention", attention),
+            ("text_layers", text_layers, "tokens", tokens),
+            ("image_layers", image_layers, "image", image or mask),
+        ):
+            if value and not has:
+                raise UsageError(f"network 'unet': {key} requires network.{missing}: set it, or remove network.{key}")
         self.takes_augment, self.takes = augment > 0, Kinds(classes, tokens, image, mask)
         self.embed_noise = NoiseEmbedding(embedding)
         self.embed_class = nn.Embedding(classes + 1, embedding) if classes else None
-        self.embed_augment = nn.Linear(augment, embedding, bias=False) if augment else None
-        if self.embed_augment is not None:
-            _zero(self.embed_augment)
+        self.embed_augment = zeroed(nn.Linear(augment, embedding, bias=False)) if augment else None
         self.text = TextEncoder(tokens, embedding, text_layers) if tokens else None
+        self.pixels = PixelEncoder(self.takes, unshuffle, widths, image_layers) if image_layers else None
+        entered = [widths[0], *widths[:-1]] if image_layers else []  # widths of the states at the resolutions' entries
+        self.inject = nn.ModuleList(
+            zeroed(nn.Conv2d(width_from, width, 1, bias=False))
+            for width_from, width in zip(widths, entered, strict=False)
+        )
         folded = channels * unshuffle**2
 
         def stage(width_in: int, level: int) -> Stage:
@@ -274,14 +278,41 @@ class UNet(Decoder):
         for name in own.keys() - found.keys():
             if name.startswith("embed_class."):
                 found[name] = torch.zeros_like(own[name])
-            elif name.startswith("text.") or name.rpartition(".")[0] in readers:
-                found[name] = own[name]  # the output layers of cross-attention are zero
+            elif name.startswith(("text.", "pixels.", "inject.")) or name.rpartition(".")[0] in readers:
+                found[name] = own[name]  # the output layers of cross-attention, and those of features, are zero
         return found
 
     @property
     def decoders(self) -> list[Decoder]:
         """Decoders, one per head; the network itself is the decoder of a single head."""
         return cast(list[Decoder], list(self.branches)) or [self]
+
+    @property
+    def condition_encoders(self) -> dict[str, nn.Module]:
+        """The parts of the network that depend on the condition alone, by name."""
+        found = {"text_encoder": self.text, "image_encoder": self.pixels}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+    def encoded(self, condition: Condition) -> Condition:
+        """Add the features of a condition, so that evaluations don't compute them; without gradients for the encoders.
+
+        Raises:
+            UsageError: The image or the mask has another number of channels or another size.
+        """
+        text, maps = self._features(condition)
+        return condition._replace(features=(*(text or ()), *maps))
+
+    def _features(self, condition: Condition | None) -> tuple[Text | None, tuple[Tensor, ...]]:
+        """Compute, or look up, the encoded tokens and the features of image and mask of a condition."""
+        if condition is None:
+            return None, ()
+        read = self.text is not None and condition.tokens is not None
+        if condition.features is not None:
+            split = len(Text._fields) if read else 0
+            return Text(*condition.features[:split]) if read else None, condition.features[split:]
+        text = self.text(condition) if self.text is not None and read else None
+        seen = condition.image is not None or condition.mask is not None
+        return text, self.pixels(condition) if self.pixels is not None and seen else ()
 
     def forward(
         self, x: Tensor, noise: Tensor, condition: Condition | Tensor | None = None, augment: Tensor | None = None
@@ -325,17 +356,18 @@ class UNet(Decoder):
             embedding = embedding + self.embed_class(labels_of(condition, self.classes, noise))
         if self.embed_augment is not None and augment is not None:
             embedding = embedding + self.embed_augment(augment)
-        text, given = None, Condition.of(condition)
-        if self.text is not None and given is not None and given.tokens is not None:
-            text = self.text(given)
+        text, maps = self._features(Condition.of(condition))
         conditioning = Conditioning(embedding, text)
         if self.takes.pixels:
             x = torch.cat([x, pixels_of(condition, self.takes, x)], dim=1)
         hidden = self.stem(F.pixel_unshuffle(x, self.unshuffle))
         skips = [hidden]
         for index, stage in enumerate(self.down):
-            if index and index % self.blocks == 0:
+            level, block = divmod(index, self.blocks)
+            if level and not block:
                 hidden = F.avg_pool2d(hidden, 2)
+            if maps and not block:
+                hidden = hidden + self.inject[level](maps[level])
             hidden = stage(hidden, conditioning)
             skips.append(hidden)
         for stage in self.middle:

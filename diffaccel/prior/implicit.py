@@ -203,7 +203,7 @@ class ImplicitPrior(Prior):
             x_0, eps = self.own(*denoiser.process.from_ratio(self.ratio_init * z, init), denoiser.condition)
             return x_0 + self.ratio_made * (noise.normal(z) if self.kind == "diffuse" else eps)
         network = denoiser.network if self.made is None else self.made
-        output = network(z, torch.full((len(z),), self.token, device=z.device), denoiser.condition).to(z)
+        output = network(z, torch.full((len(z),), self.token, device=z.device), denoiser.condition_for(network)).to(z)
         if self.kind == "diffuse":
             return output + self.ratio_made * noise.normal(z)
         return (1 + self.ratio_made**2) ** 0.5 * output

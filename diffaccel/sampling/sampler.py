@@ -254,6 +254,11 @@ class Sampler:
         """Return the networks that count towards FLOPs but not towards evaluations, by name."""
         return (prior or self.prior).auxiliary_networks()
 
+    def counted_networks(self, prior: Prior | None = None) -> dict[str, nn.Module]:
+        """Return all networks whose FLOPs count, by name: also encoders of conditions, which run once per image."""
+        encoders = self.denoiser.condition_encoders
+        return {**self.evaluated_networks(prior), **self.auxiliary_networks(prior), **encoders}
+
     def weights_sha256(self) -> list[str]:
         """Return ``NETWORK=HASH`` of the weights of each network, which identify the weights of searched settings."""
         networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
@@ -371,7 +376,7 @@ class Sampler:
         """
         if done == len(group):
             return
-        networks = {**self.evaluated_networks(plan.prior), **self.auxiliary_networks(plan.prior)}
+        networks = self.counted_networks(plan.prior)
         if self.inputs is not None and given is None:
             self.inputs.prepare()
         seconds, flops = self._warm_up(plan, len(group[0]), given)

@@ -37,8 +37,7 @@ def warm_up(
         Time, in seconds, and FLOPs per evaluation by network.
     """
     stopwatch = Stopwatch(sampler.device)
-    networks = {**sampler.evaluated_networks(plan.prior), **sampler.auxiliary_networks(plan.prior)}
-    with sampler.arithmetic(), EvaluationCounter(networks) as counter:
+    with sampler.arithmetic(), EvaluationCounter(sampler.counted_networks(plan.prior)) as counter:
         _evaluate(sampler, plan, 1, given)
     with sampler.arithmetic():
         _evaluate(sampler, plan, count, given)

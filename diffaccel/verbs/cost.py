@@ -70,6 +70,7 @@ class ForwardCost(NamedTuple):
     Attributes:
         timed: Number of images of the timed forward pass.
         flops: FLOPs per image.
+        encoding: FLOPs per image of the encoders of its condition, once for all forward passes.
         seconds: Time per image, in seconds.
         activations: Memory of activations per image, in bytes.
         compiling: Additional time of the first forward pass with the timed size, in seconds, for ``compile``.
@@ -78,6 +79,7 @@ class ForwardCost(NamedTuple):
 
     timed: int
     flops: float
+    encoding: float
     seconds: float
     activations: float
     compiling: float
@@ -89,27 +91,41 @@ def forward_cost(sampler: Sampler, batch_size: int) -> ForwardCost:
     """Measure memory and FLOPs on a few images, and time on a batch, or on few images if a batch takes too long."""
     pixels = sampler.shape[1] * sampler.shape[2]
     watched = min(batch_size, max(1, 16 * 32 * 32 // pixels))  # one image for 256x256, which is slow on a CPU
-    with EvaluationCounter(sampler.evaluated_networks()) as counter, LiveBytes() as memory:
+    encoders = sampler.denoiser.condition_encoders
+    with EvaluationCounter({**sampler.evaluated_networks(), **encoders}) as counter, LiveBytes() as memory:
         least = _forward(sampler, watched)
     # The first pass includes the counting and the start-up of libraries, of seconds on a few images.
     timed = batch_size if _forward(sampler, watched) / watched * batch_size < AFFORDABLE else watched
     first = _forward(sampler, timed)
     seconds = min(_forward(sampler, timed) for _ in range(2)) / timed
     compiling, counting = max(0.0, first - timed * seconds), max(0.0, least - watched * seconds)
-    return ForwardCost(
-        timed, sum(counter.flops.values()), seconds, memory.peak / watched, compiling=compiling, counting=counting
-    )
+    encoding = sum(counter.flops.get(name, 0.0) for name in encoders)
+    flops = sum(counter.flops.values()) - encoding
+    return ForwardCost(timed, flops, encoding, seconds, memory.peak / watched, compiling=compiling, counting=counting)
 
 
 def _forward(sampler: Sampler, images: int) -> float:
-    """Time of a forward pass, in seconds."""
+    """Time of a forward pass, without the encoders of a condition, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
-    length = sampler.inputs.token_count if sampler.inputs is not None else 1
-    tokens = torch.zeros(images, length, sampler.takes.tokens, device=sampler.device)
+    denoiser = sampler.denoiser.given(_some_condition(sampler, images))
     started = _clock(sampler)
-    sampler.denoiser(x_t, t, Condition(tokens=tokens) if sampler.takes.tokens else None)
+    denoiser(x_t, t)
     return _clock(sampler) - started
+
+
+def _some_condition(sampler: Sampler, images: int) -> Condition | None:
+    """Make a condition of the kinds that the network takes, other than labels, whose cost does not differ."""
+    takes, device = sampler.takes, sampler.device
+    if not takes.required:
+        return None
+    length = sampler.inputs.token_count if sampler.inputs is not None else 1
+    ones = torch.ones(images, takes.pixels, *sampler.shape[1:], device=device)
+    return Condition(
+        tokens=torch.zeros(images, length, takes.tokens, device=device) if takes.tokens else None,
+        image=ones[:, : takes.image] if takes.image else None,
+        mask=ones[:, takes.image :] if takes.mask else None,
+    )
 
 
 def _clock(sampler: Sampler) -> float:
@@ -176,7 +192,7 @@ def print_cost(config: Config, sampler: Sampler, plans: Mapping[float, Plan]) ->
             if not math.isnan(nfe):
                 rate = seconds_per_evaluation(config, sampler, plan, cost.seconds)
                 total = cost.counting + rate * nfe * config.n / config.devices / config.num_nodes
-                spent = (human(nfe * cost.flops, "FLOP"), duration(total))
+                spent = (human(nfe * cost.flops + cost.encoding, "FLOP"), duration(total))
             burn_in = f"{plan.prior.burn_in_evaluations(config.n) / config.n:.3g}"
             table.add_row(f"{budget:g}", str(plan.chain_steps), str(plan.steps), burn_in, f"{nfe:.4g}", *spent)
     shapes = f"images {sampler.image_shape}" + (f", latents {sampler.shape}" if sampler.latents is not None else "")
