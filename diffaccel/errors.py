@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """
 
 
+class MissingError(UsageError):
+    """A usage error for data that are not there, without which a dry run is possible."""
+
+
 class SharedError(UsageError):
     """A usage error that is raised on every rank, so that only one rank needs to print it."""
 

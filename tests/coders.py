@@ -1,5 +1,6 @@
 """Exact auto-encoder of the tests: it moves pixels to channels, so that decoding inverts encoding."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffaccel.latents import AUTOENCODERS, AutoEncoder, Moments
+from diffaccel.weights import save_weights
 
 
 class Shuffle(AutoEncoder):
@@ -35,3 +37,13 @@ KL: dict[str, Any] = {"name": "kl", "widths": [8, 16], "blocks": 1, "channels": 
 def kl(shape: tuple[int, int, int] = (1, 8, 8), **keys: Any) -> AutoEncoder:
     """A small random KL auto-encoder."""
     return AUTOENCODERS.build({**KL, **keys}, shape=shape).eval()
+
+
+def write_autoencoder(path: Path, seed: int = 0) -> Path:
+    """Write random weights, as a fit writes trained ones."""
+    torch.manual_seed(seed)
+    network = kl()
+    network.latent_std.fill_(0.5)
+    header = {"kind": "autoencoder", "autoencoder": KL, "shape": [1, 8, 8], "images_seen": 100}
+    save_weights(path, network.state_dict(), header, torch.float32)
+    return path

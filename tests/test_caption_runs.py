@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coders import KL, write_autoencoder
 from PIL import Image
 from safetensors import safe_open
 
 import diffaccel as da
+from diffaccel.__main__ import main
 from diffaccel.api import bench, fit, load, sample
 from diffaccel.captions.encoders import Words
 from diffaccel.condition import Condition, Kinds
@@ -60,7 +62,7 @@ def test_a_bench_measures_the_accuracy(weights: Path, tmp_path: Path):
     (other,) = bench("digits_text/edm", **keys, **{"condition.templates": "['{label} {label}']"})
     assert other["key"] != point["key"]
     (guided,) = bench("digits_text/edm", **{**keys, "nfe": 6}, guidance=1)
-    assert guided["evaluations"] == {"denoiser": 2 * point["evaluations"]["denoiser"]}
+    assert guided["evaluations"] == {"denoiser": 2 * point["evaluations"]["denoiser"], "text_encoder": 24}
     with pytest.raises(UsageError, match="'accuracy' requires samples of known classes, but those of digits_text/edm"):
         bench("digits_text/edm", **keys, caption="a seven")
     metrics = "[frechet,accuracy]"
@@ -154,6 +156,35 @@ def test_text_to_image_experiments_have_their_sizes(name: str):
     parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
     assert 40e6 < parameters < 80e6
     assert [phase.name for phase in method.phases()] == ["denoiser", "generator", "critic"]
+
+
+@pytest.mark.parametrize("name", ["cub256/tdpm_latent", "coco256/tdpm_latent"])
+def test_text_to_image_in_latents_has_its_sizes(name: str, capsys: pytest.CaptureFixture[str]):
+    """A dry run without data, weights and text encoder; narrow networks, because a CPU takes minutes otherwise."""
+    with torch.device("meta"):
+        method = build_method(load_config(name), load=False)
+    parameters = sum(parameter.numel() for parameter in method.denoiser.network.parameters())
+    assert 150e6 < parameters < 220e6
+    assert method.critic.takes == Kinds(tokens=768) and method.shape == (4, 32, 32)
+    narrow = ["network.widths=[8,8,8,8]", "network.embedding=16", "latents.widths=[8,8,8,8]", "latents.groups=4"]
+    assert main(["bench", name, "dry_run=true", "n=4", "threads=1", "logger=none", *narrow]) == 0
+    printed = capsys.readouterr().out
+    assert "a bench would end: no folder" in printed
+    assert "images (3, 256, 256), latents (4, 32, 32)" in printed and "decoding takes" in printed
+
+
+def test_tdpm_trains_and_samples_with_captions_in_latents(tmp_path: Path):
+    """All parts together: text encoder, cross-attention, shared generator, critic, auto-encoder, guidance."""
+    latents = {**KL, "checkpoint": write_autoencoder(tmp_path / "autoencoder.safetensors"), "cache": tmp_path}
+    keys = {"logger": "none", "threads": 1, "network.widths": [8, 8], "metrics": "[frechet]",
+            "network.unshuffle": 1, "method.critic": "{name: mlp, width: 8}", "precision": "32-true",
+            "training.images": 64, "training.batch_size": 32, "training.warmup": 1,
+            **{f"latents.{key}": value for key, value in latents.items()}}  # fmt: skip
+    out = fit("digits_text/tdpm", **{**keys, "reference": "", "floor": ""}, out=tmp_path / "fit")
+    keys |= {"checkpoint": out / "ema.safetensors"}
+    (point,) = bench("digits_text/tdpm", **keys, n=12, nfe=9, guidance=1, out=tmp_path / "bench")
+    assert point["evaluations"] == {"denoiser": 12 * 9, "text_encoder": 12}
+    assert point["gflops_decoding"] > 0
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])

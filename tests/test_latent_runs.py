@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from coders import KL, kl
+from coders import KL, write_autoencoder
 
 from diffaccel.api import bench, fit
 from diffaccel.api import load as load_model
@@ -14,20 +14,10 @@ from diffaccel.errors import UsageError
 from diffaccel.experiment import build_latents, build_method
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.sampling import Sampler
-from diffaccel.weights import open_weights, save_weights
+from diffaccel.weights import open_weights
 
 FAST: dict[str, Any] = {"logger": "none", "threads": 1, "network.widths": [8, 8], "precision": "32-true"}
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-
-def write_autoencoder(path: Path, seed: int = 0) -> Path:
-    """Write random weights, as a fit writes trained ones."""
-    torch.manual_seed(seed)
-    network = kl()
-    network.latent_std.fill_(0.5)
-    header = {"kind": "autoencoder", "autoencoder": KL, "shape": [1, 8, 8], "images_seen": 100}
-    save_weights(path, network.state_dict(), header, torch.float32)
-    return path
 
 
 def latent(autoencoder: Path, **keys: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffaccel.data.decode import listed
-from diffaccel.errors import UsageError
+from diffaccel.errors import MissingError, UsageError
 from diffaccel.text.escape import printable
 from diffaccel.text.mistaken import what_it_is
 
@@ -39,7 +39,7 @@ class ArrayFile:
 
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
-            raise UsageError(f"no file {printable(path)}: use an npz file with an array 'images'")
+            raise MissingError(f"no file {printable(path)}: use an npz file with an array 'images'")
         self.path, self.where = path, printable(path)
         try:
             with open(path, "rb") as stream:

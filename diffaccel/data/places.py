@@ -18,7 +18,7 @@ from typing import IO, Any
 from typing_extensions import override
 
 from diffaccel.data.decode import MAX_BYTES, SUFFIXES, UNREADABLE, has_image_suffix, is_image, listed
-from diffaccel.errors import UsageError
+from diffaccel.errors import MissingError, UsageError
 from diffaccel.text.escape import printable
 
 LABELS_FILE = "dataset.json"
@@ -112,7 +112,7 @@ class FolderFiles(Files):
     def __init__(self, path: str) -> None:
         if not os.path.isdir(path):
             remedy = "it is a file: use the source zip or npz" if os.path.exists(path) else "use a folder of images"
-            raise UsageError(f"no folder {printable(path)}: {remedy}")
+            raise MissingError(f"no folder {printable(path)}: {remedy}")
         super().__init__(path)
 
     @override
@@ -169,7 +169,7 @@ class ZipFiles(Files):
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
             remedy = "it is a folder: use the source folder" if os.path.isdir(path) else "use a zip archive of images"
-            raise UsageError(f"no file {printable(path)}: {remedy}")
+            raise MissingError(f"no file {printable(path)}: {remedy}")
         self.path, self._owner = path, -1
         self._members: dict[str, zipfile.ZipInfo] = {}
         super().__init__(path)

@@ -4,10 +4,12 @@ from typing import Any
 
 from diffaccel import experiment
 from diffaccel.config import Config
+from diffaccel.errors import MissingError
 from diffaccel.report.table import print_points
 from diffaccel.run import launch, loggers
 from diffaccel.sampling import Sampler
 from diffaccel.storage import check_room
+from diffaccel.text.terminal import print_lines
 from diffaccel.verbs.cost import print_cost
 
 HELP = """\
@@ -59,7 +61,14 @@ def bench(config: Config) -> list[dict[str, Any]]:
 def planned(config: Config) -> Sampler | None:
     """Build an experiment's sampler and plan its budgets; a dry run prints their cost and returns None."""
     sampler = experiment.build_frozen(config, load=not config.dry_run)
-    plans: dict[float, Any] = {budget: sampler.plan(budget, config.n) for budget in config.nfe}
+    missing = False
+    if config.dry_run and sampler.inputs is not None:
+        try:
+            sampler.inputs.check(config.n)
+        except MissingError as error:  # the cost of all conditions is the same
+            missing = True
+            print_lines(f"a bench would end: {error}")
+    plans: dict[float, Any] = {budget: sampler.plan(budget, config.n, given=missing) for budget in config.nfe}
     if not config.dry_run:
         return sampler
     print_cost(config, sampler, plans)

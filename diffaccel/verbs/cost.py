@@ -170,7 +170,8 @@ def _rate_of_first_batch(config: Config, sampler: Sampler, plan: Plan, group: Gr
     with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
         started = _clock(sampler)
         state = sampler.open(plan, config.seed, group)
-        for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state), 1):
+        given = _some_condition(sampler, len(group[0]))
+        for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state, given), 1):
             images.cpu()
         taken = _clock(sampler) - started
     return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
