@@ -29,7 +29,7 @@ def load(source: str | Path, **settings: Any) -> Model:
         UsageError: The experiment or file does not exist, a file is damaged or contains code, or a setting is invalid.
     """
     from diffaccel.config import load as load_config
-    from diffaccel.experiment.build import build_checkpoint, build_model
+    from diffaccel.experiment.models import build_checkpoint, build_model
     from diffaccel.run.machine import settle
 
     if not isinstance(source, str | Path):

@@ -113,7 +113,9 @@ def test_two_processes_write_the_images_of_one(tmp_path: Path):
 
 
 def test_more_than_the_budget_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed):
-    monkeypatch.setattr(Sampler, "plan", lambda self, nfe, n: Plan(self.prior, self.solver, steps=int(nfe) + 1))
+    monkeypatch.setattr(
+        Sampler, "plan", lambda self, nfe, n, given=False: Plan(self.prior, self.solver, steps=int(nfe) + 1)
+    )
     assert main(["sample", "toy/edm", "nfe=4", "n=20", f"out={tmp_path}"]) == 2
     assert "nfe=4 was exceeded: 5 evaluations" in capsys.readouterr().err
     assert not (tmp_path / "images_nfe4").exists()

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from diffaccel.experiment.build import (
         build_frozen,
         build_method,
-        build_model,
         build_posterior,
         build_prior,
         build_sampler,
@@ -27,12 +26,14 @@ if TYPE_CHECKING:
     from diffaccel.experiment.identity import identify, identify_images
     from diffaccel.experiment.judges import build_extractor, build_extractors, build_judges
     from diffaccel.experiment.latents import build_fit_data, build_latents, shape_of
+    from diffaccel.experiment.models import build_checkpoint, build_model
 
-_BUILD = ("frozen", "method", "model", "posterior", "prior", "sampler")
+_BUILD = ("frozen", "method", "posterior", "prior", "sampler")
 _MEASURE = ("data", "evaluator", "fitted", "likelihood", "searcher", "validator")
 _JUDGES = ("extractor", "extractors", "judges")
 
 __all__ = [
+    "build_checkpoint",
     "build_data",
     "build_evaluator",
     "build_extractor",
@@ -65,6 +66,7 @@ __getattr__, __dir__ = lazy(
         **dict.fromkeys(("check_start", "set_budgets"), "diffaccel.experiment.build"),
         **dict.fromkeys(("build_fit_data", "build_latents", "shape_of"), "diffaccel.experiment.latents"),
         **dict.fromkeys((f"build_{part}" for part in _MEASURE), "diffaccel.experiment.evaluation"),
+        **dict.fromkeys(("build_checkpoint", "build_model"), "diffaccel.experiment.models"),
         "check_unconditional": "diffaccel.experiment.evaluation",
         **dict.fromkeys((f"build_{part}" for part in _JUDGES), "diffaccel.experiment.judges"),
         **dict.fromkeys(("identify", "identify_images"), "diffaccel.experiment.identity"),

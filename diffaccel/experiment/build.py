@@ -1,7 +1,6 @@
 """Construction of samplers, models and methods from a configuration."""
 
-import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,10 +42,10 @@ from diffaccel.pretrained import Pretrained
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
-from diffaccel.sampling import ImageKind, Model, Part, Sampler, Setting, Tweedie
-from diffaccel.solver import DEFAULT, SOLVERS, Solver
+from diffaccel.sampling import ImageKind, Sampler, Setting, Tweedie
+from diffaccel.solver import SOLVERS, Solver
 from diffaccel.text.terminal import say
-from diffaccel.weights import assign_weights, open_weights
+from diffaccel.weights import assign_weights
 
 if TYPE_CHECKING:
     from diffaccel.methods import Diffusion
@@ -69,58 +68,6 @@ def build_sampler(config: Config) -> Sampler:
         check_ratios(Path(config.checkpoint), header, (low, highest))
     _compile(config, sampler, training=False)
     return sampler.eval()
-
-
-def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) -> Model:
-    """Build the model of an experiment, whose samplers share one denoiser.
-
-    Args:
-        config: Configuration of the experiment.
-        again: Function settings -> configuration of the experiment with these settings.
-
-    Raises:
-        UsageError: See :func:`build_sampler`.
-    """
-    own = build_sampler(config)
-    denoiser = own.denoiser
-    posterior = build_posterior(config, denoiser)
-
-    def derive(prior: Part, solver: Part) -> Sampler:
-        given = {part: node for part, node in (("prior", prior), ("solver", solver)) if node is not None}
-        if not given:
-            return copy.copy(own)
-        other = again(given)
-        made = own.using(build_prior(other, other.prior, posterior, denoiser), _build_solver(other, other.solver))
-        check_trained(other, made)
-        set_budgets(other, made, posterior, load=True)
-        return made.eval()
-
-    return Model(config.experiment, denoiser, own.shape, derive)
-
-
-def build_checkpoint(path: Path) -> Model:
-    """Build the model of a self-describing checkpoint, on the process that it was trained on.
-
-    Raises:
-        UsageError: The file is damaged, contains code, is not of a denoiser, or does not determine the network.
-    """
-    weights = open_weights(path)
-    found = Pretrained.of(weights)
-    network = NETWORKS.build(found.network, shape=found.shape)
-    process = PROCESSES.build(found.process)
-    denoiser = DENOISERS.build(found.denoiser, process=process, network=network)
-    assign_weights(found.tensors, network, f"the weights of {path}")
-    denoiser.eval()
-
-    def derive(prior: Part, solver: Part) -> Sampler:
-        if weights.header.get("latents"):
-            raise UsageError(
-                f"{path} samples latents, which are not images: load its experiment, with the auto-encoder"
-            )
-        low = max(denoiser.ratio_range[0], 0.002)
-        return Sampler(denoiser, prior, solver or {**DEFAULT, "grid": {"ratio_min": low}}, found.shape).eval()
-
-    return Model(str(path), denoiser, found.shape, derive)
 
 
 def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Diffusion":
@@ -213,7 +160,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
         UsageError: See :func:`build_method`.
     """
     inputs = build_inputs(config)
-    solver = _build_solver(config, config.solver)  # first, so that a mistyped name is reported before weights are read
+    solver = build_solver(config, config.solver)  # first, so that a mistyped name is reported before weights are read
     discrete = build_source(config.data).has_images()
     check_combination(config, None if inputs is None else inputs.conditioner, discrete)
     latents = build_latents(config, load)
@@ -248,7 +195,7 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
     return sampler, header, posterior
 
 
-def _build_solver(config: Config, node: Mapping[str, Any]) -> Solver:
+def build_solver(config: Config, node: Mapping[str, Any]) -> Solver:
     """Build a solver, and check that it suits the samples."""
     solver = SOLVERS.build(node)
     check_solver(config, solver)
@@ -336,7 +283,7 @@ def set_budgets(
             prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
             if _same_weights(parts["prior"], config.prior):
                 prior.share_weights(sampler.prior)  # which may be in training
-        sampler.by_nfe[budget] = Setting(prior, _build_solver(config, parts["solver"]))
+        sampler.by_nfe[budget] = Setting(prior, build_solver(config, parts["solver"]))
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

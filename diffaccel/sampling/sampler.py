@@ -6,7 +6,7 @@ The sampler does not require a trainer. All commands, evaluation during training
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from diffaccel.budget import nearest
 from diffaccel.condition import Condition, Kinds
-from diffaccel.deferred import Checks, Stopwatch, runs_ahead
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.latents import Latents
-from diffaccel.nfe import EvaluationCounter, total_flops
+from diffaccel.nfe import total_flops
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import real_number, whole_number
-from diffaccel.prior import ChainState, Group, Plan, Prior
+from diffaccel.prior import Group, Plan, Prior
 from diffaccel.sampling import conditions
 from diffaccel.sampling.arguments import build_prior, check_part, check_settings, checked_shape, derived
+from diffaccel.sampling.batches import counted_batches
 from diffaccel.sampling.conditions import Inputs, Observed
 from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
@@ -33,9 +33,6 @@ from diffaccel.sampling.settings import Setting, Tweedie
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.weights import tensors_sha256
-
-DECODER = "decoder"
-"""Name of the decoder of latents, whose FLOPs are counted apart."""
 
 
 class Sampler:
@@ -374,54 +371,9 @@ class Sampler:
             saved: State of the chains after the finished batches.
             given: See :meth:`draw`.
         """
-        if done == len(group):
-            return
-        networks = self.counted_networks(plan.prior)
-        if self.inputs is not None and given is None:
-            self.inputs.prepare()
-        seconds, flops = self._warm_up(plan, len(group[0]), given)
-        rounds = len(saved["trace"]) if saved else 0
-        decoder_flops: dict[str, float] = {}
-        stopwatch, checks, counter = Stopwatch(self.device), Checks(), EvaluationCounter(networks, flops)
-        with self._watched(checks, counter):
-            state = self.restore(plan, seed, group, saved) if done else self.open(plan, seed, group)
-        batches = self.draw(plan, seed, group[done:], state, given)
-        for _ in group[done:]:
-            # Left between batches, so that the caller computes in full precision; the generator runs inside ``next``.
-            with self._watched(checks, counter):
-                indices, x_0 = next(batches)
-                images = self.kind(x_0) if self.latents is None else x_0
-            stopwatch.stop()
-            decoding = None
-            if self.latents is not None:
-                decoding, decoder = Stopwatch(self.device), EvaluationCounter({DECODER: self.latents}, decoder_flops)
-                with self._checked(checks), decoder:
-                    images = self.kind(self.latents.decode(x_0))
-                decoding.stop()
-                decoder_flops = decoder.flops
-            chained = isinstance(state, ChainState)
-            trace = state.trace[rounds:] if chained else []
-            yield Sampled(
-                torch.arange(indices.start, indices.stop), images, dict(counter.evaluations), dict(counter.burn_in),
-                dict(counter.flops), trace, state.state_dict() if chained else None, stopwatch, checks, seconds,
-                decoding, decoder_flops.get(DECODER, 0.0),
-            )  # fmt: skip
-            rounds, seconds = rounds + len(trace), 0.0
-            stopwatch, checks, counter = (
-                Stopwatch(self.device), Checks(), EvaluationCounter(networks, counter.flops),
-            )  # fmt: skip
+        return counted_batches(self, plan, group, seed, done, saved, given)
 
-    @contextmanager
-    def _watched(self, checks: Checks, counter: EvaluationCounter) -> Iterator[None]:
-        """Evaluate in the precision of the networks, counted, with checks that do not make the host wait."""
-        with self.arithmetic(), counter, self._checked(checks):
-            yield
-
-    def _checked(self, checks: Checks) -> AbstractContextManager[None]:
-        """Return the context of checks that do not make the host wait."""
-        return checks.collected() if runs_ahead(self.device) else nullcontext()
-
-    def _warm_up(self, plan: Plan, count: int, given: Condition | None) -> tuple[float, dict[str, float]]:
+    def warmed_up(self, plan: Plan, count: int, given: Condition | None) -> tuple[float, dict[str, float]]:
         """Warm up once for each prior, and for larger batches: the time, 0 for later calls, and FLOPs by network."""
         if not needs_warm_up(self, plan):
             return 0.0, {}

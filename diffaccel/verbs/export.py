@@ -9,7 +9,8 @@ from typing import Any
 
 from diffaccel.config import Config, load
 from diffaccel.errors import UsageError, suggest
-from diffaccel.experiment.build import build_checkpoint, build_frozen
+from diffaccel.experiment.build import build_frozen
+from diffaccel.experiment.models import build_checkpoint
 from diffaccel.prior import Plan
 from diffaccel.process import PROCESSES, Decoupled
 from diffaccel.sampling.schedule import Ends, levels
