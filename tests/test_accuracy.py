@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffaccel.errors import UsageError
 from diffaccel.metrics import FrechetDistance, Moments
-from diffaccel.metrics.accuracy import Accuracy, Discriminant
+from diffaccel.metrics.accuracy import Accuracy, Discriminant, standard_error
 from diffaccel.metrics.base import Made, Real
 from diffaccel.metrics.reference import Reference, read_reference
 
@@ -41,7 +41,9 @@ def test_two_gaussians_are_told_apart_as_well_as_possible(distance: float):
     found = Accuracy()(made(others, own), Real(reference(features, labels), reference(others, own)))
     optimum = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
     assert found["accuracy"] == pytest.approx(optimum, abs=0.01) and found["accuracy_floor"] == found["accuracy"]
-    assert found["accuracy_se"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 20_000) ** 0.5)
+    assert found["accuracy_se"] == pytest.approx(
+        (found["accuracy"] * (1 - found["accuracy"]) / 20_000) ** 0.5, rel=1e-3
+    )
 
 
 def test_it_is_scikit_learns_discriminant():
@@ -69,9 +71,20 @@ def test_samples_of_no_class_are_left_out():
     wrong = torch.where(torch.arange(400) < 100, -1, torch.where(torch.arange(400) < 200, 1 - labels, labels))
     found = Accuracy()(made(features, wrong), real)
     assert found["accuracy"] == pytest.approx(2 / 3, abs=0.01) and "accuracy_floor" not in found
-    assert found["accuracy_se"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 300) ** 0.5)
+    assert found["accuracy_se"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 300) ** 0.5, rel=1e-2)
     for one, other in ((None, labels), (labels, None), (torch.full((400,), -1), labels)):
         assert not Accuracy()(made(features, one), Real(reference(features, other), None))
+
+
+def test_samples_that_are_right_together_count_once():
+    """Six copies of each sample have the error of the samples alone, and single blocks that of a binomial share."""
+    right = (torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.7).double()
+    blocks = torch.arange(50)
+    one = standard_error(right.numpy(), blocks.numpy())
+    copies = standard_error(right.repeat_interleave(6).numpy(), blocks.repeat_interleave(6).numpy())
+    share = right.mean().item()
+    assert one == pytest.approx(copies) == pytest.approx((share * (1 - share) / 49) ** 0.5)
+    assert math.isnan(standard_error(right.numpy(), torch.zeros(50).numpy()))
 
 
 def test_labels_are_in_the_file_and_not_in_its_hash(tmp_path: Path):

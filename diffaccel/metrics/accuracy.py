@@ -4,12 +4,15 @@ The classifier is linear discriminant analysis on the features of a judge, fitte
 the reference, which have labels. It needs no weights of its own, and nothing of the sampled network.
 """
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.jackknife import jackknife
 from diffaccel.metrics.base import METRICS, Made, Metric, Real
 
 SHRINKAGE = 1e-2
@@ -21,7 +24,9 @@ class Accuracy(Metric):
     """Share of the first 10,000 images that a classifier assigns to the class that they were made for.
 
     The classifier is linear discriminant analysis on the judge's features of training images. Keys of the point:
-    ``accuracy``, its binomial standard error ``accuracy_se``, and ``accuracy_floor``, the accuracy for held-out images.
+    ``accuracy``, its standard error ``accuracy_se``, and ``accuracy_floor``, the accuracy for held-out images. The
+    standard error is that of the jackknife over blocks of images, because samples of one condition are often right or
+    wrong together.
 
     References:
         Regularized Discriminant Analysis (Friedman, 1989), https://doi.org/10.1080/01621459.1989.10478752
@@ -35,11 +40,27 @@ class Accuracy(Metric):
         if labels is None or trained is None or not (known := labels >= 0).any():
             return {}
         classifier = Discriminant(real.features, trained)
-        share = accuracy(classifier(made.features[known]), labels[known])
-        found = {"accuracy": share, "accuracy_se": (share * (1 - share) / int(known.sum())) ** 0.5}
+        right = classifier(made.features[known]) == labels[known]
+        share = right.double().mean().item()
+        blocks = torch.arange(len(labels)) if made.block is None else made.block
+        found = {"accuracy": share, "accuracy_se": standard_error(right.double().numpy(), blocks[known].numpy())}
         if real.floor is not None and real.floor.labels is not None:
             found["accuracy_floor"] = accuracy(classifier(real.held_out), real.floor.labels)
         return found
+
+
+def standard_error(values: np.ndarray, blocks: np.ndarray) -> float:
+    """Compute the jackknife standard error of a mean, whose blocks are independent; NaN for a single block.
+
+    Args:
+        values: Values, (m,) float64.
+        blocks: Block of each value, (m,) integers.
+    """
+    _, index, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return math.nan
+    kept = (values.sum() - np.bincount(index, values)) / (len(values) - sizes)
+    return float(jackknife(values.mean(), kept, sizes)[1])
 
 
 def accuracy(found: Tensor, labels: Tensor) -> float:
