@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.config import EXPERIMENTS
 from diffaccel.errors import UsageError
+from diffaccel.experiment.evaluation import check_classes
 from diffaccel.metrics import FrechetDistance, Moments
 from diffaccel.metrics.accuracy import Accuracy, Discriminant, standard_error
 from diffaccel.metrics.base import Made, Real
@@ -102,3 +105,23 @@ def test_labels_are_in_the_file_and_not_in_its_hash(tmp_path: Path):
     np.savez(tmp_path / "c.npz", **{**arrays, "labels": arrays["labels"][:-1]})
     with pytest.raises(UsageError, match="labels are not one class number of each feature"):
         read_reference(tmp_path / "c.npz")
+
+
+def test_one_judge_with_labels_is_enough():
+    """The others leave the metric out, and without any it is an error before work."""
+    features, labels = gaussians(200, 2.0)
+    known, unknown = (
+        SimpleNamespace(name=name, real=Real(reference(features, own), None))
+        for name, own in (("a", labels), ("b", None))
+    )
+    config, sampler = SimpleNamespace(experiment="x/y"), SimpleNamespace(inputs=None, classes=2)
+    check_classes(config, sampler, [unknown, known], [Accuracy()])
+    assert Accuracy()(made(features, labels), unknown.real) == {}
+    with pytest.raises(UsageError, match="the reference of 'b' has none: compute it again"):
+        check_classes(config, sampler, [unknown], [Accuracy()])
+
+
+def test_the_shipped_reference_of_cifar10_has_labels():
+    file = EXPERIMENTS / "cifar10_small" / "weights" / "reference.npz"
+    found = read_reference(file)
+    assert found.labels is not None and torch.bincount(found.labels).min() > 900

@@ -128,7 +128,7 @@ def check_classes(config: Config, sampler: Sampler, judges: Sequence[Judge], met
     """Check that metrics that require classes have those of the samples and of the training images.
 
     Raises:
-        UsageError: The samples are of no class, or statistics of training images have no labels.
+        UsageError: The samples are of no class, or the statistics of no judge have the labels of training images.
     """
     if not any(metric.needs_labels for metric in metrics):
         return
@@ -138,12 +138,12 @@ def check_classes(config: Config, sampler: Sampler, judges: Sequence[Judge], met
             f"metrics: 'accuracy' requires samples of known classes, but those of {config.experiment} have none: "
             "remove it, or use a class-conditional experiment, or captions of images with labels"
         )
-    for judge in judges:
-        if judge.real.reference.labels is None:
-            raise UsageError(
-                f"metrics: 'accuracy' requires the labels of training images, but the reference of {judge.name!r} has "
-                "none: compute it again with `diffaccel reference EXPERIMENT`, or remove the metric"
-            )
+    if all(judge.real.reference.labels is None for judge in judges):  # others are left out of the metric
+        names = " and ".join(repr(judge.name) for judge in judges)
+        raise UsageError(
+            f"metrics: 'accuracy' requires the labels of training images, but the reference of {names} has none: "
+            "compute it again with `diffaccel reference EXPERIMENT`, or remove the metric"
+        )
 
 
 def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = ()) -> Evaluator | None:
