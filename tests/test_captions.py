@@ -113,6 +113,42 @@ def test_clip_is_that_of_transformers(tmp_path: Path):
     assert encoder.sha256 != before, "another tokenizer"
 
 
+def tiny_t5(folder: Path) -> Path:
+    """An encoder of T5 with random weights, and a tokenizer of whole words."""
+    transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    torch.manual_seed(0)
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "seven", "long", "one"])}
+    config = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
+            "unk_token": "<unk>", "model_max_length": 512}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_t5_is_that_of_transformers(tmp_path: Path):
+    """The encoder's last hidden state, also of a batch with padding; captions of another length are cut off."""
+    folder = tiny_t5(tmp_path)
+    import transformers
+
+    from diffaccel.captions.pretrained import T5Text
+
+    captions = ["a seven", "one", "a long long long long seven"]
+    found = list(T5Text(folder, dim=16, length=5).encode(captions))
+    model = transformers.T5EncoderModel.from_pretrained(folder).eval()
+    for ids, own in zip([[3, 4, 1], [6, 1], [3, 5, 5, 5, 1]], found, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        assert own.shape == expected.shape and own.dtype == torch.float16
+        torch.testing.assert_close(own.float(), expected, atol=2e-3, rtol=2e-3)
+
+
 def test_a_clip_that_is_not_there(tmp_path: Path):
     """One error before any caption is encoded, with the remedy."""
     pytest.importorskip("transformers", reason="the extra text is not installed")

@@ -167,12 +167,13 @@ class T5Text(Pretrained):
     Args:
         path: Folder with ``config.json``, safetensors weights and the files of the tokenizer; None for the hub's.
         model: Name on the Hugging Face hub, whose files are downloaded to the hub's cache, if there is no ``path``.
-        dim: Width of the hidden states: 768 for T5 v1.1 base, 4096 for XXL.
+        dim: Width of the hidden states: 768 for the base models, 4096 for XXL.
         length: Maximum number of tokens of a caption; further ones are cut off.
 
     References:
         Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer (Raffel et al., 2020),
         https://arxiv.org/abs/1910.10683
+        Scaling Instruction-Finetuned Language Models (Chung et al., 2022), https://arxiv.org/abs/2210.11416
     """
 
     name, network = "t5", "T5EncoderModel"
@@ -180,7 +181,7 @@ class T5Text(Pretrained):
     def __init__(
         self,
         path: Path | None = None,
-        model: str = "google/t5-v1_1-base",
+        model: str = "google/flan-t5-base",  # in safetensors, and of T5 v1.1's architecture
         dim: Count = 768,
         length: Count = 128,
     ) -> None:
