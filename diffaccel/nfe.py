@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -17,6 +18,17 @@ from typing_extensions import override
 
 from diffaccel.condition import Condition
 from diffaccel.nn.compiling import uncompiled
+
+_aten = torch.ops.aten
+FORMULAS = {
+    **flop_registry,
+    # Without these, PyTorch counts no attention on CPUs, where the memory format decides on the kernel.
+    **dict.fromkeys(
+        (_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_fused_attention_overrideable),
+        flop_registry[_aten._scaled_dot_product_flash_attention],
+    ),
+}
+"""Operation -> function of its arguments that returns its FLOPs."""
 
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
 _OTHER_NAME: ContextVar[str | None] = ContextVar("other_name", default=None)
@@ -63,7 +75,7 @@ class FlopCounter(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        kwargs, formula = kwargs or {}, FORMULAS.get(func._overloadpacket)
         if formula is None:
             with self:  # composite operations, such as attention in inference mode, are counted by their parts
                 if (output := func.decompose(*args, **kwargs)) is not NotImplemented:

@@ -9,13 +9,15 @@ from oracles import assemble, plan_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffaccel.condition import Condition
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.methods import DenoisingLangevinGibbs, Diffusion, Training
 from diffaccel.nfe import EvaluationCounter, FlopCounter, burn_in, total_flops
-from diffaccel.nn import compiling
+from diffaccel.nn import UNet, compiling
 from diffaccel.nn.classifier import NoiseLevelClassifier
+from diffaccel.nn.text import CrossAttention
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import (
     ChainState,
@@ -79,6 +81,41 @@ def test_flops_are_pytorch_s(mode: Any, bf16: bool):
         with FlopCounter() as counter:
             found = network(x)
     assert counter.total == theirs.get_total_flops() > 0 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_flops_of_attention_do_not_depend_on_the_kernel(contiguous: bool, masked: bool, mode: Any):
+    """2 B H L S (D + D): PyTorch chooses the kernel by strides, and counts some of them as nothing."""
+    B, H, L, S, D = 2, 3, 16, 4, 32
+    q, k, v = (torch.randn(B, length, H, D).transpose(1, 2) for length in (L, S, S))
+    if contiguous:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    else:
+        q, k, v = (one.mT.contiguous().mT for one in (q, k, v))  # as channels last before, channels first after
+    mask = torch.ones(B, 1, 1, S, dtype=torch.bool) if masked else None
+    with mode(), FlopCounter() as counter:
+        nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert counter.total == 4 * B * H * L * S * D
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_flops_of_a_network_do_not_depend_on_its_memory_format(format: torch.memory_format):
+    torch.manual_seed(0)
+    keys: dict[str, Any] = {"widths": [8, 32], "blocks": 1, "attention": [1], "embedding": 16, "tokens": 6}
+    network = UNet((3, 8, 8), **keys).to(memory_format=format)
+    with torch.no_grad(), EvaluationCounter({"net": network}) as counter:
+        network(torch.randn(1, 3, 8, 8), torch.rand(1), Condition(tokens=torch.randn(1, 4, 6)))
+    convolutions = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda layer, _, out: convolutions.append(
+                2 * layer.weight[0].numel() * out.numel()))  # fmt: skip
+    network(torch.randn(1, 3, 8, 8), torch.rand(1), Condition(tokens=torch.randn(1, 4, 6)))
+    self_attention, cross_attention = 4 * 16 * 16 * 32, 4 * 16 * 4 * 32  # of one stage
+    stages = sum(isinstance(module, CrossAttention) for module in network.modules())
+    assert counter.flops["net"] == sum(convolutions) + stages * (self_attention + cross_attention)
 
 
 def test_flops_of_a_network_within_another():
