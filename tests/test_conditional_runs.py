@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from diffaccel import Sampler
 from diffaccel.api import bench, fit, load
 from diffaccel.condition import Condition, Kinds
+from diffaccel.config import EXPERIMENTS
 from diffaccel.config import load as load_config
 from diffaccel.data.module import DataModule
 from diffaccel.denoiser import GaussianDenoiser
@@ -187,3 +188,20 @@ def test_a_warm_start_at_ratio_0_is_the_degraded_image_in_no_evaluation():
     assert sampler.spent.nfe == 0
     with pytest.raises(UsageError, match="starts from a condition's image of shape"):
         Sampler(GaussianDenoiser(torch.zeros(1, 8, 8), 1.0), WarmPrior(1.0), SOLVERS.build("ddim"), (1, 8, 8))(2, nfe=2)
+
+
+@pytest.mark.parametrize(("name", "nfe"), [("edm", 10), ("tdpm", 2)])
+def test_shipped_samples_of_a_class_are_recognised(name: str, nfe: int, tmp_path: Path):
+    """Without guidance, by a classifier that did not train them: in the long run 0.3 and 0.4, and 0.1 by chance."""
+    judge = [{"name": "small", "path": EXPERIMENTS / "cifar10_small" / "weights" / "extractor.safetensors"}]
+    keys = {
+        "judges": judge,
+        "metrics": "[frechet,accuracy]",
+        "logger": "none",
+        "threads": 1,
+        "seed": 5,
+        "out": tmp_path,
+    }
+    (point,) = bench(f"cifar10_class/{name}", n=300, nfe=nfe, **keys)
+    assert point["metrics"]["accuracy"] > 0.2
+    assert point["metrics"]["accuracy_floor"] == pytest.approx(0.892, abs=0.001)
