@@ -1,5 +1,6 @@
 """What a dry run predicts: bytes that are alive together, counted by hand, on real and on meta tensors."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +143,40 @@ def test_a_dry_run_computes_as_the_bench_would(capsys: pytest.CaptureFixture[str
         assert main(["bench", "digits/edm", *words]) == 0
         assert set(seen) == {(autocast, dtype)}
         assert f"precision={precision}" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_fit_has_its_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each with the images that it sees; nothing is trained, read or written."""
+    words = ["fit", "digits/tdpm", "dry_run=true", "images=1000", "method.critic_since=500",
+             "method.generator_since=750", "network.widths=8,8", "threads=1", "logger=none", f"out={tmp_path / 'out'}", "data=npz",
+             "data.path=nowhere.npz"]  # fmt: skip
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "digits/tdpm: tdpm, 1,000 images of (1, 8, 8), 64 a step, seed=0"
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3:6]}
+    assert {name: row[1] for name, row in rows.items()} == {"denoiser": "1,000", "generator": "250", "critic": "500"}
+    assert rows["denoiser"][0] == rows["generator"][0], "one network"
+    assert lines[6].startswith("about ") and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_an_auto_encoder_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With the critic, which needs what the auto-encoder's own step made, and without LPIPS."""
+    small = ["latents.widths=[8,8,8]", "latents.groups=4", "method.critic_widths=[8,8]", "threads=1", "logger=none"]
+    assert main(["fit", "celebahq256/autoencoder", "dry_run=true", *small, f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n autoencoder " in printed and "\n critic " in printed and "4,000,000 images of (3, 256, 256)" in printed
+    assert "LPIPS, whose weights a dry run does not read, is not included" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_phases_of_a_fit_with_captions_are_timed(capsys: pytest.CaptureFixture[str]):
+    """Networks and critic receive a condition of the kinds that they take."""
+    assert main(["fit", "digits_text/tdpm", "dry_run=true", "network.widths=8,8", "threads=1", "logger=none"]) == 0
+    assert "\n critic " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["search", "digits/edm"], ["reference", "digits/edm"], ["fit", "digits/extractor"]])
+def test_what_has_no_dry_run_says_so(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It used to do the work."""
+    assert main([*words, "dry_run=true", "logger=none", f"out={tmp_path / 'out'}"]) == 2
+    assert "has no dry run" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from diffaccel.experiment.chain import Chain
 from diffaccel.experiment.order import experiments_of
 from diffaccel.report import read_points
 from diffaccel.verbs import curve as verb
-from diffaccel.verbs import curve_cost
+from diffaccel.verbs import curve_cost, fit_cost
 from diffaccel.weights import open_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -279,7 +279,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(template: Path, tmp_pa
 def test_times_are_products_of_measured_ones(template: Path, monkeypatch: pytest.MonkeyPatch):
     """With a clock that advances by one second per reading, a step of 32 images takes 1/32 s per image and phase."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(curve_cost, "_clock", lambda device: float(next(ticks)))
+    monkeypatch.setattr(fit_cost, "_clock", lambda device: float(next(ticks)))
     config = load(str(template / "tdpm"), ["images=1000", "method.objectives=[]", "method.critic_since=500",
                                            "method.generator_since=750"])  # fmt: skip
     method = experiment.build_method(config, load=False)

@@ -19,6 +19,7 @@ from diffaccel.run.lines import SpeedLines
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
 from diffaccel.training.autoencoder import AutoEncoderTraining
+from diffaccel.verbs.fit_cost import print_fit
 
 
 class Finish(L.Callback):
@@ -49,7 +50,13 @@ def fit_autoencoder(config: Config) -> Path:
     torch.manual_seed(config.seed)
     network = AUTOENCODERS.build(node_of(config), shape=image_shape_of(config))
     recipe = {key: value for key, value in config.method.items() if key not in METHODS.extra}
+    notes = []
+    if config.dry_run and recipe.get("perceptual_weight"):
+        recipe["perceptual_weight"], notes = 0.0, ["LPIPS, whose weights a dry run does not read, is not included"]
     method: Any = METHODS.build(recipe, network=network, training=config.training, seed=config.seed)
+    if config.dry_run:
+        print_fit(method, network.image_shape, config, notes)
+        return config.folder
     data = experiment.build_data(config)
     if not data.source.has_images():
         raise UsageError(f"data={config.data['name']} has points instead of images: choose other data")

@@ -108,13 +108,13 @@ def _forward(sampler: Sampler, images: int) -> float:
     """Time of a forward pass, without the encoders of a condition, in seconds."""
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
-    denoiser = sampler.denoiser.given(_some_condition(sampler, images))
+    denoiser = sampler.denoiser.given(some_condition(sampler, images))
     started = _clock(sampler)
     denoiser(x_t, t)
     return _clock(sampler) - started
 
 
-def _some_condition(sampler: Sampler, images: int) -> Condition | None:
+def some_condition(sampler: Sampler, images: int) -> Condition | None:
     """Make a condition of the kinds that the network takes, other than labels, whose cost does not differ."""
     takes, device = sampler.takes, sampler.device
     if not takes.required:
@@ -170,7 +170,7 @@ def _rate_of_first_batch(config: Config, sampler: Sampler, plan: Plan, group: Gr
     with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
         started = _clock(sampler)
         state = sampler.open(plan, config.seed, group)
-        given = _some_condition(sampler, len(group[0]))
+        given = some_condition(sampler, len(group[0]))
         for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state, given), 1):
             images.cpu()
         taken = _clock(sampler) - started

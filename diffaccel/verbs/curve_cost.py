@@ -7,21 +7,17 @@ import torch
 from rich.table import Table
 
 from diffaccel import experiment
-from diffaccel.condition import Condition
 from diffaccel.config import Config
-from diffaccel.data import Batch
 from diffaccel.experiment.chain import Step
 from diffaccel.methods import Diffusion
-from diffaccel.noise import NoiseStreams
 from diffaccel.run.machine import describe, device_type
 from diffaccel.sampling import Sampler
-from diffaccel.sampling.precision import arithmetic
 from diffaccel.text.terminal import print_lines, wide_console
-from diffaccel.training.module import Phase
 from diffaccel.verbs.cost import forward_cost
+from diffaccel.verbs.fit_cost import phase_costs
 
 TIMED = 32
-"""Number of images of a timed training step or batch of features."""
+"""Number of images of a timed batch of features."""
 
 
 def print_costs(steps: Sequence[Step]) -> None:
@@ -66,30 +62,7 @@ def seconds_per_image(method: Diffusion, config: Config) -> float:
 
     The time of a density in closed form, which is a pass over the images, is not included.
     """
-    images, taken = config.training.images, 0.0
-    device = torch.device(device_type(config))
-    method.to(device)
-    batch = Batch(
-        torch.randn(TIMED, *method.shape, device=device).clamp(-1, 1),
-        Condition.of(torch.zeros(TIMED, dtype=torch.int64, device=device) if method.trained_classes else None),
-        torch.arange(TIMED, device=device),
-    )
-    for phase in method.phases():
-        active = max(0.0, min(phase.until, images) - min(phase.since, images)) / images / phase.every
-        if active:
-            _take_step(phase, batch, config)  # allocates
-            started = _clock(device)
-            _take_step(phase, batch, config)
-            taken += active * (_clock(device) - started) / TIMED
-    return taken
-
-
-def _take_step(phase: Phase, batch: Batch, config: Config) -> None:
-    """Compute loss and gradient of a phase."""
-    with arithmetic(config.precision, batch.image.device):
-        loss = phase.loss(batch, NoiseStreams(config.seed, batch.index, "training")).mean()
-    if loss.requires_grad:
-        loss.backward()
+    return sum(cost.share * cost.seconds for cost in phase_costs(method, method.shape, config))
 
 
 def seconds_of_samples(sampler: Sampler, config: Config) -> float:

@@ -26,6 +26,8 @@ def fit_features(config: Config) -> Path:
     """
     console = PlainConsole(stderr=True, soft_wrap=True)
     data = experiment.build_data(config)
+    if config.dry_run:
+        raise UsageError("dry_run: the fit of an extractor has no dry run: leave it out")
     resume = resume_from(config, ["extractor"], console)
     launch.write_config(config, "last.ckpt", "extractor.safetensors")
     if config.precision not in ("32-true", "bf16-mixed"):

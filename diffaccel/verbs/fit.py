@@ -25,6 +25,7 @@ from diffaccel.text.terminal import PlainConsole
 from diffaccel.training.autoencoder import AutoEncoderTraining
 from diffaccel.verbs.autoencoder import fit_autoencoder
 from diffaccel.verbs.extractor import fit_features
+from diffaccel.verbs.fit_cost import print_fit
 
 HELP = """\
 fit EXPERIMENT [resume=auto]
@@ -41,6 +42,7 @@ Keys:
   training.evaluate_every=100000  images between evaluations
   nfe=5,10 n=5000          budgets and images per point of the evaluation
   seed=0                   seed of training and sampling
+  dry_run=true             print the phases with their estimated time; train and write nothing
   logger=wandb|csv|tensorboard|none  W&B writes offline unless wandb_mode=online (or WANDB_MODE)
 """
 console = PlainConsole(stderr=True, soft_wrap=True)
@@ -54,7 +56,7 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         evaluates: Whether to measure the configured budgets at the end, and during the training if so configured.
 
     Returns:
-        Folder of the weights, the training state, and the points.
+        Folder of the weights, the training state, and the points; a dry run writes none.
 
     Raises:
         UsageError: The input is invalid, or a loss is NaN or infinite.
@@ -73,6 +75,10 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         )
     for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
         part.pop("checkpoint", None)  # trained networks start from new weights, frozen ones keep theirs
+    if config.dry_run:
+        method = experiment.build_method(config, load=False)
+        print_fit(method, method.shape, config)
+        return config.folder
     latents = experiment.build_latents(config)
     method = experiment.build_method(config, load=frozen)
     if latents is not None:

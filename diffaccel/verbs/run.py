@@ -7,9 +7,13 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
+from diffaccel.errors import UsageError
 from diffaccel.run.parent import end_with_parent
 from diffaccel.verbs import VERBS
 from diffaccel.verbs.names import check_names
+
+DRY = ("bench", "sample", "fit", "curve", "train", "sweep")
+"""Commands with a dry run."""
 
 
 def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
@@ -36,8 +40,9 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     # Statistics are written to OUT, so that those of the experiment are not overwritten.
     instead = {"reference": "", "floor": ""} if verb == "reference" else None
     config = load(experiment, settings, instead)
-    writes = not (config.dry_run and verb in ("bench", "sample"))
-    with launch.folder_of(config) if writes else nullcontext():
+    if config.dry_run and verb not in DRY:
+        raise UsageError(f"dry_run: {verb} has no dry run, {', '.join(DRY)} have: leave it out")
+    with nullcontext() if config.dry_run else launch.folder_of(config):
         settle(config)
         return getattr(import_module(VERBS[verb].path), VERBS[verb].function or verb)(config)
 
