@@ -148,8 +148,8 @@ def test_a_dry_run_computes_as_the_bench_would(capsys: pytest.CaptureFixture[str
 def test_a_dry_run_of_a_fit_has_its_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Each with the images that it sees; nothing is trained, read or written."""
     words = ["fit", "digits/tdpm", "dry_run=true", "images=1000", "method.critic_since=500",
-             "method.generator_since=750", "network.widths=8,8", "threads=1", "logger=none", f"out={tmp_path / 'out'}", "data=npz",
-             "data.path=nowhere.npz"]  # fmt: skip
+             "method.generator_since=750", "network.widths=8,8", "threads=1", "logger=none", f"out={tmp_path / 'out'}",
+             "data=npz", "data.path=nowhere.npz"]  # fmt: skip
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "digits/tdpm: tdpm, 1,000 images of (1, 8, 8), 64 a step, seed=0"

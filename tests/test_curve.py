@@ -279,7 +279,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(template: Path, tmp_pa
 def test_times_are_products_of_measured_ones(template: Path, monkeypatch: pytest.MonkeyPatch):
     """With a clock that advances by one second per reading, a step of 32 images takes 1/32 s per image and phase."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(fit_cost, "_clock", lambda device: float(next(ticks)))
+    for module in (fit_cost, curve_cost):
+        monkeypatch.setattr(module, "_clock", lambda device: float(next(ticks)))
     config = load(str(template / "tdpm"), ["images=1000", "method.objectives=[]", "method.critic_since=500",
                                            "method.generator_since=750"])  # fmt: skip
     method = experiment.build_method(config, load=False)
