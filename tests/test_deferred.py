@@ -19,7 +19,7 @@ from diffaccel.nn.compiling import FixedBatch, compile_forward, is_compiled, unc
 from diffaccel.prior import GaussianPrior, LangevinGibbsPrior
 from diffaccel.prior.posterior import ExactPosterior, geometric_levels
 from diffaccel.process import EDMVarianceExploding
-from diffaccel.sampling import Sampler, sampler
+from diffaccel.sampling import Sampler, batches
 
 SHAPE = (3, 4, 4)
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU as a device that works behind the host."""
-    for module in (production, sampler):
+    for module in (production, batches):
         monkeypatch.setattr(module, "runs_ahead", lambda device: True)
 
 
