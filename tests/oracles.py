@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.density import GaussianDensity, MixtureDensity
@@ -138,3 +138,10 @@ def plan_of(method, steps: int, chain_steps: int = 0) -> Plan:
 def split(plan: Plan) -> tuple[int, int]:
     """Steps of the solver and of the chain."""
     return plan.steps, plan.chain_steps
+
+
+def stirred(module: nn.Module, std: float = 0.2) -> nn.Module:
+    """Move the weights of a network off zero, so that layers that are initialised with zeros let something through."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor, nn
+from oracles import stirred
+from torch import Tensor
 
 from diffaccel.condition import Condition, Kinds, check_condition
 from diffaccel.denoiser import Denoiser, KarrasDenoiser
@@ -21,12 +22,6 @@ from diffaccel.sampling import Sampler
 SHAPE, DIM = (2, 8, 8), 6
 KEYS = {"image": 2, "mask": True, "image_layers": 1, "tokens": DIM, "text_layers": 1}
 ENCODERS = ["text_encoder", "image_encoder"]
-
-
-def stirred(module: nn.Module, std: float = 0.2) -> nn.Module:
-    for parameter in module.parameters():  # off zero
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def network(**keys: object) -> UNet:

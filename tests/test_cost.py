@@ -86,7 +86,7 @@ def test_sampling_is_timed_with_all_that_it_does(monkeypatch: pytest.MonkeyPatch
     sampler = build_method(config, frozen=True).eval().sampler
     plan = sampler.plan(40, 100)
     ticks = iter([0.0, 90.0, 100.0, 160.0])
-    monkeypatch.setattr(cost, "_clock", lambda sampler: next(ticks))
+    monkeypatch.setattr(cost, "clock", lambda device: next(ticks))
     opened, drawn = sampler.open, sampler.draw
     made: list[int] = []
     monkeypatch.setattr(sampler, "open", lambda *given: made.append(-1) or opened(*given))

@@ -280,7 +280,7 @@ def test_times_are_products_of_measured_ones(template: Path, monkeypatch: pytest
     """With a clock that advances by one second per reading, a step of 32 images takes 1/32 s per image and phase."""
     ticks = iter(range(10_000))
     for module in (fit_cost, curve_cost):
-        monkeypatch.setattr(module, "_clock", lambda device: float(next(ticks)))
+        monkeypatch.setattr(module, "clock", lambda device: float(next(ticks)))
     config = load(str(template / "tdpm"), ["images=1000", "method.objectives=[]", "method.critic_since=500",
                                            "method.generator_since=750"])  # fmt: skip
     method = experiment.build_method(config, load=False)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from oracles import stirred
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.condition import Condition, Kinds
@@ -25,12 +26,6 @@ VALID = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.boo
 
 def condition() -> Condition:
     return Condition(tokens=torch.randn(3, 4, DIM), valid=VALID)
-
-
-def stirred(module: nn.Module, std: float = 0.2) -> nn.Module:
-    for parameter in module.parameters():  # off zero
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def network(**keys: object) -> UNet:

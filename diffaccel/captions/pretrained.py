@@ -181,7 +181,7 @@ class T5Text(Pretrained):
     def __init__(
         self,
         path: Path | None = None,
-        model: str = "google/flan-t5-base",  # in safetensors, and of T5 v1.1's architecture
+        model: str = "google/flan-t5-base",
         dim: Count = 768,
         length: Count = 128,
     ) -> None:

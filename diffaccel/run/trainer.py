@@ -126,7 +126,7 @@ def build_autoencoder_checkpointer(config: Config) -> Checkpointer:
 
 
 def _origin(config: Config) -> dict[str, Any]:
-    """What weights of any kind say of the fit that made them."""
+    """Return the header entries that describe the fit of weights."""
     return {
         "method": config.method_name,
         "experiment": config.experiment,

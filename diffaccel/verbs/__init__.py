@@ -19,6 +19,7 @@ class Verb:
         module: Module below ``diffaccel.verbs``; by default the name of the command.
         function: Function in the module; by default the name of the command.
         help: Name of the help text in the module.
+        dry_run: Whether the command has a dry run.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Verb:
     module: str = ""
     function: str = ""
     help: str = "HELP"
+    dry_run: bool = False
 
     @property
     def path(self) -> str:
@@ -38,17 +40,17 @@ VERBS = {
     verb.name: verb
     for verb in (
         Verb("new", function="new_command"),
-        Verb("curve", settings=True, function="curve_command"),
-        Verb("bench", on_experiment=True),
-        Verb("fit", on_experiment=True),
-        Verb("train", settings=True, function="train_command"),
+        Verb("curve", settings=True, function="curve_command", dry_run=True),
+        Verb("bench", on_experiment=True, dry_run=True),
+        Verb("fit", on_experiment=True, dry_run=True),
+        Verb("train", settings=True, function="train_command", dry_run=True),
         Verb("search", on_experiment=True),
         Verb("tradeoff", on_experiment=True),
-        Verb("sweep", settings=True, module="sweeping", function="sweep_command"),
+        Verb("sweep", settings=True, module="sweeping", function="sweep_command", dry_run=True),
         Verb("compare", module="comparison", function="compare_command"),
         Verb("advise", module="advising", function="advise_command"),
         Verb("convert"),
-        Verb("sample", on_experiment=True),
+        Verb("sample", on_experiment=True, dry_run=True),
         Verb("reference", on_experiment=True),
         Verb("score", function="score_command"),
         Verb("export", settings=True, module="exporting", function="export_command"),

@@ -109,9 +109,9 @@ def _forward(sampler: Sampler, images: int) -> float:
     x_t = torch.randn(images, *sampler.shape, device=sampler.device)
     t = sampler.denoiser.process.time(torch.ones(images, dtype=torch.float64, device=sampler.device))
     denoiser = sampler.denoiser.given(some_condition(sampler, images))
-    started = _clock(sampler)
+    started = clock(sampler.device)
     denoiser(x_t, t)
-    return _clock(sampler) - started
+    return clock(sampler.device) - started
 
 
 def some_condition(sampler: Sampler, images: int) -> Condition | None:
@@ -128,8 +128,9 @@ def some_condition(sampler: Sampler, images: int) -> Condition | None:
     )
 
 
-def _clock(sampler: Sampler) -> float:
-    if sampler.device.type == "cuda":
+def clock(device: torch.device) -> float:
+    """Read the clock, in seconds, when the device has done its work."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -168,12 +169,12 @@ def _rate_of_first_batch(config: Config, sampler: Sampler, plan: Plan, group: Gr
     """Time per evaluation and image of a group's first batch, including burn-in, in seconds."""
     evaluated = sampler.evaluated_networks(plan.prior)
     with EvaluationCounter(evaluated, dict.fromkeys(evaluated, 0.0)) as counter:  # FLOPs are known
-        started = _clock(sampler)
+        started = clock(sampler.device)
         state = sampler.open(plan, config.seed, group)
         given = some_condition(sampler, len(group[0]))
         for _, images in itertools.islice(sampler.draw(plan, config.seed, group[:1], state, given), 1):
             images.cpu()
-        taken = _clock(sampler) - started
+        taken = clock(sampler.device) - started
     return taken / max(1, sum(counter.evaluations[name] for name in evaluated))
 
 
@@ -212,9 +213,9 @@ def _print_decoding(sampler: Sampler, latents: Latents) -> None:
     with torch.no_grad(), EvaluationCounter({"decoder": latents}) as counter:
         for number in range(2):
             if number == 0 or seconds < AFFORDABLE:  # the first time includes the start-up of libraries
-                started = _clock(sampler)
+                started = clock(sampler.device)
                 latents(x_0)
-                seconds = _clock(sampler) - started
+                seconds = clock(sampler.device) - started
     parameters = sum(parameter.numel() for parameter in latents.parameters())
     print_lines(
         f"decoding takes {human(counter.flops['decoder'], 'FLOP')} and {seconds:.3g} s per image in addition (timed on "

@@ -1,6 +1,5 @@
 """Estimated time of the steps of ``curve``, from a training step, a forward pass and a batch of features."""
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from diffaccel.methods import Diffusion
 from diffaccel.run.machine import describe, device_type
 from diffaccel.sampling import Sampler
 from diffaccel.text.terminal import print_lines, wide_console
-from diffaccel.verbs.cost import forward_cost
+from diffaccel.verbs.cost import clock, forward_cost
 from diffaccel.verbs.fit_cost import phase_costs
 
 TIMED = 32
@@ -83,13 +82,7 @@ def seconds_of_features(config: Config) -> float:
     taken = 0.0
     for extractor in experiment.build_extractors(config):
         extractor.to(device)(images)
-        started = _clock(device)
+        started = clock(device)
         extractor(images)
-        taken += (_clock(device) - started) / TIMED
+        taken += (clock(device) - started) / TIMED
     return taken
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,6 +1,5 @@
 """Estimated time and memory of a fit, from a step of each of its phases with random weights and images."""
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from diffaccel.run.machine import describe, device_type
 from diffaccel.sampling.precision import arithmetic
 from diffaccel.text.terminal import duration, human, print_lines, wide_console
 from diffaccel.training.module import Phase, TrainedModule
-from diffaccel.verbs.cost import AFFORDABLE, some_condition
+from diffaccel.verbs.cost import AFFORDABLE, clock, some_condition
 
 TIMED = 32
 """Maximum number of images of a timed training step."""
@@ -79,12 +78,12 @@ def _condition(module: TrainedModule, count: int, device: torch.device) -> Condi
 
 def _seconds_of_step(phase: Phase, batch: Batch, config: Config) -> float:
     """Time loss and gradient of a phase."""
-    started = _clock(batch.image.device)
+    started = clock(batch.image.device)
     with arithmetic(config.precision, batch.image.device):
         loss = phase.loss(batch, NoiseStreams(config.seed, batch.index, "training")).mean()
     if loss.requires_grad:
         loss.backward()
-    return _clock(batch.image.device) - started
+    return clock(batch.image.device) - started
 
 
 def print_fit(module: TrainedModule, shape: tuple[int, ...], config: Config, notes: Sequence[str] = ()) -> None:
@@ -125,9 +124,3 @@ def print_fit(module: TrainedModule, shape: tuple[int, ...], config: Config, not
         "start-up, reading, optimiser, evaluation, and what compile=true gains",
         *notes,
     )
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -12,9 +12,6 @@ from diffaccel.run.parent import end_with_parent
 from diffaccel.verbs import VERBS
 from diffaccel.verbs.names import check_names
 
-DRY = ("bench", "sample", "fit", "curve", "train", "sweep")
-"""Commands with a dry run."""
-
 
 def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     """Run a command on an experiment.
@@ -40,8 +37,9 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     # Statistics are written to OUT, so that those of the experiment are not overwritten.
     instead = {"reference": "", "floor": ""} if verb == "reference" else None
     config = load(experiment, settings, instead)
-    if config.dry_run and verb not in DRY:
-        raise UsageError(f"dry_run: {verb} has no dry run, {', '.join(DRY)} have: leave it out")
+    if config.dry_run and not VERBS[verb].dry_run:
+        others = ", ".join(one.name for one in VERBS.values() if one.dry_run)
+        raise UsageError(f"dry_run: {verb} has no dry run, {others} have: leave it out")
     with nullcontext() if config.dry_run else launch.folder_of(config):
         settle(config)
         return getattr(import_module(VERBS[verb].path), VERBS[verb].function or verb)(config)
