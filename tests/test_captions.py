@@ -252,7 +252,7 @@ def test_captions_beside_the_images(archive: bool, tmp_path: Path):
         source = {"name": "zip", "path": str(tmp_path / "all.zip")}
     images = build_source(source).split("train")
     assert read_captions(images, None, "x") == [("one",), ("two",), ("three",)]
-    assert read_captions(images.first(2), None, "x") == [("one",), ("two",)]
+    assert read_captions(images.at(torch.tensor([0, 2])), None, "x") == [("one",), ("three",)]
 
 
 def test_captions_of_coco(tmp_path: Path):
@@ -283,7 +283,7 @@ def test_captions_of_an_npz_file(tmp_path: Path):
     path = str(tmp_path / "a.npz")
     images = build_source({"name": "npz", "path": path}).split("train")
     assert read_captions(images, None, "x")[:2] == [("image 0",), ("image 1", "second")] and not images.notes
-    assert len(read_captions(images.first(5), None, "x")) == 5
+    assert len(read_captions(images.some(5), None, "x")) == 5
     shared = build_source({"name": "npz", "path": path, "test_share": 0.3})
     for split in ("train", "test"):
         own = shared.split(split)

@@ -26,7 +26,8 @@ from stored import (
     whole,
 )
 
-from diffaccel.data import SOURCES, Stream
+from diffaccel.data import SOURCES, Stream, build_source
+from diffaccel.data.source import random_order
 from diffaccel.errors import UsageError
 
 
@@ -145,17 +146,37 @@ def test_one_colour_image_makes_the_grey_ones_rgb(tmp_path: Path) -> None:
     assert np.array_equal(images[1].numpy(), np.broadcast_to(RGB[1, ..., 0], (3, SIDE, SIDE)))
 
 
-def test_limit_takes_the_first_images_and_keeps_the_classes(tmp_path: Path, npz: str) -> None:
+def test_limit_takes_the_same_random_images_and_keeps_the_classes(tmp_path: Path, npz: str) -> None:
     folder = save_folder(tmp_path / "folder")
-    (tmp_path / "folder" / image_name(N - 1)).write_bytes(b"not looked at")
+    chosen = random_order(N)[:5].sort().values
+    other = next(index for index in range(N) if index not in chosen)
+    (tmp_path / "folder" / image_name(other)).write_bytes(b"not looked at")
     for module in (
         data("npz", path=npz, module={"limit": 5, "batch_size": 10}),
         data("folder", path=folder, module={"limit": 5, "batch_size": 10}),
     ):
         assert (module.size("train"), module.classes) == (5, CLASSES)
-        assert np.array_equal(whole(module)[0].permute(0, 2, 3, 1).numpy(), RGB[:5])
+        images, labels = whole(module)
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), RGB[chosen])
+        assert labels is not None and labels.tolist() == LABELS[chosen].tolist()
         assert sorted(Stream(5)(training(module, 1)[0].index).tolist()) == sorted([*range(5), *range(5)])
     assert data("npz", path=npz, module={"limit": 100}).size("train") == N
+
+
+def test_limit_of_a_sorted_file_takes_all_classes(tmp_path: Path) -> None:
+    """The images of a smaller limit are among those of a larger one."""
+    labels = np.repeat(np.arange(10), 100)
+    np.savez(
+        tmp_path / "sorted.npz",
+        images=np.broadcast_to(np.arange(1000)[:, None, None] % 256, (1000, 4, 4)).astype(np.uint8),
+        labels=labels,
+    )
+    images = build_source({"name": "npz", "path": str(tmp_path / "sorted.npz")}).split("train")
+    few, more = images.some(100), images.some(300)
+    counts = torch.bincount(few.labels, minlength=10)
+    assert counts.min() >= 3 and counts.max() <= 20  # 10 on average, within 3.3 standard deviations
+    assert few.chosen is not None and more.chosen is not None and few.chosen[1] == 1000
+    assert set(few.chosen[0].tolist()) < set(more.chosen[0].tolist())
 
 
 def test_toy_points_have_the_moments_of_the_mixture() -> None:

@@ -211,11 +211,25 @@ def test_pairs_of_folders(tmp_path: Path):
         data("folder", path=target, resident=True, module={"conditioner": conditioner})
 
 
+def test_pairs_under_a_limit(tmp_path: Path):
+    """The condition of an image is the same with a limit as without it, also if the order alone pairs them."""
+    own, others = save_npz(tmp_path / "own.npz", images=RGB), save_npz(tmp_path / "others.npz", images=255 - RGB)
+    images = data("npz", path=own, module={"limit": 4}).images("train")
+    open_ = build_conditioner({"name": "paired", "source": {"name": "npz", "path": others}}, (3, *RGB.shape[1:3])).open
+    index = torch.arange(4)
+    condition = open_("train", images)(images.read(index), index, NoiseStreams(0, range(4)))
+    torch.testing.assert_close(condition.image, -to_float(images.read(index)))
+
+
 def test_pairs_that_are_none(tmp_path: Path):
     target = data("folder", path=save_folder(tmp_path / "maps"), labels=False).images("train")
     few = {"name": "npz", "path": save_npz(tmp_path / "few.npz", images=RGB[:5])}
     with pytest.raises(UsageError, match=r"few.npz .train. has 5 images .* for 12 images that require"):
         build_conditioner({"name": "paired", "source": few}, (3, *RGB.shape[1:3])).open("train", target)
+    half = data("folder", path=save_folder(tmp_path / "half", RGB[:6]), labels=False, module={"limit": 3})
+    more = {"name": "npz", "path": save_npz(tmp_path / "more.npz", images=RGB)}
+    with pytest.raises(UsageError, match=r"more.npz .train. has 12 images .* for 6 images that require"):
+        build_conditioner({"name": "paired", "source": more}, (3, *RGB.shape[1:3])).open("train", half.images("train"))
     small = {"name": "npz", "path": save_npz(tmp_path / "small.npz", images=RGB[:, :2])}
     with pytest.raises(UsageError, match="set condition.channels, image_size in both sources"):
         build_conditioner({"name": "paired", "source": small}, (3, *RGB.shape[1:3])).open("train", target)

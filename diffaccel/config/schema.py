@@ -172,7 +172,7 @@ class Config:
     """Images per sampling batch, on which images depend by rounding only; training has its own. By default as many as
     the device works well with: 100 on a CPU, 2,500 on a GPU with 40 GB, for 32 x 32 pixels."""
     limit: int | None = None
-    """Number of first images of each split to use; null for all."""
+    """Number of images of each split to use, always the same random ones; null for all."""
     precision: str = "32-true"
     """Lightning's precision (32-true, bf16-mixed, 16-mixed, 64-true), or ``auto``: bf16-mixed if the device has bf16
     units, else 32-true. The default gives the same results on every machine, up to rounding."""

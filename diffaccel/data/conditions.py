@@ -137,10 +137,9 @@ class OfConditioner:
 class HeldOut(OfConditioner):
     """Conditions of sampled images: those of the images of the test split, each for some samples in succession.
 
-    Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation: files are often
-    sorted by class, so that the first ones are not typical of the others. The permutation and random degradations,
-    which depend on the index of the test image, have a seed of their own. They are the same for every method, budget
-    and seed of sampling.
+    Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation, because files are often
+    sorted by class. The permutation and random degradations, which depend on the index of the test image, have a seed
+    of their own. They are the same for every method, budget and seed of sampling.
 
     Args:
         conditioner: Conditioner.
@@ -173,7 +172,7 @@ class HeldOut(OfConditioner):
     def _open(self) -> tuple[Images, Conditions]:
         if self._opened is None:
             images = self.source.split("test")
-            images = images if self.limit is None else images.first(self.limit)
+            images = images if self.limit is None else images.some(self.limit)
             images.check()
             self._opened = images, self.conditioner.open("test", images)
         return self._opened

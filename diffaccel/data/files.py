@@ -61,7 +61,6 @@ class FileImages(Images):
         labels: Labels of the files, with notes.
         image_size: Height and width to resize the central square to, by a Lanczos filter; None to keep the images,
             which must then have one size.
-        others: Names of other files of the split, which only affect whether the images are grey or RGB.
         hashed: Whether the check computes the hashes that :meth:`part` requires.
 
     Raises:
@@ -74,12 +73,12 @@ class FileImages(Images):
         names: Sequence[str],
         labels: Labels,
         image_size: int | None,
-        others: Sequence[str] = (),
         hashed: bool = False,
     ) -> None:
         if image_size is not None and not 1 <= image_size <= MAX_SIDE:
             raise UsageError(f"{printable(files.path)}: image_size={image_size}: set 1 to {MAX_SIDE}")
-        self.files, self.names, self.image_size, self.others = files, names, image_size, others
+        self.files, self.names, self.image_size = files, names, image_size
+        self.others: Sequence[str] = ()  # of the split, which only affect whether the images are grey or RGB
         self.labels, self.classes, label_notes = labels
         self._listing_notes = [*files.notes, *label_notes]
         self._shape: tuple[int, int, int] | None = None
@@ -135,9 +134,7 @@ class FileImages(Images):
         if self._shape is None:
             self.check()
         indices = held_out.chosen(self._digests, share, split, self.files.path)
-        images = copy.copy(self)
-        images.names = [self.names[index] for index in indices.tolist()]
-        images.labels = None if self.labels is None else self.labels[indices]
+        images = self.at(indices)
         images.notes = []  # of the training split alone, for all images
         if split == "train":
             images.notes = [*self.notes, held_out.note(len(self), len(self) - len(images))]
@@ -145,15 +142,12 @@ class FileImages(Images):
         return images
 
     @override
-    def first(self, n: int) -> "FileImages":
-        """Return the first ``n`` images by name, with the channels and the number of classes of the whole split."""
-        if self._checked:
-            images = copy.copy(self)
-            images.names, images.labels = self.names[:n], None if self.labels is None else self.labels[:n]
-            return images
-        labels = Labels(None if self.labels is None else self.labels[:n], self.classes, [])
-        images = FileImages(self.files, self.names[:n], labels, self.image_size, self.names[n:])
-        images._listing_notes = self._listing_notes
+    def at(self, indices: Tensor) -> "FileImages":
+        """See :meth:`Images.at`."""
+        images = copy.copy(self)
+        images.names = [self.names[index] for index in indices.tolist()]
+        images.labels = None if self.labels is None else self.labels[indices]
+        images.others = sorted({*self.names, *self.others}.difference(images.names))
         return images
 
     @override

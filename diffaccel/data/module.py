@@ -74,8 +74,8 @@ class DataModule(LightningDataModule):
             images in memory do so on a GPU, if they take at most a quarter of its free memory. Batches are the same.
         batch_size: Global batch size; each of W ranks has 1 / W of it.
         seed: Seed of the training order and of the flips.
-        limit: Maximum number of images of each split, the first in the order of the source; None for all. The number
-            of classes is that of the whole training split.
+        limit: Maximum number of images of each split, always the same random ones; None for all. The number of classes
+            is that of the whole training split.
         flip: Whether to mirror training images left to right with probability 1/2.
         num_workers: Number of worker processes that read training images; 0 suits data in memory. Ignored for resident
             images.
@@ -155,7 +155,7 @@ class DataModule(LightningDataModule):
         if split not in self._splits:
             images = self.source.split(cast(Split, split))
             if self.limit is not None:
-                images = images.first(self.limit)
+                images = images.some(self.limit)
             images.check()
             if split != "train":
                 self._check_fit(split, images)

@@ -35,6 +35,8 @@ class Images(ABC):
     classes: int
     notes: Sequence[str] = ()
     captions: Sequence[tuple[str, ...]] | None = None
+    chosen: tuple[Tensor, int] | None = None
+    """Indices of the images that :meth:`some` chose, (n,), and the number that it chose from; None for all images."""
     in_memory: ClassVar[bool] = False
     """Whether the images are already in memory, so that reading them is cheap."""
 
@@ -52,8 +54,21 @@ class Images(ABC):
         """Read the images at ``indices`` (n,), (n, C, H, W) uint8, or float for data that are not images."""
 
     @abstractmethod
-    def first(self, n: int) -> "Images":
-        """Return the first ``n`` images, or all if there are fewer."""
+    def at(self, indices: Tensor) -> "Images":
+        """Return the images at ``indices`` (n,), with the channels and the number of classes of all images."""
+
+    def some(self, n: int) -> "Images":
+        """Return n images in their order, or all if there are fewer: always the same random ones.
+
+        Files are often sorted by class, so that the first ones are not typical of the others. The n images are among
+        any larger number of images.
+        """
+        if n >= len(self):
+            return self
+        chosen = random_order(len(self))[:n].sort().values
+        images = self.at(chosen)
+        images.chosen = chosen, len(self)
+        return images
 
     def fingerprint(self) -> str:
         """Return a hash that differs if an image differs, by default of all pixels."""
@@ -71,10 +86,7 @@ class Images(ABC):
 
 
 def random_order(n: int, seed: int = 0) -> Tensor:
-    """Return a random permutation of n images, (n,) int64, the same on all machines.
-
-    Files are often sorted by class, so that the first images of a split are not typical of the others.
-    """
+    """Return a random permutation of n images, (n,) int64, the same on all machines."""
     return NoiseStreams(seed, range(n), "order").uniform().argsort(stable=True)
 
 
@@ -119,11 +131,11 @@ class ArrayImages(Images):
         return torch.index_select(self.images, 0, indices)
 
     @override
-    def first(self, n: int) -> "ArrayImages":
-        """Return the first ``n`` images, with the number of classes of the whole split."""
-        labels = None if self.labels is None else self.labels[:n]
-        captions = None if self.captions is None else self.captions[:n]
-        return ArrayImages(self.images[:n], labels, self.classes, self.notes, captions)
+    def at(self, indices: Tensor) -> "ArrayImages":
+        """See :meth:`Images.at`."""
+        labels = None if self.labels is None else self.labels[indices]
+        captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
+        return ArrayImages(self.images[indices], labels, self.classes, self.notes, captions)
 
 
 class Source(ABC):

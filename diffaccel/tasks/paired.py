@@ -40,13 +40,16 @@ class Paired(Conditioner):
 
     @override
     def open(self, split: Split, images: Images) -> Conditions:
-        others = self.source.split(split).first(len(images))
+        others = self.source.split(split)
+        chosen, whole = images.chosen or (None, len(images))
+        found = len(others)
+        others = others if chosen is None or found != whole else others.at(chosen)
         others.check()
         wanted = (self.kinds.image, *self.size)
-        if len(others) != len(images) or others.shape != wanted:
+        if found != whole or others.shape != wanted:
             raise UsageError(
-                f"condition 'paired': {self.source.label} ({split}) has {len(others)} images of shape {others.shape} "
-                f"for {len(images)} images that require {wanted}: set condition.channels, image_size in both sources, "
+                f"condition 'paired': {self.source.label} ({split}) has {found} images of shape {others.shape} "
+                f"for {whole} images that require {wanted}: set condition.channels, image_size in both sources, "
                 "or complete the pairs"
             )
         _check_names(getattr(images, "names", None), getattr(others, "names", None), self.source.label)

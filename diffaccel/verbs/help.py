@@ -34,7 +34,7 @@ Keys of every command on an experiment:
   threads=2                CPU threads per process; by default all usable cores
   devices=2 accelerator=gpu  number of processes, and their devices
   precision=auto           bf16-mixed if the device has bf16 units, else 32-true; or a precision of Lightning
-  limit=64                 use only the first images of the data
+  limit=64                 use only so many images of the data, chosen at random
   out=DIR                  output folder; runs/<data>/<method> by default
   again=true               make results in OUT again
 `diffaccel list keys` lists all keys with their defaults."""
