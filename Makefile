@@ -48,7 +48,7 @@ fit: $(STAMP) ## train METHOD on DATA
 train: $(STAMP) ## run the fits of DATA that are missing, in order; after an interrupt the same command goes on
 	$(strip $(BIN)/diffaccel train $(DATA) $(call option,METHODS,methods) $(call option,DEVICES,devices) $(call option,OUT,out) $(ARGS))
 
-test: lint ## lint, types and tests: CPU, offline, under ten minutes
+test: lint ## lint, types and tests: CPU, offline, about twelve minutes
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## the minute-long fits

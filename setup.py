@@ -1,9 +1,11 @@
 """The parts of the build that pyproject.toml can't state.
 
 experiments/ becomes diffaccel/experiments in a wheel, and the loop of the noise on a CPU is compiled. The compiler is
-optional, see diffaccel/noise/host.py.
+optional, see diffaccel/noise/host.py. With DIFFACCEL_PURE=1 nothing is compiled: the wheel of a release is one file for
+every platform and version of Python.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,4 +56,5 @@ LOOP = Extension(
     optional=True,
 )
 
-setup(cmdclass={"build_py": BuildWithExperiments}, ext_modules=[LOOP])
+PURE = os.environ.get("DIFFACCEL_PURE") == "1"
+setup(cmdclass={"build_py": BuildWithExperiments}, ext_modules=[] if PURE else [LOOP])

@@ -105,7 +105,7 @@ def fit(config: Config, case: Case, stopwatch: Stopwatch) -> float:
     timer = StepTimer(case, stopwatch)
     stopwatch.watch(method.denoiser.network, "forward")
     stopwatch.watch(method, "manual_backward")
-    callbacks = [trainer.build_checkpointer(config), timer]
+    callbacks = [trainer.build_checkpointer(config, data), timer]
     trainer.build_trainer(config, callbacks).fit(method, data)
     return timer.ended - timer.started
 

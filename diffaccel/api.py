@@ -247,9 +247,11 @@ def compare(
             Folders below are included.
         out: Folder of the page.
         reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
-        judge: Name of the judge whose metrics are shown; by default the one that scored most points.
+        judge: Name of the judge whose metrics are shown; by default a published one before others, then that of most
+            points.
         labels: Name of each folder in labels, in order; empty strings, or no names, for names from the settings.
-        x: Cost on the horizontal axis: ``nfe``, ``seconds``, ``gflops`` or ``nfe_equivalent``.
+        x: Cost on the horizontal axis: ``nfe``, ``seconds``, ``gflops`` or ``nfe_equivalent``, the FLOPs in evaluations
+            of each point's own denoiser; for denoisers of different sizes, use ``gflops``.
 
     Raises:
         UsageError: There are no points, ``judge`` scored none of them, there are not as many labels as folders, or the
@@ -286,7 +288,7 @@ def advise(
         nfe: Budget in evaluations per image; exactly one budget is given.
         seconds: Budget in seconds per image.
         gflops: Budget in GFLOPs per image.
-        judge: Judge whose distance is minimised; by default the first of the first point.
+        judge: Judge whose distance is minimised; by default a published one before others, then that of most points.
         n: Number of images of the points; by default that of most settings.
         reference: File of the reference statistics, if the folders' config.yaml does not lead to it.
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from diffaccel.errors import UsageError
 
 NULL = -1
 """Label of a sample without class."""
+LARGEST = 3.0
+"""Largest absolute value of a condition's image: it is in [-1, 1], but interpolation overshoots, by up to 1.1."""
 
 
 class Condition(NamedTuple):
@@ -25,7 +27,7 @@ class Condition(NamedTuple):
         labels: Class labels, (B,) int64; -1 for no class.
         tokens: Embeddings of a sequence of tokens, such as the words of a caption, (B, L, D).
         valid: Which tokens exist, as opposed to padding, (B, L) bool; None for all.
-        image: Image in [-1, 1], (B, C', H, W).
+        image: Image in [-1, 1], (B, C', H, W), 0 where ``mask`` is 0.
         mask: 1 where ``image`` holds pixels of the sample itself, 0 elsewhere, (B, 1, H, W).
         features: What a network computes from the other kinds alone, for example by a text encoder, tensors (B, ...)
             that only this network understands; None where the network computes them in each evaluation.
@@ -168,6 +170,17 @@ def check_kinds(takes: Kinds, given: Kinds, by: str) -> None:
     raise UsageError(f"the network takes {own}, but {by} gives {other}: {remedy}, or use another experiment")
 
 
+def trained_without(network: nn.Module, part: Literal["class", "labels", "others"] = "class") -> bool:
+    """Whether a network was also trained without conditions, by its attributes ``null_...``; True if that is unknown.
+
+    Args:
+        network: Network.
+        part: ``class`` for no condition at all, ``labels`` for no labels beside other conditions, ``others`` for no
+            tokens, image and mask beside labels.
+    """
+    return bool(getattr(network, f"null_{part}", getattr(network, "null_class", True)))
+
+
 def check_condition(condition: Condition, takes: Kinds, n: int, shape: tuple[int, int, int]) -> None:
     """Check a condition that a user gives for n samples.
 
@@ -178,38 +191,53 @@ def check_condition(condition: Condition, takes: Kinds, n: int, shape: tuple[int
         shape: Shape of a sample, (C, H, W).
 
     Raises:
-        UsageError: A kind is missing, is not taken by the network, or has another shape or type, a label is out of
-            range, or features are given.
+        UsageError: A kind is missing, is not taken by the network, is no tensor, or has another shape or type; a value
+            is out of range; or features are given.
     """
     if condition.features is not None:
         raise UsageError("condition: features are computed by the network: leave them out")
-    for kind, taken in (
+    for kind, needed in (
         ("labels", takes.classes),
         ("tokens", takes.tokens),
+        ("valid", takes.tokens),
         ("image", takes.image),
         ("mask", takes.mask),
     ):
-        if getattr(condition, kind) is not None and not taken:
+        value = getattr(condition, kind)
+        if value is not None and not needed:
             raise UsageError(f"condition: the network takes {takes}, but {kind} is given: leave it out")
-        if getattr(condition, kind) is None and taken and kind != "labels":
+        if value is None and needed and kind not in ("labels", "valid"):
             raise UsageError(f"condition: the network takes {takes}, but {kind} is missing: give it")
-    size = shape[1:]
-    wanted = {"image": (n, takes.image, *size), "mask": (n, 1, *size), "labels": (n,)}
+        if value is not None and not isinstance(value, Tensor):
+            raise UsageError(f"condition: {kind} is of type {type(value).__name__}, it must be a tensor")
+    tokens, size = condition.tokens, shape[1:]
+    if tokens is not None and (tokens.ndim != 3 or tokens.shape[::2] != (n, takes.tokens)):
+        raise UsageError(f"condition: tokens have shape {tuple(tokens.shape)}, it must be ({n}, L, {takes.tokens})")
+    length = 0 if tokens is None else tokens.shape[1]
+    wanted = {"labels": (n,), "valid": (n, length), "image": (n, takes.image, *size), "mask": (n, 1, *size)}
     for kind, right in wanted.items():
         value = getattr(condition, kind)
         if value is not None and tuple(value.shape) != right:
             raise UsageError(f"condition: {kind} has shape {tuple(value.shape)}, it must be {right}")
-    if condition.labels is not None and not ((condition.labels >= NULL) & (condition.labels < takes.classes)).all():
-        raise UsageError(
-            f"condition: labels must be whole numbers from 0 to {takes.classes - 1}, or {NULL} for no class"
-        )
-    if condition.tokens is not None and (
-        condition.tokens.ndim != 3 or condition.tokens.shape[::2] != (n, takes.tokens)
-    ):
-        raise UsageError(
-            f"condition: tokens have shape {tuple(condition.tokens.shape)}, it must be ({n}, L, {takes.tokens})"
-        )
-    if condition.mask is not None and not ((condition.mask == 0) | (condition.mask == 1)).all():
+    _check_values(condition, takes.classes)
+
+
+def _check_values(condition: Condition, classes: int) -> None:
+    """Check the types and the values of a condition's tensors."""
+    labels, tokens, valid, image, mask, _ = condition
+    for kind, value in (("tokens", tokens), ("image", image)):
+        if value is not None and not (value.is_floating_point() and value.isfinite().all()):
+            raise UsageError(
+                f"condition: {kind} ({value.dtype}) must be floating-point numbers without NaN or infinity"
+            )
+    if image is not None and (top := image.abs().max()) > LARGEST:
+        raise UsageError(f"condition: image has values up to {top:.4g}, it must be in [-1, 1]: rescale it")
+    whole = labels is None or not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if labels is not None and not (whole and ((labels.long() >= NULL) & (labels < classes)).all()):
+        raise UsageError(f"condition: labels must be whole numbers from 0 to {classes - 1}, or {NULL} for no class")
+    if valid is not None and valid.dtype != torch.bool:
+        raise UsageError(f"condition: valid is {valid.dtype}, it must be torch.bool: true where there is a token")
+    if mask is not None and not ((mask == 0) | (mask == 1)).all():
         raise UsageError("condition: the mask must consist of 0 and 1")
 
 

@@ -7,27 +7,28 @@
 
 A file marks the place of a table by ``<!-- points: NAME -->`` and ``<!-- end -->``, and that of the model cards of a
 data set by ``<!-- cards: DATA -->`` and ``<!-- end -->``. tables.yaml contains the tables: a row is a bench, and its
-cells are the points of this bench under experiments/*/results, so that no figure is typed.
+cells are the points under experiments/*/results with the settings of this bench, so that no figure is typed.
 """
 
 import argparse
-import fnmatch
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diffaccel.config import Config, load
 from diffaccel.errors import UsageError
 from diffaccel.report.cards import markdown as cards_table
 from diffaccel.report.cards import read_cards
 from diffaccel.report.files import frechet_key, read_points
 from diffaccel.report.judges import judges_of, seen_by
+from diffaccel.report.measured import same_settings
 from diffaccel.report.points import FORMER_NOISE, normalised
 
 DOCS = Path(__file__).parent
@@ -51,14 +52,12 @@ class Row:
     Attributes:
         bench: Experiment, without its data set, and settings, as on the command line.
         cells: Cells before those of the budgets, in Markdown.
-        where: Dotted key of a point -> value or list of values, where a missing key is null; besides those in bench.
-        folder: Pattern of the folder under results; a leading ``!`` excludes the folders that match.
+        given: Further settings, which several rows share.
     """
 
     bench: str
     cells: tuple[str, ...]
-    where: Mapping[str, Any] = field(default_factory=dict)
-    folder: str = "!*_solvers"
+    given: str = ""
 
     @property
     def experiment(self) -> str:
@@ -68,16 +67,7 @@ class Row:
     @property
     def words(self) -> list[str]:
         """Settings on the command line."""
-        return shlex.split(self.bench)[1:]
-
-    def matches(self, point: Mapping[str, Any], folder: str) -> bool:
-        """Whether a normalised point was measured by this bench."""
-        pattern = self.folder.removeprefix("!")
-        if fnmatch.fnmatch(folder, pattern) == self.folder.startswith("!") or point["experiment"] != self.experiment:
-            return False
-        given = {_place(key): value for key, _, value in (word.partition("=") for word in self.words)}
-        wanted = {key: value for key, value in given.items() if key} | dict(self.where)
-        return all(_same(_at(point, key), value) for key, value in wanted.items())
+        return shlex.split(f"{self.bench} {self.given}")[1:]
 
 
 @dataclass(frozen=True)
@@ -122,22 +112,26 @@ class Table:
             raise UsageError(f"table {self.name}: no point of {self.data} by {self.judge} matches a row of tables.yaml")
         return rows
 
-    def missing(self) -> list[Row]:
-        """Return the rows without a point by the judge."""
-        found = {id(row) for row, _ in self.found}
-        return [row for row in self.rows if id(row) not in found]
+    def missing(self) -> list[str]:
+        """Return the names of rows without a point by the judge: the first cell, with the last if others share it."""
+        found, names = [row for row, _ in self.found], [row.cells[0] for row in self.rows]
+        missing = [row for row in self.rows if row not in found]
+        return [name if names.count(name := row.cells[0]) == 1 else f"{name} {row.cells[-1]}" for row in missing]
 
     def _cells(self, row: Row) -> dict[float, dict[str, Any]]:
-        cells: dict[float, dict[str, Any]] = {}
-        for folder, point in points_of(self.data, self.judge):
-            if point["nfe_budget"] not in self.budgets:
-                continue
-            if (point["n"], point["seed"]) != (self.setting("n"), self.setting("seed")):
-                continue
-            old = cells.get(point["nfe_budget"])
-            if row.matches(point, folder) and (old is None or newness(point) >= newness(old)):
-                cells[point["nfe_budget"]] = point
+        common = {"experiment": row.experiment, "n": self.setting("n"), "seed": self.setting("seed")}
+        points = [point for point in points_of(self.data, self.judge) if common.items() <= point.items()]
+        cells = {}
+        for budget in self.budgets:
+            own = [point for point in points if point["nfe_budget"] == budget and self._measures(row, point)]
+            if own:
+                cells[budget] = sorted(own, key=newness)[-1]
         return cells
+
+    def _measures(self, row: Row, point: Mapping[str, Any]) -> bool:
+        """Whether the row's command would measure a point of its experiment with the settings of this point."""
+        config = _loaded(EXPERIMENTS / self.data / f"{row.experiment}.yaml", tuple(row.words))
+        return same_settings(point, config.at(point["nfe_budget"]))
 
 
 def newness(point: Mapping[str, Any]) -> tuple[bool, list[int]]:
@@ -147,19 +141,22 @@ def newness(point: Mapping[str, Any]) -> tuple[bool, list[int]]:
 
 
 @cache
-def points_of(data: str, judge: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Return the points of a data set as a judge sees them, normalised, each with its folder under results."""
-    results = EXPERIMENTS / data / "results"
+def points_of(data: str, judge: str) -> tuple[dict[str, Any], ...]:
+    """Return the points of a data set as a judge sees them, normalised."""
     found = []
-    for file in sorted(results.rglob("points.jsonl")):
-        folder = file.parent.relative_to(results).as_posix()
+    for file in sorted((EXPERIMENTS / data / "results").rglob("points.jsonl")):
+        last = file.parent.name
+        known = (EXPERIMENTS / data / f"{last}.yaml").is_file()  # version 0.1 did not write the experiment
         for point in (normalised(seen_by(one, judge)) for one in read_points(file) if judge in judges_of(one)):
             named = str(point["experiment"] or "").rpartition("/")[2]
-            last = folder.rpartition("/")[2]
-            known = (EXPERIMENTS / data / f"{last}.yaml").is_file()  # version 0.1 did not write the experiment
             point["experiment"] = named or (last if known else str(point["method"]))
-            found.append((folder, point))
+            found.append(point)
     return tuple(found)
+
+
+@cache
+def _loaded(file: Path, words: tuple[str, ...]) -> Config:
+    return load(str(file), words, trains=False)
 
 
 @cache
@@ -240,7 +237,7 @@ def note(table: Table) -> str:
     floor = f"{frechet_key([first])}_floor" if table.metric == "fd" else f"{table.metric}_floor"
     value = first["metrics"].get(floor, first["metrics"].get(f"{table.metric}_real"))
     if value is not None:
-        count = (first["floor"] or {}).get("n")
+        count = (first["floor"] or {}).get("n") if table.metric == "fd" else None  # of others, fewer
         real = f"{count:,} held-out images" if count else "held-out images"
         parts.append(f"floor ({real}): {METRICS[table.metric][1] * value:.3g}")
     if table.also:
@@ -256,7 +253,7 @@ def note(table: Table) -> str:
     if any(point["noise"] == FORMER_NOISE for point in points):
         text += f" {DAGGER} Measured by version 0.1, which drew other noise for the same seed."
     if missing := table.missing():
-        text += f" Not measured by `{table.judge}`: {', '.join(dict.fromkeys(row.cells[0] for row in missing))}."
+        text += f" Not measured by `{table.judge}`: {'; '.join(missing)}."
     return text
 
 
@@ -271,7 +268,8 @@ def commands(table: Table) -> str:
         if len(row.words) == 1 and row.words[0].startswith("solver="):
             solvers.setdefault(row.experiment, []).append(row.words[0].partition("=")[2])
         elif row.words:
-            others.append(f"diffaccel bench {table.data}/{row.bench} " + '"${COMMON[@]}"')
+            words = shlex.join([f"{table.data}/{row.experiment}", *row.words])
+            others.append(f"diffaccel bench {words} " + '"${COMMON[@]}"')
     lines = [f"COMMON=({' '.join(shared)})"]
     lines += _loop("method", list(dict.fromkeys(plain)), f'diffaccel bench {table.data}/$method "${{COMMON[@]}}"')
     for experiment, names in solvers.items():
@@ -299,27 +297,6 @@ def written(text: str) -> str:
 def cards(data: str) -> str:
     """Render the model cards of a data set's weights, except those without averaging."""
     return cards_table([card for card in read_cards(data) if not card.path.stem.endswith("_raw")]) + "\n"
-
-
-def _place(key: str) -> str:
-    """Place of a setting in a point; empty for settings that are not of a part."""
-    if key in ("solver", "prior"):
-        return f"settings.{key}.name"
-    return f"settings.{key}" if key.startswith(("solver.", "prior.")) else ""
-
-
-def _at(point: Any, key: str) -> Any:
-    for part in key.split("."):
-        point = point.get(part) if isinstance(point, Mapping) else None
-    return point
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, list):
-        return any(_same(value, one) for one in wanted)
-    if isinstance(wanted, str):
-        wanted = yaml.safe_load(wanted)
-    return bool(value == wanted)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

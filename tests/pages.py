@@ -89,5 +89,5 @@ def named_files(page: Path) -> Iterator[str]:
     """Paths to files of the repository that a page has in backquotes."""
     text = unfenced(page)
     for span in re.findall(r"`([^`\n]+)`", text):
-        if re.fullmatch(r"(?:docs|experiments|tests|benchmarks|diffaccel)/[\w./-]*\w+", span):
+        if re.fullmatch(r"(?:docs|experiments|tests|benchmarks|diffaccel)/[\w./-]*\w+|[\w./-]+/\w+\.py", span):
             yield span

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffaccel.config import EXPERIMENTS
+from diffaccel.config import EXPERIMENTS, load
 from diffaccel.errors import UsageError
+from diffaccel.evaluation.judges import Judge
+from diffaccel.evaluation.provenance import identity_hash
 from diffaccel.experiment.evaluation import check_classes
+from diffaccel.experiment.identity import identify
 from diffaccel.metrics import FrechetDistance, Moments
 from diffaccel.metrics.accuracy import Accuracy, Discriminant, standard_error
 from diffaccel.metrics.base import Made, Real
@@ -105,6 +108,18 @@ def test_labels_are_in_the_file_and_not_in_its_hash(tmp_path: Path):
     np.savez(tmp_path / "c.npz", **{**arrays, "labels": arrays["labels"][:-1]})
     with pytest.raises(UsageError, match="labels are not one class number of each feature"):
         read_reference(tmp_path / "c.npz")
+
+
+def test_labels_are_part_of_a_points_key_where_a_metric_uses_them():
+    """A point of wrong labels is measured again once they are mended; other points stay as they are."""
+    features, labels = gaussians(200, 2.0)
+
+    def key(labels: Tensor | None, floor: Tensor | None, *words: str) -> str:
+        judge = Judge(SimpleNamespace(sha256="0"), Real(reference(features, labels), reference(features, floor)))
+        return identity_hash(identify(load("digits_text/edm", ["n=4", *words]), [judge])(5).scores)
+
+    assert len({key(labels, labels), key(1 - labels, labels), key(labels, 1 - labels), key(labels, None)}) == 4
+    assert key(labels, labels, "metrics=[frechet]") == key(None, 1 - labels, "metrics=[frechet]")
 
 
 def test_one_judge_with_labels_is_enough():

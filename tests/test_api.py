@@ -26,7 +26,9 @@ from diffaccel.nfe import EvaluationCounter
 from diffaccel.prior import ExactPosterior, GaussianPrior, LangevinGibbsPrior, geometric_levels
 from diffaccel.process import EDMVarianceExploding
 from diffaccel.report import read_points
+from diffaccel.sampling import Setting, Tweedie
 from diffaccel.solver import SOLVERS
+from diffaccel.text.terminal import say_once
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "experiments" / "digits" / "weights"
@@ -239,6 +241,39 @@ def test_double_precision_needs_no_further_call():
     assert (double.int() - single.int()).abs().max() <= 1
 
 
+# Levels outside the training
+
+
+def test_levels_below_the_training_are_reported_once(capsys: pytest.CaptureFixture[str]):
+    """Of any solver, by budget or searched; a checkpoint's default stays within, and some grids have fixed ends."""
+    say_once.cache_clear()
+    model = da.load(WEIGHTS / "ddpm.safetensors")
+    prior, within = GaussianPrior(), SOLVERS.build({"name": "heun", "grid": {"ratio_min": 0.01}})
+    da.Sampler(model).plan(5, 2)
+    da.Sampler(da.load("digits/tdpm")).plan(5, 2)
+    da.Sampler(model, solver=within, tweedie=Tweedie(0.01)).plan(5, 2)
+    assert "noise-to-data ratio" not in capsys.readouterr().err
+    below = da.Sampler(
+        model, solver=within, by_nfe={4: Setting(prior, within), 8: Setting(prior, SOLVERS.build("heun"))}
+    )
+    below.plan(4, 2)
+    assert capsys.readouterr().err == ""
+    for made in (below, below, da.Sampler(model, solver={"name": "ddim", "grid": {"ratio_min": 0.005}})):
+        made.plan(8, 2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("solver.grid.ratio_min is below 0.01, the lowest noise-to-data ratio") == 1
+    assert said.endswith("solver.grid.ratio_min=0.01 stays within")
+    da.Sampler(model, tweedie=Tweedie(0.002)).plan(5, 2)
+    assert "tweedie_ratio is below 0.01" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_last_step_at_no_level_of_the_training_is_refused():
+    with pytest.raises(da.UsageError, match="Tweedie: ratio is 0, it must be positive"):
+        Tweedie(0)
+    with pytest.raises(da.UsageError, match=r"tweedie_ratio=5000 is above .*, the highest noise-to-data ratio"):
+        da.Sampler(da.load(WEIGHTS / "edm.safetensors"), tweedie=Tweedie(5000)).plan(5, 2)
+
+
 # Labels
 
 
@@ -397,4 +432,6 @@ def test_a_model_s_own_sampler_keeps_that_its_settings_are_tuned():
     model = da.load("cifar10_small/edm_best", precision="32-true")
     own, other = da.Sampler(model), da.Sampler(model, solver="dpmpp2m")
     assert own.tuned and own.by_nfe and own.spent is None
+    assert not other.tuned and not da.Sampler(model, prior={"ratio_star": 30}).tuned
+    assert not da.Sampler(model, by_nfe=dict(list(own.by_nfe.items())[:1])).tuned
     assert own is not da.Sampler(model) and other.by_nfe[5].solver != own.by_nfe[5].solver

@@ -18,6 +18,7 @@ from diffaccel.captions.encoders import Words
 from diffaccel.condition import Condition, Kinds
 from diffaccel.config import EXPERIMENTS
 from diffaccel.config import load as load_config
+from diffaccel.data.conditions import ToGive
 from diffaccel.data.module import DataModule
 from diffaccel.errors import UsageError
 from diffaccel.experiment import build_method
@@ -85,6 +86,11 @@ def test_images_of_a_caption(weights: Path, tmp_path: Path):
     tokens = next(Words(32, 16).encode(["a 7, please"])).float()
     assert torch.equal(sampler(3, nfe=2, condition=Condition(tokens=tokens.expand(3, -1, -1))), images)
     sampler(1000, nfe=1, condition="more than there are test images")
+    alone = da.Sampler(load(weights))
+    assert alone(3, nfe=2, condition="a 7, please").shape == images.shape
+    alone.inputs = ToGive(alone.inputs.conditioner, "another encoder's")
+    with pytest.raises(UsageError, match="the text encoder has other weights than that of the training"):
+        alone(3, nfe=2, condition="a 7, please")
     for condition, words in (
         (["a", "b"], "2 captions for 3 images: give one caption, or one for each image"),
         (["a", "b", 3], "list is not a Condition: give da.Condition.image=...., or captions"),
@@ -96,7 +102,7 @@ def test_images_of_a_caption(weights: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="the network takes no condition: leave it out"):
         da.Sampler(load("digits/edm"))(2, nfe=2, condition="a seven")
     with pytest.raises(UsageError, match="the model has no text encoder"):
-        da.Sampler(load(weights))(2, nfe=2, condition="a seven")
+        da.Sampler(load(weights).denoiser, shape=(1, 8, 8))(2, nfe=2, condition="a seven")
 
 
 @pytest.mark.parametrize("method", ["edm", "ddm", "tdpm"])

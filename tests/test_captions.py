@@ -396,7 +396,7 @@ def test_sampled_images_have_the_captions_of_test_images():
     labels = build_source({"name": "digits"}).split("test").labels[inputs.order]
     found = inputs.condition(range(2, 11))
     assert text_of(found.tokens, found.valid) == [str(labels[i // 3].item()) for i in range(2, 11)]
-    assert torch.equal(inputs.labels(11), labels[torch.arange(11) // 3])
+    assert torch.equal(inputs.labels(range(11)), labels[torch.arange(11) // 3])
     identity = inputs.identity(6)
     assert {"sha256", "samples", "seed", "captions", "encoder"} == identity.keys()
     inputs.conditioner.templates = ["the {label}"]
@@ -410,7 +410,7 @@ def test_a_given_caption_takes_no_images():
     assert torch.equal(found.tokens[0, :2], Words().encode(["a seven"]).__next__().float())
     assert found.size == 3 and found.valid.sum(1).tolist() == [2, 2, 2]
     assert given.identity(3) != Captions(SHAPE, caption="a six").given().identity(3)
-    assert Captions(SHAPE).given() is None and given.labels(3) is None
+    assert Captions(SHAPE).given() is None and given.labels(range(3)) is None
     with pytest.raises(UsageError, match="caption='  ': give a text"):
         Captions(SHAPE).of_text(["  "])
     with pytest.raises(UsageError, match="give at most 10000 characters"):

@@ -12,8 +12,10 @@ from diffaccel.__main__ import main
 from diffaccel.config import EXPERIMENTS
 from diffaccel.noise import GENERATOR
 from diffaccel.report import read_points
-from diffaccel.report.cards import BUDGETS, chosen_metric, markdown, read_cards
+from diffaccel.report.cards import BUDGETS, Card, Distance, chosen_metric, markdown, read_cards
 from diffaccel.report.judges import seen_by
+from diffaccel.report.measured import same_settings
+from diffaccel.report.points import normalised
 from diffaccel.weights import file_sha256, save_weights
 
 RESULTS = EXPERIMENTS / "cifar10_small" / "results"
@@ -62,6 +64,65 @@ def test_a_figure_is_that_of_the_experiments_own_settings(name: str, solver: dic
         found = cards[name].distances["fd_cifar10"][budget]
         assert (found.value, found.n, found.seed) == (own[0], 5000, 900_001)
     assert not cards["edm"].path.with_stem("edm_raw").is_file() or not cards["edm_raw"].distances
+
+
+def test_a_figure_of_another_number_of_images_states_it():
+    """One column does not mix distances of 2,000 and 5,000 images: their biases differ."""
+
+    def card(name: str, n: int) -> Card:
+        distances = {"fd_x": {5.0: Distance(1.4, 0.02, n, 1), 10.0: Distance(1.2, None, n, 1)}}
+        return Card(Path(name), {}, "0" * 64, 1, 1, None, distances)
+
+    cards = [card("a", 5000), card("b", 2000), card("c", 5000)]
+    text = markdown(cards)
+    assert "| 1.4 ± 0.02 (n=2,000), 1.2 (n=2,000) |" in text and text.count("| 1.4 ± 0.02, 1.2 |") == 2
+    assert "(5,000 images unless n is given, seed 1)" in text
+    assert "(2,000 images, seed 1)" in markdown(cards[1:2]) and "(n=" not in markdown(cards[1:2])
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist has no results")
+def test_chains_have_a_figure():
+    """100 chains are the experiment's 20 images per chain."""
+    (card,) = (card for card in read_cards("digits") if card.path.name == "classifier.safetensors")
+    assert card.distances["fd_digits"].keys() == {5.0, 10.0}
+
+
+CHAIN = {"name": "chain", "chains": None, "images_per_chain": 10}
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "same"),
+    [
+        ({"chains": 500}, CHAIN, True),
+        ({"chains": 500, "restart_every": 20}, CHAIN, True),  # a chain of ten images ends before it
+        ({"chains": 100, "restart_every": 10}, CHAIN, True),
+        ({"chains": 499}, CHAIN, False),
+        ({"chains": 100}, CHAIN, False),
+        ({"chains": 500, "restart_every": 5}, CHAIN, False),
+        ({"chains": 500, "eta": 0.5}, CHAIN, False),
+        ({"chains": 500, "eta": 0.5}, {**CHAIN, "eta": 0.5}, True),
+        ({}, {**CHAIN, "images_per_chain": 50}, True),  # a point of version 0.1 has 100 chains
+    ],
+)
+def test_chains_are_compared_by_their_number_and_length(own: dict[str, Any], given: dict[str, Any], same: bool):
+    point = normalised({"n": 5000, "settings": {"prior": {"name": "chain", **own}, "solver": {"name": "heun"}}})
+    assert same_settings(point, {"prior": given, "solver": {"name": "heun"}}) == same
+
+
+def test_settings_are_compared_with_their_defaults_and_without_paths():
+    def measured(solver: dict[str, Any], prior: dict[str, Any]) -> bool:
+        own = {
+            "prior": {"name": "density", "T": 0.4, "density": "normal", "checkpoint": "a"},
+            "solver": {"name": "deis"},
+        }
+        return same_settings(normalised({"n": 10, "settings": own}), {"prior": prior, "solver": solver})
+
+    prior = {"name": "density", "T": 0.4, "density": "normal", "checkpoint": "b"}
+    former = {"name": "deis", "mode": "rhoab", "max_order": 3}
+    assert measured(former, prior) and measured({**former, "lower_order_final": False}, prior)
+    assert not measured({"name": "deis"}, prior), "its defaults have changed since version 0.1"
+    assert not measured(former, {**prior, "T": 0.3}) and not measured({"name": "heun"}, prior)
+    assert not measured(former, {"name": "gaussian"})
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist has no results")

@@ -3,10 +3,12 @@
 import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -228,10 +230,74 @@ def test_weights_that_are_nan_are_not_gone_on_from(whole: Path, tmp_path: Path, 
 def test_a_run_goes_on_with_the_settings_that_it_had(whole: Path, tmp_path: Path, capsys: Printed):
     """Else one seed's weights would be kept under another's name."""
     words = ["fit", "digits/edm", *TINY, f"out={tmp_path / 'out'}", "reference=", f"resume={whole / 'last.ckpt'}"]
-    for changed, said in (("seed=1", "seed=0, but this run has 1"), ("denoiser.sigma_data=0.5", "denoiser=")):
+    for changed, said in (
+        ("seed=1", "seed=0, but this run has 1"),
+        ("denoiser.sigma_data=0.5", "denoiser="),
+        ("levels.mean=0.5", "levels="),
+        ("limit=100", "training_images={'n': 1437, "),
+    ):
         assert main([*words, changed]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+    assert main([*words, "network.dropout=0.2", f"images={IMAGES + BATCH}"]) == 0, "this is a setting of the training"
+
+
+@pytest.mark.parametrize(
+    ("fit", "changed", "said"),
+    [
+        (["digits/edm", *TINY[:3]], "data.path={}/b.npz", "training_images={'n': 40, "),
+        (["digits/edm", *TINY[:3]], "data.test_share=0.3", "training_images={'n': 40, "),
+        (["digits/small_t"], "data.path={}/b.npz", "training_images={'n': 40, "),
+        (["digits/dlg"], "posterior.ratio_max=20", "posterior="),
+        (["digits/extractor", "method.epochs=1", "method.dim=4", "method.widths=[4]"], "data.path={}/b.npz", "sha256="),
+    ],
+)
+def test_a_fit_is_resumed_on_its_own_images(fit: list[str], changed: str, said: str, tmp_path: Path, capsys: Printed):
+    """Whatever the name of the file; a state of an earlier version does not record them."""
+    labels = np.arange(40) % 10
+    for seed, name in enumerate("ab"):
+        images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
+    shutil.copy(tmp_path / "a.npz", tmp_path / "moved.npz")
+    words = ["fit", *fit, "data=npz", f"data.path={tmp_path}/a.npz", f"data.test_path={tmp_path}/a.npz", "logger=none"]
+    words += ["reference=", f"out={tmp_path / 'out'}", "resume=auto"]
+    words += ["method.batch_size=20"] if fit[0] == "digits/extractor" else ["images=64", "training.batch_size=32"]
+    assert main([*words]) == 0
+    assert main([*words, f"data.path={tmp_path}/moved.npz"]) == 0
+    capsys.readouterr()
+    split = ["data.test_path=null"] if "test_share" in changed else []
+    assert main([*words, *split, changed.format(tmp_path)]) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    content = state(tmp_path / "out")
+    own = content["diffaccel"].get("extractor") or content["diffaccel"]["description"]
+    for key in ("training_images", "images_sha256", "levels", "posterior"):
+        own.pop(key, None)
+    torch.save(content, tmp_path / "out" / "last.ckpt")
+    assert main([*words, *split, changed.format(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_a_fit_without_held_out_images_ends_with_its_weights(held_out: int, tmp_path: Path, capsys: Printed):
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 40), ("test", held_out)):
+        images = rng.integers(0, 256, (max(n, 1), 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(len(images)) % 2)
+    words = ["data=npz", f"data.path={tmp_path}/train.npz", "logger=none", "reference=", "images=32"]
+    words += ["training.batch_size=32", *([f"data.test_path={tmp_path}/test.npz"] if held_out else [])]
+    for method, file in (("small_t", "density"), ("dlg", "classifier")):
+        assert main(["fit", f"digits/{method}", *words, f"out={tmp_path / method}"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert (tmp_path / method / f"{file}.safetensors").is_file() and "BELOW" not in said and "nan" not in said
+        if method == "small_t" or not held_out:
+            assert "not tested, because train.npz has" in said
+    if not held_out:
+        assert main(["fit", "digits/extractor", *words[:4], "method.batch_size=20", f"out={tmp_path / 'judge'}"]) == 2
+        assert "has no test split" in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "judge" / "last.ckpt").exists(), "it has trained"
+
+
+def test_a_header_names_the_data_by_their_label(whole: Path):
+    assert read_weights(whole / "ema.safetensors")[1]["data"] == "digits 8x8"
 
 
 def test_weights_of_another_fit_are_not_overwritten(whole: Path, tmp_path: Path, capsys: Printed):

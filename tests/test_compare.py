@@ -18,7 +18,9 @@ from diffaccel.evaluation import BLOCKS, comparable
 from diffaccel.metrics import Frechet, paired_difference
 from diffaccel.metrics.reference import read_reference
 from diffaccel.report import append_point, plot_curve, read_points, sample_grid, title_of, write_curve_csv
-from diffaccel.verbs.compare import Row, compare, markdown, table
+from diffaccel.report.page import Shown, data_of
+from diffaccel.report.tables import notes as notes_of
+from diffaccel.verbs.compare import Row, compare, compare_all, markdown, table
 
 N = 300
 RUNS = {
@@ -223,8 +225,36 @@ def test_neither_blocks_nor_features_no_difference(without: str, runs: dict[str,
     sources = {**runs, without: folder}
     words = [str(sources[name]) for name in ("first", "second")]
     assert main(["compare", *words, f"out={tmp_path / 'out'}"]) == 0
-    heads, lines = table(compare(words))
+    notes: list[str] = []
+    heads, lines = table(compare(words, note=notes.append))
     assert {line[heads.index(head)] for line in lines for head in ("difference", "its se")} == {"-"}
+    assert len(notes) == 1 and notes[0].startswith("2 differences are not shown"), notes
+
+
+def test_chains_of_other_blocks_without_features_say_why(bench: Bench, runs: dict[str, Path], tmp_path: Path):
+    chain = bench(tmp_path / "chain", "toy/dlg", "chains=15", "nfe=15", "keep_features=false")
+    notes: list[str] = []
+    sources = [str(runs["first"]), str(chain)]
+    assert only(compare(sources, note=notes.append), chain).difference is None
+    (said,) = notes
+    assert "1 difference is not shown" in said and "multiples of ten" in said and "keep_features=true" in said
+    notes.clear()
+    assert only(compare([str(runs["first"]), str(runs["a chain"])], note=notes.append), runs["a chain"]).difference
+    assert notes == []
+
+
+@pytest.mark.parametrize("change", ["noise", "samples"])
+def test_the_page_pairs_what_the_table_pairs(change: str, runs: dict[str, Path], tmp_path: Path):
+    """Neither images of unknown noise nor those with other numbers of samples of a condition are pairs."""
+    changes = {"noise": {"noise": "unknown"}, "samples": {"configuration": {"condition": {"samples": 4}}}}[change]
+    folders = [edited(runs["first"], tmp_path / "first"), edited(runs["second"], tmp_path / "second")]
+    page = data_of("", [Shown("identity", compare([str(folder) for folder in folders]))])
+    pairs = [point["pair"] for point in page["views"][0]["points"]]
+    assert pairs[:2] == pairs[2:] and None not in pairs
+    changed = [edited(folder, tmp_path / f"changed {folder.name}", **changes) for folder in folders]
+    rows = compare([str(changed[0] if change == "noise" else folders[0]), str(changed[1])])
+    pairs = [point["pair"] for point in data_of("", [Shown("identity", rows)])["views"][0]["points"]]
+    assert [row.difference for row in rows] == [None] * 4 and not {*pairs[:2]} & {*pairs[2:]} - {None}
 
 
 def test_damaged_blocks_are_no_blocks(runs: dict[str, Path], tmp_path: Path):
@@ -528,6 +558,18 @@ def test_points_that_were_scored_otherwise_are_left_out_and_named(
     assert [row.folder for row in compare(sources, judge=names[1])] == [folder] * 2
 
 
+def test_the_last_reference_in_a_folder_is_shown(runs: dict[str, Path], tmp_path: Path):
+    """Points that were measured before the statistics were computed again are not the present ones."""
+    points = read_points(runs["first"] / "points.jsonl")
+    stale = [{**one, "key": "0" * 16, "reference": {**one["reference"], "sha256": "2" * 64}} for one in points]
+    (tmp_path / "both").mkdir()
+    lines = "".join(json.dumps(one) + "\n" for one in [*stale, *points])
+    (tmp_path / "both" / "points.jsonl").write_text(lines)
+    assert [row.point["key"] for row in compare([str(tmp_path / "both")])] == [one["key"] for one in points]
+    other = edited(runs["first"], tmp_path / "other", reference={**points[0]["reference"], "sha256": "3" * 64})
+    assert {row.folder for row in compare([str(runs["first"]), str(other)])} == {runs["first"]}, "the baseline"
+
+
 def test_folders_below_a_source_are_read_too(runs: dict[str, Path], tmp_path: Path):
     deep = [
         edited(runs[name], tmp_path / where) for name, where in (("first", "b/c"), ("second", "a"), ("a chain", "b"))
@@ -560,6 +602,33 @@ def test_the_cost_of_the_picture_is_chosen(runs: dict[str, Path], tmp_path: Path
     pictures = [(tmp_path / cost / "curve.png").read_bytes() for cost in ("seconds", "gflops", "nfe_equivalent")]
     assert len(set(pictures)) == 3
     assert "did you mean 'seconds'" in refused(runs["first"], "x=second", f"out={tmp_path / 'out'}")
+
+
+def test_denoisers_of_other_sizes_are_noted(runs: dict[str, Path], tmp_path: Path):
+    points = read_points(runs["second"] / "points.jsonl")
+    other = edited(runs["second"], tmp_path / "other", nfe_equivalent=points[0]["nfe_equivalent"] / 2)
+    for source, expected in ((runs["second"], 0), (other, 1)):
+        notes: list[str] = []
+        found = compare_all([str(runs["first"]), str(source)], note=notes.append, x="nfe_equivalent")
+        assert len([said for said in notes if "x=gflops" in said]) == expected
+        view = data_of("", [Shown("identity", found.rows)])["views"][0]
+        assert len([said for said in view["notes"] if "x=gflops" in said]) == expected
+        compare_all([str(runs["first"]), str(source)], note=notes.append, x="gflops")
+        assert len([said for said in notes if "x=gflops" in said]) == expected, "only where it is the cost"
+
+
+def test_the_floor_is_one_everywhere_or_nowhere(runs: dict[str, Path], tmp_path: Path):
+    """The distance of real images depends on their number: figures of several numbers have none in common."""
+    rows = compare([str(runs["first"]), str(runs["second"])])
+    label, value = "300 held-out real images", rows[0].point["metrics"]["fd_identity_floor"]
+    assert data_of("", [Shown("identity", rows)])["views"][0]["floor"] == {"label": label, "value": value}
+    (line,) = (said for said in notes_of(rows) if said.startswith("floor"))
+    before, _, after = line.partition("; other metrics of held-out images: ")
+    assert before == f"floor: {label} are at fd_identity {value:.4g}" and "recall" in after and "300" not in after
+    other = edited(runs["second"], tmp_path / "other", n=100, floor={"n": 100, "sha256": "a"})
+    rows = compare([str(runs["first"]), str(other)])
+    assert data_of("", [Shown("identity", rows)])["views"][0]["floor"] is None
+    assert "real images" not in markdown(rows) + "".join(notes_of(rows))
 
 
 def test_shipped_results_are_compared_in_one_command(tmp_path: Path, capsys: Printed):

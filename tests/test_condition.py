@@ -34,7 +34,7 @@ EVERYTHING = Condition(
     labels=torch.tensor([2, 0, 1]),
     tokens=torch.randn(3, 4, 5),
     valid=torch.ones(3, 4, dtype=torch.bool),
-    image=torch.randn(3, *SHAPE),
+    image=torch.rand(3, *SHAPE) * 2 - 1,
     mask=(torch.rand(3, 1, 8, 8) < 0.5).float(),
 )
 
@@ -223,9 +223,26 @@ def test_conditions_that_cannot_be_used():
         (whole._replace(labels=torch.tensor([0, 3])), "labels must be whole numbers from 0 to 2, or -1 for no class"),
         (whole._replace(tokens=torch.zeros(2, 4, 5)), "but tokens is given: leave it out"),
         (whole.select(slice(0, 1)), r"image has shape \(1, 3, 8, 8\)"),
+        (whole._replace(valid=torch.ones(2, 4, dtype=torch.bool)), "but valid is given: leave it out"),
+        (whole._replace(image=whole.image.to(torch.uint8)), r"image \(torch.uint8\) must be floating-point numbers"),
+        (whole._replace(image=whole.image + math.nan), "without NaN or infinity"),
+        (whole._replace(image=whole.image + 255), r"image has values up to 255, it must be in \[-1, 1\]"),
+        (whole._replace(image=whole.image.numpy()), "image is of type ndarray, it must be a tensor"),
+        (whole._replace(labels=[0, 1]), "labels is of type list, it must be a tensor"),
+        (whole._replace(labels=torch.zeros(2)), "labels must be whole numbers from 0 to 2"),
     ):
         with pytest.raises(UsageError, match=words):
             conditional(2, nfe=2, condition=condition)
+    words_only = sampler_of(network(tokens=5, attention=[0]))
+    for valid, words in (
+        (torch.ones(2, 3, dtype=torch.bool), r"valid has shape \(2, 3\), it must be \(2, 4\)"),
+        (torch.ones(2, 4), r"valid is torch.float32, it must be torch.bool"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            words_only(2, nfe=2, condition=Condition(tokens=torch.zeros(2, 4, 5), valid=valid))
+    words_only.denoiser.network.null_others = False
+    with pytest.raises(UsageError, match="a sample has no valid token, but this network was trained with tokens only"):
+        words_only(2, nfe=2, condition=Condition(None, torch.zeros(2, 4, 5), torch.zeros(2, 4, dtype=torch.bool)))
     with pytest.raises(UsageError, match="condition: the network takes no condition: leave it out"):
         sampler_of(network())(2, nfe=2, condition=whole)
     with pytest.raises(UsageError, match="condition: list is not a Condition"):
@@ -246,16 +263,77 @@ def test_kinds_are_checked_before_work():
     check_condition(EVERYTHING.only(Kinds(3, 5, 3, True)), Kinds(3, 5, 3, True), 3, SHAPE)
 
 
-def test_labels_by_index_are_added_to_a_given_condition():
-    sampler, image = sampler_of(network(image=3, classes=3)), torch.randn(4, *SHAPE)
-    by_index = sampler(4, nfe=2, condition=Condition(image=image))
-    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image, labels=torch.tensor([0, 1, 2, 1]))))
-    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image), labels=[0, 1, 2, 1]))
-    assert not torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image), labels=[2, 2, 2, 2]))
+def test_labels_that_a_given_condition_leaves_out_are_null():
+    """Labels by index would contradict the user's image."""
+    sampler, image = sampler_of(network(image=3, classes=3)), torch.randn(4, *SHAPE).tanh()
+    null = sampler(4, nfe=2, condition=Condition(image=image))
+    assert torch.equal(null, sampler(4, nfe=2, condition=Condition(image=image, labels=torch.full((4,), NULL))))
+    labelled = sampler(4, nfe=2, condition=Condition(image=image), labels=[2, 2, 2, 2])
+    assert not torch.equal(null, labelled)
+    of_bytes = torch.full((4,), 2, dtype=torch.uint8)
+    assert torch.equal(labelled, sampler(4, nfe=2, condition=Condition(image=image, labels=of_bytes)))
+    with pytest.raises(UsageError, match="labels: the condition has labels too: leave one of them out"):
+        sampler(4, nfe=2, condition=Condition(image=image, labels=of_bytes), labels=[1, 2, 1, 2])
+    sampler.denoiser.network.null_class = sampler.denoiser.network.null_labels = False
+    for labels in (None, torch.tensor([0, NULL, 1, 2])):
+        with pytest.raises(UsageError, match="labels are missing or -1, but this network was trained with labels only"):
+            sampler(4, nfe=2, condition=Condition(image=image, labels=labels))
+    sampler(4, nfe=2, condition=Condition(image=image), labels=[0, 1, 2, 1])
+
+
+class HeldOutImages:
+    """Held-out images by index: each has another grey level, and a class of its own."""
+
+    kinds, observation, token_count, samples = Kinds(image=3), None, 0, 1
+
+    def __init__(self, labels: Tensor | None) -> None:
+        self.known = labels
+
+    def check(self, n: int) -> None: ...
+
+    def prepare(self) -> None: ...
+
+    def condition(self, indices: range) -> Condition:
+        return Condition(image=torch.stack([torch.full(SHAPE, index / 10) for index in indices]))
+
+    def labels(self, indices: range) -> Tensor | None:
+        return None if self.known is None else self.known[indices.start : indices.stop]
+
+
+def test_images_by_index_have_the_labels_of_their_conditions():
+    """Labels in turn would contradict the images, on which the network was trained with theirs."""
+    sampler, own = sampler_of(network(image=3, classes=3)), torch.tensor([2, 2, 0, 1])
+    sampler.inputs = HeldOutImages(own)
+    plan, image = sampler.plan(2, 4), sampler.inputs.condition(range(4)).image
+    assert torch.equal(sampler.condition(plan, range(1, 4)).labels, own[1:])
+    assert torch.equal(sampler.classes_of(plan, 4), own)
+    by_index = sampler(4, nfe=2)
+    assert torch.equal(by_index, sampler(4, nfe=2, condition=Condition(image=image, labels=own)))
+    assert torch.equal(
+        sampler(4, nfe=2, labels=[1, 0, 1, 0]), sampler(4, 2, 0, [1, 0, 1, 0], None, Condition(image=image))
+    )
+    sampler.inputs = HeldOutImages(own + 1)
+    with pytest.raises(UsageError, match="labels up to 3, but the network has 3 classes: set network.classes=4"):
+        sampler(4, nfe=2)
+    sampler.inputs = HeldOutImages(None)
+    assert sampler.classes_of(plan, 4) is None
+    assert torch.equal(sampler(4, nfe=2), sampler(4, nfe=2, condition=Condition(image=image)))
+    sampler.denoiser.network.null_class = False
+    with pytest.raises(UsageError, match="condition of the images has no labels, but this network was trained with"):
+        sampler(4, nfe=2)
+    assert sampler(4, nfe=2, labels=[1, 0, 1, 0]).shape == (4, *SHAPE)
+
+
+def test_pixels_in_holes_are_not_shown_to_the_network():
+    """Networks are trained with 0 there; the rest of the user's image must not leak through the mask."""
+    sampler, image = sampler_of(network(image=3, mask=True)), torch.rand(2, *SHAPE) * 2 - 1
+    mask = (torch.rand(2, 1, 8, 8) < 0.5).float()
+    whole, hidden = (sampler(2, nfe=2, condition=Condition(image=one, mask=mask)) for one in (image, image * mask))
+    assert torch.equal(whole, hidden)
 
 
 def test_a_part_of_the_batch_has_its_part_of_the_condition():
-    sampler, image = sampler_of(network(image=3)), torch.randn(5, *SHAPE)
+    sampler, image = sampler_of(network(image=3)), torch.randn(5, *SHAPE).tanh()
     whole = sampler(5, nfe=3, condition=Condition(image=image))
     parts = sampler(5, nfe=3, condition=Condition(image=image), batch_size=2)
     assert (whole.int() - parts.int()).abs().max() <= 1

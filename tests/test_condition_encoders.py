@@ -32,7 +32,7 @@ def network(**keys: object) -> UNet:
 def condition(n: int = 3) -> Condition:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(n, 4, DIM, generator=generator)
-    image = torch.randn(n, *SHAPE, generator=generator)
+    image = torch.randn(n, *SHAPE, generator=generator).tanh()
     mask = (torch.rand(n, 1, *SHAPE[1:], generator=generator) < 0.5).float()
     return Condition(tokens=tokens, valid=torch.ones(n, 4, dtype=torch.bool), image=image * mask, mask=mask)
 

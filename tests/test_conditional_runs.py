@@ -16,6 +16,7 @@ from diffaccel.data.module import DataModule
 from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.experiment import build_method
+from diffaccel.experiment.build import build_inputs
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior.warm import WarmPrior
 from diffaccel.process import Decoupled, VariancePreserving
@@ -108,6 +109,7 @@ def test_weights_say_their_condition(weights: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("keys", "words"), [
     ({"network.image": 1}, "takes an image of 1 channel, but the experiment gives no condition: set condition="),
+    ({"caption": "a seven"}, "condition.caption is set, but the experiment has no condition: remove it, set"),
     ({"condition": "{name: inpainting}"}, "takes no condition, but condition=inpainting gives an image of 1 ch"),
     ({**SR, "n": 361}, "n=361 with 1 sample.s. per image requires 361 test images .* has 360: set n=360 or less"),
     ({**SR, "prior": "{name: warm, ratio_star: -1}"}, "ratio_star is -1.*it must be 0 or more"),
@@ -116,6 +118,23 @@ def test_weights_say_their_condition(weights: Path, tmp_path: Path):
 def test_what_does_not_fit_is_an_error_before_work(keys: dict[str, Any], words: str, tmp_path: Path):
     with pytest.raises(UsageError, match=words):
         bench("digits/ddm", **{**dotted(keys), "out": tmp_path, "dry_run": True, "checkpoint": None})
+
+
+@pytest.mark.parametrize(("word", "words"), [
+    ("samples=1.5", "condition.samples=1.5: give a whole number"), ("samples=abc", "=abc: give a whole number"),
+    ("samples=true", "samples=True: give a whole"), ("seed=1.5", "condition.seed=1.5: give a whole number"),
+    ("seed=[1]", r"condition.seed=\[1\]: give a number"), ("lpips=maybe", "lpips=maybe: give true or false"),
+    ("samples=0", "samples=0 and seed=0: set 1 or more"),
+])  # fmt: skip
+def test_keys_of_the_samples_of_conditions_have_their_types(word: str, words: str):
+    with pytest.raises(UsageError, match=words):
+        build_inputs(load_config("digits/edm", ["condition=inpainting", f"condition.{word}"]))
+
+
+def test_null_is_the_default_of_the_samples_of_conditions():
+    words = ["condition.samples=2.0", "condition.seed=null", "condition.lpips=none"]
+    inputs = build_inputs(load_config("digits/edm", ["condition=inpainting", *words]))
+    assert (inputs.samples, inputs.seed, inputs.lpips) == (2, 0, False) and inputs.condition(range(3)).size == 3
 
 
 def test_augmentation_would_tear_image_and_condition_apart(tmp_path: Path):
@@ -160,6 +179,18 @@ def test_a_checkpoint_takes_the_users_condition(weights: Path):
     again = sampler(3, nfe=2, condition=Condition(image=image))
     assert torch.equal(again, sampler(3, nfe=2))
     assert "stem.weight" in load_file(weights) and load_file(weights)["stem.weight"].shape[1] == 2
+
+
+def test_a_file_alone_imposes_what_its_condition_determines(weights: Path):
+    """Its header names the conditioner, by which samples are consistent with the condition even without training."""
+    keys = {key: value for key, value in FAST.items() if key != "logger"}
+    named, alone = Sampler(load("digits/ddm", **keys, **SR, checkpoint=weights)), Sampler(load(weights))
+    condition, shrink = named.inputs.condition(range(3)), alone.inputs.conditioner.observe
+    small = (shrink(condition.image) + 1) * 127.5
+    for sampler in (named, alone):
+        assert (shrink(sampler(3, nfe=3, condition=condition).float()) - small).abs().max() < 12
+    with pytest.raises(UsageError, match="its file has no images: give condition=... to the sampler, or load an exp"):
+        alone(3, nfe=3)
 
 
 # --- The warm start

@@ -1,5 +1,6 @@
 """``diffaccel curve``: what is missing is fitted in order, what is there is kept, and the page compares the methods."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from own_images import make, save_images
+from PIL import Image
 
 import diffaccel as da
 from diffaccel import experiment
@@ -96,6 +98,29 @@ def test_weights_without_a_place_go_below_the_runs(tmp_path: Path, monkeypatch: 
     assert measured.folder == Path("runs/digits/small_t_trained")
 
 
+def test_two_fits_have_two_folders(done: Path, tmp_path: Path):
+    """Also if the weights are to lie in one folder, which has the training state of the fit that is first."""
+    folder = Path(shutil.copytree(done, tmp_path / "mine"))
+    weights = folder / "one_folder"
+    for name, key, file in (("dlg", "posterior", "classifier"), ("small_t", "prior", "density"), ("edm", "", "ema")):
+        tree = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        (tree[key] if key else tree)["checkpoint"] = f"one_folder/{file}.safetensors"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+    def fits(*methods: str) -> dict[str, Path]:
+        chain = Chain(experiments_of(str(folder)), ["n=60"], tmp_path / "runs")
+        for method in methods:
+            chain.bench(method)
+        return {step.name: step.config.folder for step in chain.steps if step.verb == "fit"}
+
+    own = {name: tmp_path / "runs" / "fits" / name for name in ("dlg", "small_t")}
+    assert fits("small_t", "dlg") == {"edm": weights, **own}
+    shutil.copytree(done / "fits" / "edm", weights)
+    assert fits("dlg", "small_t") == own, "with the first fit complete"
+    shutil.copytree(done / "fits" / "dlg", own["dlg"])
+    assert fits("dlg", "small_t") == {"small_t": own["small_t"]}
+
+
 def test_weights_that_no_fit_makes_are_named(template: Path, tmp_path: Path):
     folder = Path(shutil.copytree(template, tmp_path / "mine"))
     for base, message in (
@@ -134,6 +159,7 @@ def refused(capsys: Printed, *words: str) -> str:
         (["methods=edm", "data.path=/nowhere"], "/nowhere"),
         (["methods=edm", "reference=/nowhere.npz"], "/nowhere.npz"),
         (["methods=edm", "shape=[1,8,8]"], "edm: "),
+        (["methods=edm", "judge=identty"], "judge=identty scores none of the points; did you mean 'identity'"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_fit(
@@ -210,6 +236,33 @@ def test_longer_weights_are_new_points(done: Path, tmp_path: Path):
                       **{"training.batch_size": 64})  # fmt: skip
     assert len(read_points(folder / "runs" / "edm" / "points.jsonl")) == 3 and len(points) == 1
     assert len((folder / "runs" / "curve" / "compare.csv").read_text().splitlines()) == 2
+
+
+def test_fits_of_other_images_are_not_measured(done: Path, images: Path, tmp_path: Path, capsys: Printed):
+    """As many images, of the same name, in the folder that `new` replaced."""
+    folder = Path(shutil.copytree(done, tmp_path / "mine"))
+    changed = Path(shutil.copytree(images, tmp_path / images.name))
+    for path in sorted(changed.rglob("*.png"))[::2]:
+        Image.open(path).rotate(180).save(path)
+    assert make(folder, changed, "again=true") == 0
+    capsys.readouterr()
+    assert main(["curve", str(folder), "methods=edm", NFE, *WORDS]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "ema.safetensors was trained on" in said and f"remove {folder / 'fits' / 'edm'}" in said
+
+
+def test_points_of_an_older_reference_are_not_on_the_page(done: Path, tmp_path: Path):
+    """As many as the present ones, so that the judge's view of them comes first."""
+    folder = Path(shutil.copytree(done, tmp_path / "mine"))
+    file = folder / "runs" / "edm" / "points.jsonl"
+    points = read_points(file)
+    for point in (stale := json.loads(json.dumps(points))):
+        point["key"], point["reference"]["sha256"] = "0" * 16, "2" * 64
+        for judge in point.get("judges", {}).values():
+            judge["reference"]["sha256"] = "2" * 64
+    file.write_text("".join(json.dumps(one) + "\n" for one in [*stale, *points]))
+    assert main(["curve", str(folder), "methods=edm", NFE, *WORDS]) == 0
+    assert len((folder / "runs" / "curve" / "compare.csv").read_text().splitlines()) == 3
 
 
 def test_killed_in_a_fit_it_goes_on(template: Path, done: Path, tmp_path: Path):

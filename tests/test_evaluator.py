@@ -146,6 +146,26 @@ def test_other_networks_count_by_their_flops(tmp_path: Path, monkeypatch: pytest
     assert point["evaluations"] == {"denoiser": 1200, "classifier": 60 * levels}
 
 
+def test_a_restart_waits_for_no_earlier_round(tmp_path: Path):
+    words = ["prior.chains=10", "n=60", "nfe=40", "solver=dpmpp2m", "prior.chain_steps=4", "prior.restart_every=2"]
+    (point,) = measure(tmp_path, "toy/dlg", *words, "prior.init_steps=10", "prior.warmup=[]").points
+    assert (point["nfe_burn_in"], point["plan"]) == (5, {"chain_steps": 4, "steps": 31})
+    assert point["nfe_sequential"] == 10 + 2 * 4 + 31
+
+
+def test_a_point_of_an_adaptive_burn_in(tmp_path: Path):
+    """Its evaluations are counted; what would follow from a plan is not known."""
+    words = ["prior.chains=10", "n=60", "prior.init_solver.name=rk45", "prior.warmup=[]", "prior.chain_steps=2"]
+    (adaptive,) = measure(tmp_path, "toy/dlg", *words, "nfe=null", "solver=rk45").points
+    apart = ["prior.burn_in_counted=false", "nfe=10", "solver=dpmpp2m"]
+    (bounded,) = measure(tmp_path, "toy/dlg", *words, *apart).points
+    for point in (adaptive, bounded):
+        assert point["nfe_sequential"] is None and point["nfe_burn_in"] > 1
+    assert bounded["nfe_marginal"] == 10
+    with pytest.raises(UsageError, match=r"burn-in by RK45, which is adaptive: set prior\.burn_in_counted=false"):
+        measure(tmp_path, "toy/dlg", *words, "nfe=10")
+
+
 def test_overspending_is_an_error(tmp_path: Path):
     with pytest.raises(UsageError, match=r"nfe=10 was exceeded: 11 evaluations"):
         measure(tmp_path, "toy/edm", steps=11)

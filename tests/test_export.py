@@ -286,6 +286,7 @@ def test_what_a_list_does_not_express_is_said(capsys: pytest.CaptureFixture[str]
         (["digits/edm", "nfe=5", "sigma_min=0"], "sigma_min=0: give a positive number"),
         (["digits/edm", "nfe=5", "sigma_max=large"], "sigma_max='large': give a positive number"),
         (["digits/edm", "nfe=5", "checkpoint=nowhere.safetensors"], "nowhere.safetensors"),
+        (["digits/edm", "nfe=5", "dry_run=true"], "export has no dry run, curve, bench, fit,"),
         (["digits/edm", "nfe=5", "format=comfy"], "no format 'comfy'; did you mean 'comfyui'?"),
     ],
 )

@@ -330,6 +330,9 @@ def test_the_command_resumes_as_other_fits_do(tmp_path, monkeypatch, capsys):
         return status, capsys.readouterr().err
 
     one, two = tmp_path / "one", tmp_path / "two"
+    for word in ("images=100", "training.lr=0.5"):
+        status, said = fit(f"out={one}", word)
+        assert status == 2 and f"{word}: an extractor is trained in epochs: set method.epochs" in " ".join(said.split())
     assert fit(f"out={one}")[0] == 0
     at_step(monkeypatch, 5, control_c)
     status, said = fit(f"out={two}", "resume=auto")

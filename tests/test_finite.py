@@ -93,7 +93,7 @@ def test_a_fit_keeps_the_files_from_before_it(tmp_path: Path, monkeypatch: pytes
     config = load("digits/edm", ["logger=csv", "threads=1", f"out={tmp_path}", f"images={10 * BATCH}",
                                  f"training.batch_size={BATCH}", "network.widths=[8]", "network.attention=[]",
                                  "training.log_every=1000"])  # fmt: skip
-    method = build_method(config, load=False)
+    method, data = build_method(config, load=False), build_data(config)
     method.defer_check, loss = True, method.denoiser_loss
 
     def denoiser_loss(batch: Any, noise: Any) -> Tensor:
@@ -103,7 +103,7 @@ def test_a_fit_keeps_the_files_from_before_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(method, "denoiser_loss", denoiser_loss)
     early = SaveAt(tmp_path / "last.ckpt", POISONED)
     with pytest.raises(UsageError, match="denoiser: the loss is nan and its gradient nan"):
-        trainer.build_trainer(config, [trainer.build_checkpointer(config), early]).fit(method, build_data(config))
+        trainer.build_trainer(config, [trainer.build_checkpointer(config, data), early]).fit(method, data)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["diffaccel"]["steps"] == POISONED
     assert not list(tmp_path.glob("*.safetensors"))
 

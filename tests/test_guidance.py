@@ -1,19 +1,21 @@
 """Class labels: whose they are, when they are dropped, and guidance by them, which counts double."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from oracles import assemble, plan_of
 from torch import Tensor
 
-from diffaccel.condition import NULL, Condition, Kinds
+from diffaccel.condition import NULL, Condition, Kinds, trained_without
 from diffaccel.config import load
 from diffaccel.data import Batch
 from diffaccel.denoiser import DecoupledDenoiser, Denoiser, GuidedDenoiser, KarrasDenoiser, MixtureDenoiser
 from diffaccel.denoiser.levels import LogNormal
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.scores import blocks_of
+from diffaccel.experiment import build_method, check_unconditional
 from diffaccel.methods import Diffusion, Training, TruncatedDiffusion
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.nn import UNet
@@ -24,6 +26,7 @@ from diffaccel.process.attenuation import Linear
 from diffaccel.solver import SOLVERS
 
 SHAPE, CLASSES = (1, 8, 8), 3
+SR = ("network.image=1", "condition=super_resolution")
 
 
 class ByClass(Denoiser):
@@ -99,10 +102,39 @@ def test_guidance_counts_double(name: str, budget: int, steps: int):
         method.sampler.plan(1, 4)
 
 
-def test_guidance_without_labels_is_refused():
-    method = diffusion({"name": "ddim", "guidance": 1.0}, classes=0)
+def test_guidance_that_cannot_work_is_refused_in_the_plan():
+    """Not after a fit, nor after the burn-in of a chain."""
     with pytest.raises(UsageError, match="network.classes"):
-        next(iter(method.sampler.draw(plan_of(method, 2), 0, [range(2)])))
+        diffusion({"name": "ddim", "guidance": 1.0}, classes=0).sampler.plan(4, 2)
+    sampler = diffusion({"name": "ddim", "guidance": 1.0}).sampler
+    posterior = ExactPosterior(ByClass(), geometric_levels(50))  # type: ignore[arg-type]
+    chain = sampler.using(LangevinGibbsPrior(posterior, chains=4))
+    with pytest.raises(UsageError, match="and a prior without chains, or remove it"):
+        chain.plan(100, 4)
+    sampler.denoiser.network.null_class = False
+    with pytest.raises(UsageError, match="also trained without condition"):
+        sampler.plan(4, 2)
+
+
+@pytest.mark.parametrize(("words", "seen"), [
+    (["network.classes=10", "training.label_drop=0"], (False, False)),
+    (["network.classes=10"], (True, True)),
+    ([*SR], (False, False)),
+    ([*SR, "network.classes=10", "training.condition_drop=0.1"], (True, True)),
+    ([*SR, "network.classes=10"], (False, True)),
+])  # fmt: skip
+def test_a_fit_without_null_conditions_has_no_guided_points(words: list[str], seen: tuple[bool, bool]):
+    """As the header of its weights says, also at its own end."""
+    config = load("digits/edm", [*words, "guidance=1", "checkpoint=null"])
+    sampler = build_method(config, load=False).sampler
+    assert (trained_without(sampler.denoiser.network), trained_without(sampler.denoiser.network, "labels")) == seen
+    with nullcontext() if seen[0] else pytest.raises(UsageError, match="also trained without condition"):
+        sampler.plan(10, 4)
+    if not config.condition:
+        with (
+            nullcontext() if seen[0] else pytest.raises(UsageError, match="likelihood=true is unconditional, but this")
+        ):
+            check_unconditional("likelihood=true", sampler)
 
 
 def test_chains_are_of_no_class():

@@ -35,7 +35,7 @@ from diffaccel.weights import open_weights, save_weights
 
 DIGITS = Path(__file__).parents[1] / "experiments" / "digits" / "weights"
 BENCH = ["digits/dlg", "nfe=12", "n=130", "chains=20", "batch_size=8", "logger=none"]
-VIEW = ("metrics", "jackknife", "memorisation", "extractor", "reference", "floor")
+VIEW = ("metrics", "jackknife", "neighbourhoods", "memorisation", "extractor", "reference", "floor")
 PRC = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
 SAME = ("nfe", "evaluations", "images_sha256", "metrics", "judges", "chain", "images_by_rank", "key")
 
@@ -241,7 +241,7 @@ def test_several_processes_agree(
     for name, own in one["judges"].items():
         theirs = point["judges"][name]
         assert theirs["metrics"] == pytest.approx(own["metrics"], rel=1e-9, abs=1e-12)
-        assert {key: theirs[key] for key in VIEW[3:]} == {key: own[key] for key in VIEW[3:]}
+        assert {key: theirs[key] for key in VIEW[4:]} == {key: own[key] for key in VIEW[4:]}
 
 
 # References

@@ -1,6 +1,7 @@
 """Latents: scale, cache, training batches, and samples whose decoding is counted apart."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,24 @@ def test_files_that_change_are_encoded_anew(tmp_path: Path):
     assert DataModule({"name": "folder", "path": str(folder)}).images("train").fingerprint() == first
     os.utime(folder / "1.png", (1, 1))
     assert DataModule({"name": "folder", "path": str(folder)}).images("train").fingerprint() != first
+
+
+def test_a_resumed_fit_recognises_files_by_name_and_size(tmp_path: Path):
+    """A copy of the folder, whose times differ, has the same images."""
+    from PIL import Image
+
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        for number, image in enumerate(IMAGES[:3]):
+            Image.fromarray(image[0].numpy()).save(folder / f"{number}.png")
+    os.utime(folders[0] / "1.png", (1, 1))
+    first, copied = (DataModule({"name": "folder", "path": str(folder)}).identify() for folder in folders)
+    assert first == copied and first["n"] == 3
+    shutil.copy(folders[0] / "1.png", folders[0] / "3.png")
+    other, limited = (DataModule({"name": "folder", "path": str(folders[0])}, limit=n).identify() for n in (None, 3))
+    assert other["n"] == 4 and other["sha256"] != first["sha256"]
+    assert limited["n"] == 3 and limited["sha256"] != other["sha256"]
 
 
 def test_latents_that_are_not_finite_are_an_error(tmp_path: Path):

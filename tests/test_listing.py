@@ -99,6 +99,17 @@ def test_keys_of_an_experiment_are_listed():
     assert training["training.lr"][1:3] == ("float", "0.001") and all(key.what for key in training.values())
 
 
+def test_sections_of_sections_are_listed_by_the_names_that_are_printed():
+    listed, unseen = set(), [None]
+    while unseen:
+        for key in list_keys(unseen.pop()):
+            if key.type == "section":
+                assert f"`diffaccel list keys {key.name}` lists its keys." in key.what
+                unseen.append(key.name)
+            listed.add(key.name)
+    assert {"search.confirm", "search.confirm.best", "training.lr"} <= listed
+
+
 def test_types_in_words():
     def of(group: str, name: str, key: str) -> Key:
         return next(one for one in explain(group, name).keys if one.name == key)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,16 @@ def test_every_method_builds_on_images_of_any_shape(shape: tuple[int, int, int],
 
 
 def test_at_32_pixels_the_network_is_that_of_cifar10_small():
-    assert network_for((3, 32, 32)) == load("cifar10_small/edm").network
+    assert network_for((3, 32, 32), str) == load("cifar10_small/edm").network
 
 
 def test_sizes_that_cannot_be_halved_name_another():
-    with pytest.raises(UsageError, match="size=32"):
-        network_for((3, 33, 45))
+    facts = facts_of((3, 33, 45))
+    with pytest.raises(UsageError, match="multiples of 16: set size=32"):
+        experiments(facts, {"identity": "identity"}, None)
+    npz = replace(facts, data={"name": "npz", "path": "/a.npz"})
+    with pytest.raises(UsageError, match="multiples of 16: save them in 32x32 pixels, because the images of an npz"):
+        experiments(npz, {"identity": "identity"}, None)
     assert [length_for(n).images for n in (100, 5_000, 50_000)] == [200_000, 500_000, 2_000_000]
 
 
@@ -218,8 +223,10 @@ def test_a_checkpoint_is_used_as_it_is(denoiser: Path, images: Path, tmp_path: P
         assert load(str(tmp_path / "mine" / name)).checkpoint == str(denoiser)
 
 
-def given(shape: tuple[int, int, int], classes: int, ratios: tuple[float, float], name: str = "karras") -> Pretrained:
-    network = {"name": "unet", "widths": [8, 8], "blocks": 1, "embedding": 8, "classes": classes}
+def given(
+    shape: tuple[int, int, int], classes: int, ratios: tuple[float, float], name: str = "karras", **keys: Any
+) -> Pretrained:
+    network = {"name": "unet", "widths": [8, 8], "blocks": 1, "embedding": 8, "classes": classes, **keys}
     denoiser = {"name": name, "ratio_min": ratios[0], "ratio_max": ratios[1]}
     return Pretrained(shape, network, denoiser, {"name": "vp" if name == "eps" else "edm"}, {}, {"format": "EDM"})
 
@@ -231,6 +238,7 @@ def given(shape: tuple[int, int, int], classes: int, ratios: tuple[float, float]
         (given((1, 8, 8), 0, (0.002, 80)), "use grey images"),
         (given((3, 8, 8), 4, (0.002, 80)), "has 4 classes, and the images have 5"),
         (given((3, 8, 8), 0, (0.002, 2.0)), "up to a noise-to-data ratio of 2"),
+        (given((3, 8, 8), 0, (0.002, 80), image=3), "takes an image of 3 channels, which .* do not give"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(

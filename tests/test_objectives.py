@@ -241,6 +241,7 @@ def test_phases_have_their_own_optimisers_and_windows():
         ({"name": "ode_pairs"}, "did you mean 'ode_pair'"),
         ({"name": "ode_pair", "steps": 0}, "1 or more"),
         ({"name": "ode_pair", "pairs": 0}, "pairs is 0"),
+        ({"name": "ode_pair", "solver": {"name": "heun", "grid": "index"}}, "grid .* ignores ratio_min"),
         ({"name": "distribution_matching", "scale_min": 0.0}, "must be positive"),
         ({"name": "distribution_matching", "scale_max": 0.5}, "above scale_min"),
         ({"name": "distribution_matching", "scale_max": 500.0}, "trained on"),

@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from diffaccel.__main__ import main
+from diffaccel.config import load
 from diffaccel.errors import UsageError
+from diffaccel.experiment import build_data
 from diffaccel.experiment.order import Fit, plan
 from diffaccel.training.ema import EMA
 from diffaccel.verbs.train import train
@@ -71,6 +73,23 @@ def test_fits_follow_those_that_they_need(folder: Path, tmp_path: Path):
     }
 
 
+def test_weights_that_the_settings_name_are_not_fitted(folder: Path, tmp_path: Path):
+    """Neither is the experiment's own path fitted, nor does a fit get a path after that of the settings."""
+    save_weights(tmp_path / "mine.safetensors", {}, {"kind": "denoiser", "images_seen": 1})
+    fits = plan(str(folder), tmp_path / "runs", settings=[f"checkpoint={tmp_path / 'mine.safetensors'}"])
+    assert names(fits) == ["a_chain", "a_density"] and not any(fit.needs for fit in fits)
+    assert fits[0].words() == [f"out={tmp_path / 'runs' / 'a_chain'}", "resume=auto"]
+    with pytest.raises(UsageError, match=r"checkpoint=.*none.safetensors does not exist"):
+        plan(str(folder), tmp_path / "runs", settings=[f"checkpoint={tmp_path / 'none.safetensors'}"])
+    assert names(plan(str(folder), tmp_path / "runs", ["a_density"], ["prior=gaussian"])) == ["score"]
+
+
+@pytest.mark.parametrize("given", ["score,a_chain", "[score, a_chain]", "['score','a_chain']"])
+def test_several_methods_are_given_as_a_list(folder: Path, tmp_path: Path, capsys, given: str):
+    assert main(["train", str(folder), f"methods={given}", f"out={tmp_path / 'runs'}", "dry_run=true"]) == 0
+    assert capsys.readouterr().out.count("diffaccel fit") == 2
+
+
 def test_only_what_is_asked_for_and_needed(folder: Path, tmp_path: Path):
     assert names(plan(str(folder), tmp_path, ["a_density"])) == ["score", "a_density"]
     assert names(plan(str(folder), tmp_path, ["best"])) == ["score"]
@@ -83,6 +102,20 @@ def test_shipped_weights_are_done_and_read_from_where_they_are(folder: Path, tmp
     fits = plan(str(folder), tmp_path)
     assert [fit.done for fit in fits] == [True, False, False]
     assert fits[1].words() == [f"out={tmp_path / 'a_chain'}", "resume=auto"]
+
+
+def test_weights_of_other_images_end_the_plan(folder: Path, tmp_path: Path):
+    said = {"kind": "denoiser", "images_seen": 320, "steps": 10, "data": "digits 8x8"}
+    for limit in (None, 500):
+        config = load(str(folder / "score.yaml"), [] if limit is None else [f"limit={limit}"])
+        said["training_images"] = build_data(config).identify()
+        save_weights(tmp_path / "score" / "ema.safetensors", {}, said)
+        settings = ["images=320", f"limit={limit or 'null'}"]
+        assert plan(str(folder), tmp_path, settings=settings)[0].done
+    with pytest.raises(
+        UsageError, match="trained on 500 images of 'digits 8x8', which are not the 1,437 of .*: remove"
+    ):
+        plan(str(folder), tmp_path, settings=["images=320"])
 
 
 @pytest.mark.parametrize(("seen", "steps", "done"), [(100, 10, False), (320, 10, True), (400, 10, True), (57, 0, True)])
@@ -192,6 +225,21 @@ def test_an_interrupt_in_the_middle_changes_nothing(
     ).read_bytes()
     assert main(["bench", str(folder / "a_density.yaml"), "nfe=5", "dry_run=true"]) == 0
     assert all(fit.done and not fit.words()[2:] for fit in plan(str(folder), tmp_path / "none"))
+
+
+def test_an_extractor_has_no_settings_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    judges = [{"name": "small", "path": "weights/judge.safetensors"}]
+    folder = write(
+        tmp_path / "own",
+        base={"data": "digits", "shape": [1, 8, 8], "network": NETWORK, "judges": judges},
+        judge={"base": "base.yaml", "method": "extractor"},
+        score={"base": "base.yaml", "method": "diffusion", "checkpoint": "weights/score.safetensors"},
+    )
+    words = ["images=64", "training.lr=0.1", "seed=1"]
+    assert main(["train", str(folder), f"out={tmp_path}", "dry_run=true", *words]) == 0
+    commands = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if " fit " in line}
+    kept = {name: [word in commands[str(folder / f"{name}.yaml")] for word in words] for name in ("judge", "score")}
+    assert kept == {"judge": [False, False, True], "score": [True, True, True]}
 
 
 def test_a_dry_run_prints_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """What an installation brings: the experiments, and all that is imported, in versions that are tried."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import pytest
 import torch
 import yaml
 
+import diffaccel
 from diffaccel.__main__ import main
 from diffaccel.data import SOURCES
 from diffaccel.density import DENSITIES, TrainingImages
 from diffaccel.errors import UsageError
 from diffaccel.features.packaged import EfficientNetLite0, MobileNetV2
 from diffaccel.features.perceptual import build_lpips
+from diffaccel.noise import NoiseStreams
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -45,6 +48,14 @@ trees = {name: json.dumps(as_written(load(name)), default=str) for name in names
 print(json.dumps({name: re.findall(f"{EXPERIMENTS}/([^\\"]+)", tree) for name, tree in trees.items()}))
 """
 
+
+# Whether the noise has its compiled loop, and its numbers.
+DRAW = """
+import hashlib, torch
+from diffaccel.noise import NoiseStreams, host
+drawn = NoiseStreams(3, range(5)).normal(torch.empty(5, 3, 8, 8))
+print(host.compiled_loop(), hashlib.sha256(drawn.numpy().tobytes()).hexdigest())
+"""
 
 BROUGHT = {"triton": "torch", "huggingface_hub": "transformers"}
 """Package -> dependency that requires it: PyTorch with CUDA, the library of text encoders."""
@@ -167,7 +178,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from the sdist."""
+    """A wheel built from the sdist, as that of a release."""
     return build("build_wheel", sdist, tmp_path_factory.mktemp("wheel"))
 
 
@@ -181,7 +192,9 @@ def installed(wheel: Path) -> Path:
 
 
 def build(hook: str, source: Path, target: Path) -> Path:
-    subprocess.run([sys.executable, "-c", BUILD, hook, str(target)], cwd=source, check=True, capture_output=True)
+    environment = os.environ | {"DIFFACCEL_PURE": "1"}
+    command = [sys.executable, "-c", BUILD, hook, str(target)]
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
     (file,) = target.iterdir()
     return file
 
@@ -203,7 +216,8 @@ def files(folder: Path, *patterns: str) -> set[str]:
 
 
 def test_sdist_contains_what_a_wheel_is_built_from(sdist: Path) -> None:
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "diffaccel/py.typed"):
+    names = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "diffaccel/py.typed")
+    for name in (*names, "diffaccel/noise/philox.c"):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
     assert not (sdist / "tests").exists()
     assert files(sdist, "**/*_raw.*", "**/results") == set()
@@ -217,6 +231,16 @@ def test_wheel_contains_every_experiment_and_the_marker_of_types(wheel: Path, in
     for name in files(package / "experiments", "*/*.*", "*/weights/*.*"):
         assert (package / "experiments" / name).read_bytes() == (ROOT / "experiments" / name).read_bytes()
     assert files(package, "**/*_raw.*", "**/results") == set()
+
+
+def test_one_wheel_is_for_every_platform_and_python(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    """PyPI takes no wheel of a plain Linux, and a compiled one would not install on the other versions of Python."""
+    assert wheel.name == f"diffaccel-{diffaccel.__version__}-py3-none-any.whl"
+    assert files(installed, "**/*.so", "**/*.pyd", "**/*.c") == set()
+    assert "DIFFACCEL_PURE=1" in (ROOT / ".ci" / "package").read_text()
+    done = python(installed, tmp_path / "empty", "-c", DRAW)
+    own = hashlib.sha256(NoiseStreams(3, range(5)).normal(torch.empty(5, 3, 8, 8)).numpy().tobytes()).hexdigest()
+    assert done.stdout.split() == ["None", own], done.stderr
 
 
 def test_wheel_has_the_files_that_its_experiments_name(installed: Path, tmp_path: Path) -> None:

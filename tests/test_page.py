@@ -37,6 +37,7 @@ def made(method: str, solver: str, nfe: int, seed: int = 0, offset: float = 0.0)
     kept = full + 0.01 * common.standard_normal(10) + 0.002 * own.standard_normal(10)
     parts = Resampled(np.float64(full), kept, np.full(10, float(BLOCK)), kept[:0], kept[:0])
     metrics = {"fd_a": full, "fd_a_inf": full - 0.01, "fd_a_se": float(parts.extrapolated().se), "recall": 0.5}
+    metrics["fd_a_floor"] = 0.25
     chain = {"chains": 100, "metrics": {**metrics, "coverage": 0.4, "effective_n": 812.0, "near_repeats": 0.031}}
     point = {
         **{"method": method, "solver": solver, "prior": "gaussian", "experiment": "digits/edm", "data": "digits"},
@@ -49,6 +50,7 @@ def made(method: str, solver: str, nfe: int, seed: int = 0, offset: float = 0.0)
         },
         **{"extractor": {"name": "a", "sha256": "b" * 64, "dim": 64}, "metrics": metrics, "jackknife": parts.record()},
         **{"reference": {"name": "digits", "sha256": "c" * 64, "n": 1000}, "precision": "32-true"},
+        **{"floor": {"n": 360, "sha256": "e" * 64}, "words": ["judges=a,b"]},
         **{"key": f"{own.integers(2**60):016x}", "images_sha256": f"{own.integers(2**60):x}"},
         **(chain if method == "dlg" else {}),
     }
@@ -123,6 +125,11 @@ def test_it_opens_without_an_error_or_a_request(opened: Browser):
     assert opened.js("return document.querySelectorAll('#strip img').length") == 160
     assert opened.js("return [...document.images].every(one => one.complete && one.naturalWidth > 0)")
     assert opened.js("return document.getElementById('chart').data.length") == 21, "the curves and the front"
+
+
+def test_the_floor_states_its_number_of_images(opened: Browser):
+    assert opened.texts("#grid tbody tr.floor th") == ["360 held-out real images"]
+    assert set(opened.texts("#grid tbody tr.floor td")) == {"0.25"}
 
 
 def test_columns_are_sorted_in_both_directions(opened: Browser):

@@ -27,8 +27,10 @@ from foreign import (
 )
 from torch import Tensor
 
+from diffaccel.config import load
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
+from diffaccel.experiment.build import build_frozen
 from diffaccel.pretrained import convert, describe, read
 from diffaccel.pretrained.score_sde import listing
 from diffaccel.process import Prediction, expand
@@ -115,6 +117,20 @@ def test_the_largest_level_is_the_file_s_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sigma_max="):
         read(tmp_path / "b.pth")
     assert read(tmp_path / "b.pth", sigma_max=378.0).denoiser["ratio_max"] == 756.0
+    other = read(tmp_path / "a.pth", sigma_max=50.0, size=64)
+    assert other.denoiser["ratio_max"] == 100.0 and "replaced size=32 and sigma_max=348.0 of the file" in describe(
+        other
+    )
+    assert "replaced" not in describe(read(tmp_path / "a.pth", sigma_max=348.0, size=32))
+
+
+def test_options_that_a_file_has_no_use_for_are_refused(tmp_path: Path, edm_modules: None) -> None:
+    network = random_network(1, **VE)
+    write_pickle(tmp_path / "edm.pkl", edm_content(network, VE))
+    torch.save(score_sde_content(random_network(1, **VP), random_network(2, **VP)), tmp_path / "vp.pth")
+    for file, key in (("edm.pkl", "size"), ("edm.pkl", "sigma_max"), ("vp.pth", "sigma_max")):
+        with pytest.raises(UsageError, match=f"{key}=64 has no use .*: leave it out"):
+            read(tmp_path / file, **{key: 64})
 
 
 def test_attention_tells_the_size_of_the_images(tmp_path: Path) -> None:
@@ -174,6 +190,17 @@ def test_dhariwal_s_network_in_edm_s_preconditioning(tmp_path: Path, edm_modules
     x_t, t = denoiser.process.from_ratio(y, sigma.double())
     expected = expand(0.25 / (sigma**2 + 0.25), y) * y + expand(0.5 * sigma / (sigma**2 + 0.25).sqrt(), y) * expected
     assert off(denoiser(x_t, t, labels).x_0, expected) < 1e-4
+
+
+def test_a_dry_run_refuses_guidance_without_a_null_class(tmp_path: Path, edm_modules: None) -> None:
+    theirs = Dhariwal([1], blocks=1, attention=[], width=64, classes=10)
+    theirs.arguments["label_dropout"] = 0
+    theirs.made(3, torch.Generator().manual_seed(0))
+    write_pickle(tmp_path / "a.pkl", theirs.content("EDMPrecond"))
+    config = load("cifar10_small/edm", [f"checkpoint={tmp_path / 'a.pkl'}", "guidance=1"])
+    sampler = build_frozen(config, load=False)
+    with pytest.raises(UsageError, match="trained without condition, which this network was not"):
+        sampler.plan(9, 20)
 
 
 def test_iddpm_reads_the_nearest_level_and_leaves_the_variances(tmp_path: Path, edm_modules: None) -> None:

@@ -244,6 +244,7 @@ def test_the_scheduler_s_default_is_not_trusted(tmp_path: Path, scheduler: dict[
     with pytest.raises(UsageError, match="sigma_max="):
         read(tmp_path / "a")
     assert read(tmp_path / "a", sigma_max=348.0).denoiser["ratio_max"] == 696.0
+    assert "replaced" not in read(tmp_path / "a", sigma_max=348.0).source
 
 
 def test_folders_that_lack_something(tmp_path: Path) -> None:

@@ -255,6 +255,8 @@ def test_sizes_that_the_file_has_or_is_given(tmp_path: Path) -> None:
     UNet2D(seed=1).save(tmp_path / "unet", sample_size=None)
     save_scheduler(tmp_path)
     assert read(tmp_path, size=16).shape == (3, 16, 16)
+    with pytest.raises(UsageError, match="sigma_max=50 has no use"):
+        read(tmp_path, size=16, sigma_max=50)
     UNet2D(seed=1).save(tmp_path / "unet", sample_size=[16, 8])
     found = read(tmp_path)
     assert found.shape == (3, 16, 8) and found.network["attention"] == [8]

@@ -127,7 +127,12 @@ def test_curve_shows_every_series_and_the_floor(tmp_path, figures):
     plot_curve(points, tmp_path / "curve.png", "title", [Published("DDIM", 10, 13.4)], floor=0.5)
     (axes,) = figures[0].axes
     assert axes.get_ylabel() == "fd_digits@5000" and axes.get_xscale() == axes.get_yscale() == "log"
-    expected = ["edm (heun, gaussian), 1 to 2 seeds", "tdpm (heun, gaussian)", "Pareto front", "real images (0.5)"]
+    expected = [
+        "edm (heun, gaussian), 1 to 2 seeds",
+        "tdpm (heun, gaussian)",
+        "Pareto front",
+        "held-out real images (0.5)",
+    ]
     assert labels_of(figures[0]) == expected
     lines = [np.stack(line.get_data()).tolist() for line in axes.lines]
     assert [[5, 10], [5.0, 2.0]] in lines  # through the mean of the repeated measurement
@@ -139,14 +144,19 @@ def test_curve_shows_every_series_and_the_floor(tmp_path, figures):
 def test_curve_takes_the_floor_from_the_points(tmp_path, figures):
     one = point(5)
     one["metrics"]["fd_digits_floor"] = 0.25
+    one["floor"] = {"n": 5000, "sha256": "a"}
     plot_curve([one, point(10, n=1000)], tmp_path / "curve.png", "")
-    assert labels_of(figures[0]) == ["edm (n=5000)", "edm (n=1000)", "real images (0.25)"]
+    assert labels_of(figures[0]) == ["edm (n=5000)", "edm (n=1000)", "5000 held-out real images (0.25)"]
+    other = point(10, n=1000)
+    other["metrics"]["fd_digits_floor"], other["floor"] = 0.75, {"n": 1000, "sha256": "a"}
+    plot_curve([one, other], tmp_path / "curve.png", "")
+    assert labels_of(figures[1]) == ["edm (n=5000)", "edm (n=1000)"], "two floors are none"
 
 
 def test_a_floor_far_below_does_not_squeeze_the_curves(tmp_path, figures):
     plot_curve([point(5), point(10)], tmp_path / "curve.png", "", floor=1e-4)
     axes = figures[0].axes[0]
-    assert "real images (0.0001, below)" in labels_of(figures[0])
+    assert "held-out real images (0.0001, below)" in labels_of(figures[0])
     assert axes.get_ylim()[0] > 0.1
 
 

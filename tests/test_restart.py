@@ -8,6 +8,7 @@ from diffaccel.denoiser import GaussianDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import EvaluationCounter
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.history import explicit
 from diffaccel.prior import PRIORS, RestartPrior
 from diffaccel.process import EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.solver import SOLVERS
@@ -58,6 +59,28 @@ def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
     assert counter.evaluations["denoiser"] == 5 * 14 + n * 4
 
 
+@pytest.mark.parametrize(("chain_steps", "spent"), [(2, 2), (3, 2), (5, 4), (None, 6)])
+def test_a_round_is_planned_as_what_its_solver_can_spend(chain_steps, spent):
+    prior = RestartPrior(chains=5, init_steps=7, chain_steps=chain_steps, share=0.45, solver={"name": "heun"})
+    plan = prior.plan(SOLVERS.build({"name": "ddim"}), 20, 15)
+    assert plan.chain_steps == spent and plan.steps == (20 - 5 - spent if chain_steps else 20 - 5 - 7)
+    least = spent if chain_steps else 2
+    with pytest.raises(UsageError, match=rf"the minimum of {5 - 1 / 3 + least + 1:.3g}\d* \({least} chain step"):
+        prior.plan(SOLVERS.build({"name": "ddim"}), 5 + least, 15)
+
+
+def test_another_solver_has_its_own_defaults():
+    """The chain's default solver has a key that differs from the solver's own default."""
+    made = {node: PRIORS.build({"name": "restart", "solver": node}).init_solver for node in ("heun", "dpmpp3m")}
+    assert type(made["heun"]) is SOLVERS["heun"]
+    assert made["dpmpp3m"].lower_order_final is True
+    for node in ({"grid": {"rho": 3.0}}, {"name": "dpmpp2m", "grid": {"rho": 3.0}}):
+        kept = PRIORS.build({"name": "restart", "solver": node}).init_solver
+        assert (kept.lower_order_final, kept.grid.rho) == (False, 3.0)
+        recorded = explicit({"prior": {"name": "restart", "solver": node}})["prior"]["solver"]
+        assert PRIORS.build({"name": "restart", "solver": recorded}).init_solver == kept
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,6 +89,10 @@ def test_a_chain_costs_its_way_from_noise_once_and_its_rounds():
         ({"chains": 0}, "chains is 0"),
         ({"images_per_chain": 0}, "images_per_chain is 0"),
         ({"solver": {"name": "hein"}}, "heun"),
+        ({"solver": "rk45"}, "RK45, which is adaptive"),
+        ({"solver": "heun", "chain_steps": 1}, "chain_steps is 1, but Heun takes at least 2"),
+        ({"solver": {"grid": {"name": "ddm", "final_evaluation": False}}}, "grid .* ignores ratio_min"),
+        ({"solver": {"grid": "index"}}, "grid .* ignores ratio_min"),
     ],
 )
 def test_options_out_of_range(options, message):

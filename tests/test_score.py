@@ -18,6 +18,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 import diffaccel as da
 from diffaccel.__main__ import main
 from diffaccel.data import DataModule
+from diffaccel.data.source import random_order
 from diffaccel.evaluation import pictures as pictures_of_points
 from diffaccel.evaluation import scoring
 from diffaccel.metrics.reference import read_reference
@@ -102,11 +103,19 @@ def test_the_same_images_have_the_metrics_of_the_bench(made: Path, tmp_path: Pat
     (bench,) = read_points(made / "bench" / "points.jsonl")
     point = score(tmp_path, made / name, experiment)
     assert len(bench["metrics"]) > 10 and bench["memorisation"]["closest"]
-    for key in ("metrics", "memorisation", "images_sha256", "n", "extractor", "reference", "floor", "data"):
+    known = not name.startswith("alien")
+    by_order = ("fd_digits_inf", "kid_se", "fd_digits_se")  # by blocks of images, whose order is another one
+    assert point["metrics"].keys() == bench["metrics"].keys()
+    for key, value in bench["metrics"].items():
+        if known or key not in by_order:
+            assert point["metrics"][key] == (value if known else pytest.approx(value, rel=1e-6)), key
+    for mine, theirs in zip(point["memorisation"]["closest"], bench["memorisation"]["closest"], strict=True):
+        assert mine == pytest.approx(theirs)
+    for key in ("images_sha256", "n", "extractor", "reference", "floor", "data", "neighbourhoods"):
         assert point[key] == bench[key], key
     same = ["method", "nfe", "nfe_budget", "nfe_burn_in", "seed", "noise", "chains", "settings", "prior", "solver"]
     same += ["experiment", "process", "checkpoint", "configuration", "evaluations", "precision", "tuned", "by_budget"]
-    if not name.startswith("alien"):
+    if known:
         assert [key for key in same if point[key] != bench[key]] == []
     else:
         assert point["method"] == "alien" and point["nfe"] is None and point["seed"] is None
@@ -132,8 +141,85 @@ def test_the_python_function_returns_the_point(made: Path, tmp_path: Path):
     point = da.score(made / "alien", "digits", name="mine", nfe=4, n=100, out=tmp_path)
     (written,) = read_points(tmp_path / "points.jsonl")
     assert json.loads(json.dumps(point)) == written and (point["method"], point["nfe"], point["n"]) == ("mine", 4, 100)
-    images = np.stack([np.asarray(Image.open(file)) for file in sorted((made / "alien").iterdir())[:100]])
+    files = sorted((made / "alien").iterdir())
+    images = np.stack([np.asarray(Image.open(files[index])) for index in random_order(N)[:100].tolist()])
     assert da.measure(torch.from_numpy(images)[:, None], "digits") == point["metrics"]
+
+
+def test_images_sorted_by_class_are_not_scored_by_the_first_classes(tmp_path: Path):
+    """Real digits, sorted: recall, coverage and ``n=`` of the first images alone would be those of three classes."""
+    images = DataModule({"name": "digits"}).images("train")
+    order = images.labels.argsort(stable=True)
+    path = save(tmp_path / "sorted.npz", images=images.read(order)[:, 0].numpy())
+    point = score(tmp_path / "all", path, "digits", "metrics=[frechet,manifold,kid]")["metrics"]
+    assert point["recall"] > 0.75 and point["coverage"] > 0.9
+    part = score(tmp_path / "part", path, "digits", "n=400", "metrics=frechet")["metrics"]
+    assert part["fd_digits"] < 1.0  # 8.9 for the first 400
+
+
+def test_samples_of_a_condition_stay_together(tmp_path: Path):
+    """As in a bench: blocks of whole conditions, and the classes that the images were made for."""
+    words = ["digits_text/edm", "nfe=5", "n=60", "condition.samples=3", "metrics=[frechet,kid,accuracy]"]
+    assert main(["bench", *words, "logger=none", f"out={tmp_path / 'bench'}"]) == 0
+    assert main(["sample", *words[:-1], "format=npz", f"out={tmp_path}"]) == 0
+    (bench,) = read_points(tmp_path / "bench" / "points.jsonl")
+    point = score(tmp_path / "scored", tmp_path / "images_nfe5", "digits_text", words[-1])
+    assert point["metrics"] == bench["metrics"] and "accuracy_se" in point["metrics"]
+
+
+def test_images_with_mended_labels_are_scored_again(tmp_path: Path):
+    images = DataModule({"name": "digits"}).images("test")
+    arrays = {"images": images.images[:50].permute(0, 2, 3, 1).numpy(), "labels": images.labels[:50].numpy()}
+    words = ["digits_text", "metrics=[frechet,accuracy]"]
+    wrong = save(tmp_path / "own.npz", **{**arrays, "labels": 9 - arrays["labels"]})
+    assert score(tmp_path / "scored", wrong, *words)["metrics"]["accuracy"] < 0.2
+    right = save(tmp_path / "own.npz", **arrays)
+    assert score(tmp_path / "scored", right, *words)["metrics"]["accuracy"] > 0.9
+
+
+def test_the_accuracy_of_unknown_classes_is_refused(made: Path, refused: Callable[..., str]):
+    said = refused(made / "png", "digits", "metrics=[frechet,accuracy]")
+    assert "the classes of the images are unknown" in said and "sample them with format=npz" in said
+
+
+def test_a_folder_of_several_budgets_is_not_one_set(made: Path, refused: Callable[..., str]):
+    said = refused(made, "digits")
+    assert "images of `diffaccel sample` in folders of their own (npz, png)" in said
+
+
+def test_a_part_of_the_images_of_chains_is_refused(tmp_path: Path, refused: Callable[..., str]):
+    """The burn-in of their NFE is shared by all of them."""
+    assert main(["sample", "digits/dlg", "nfe=12", "n=60", "chains=15", f"out={tmp_path}"]) == 0
+    assert "60 images of 15 chains, whose burn-in is shared" in refused(tmp_path / "images_nfe12", "digits", "n=30")
+
+
+def test_the_statistics_of_training_images_are_no_floor(made: Path, refused: Callable[..., str], tmp_path: Path):
+    for floor in ("reference.npz", "floor.npz"):
+        words = [f"reference={WEIGHTS / 'floor.npz'}"] if floor == "floor.npz" else []
+        said = refused(made / "png", "digits", *DIGITS, *words, f"floor={WEIGHTS / floor}")
+        assert "contains statistics of training images, and a floor those of held-out images" in said
+    words = ["digits/edm", "nfe=4", "n=20", "logger=none", f"out={tmp_path}"]
+    assert main(["bench", *words, f"floor={WEIGHTS / 'reference.npz'}"]) == 2
+    with pytest.raises(da.UsageError, match="statistics of training images"):
+        da.measure(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "digits", floor=WEIGHTS / "reference.npz")
+
+
+def test_a_floor_has_the_shape_of_the_images(made: Path, tmp_path: Path, refused: Callable[..., str]):
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    for index in range(8):
+        Image.fromarray(np.full((16, 16), index, np.uint8)).save(larger / f"{index}.png")
+    said = refused(made / "png", "digits", *DIGITS, f"floor={larger}")
+    assert "the images are 8x8 grey, those of the floor 'larger' 16x16 grey" in said
+
+
+def test_two_judges_are_two(made: Path, refused: Callable[..., str], tmp_path: Path):
+    mu, sigma = gaussian(0, 64)
+    node = DIGITS[0].partition("=")[2]
+    assert "two of them are called 'digits'" in refused(made / "png", "digits", f"judges=[{node},{node}]")
+    one = save(tmp_path / "one.npz", mu=mu, sigma=sigma)
+    said = refused(made / "png", "digits", f"judges=[{node},{{name: identity, dim: 64}}]", f"reference={one}")
+    assert "is one file, but there are 2 judges" in said
 
 
 def test_the_reference_may_be_images(made: Path, tmp_path: Path):
@@ -292,7 +378,7 @@ def test_statistics_as_reference_allow_the_distance_alone(made: Path, tmp_path: 
     point = score(tmp_path / "out", made / "alien", f"reference={file}", *DIGITS, floor)
     assert "only the Frechet distance" in capsys.readouterr().err
     assert point["metrics"].keys() == FRECHET
-    for key in FRECHET:
+    for key in FRECHET - {"fd_digits_inf", "fd_digits_se"}:  # by blocks of images, whose order is another one
         assert point["metrics"][key] == pytest.approx(bench["metrics"][key], rel=1e-9)
     assert point["reference"]["n"] is None and point["reference"]["name"] == "adm.npz"
     given = score(tmp_path / "given", save(tmp_path / "s.npz", **arrays), "digits")
@@ -400,6 +486,7 @@ def files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "edm.pkl").write_bytes(pickle.dumps({"mu": [0.0], "sigma": [[1.0]]}))
     (folder / "empty").mkdir()
     np.save(folder / "array.npy", np.zeros(3))
+    torch.save({"mu": torch.zeros(2), "sigma": torch.eye(2)}, folder / "edm.pt")
     zeros = np.zeros
     arrays = {
         "channels first": ({"arr_0": zeros((4, 3, 8, 8), np.uint8)}, "with channels last, (N, H, W, C)"),
@@ -408,6 +495,7 @@ def files(folder: Path) -> dict[str, tuple[Path, str]]:
         "code": ({"mu": np.array([{}, 1], dtype=object), "sigma": np.eye(2)}, "contains Python objects"),
         "shapes": ({"mu": zeros(3), "sigma": np.eye(4)}, "has shape (3,) and 'sigma' (4, 4)"),
         "nan": ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
+        "negative": ({"mu": zeros(2), "sigma": -np.eye(2)}, "has negative variances"),
         "asymmetric": ({"mu": zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "is not symmetric"),
     }
     found = {name: (save(folder / f"{name}.npz", **each), said) for name, (each, said) in arrays.items()}
@@ -415,6 +503,7 @@ def files(folder: Path) -> dict[str, tuple[Path, str]]:
         "page": (folder / "page.npz", "a web page"),
         "torn": (folder / "torn.zip", "truncated or not zip"),
         "pickle": (folder / "edm.pkl", "is a pickle, which may contain code and is not opened"),
+        "torch": (folder / "edm.pt", "is a file of torch.save, which may contain code and is not opened"),
         "empty": (folder / "empty", "contains no images"),
         "bare": (folder / "array.npy", "is a single array"),
         "missing": (folder / "missing", "does not exist: give a folder or a zip archive of images, or an npz file"),

@@ -110,6 +110,15 @@ def test_the_kernel_distance_has_an_error_and_a_floor():
     assert measured(scores(rows[:3], real), "kid").values.keys() & {"kid", "kid_se"} == {"kid"}
 
 
+def test_the_threshold_of_copies_is_of_all_classes(monkeypatch: pytest.MonkeyPatch):
+    """Held-out images are sorted by class; those of the first class are 1 off, the others equal training images."""
+    monkeypatch.setattr("diffaccel.metrics.base.COMPARED", 200)
+    training = 4 * torch.arange(400.0)[:, None]
+    held_out = training + (torch.arange(400) < 200)[:, None]
+    real = Real(reference(0.0, 1.0, training), reference(0.0, 1.0, held_out))
+    assert real.copy_threshold.item() == 0
+
+
 def test_the_threshold_of_copies_is_computed_once_for_all_points(monkeypatch: pytest.MonkeyPatch):
     """And is that of :func:`memorised` alone."""
     rows, held_out = 10 * torch.arange(200.0)[:, None], 10 * torch.arange(200.0)[:, None] + 5

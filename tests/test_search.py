@@ -16,6 +16,7 @@ from diffaccel.denoiser import FiniteSetDenoiser, GaussianDenoiser, MixtureDenoi
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.evaluation.space import check_space, draw
+from diffaccel.experiment import build_frozen, build_searcher
 from diffaccel.noise import NoiseStreams
 from diffaccel.process import Decoupled, EDMVarianceExploding, Process, VariancePreserving
 from diffaccel.report import read_points
@@ -156,16 +157,26 @@ def test_an_euler_step_of_a_gaussian_costs_its_closed_form():
     torch.testing.assert_close(fine.cost[0, 15:-1], ((tangent - scale).abs() * size)[15:-1], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("ratio", [40.0, 150.0])
 @pytest.mark.parametrize("denoise", [True, False])
-def test_a_grid_is_its_path(denoise: bool):
-    """Its steps lie at the levels that were found, down to ratio 0 or to the least positive one."""
+def test_a_grid_is_its_path(denoise: bool, ratio: float):
+    """Its steps lie at the levels that were found, down to ratio 0 or to the least positive one, from any start."""
     process = VariancePreserving()
-    x, t = starts(process, 40.0)
+    x, t = starts(process, ratio)
     fine = FineTrajectory(mixture(process), x, t, levels=12)
     path = fine.path(5, 1.2, denoise)
     times = fine.grid(5, 1.2, denoise)(process, t, 5, denoise)
     torch.testing.assert_close(process.ratio(times), fine.ratio[path], rtol=2e-3, atol=0)
     assert fine.grid(1, denoise=True) == Listed()
+
+
+def test_a_grid_ends_in_the_trained_range():
+    process = EDMVarianceExploding()
+    denoiser = mixture(process)
+    for low, end in ((0.01, 0.01), (0.0, 0.002)):
+        denoiser.ratio_range = (low, 80.0)
+        fine = FineTrajectory(denoiser, *starts(process, 40.0), levels=10)
+        torch.testing.assert_close(fine.ratio[-2], torch.full((32,), end, dtype=torch.float64))
 
 
 def test_no_grid_from_infinite_ratio():
@@ -254,7 +265,8 @@ def test_winners_of_other_budgets_stay(tmp_path: Path, capsys):
     assert main(["search", "toy/ddpm", *words, "nfe=[5]"]) == 2
     assert "best.yaml is not from a search of" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "best.yaml").read_text() == content
-    other = (tmp_path / "best.yaml").read_text().replace("name: ", "name: no_", 1)  # as after another search
+    before, entries = content.split("by_nfe:")
+    other = before + "by_nfe:" + entries.replace("name: ", "name: no_", 1)  # as after another search
     (tmp_path / "best.yaml").write_text(other)
     assert main(["search", "toy/edm", *words, "nfe=[5]"]) == 0
     assert "nfe 5: best.yaml had another winner" in capsys.readouterr().err
@@ -273,9 +285,32 @@ def test_chains_are_as_many_per_image_as_in_the_end(tmp_path: Path, capsys, monk
     for trial in found:
         assert 38 < trial["nfe"] <= 40
         assert trial["n"] / trial["chains"] == trial["drawn"]["prior"]["images_per_chain"]
+        assert trial["neighbourhoods"] == trial["n"]
     capsys.readouterr()
     assert main(["search", "toy/dlg", space, *words, "chains=40", f"out={tmp_path}"]) == 2
     assert "set prior.images_per_chain=10 and prior.chains=null" in capsys.readouterr().err
+
+
+def test_settings_are_planned_with_exact_counts():
+    """Guidance in an interval doubles the evaluations there only, so that more steps fit the budget."""
+    words = ["network.classes=10", "checkpoint=null", "search.space={gamma: [1.0]}", "search.images=[20]", "n=20"]
+    config = load("digits/edm", words)
+    sampler = build_frozen(config, load=False)
+    searcher = build_searcher(config, sampler)
+    guided = {
+        "name": "ddim",
+        "guidance": 1.0,
+        "guidance_interval": [0.5, 1.0],
+        "grid": {"name": "listed", "gamma": 1.0},
+    }
+    settings = {"prior": {"name": "gaussian"}, "solver": guided}
+    with torch.inference_mode():
+        assert searcher._problem(sampler, 2, settings) == ""
+        found = searcher._filled(sampler, 6, settings)["solver"]
+    with_log_snr = SOLVERS.build({**guided, "grid": "listed"})  # a listed grid without levels of its own
+    planned = sampler.using(sampler.prior, with_log_snr).plan(6, 20).steps
+    assert len(found["grid"]["fractions"]) == planned > 3 == sampler.prior.plan(with_log_snr, 6, 20).steps
+    assert "below the minimum" in searcher._problem(sampler, 0, settings)
 
 
 def test_a_setting_that_fails_is_noted_and_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -317,5 +352,7 @@ def test_a_searched_grid_is_written_out(tmp_path: Path):
         assert low[0.3] > 10 * low[1.0] > 100 * low[3.0]
     for trial in listed:
         grid = trial["settings"]["solver"]["grid"]
-        assert set(grid) == {"name", "ratio_min", "fractions"} and math.isfinite(trial["metrics"]["fd_identity"])
+        assert set(grid) == {"name", "ratio_min", "ratio_cap", "fractions"} and math.isfinite(
+            trial["metrics"]["fd_identity"]
+        )
         assert isinstance(SOLVERS.build(trial["settings"]["solver"]).grid, Listed)

@@ -25,7 +25,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, metrics: Callable[[Plan, int, int]
     def measure(self: Evaluator, sampler: Sampler, budget: float, plan: Plan, **keys: Any) -> dict[str, Any]:
         calls.append((plan, self.n, self.seed))
         chains = plan.prior.chains_for(self.n) if isinstance(plan.prior, ChainPrior) else None
-        return {"nfe": budget, "chains": chains, "metrics": metrics(plan, self.n, self.seed)}
+        found = {"nfe": budget, "chains": chains, "neighbourhoods": self.n}
+        return {**found, "metrics": metrics(plan, self.n, self.seed)}
 
     monkeypatch.setattr(Evaluator, "measure", measure)
     return calls
@@ -63,10 +64,18 @@ def test_repetition_does_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_space_of_repetition_has_no_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    scripted(monkeypatch, lambda plan, n, seed: {"fd_identity": 1.0, "recall": 0.5, "effective_n": 5.0})
+    """Nor is one a setting that failed, which has no reason to be excluded."""
+
+    def metrics(plan: Plan, n: int, seed: int) -> dict[str, float]:
+        if isinstance(plan.prior, ChainPrior) and plan.prior.images_per_chain == 25:
+            raise UsageError("the chain turned to NaN")
+        return {"fd_identity": 1.0, "recall": 0.5, "effective_n": 5.0}
+
+    scripted(monkeypatch, metrics)
     assert main(["search", "toy/dlg", CHAINS, *CHAIN_WORDS, f"out={tmp_path}"]) == 2
     said = capsys.readouterr().err.replace("\n", " ")
     assert "no setting is eligible" in said and "worth 5 independent ones" in said
+    assert "this inf (failed: the chain turned to NaN)" in said
     assert not (tmp_path / "best.yaml").exists()
 
 
@@ -75,18 +84,31 @@ def test_a_space_of_repetition_has_no_winner(tmp_path: Path, monkeypatch: pytest
     [({}, {}, ""), ({"recall": 0.4}, {}, "recall of 0.400"), ({"recall": 0.44}, {}, ""),
      ({"near_repeats": 0.15}, {}, ""), ({"near_repeats": 0.17}, {}, "near repeats of 0.17"),
      ({"effective_n": 199}, {}, "2000 images that are worth 199"), ({"effective_n": 201}, {}, ""),
+     ({"recall": 0.4, "neighbourhoods": 360}, {}, ""), ({"recall": 0.39, "neighbourhoods": 360}, {}, "recall of 0.390"),
      ({"recall": 0.0}, {"recall": None}, ""), ({"recall": None, "near_repeats": None}, {}, ""),
      ({"recall": 0.4, "chains": None, "effective_n": 1}, {}, "")],
 )  # fmt: skip
 def test_what_is_eligible(changed: dict[str, Any], independent: dict[str, float], said: str):
-    """0.9 of the recall of independent images less two standard errors, here 0.022; 0.1 more near repeats; a tenth."""
-    chains = changed.get("chains", 40)
+    """0.9 of the recall of independent images less two standard errors, here 0.022; 0.1 more near repeats; a tenth.
+
+    The standard error is that of the images that recall is computed of: 0.026 for 360 held-out ones.
+    """
+    trial = {"n": 2000, "chains": changed.pop("chains", 40), "neighbourhoods": changed.pop("neighbourhoods", 2000)}
     metrics = {"recall": 0.5, "effective_n": 2000, "near_repeats": 0.0, **changed}
-    found = exclusion(
-        {"n": 2000, "chains": chains, "metrics": metrics}, {"recall": 0.5, "near_repeats": 0.06, **independent}
-    )
+    found = exclusion({**trial, "metrics": metrics}, {"recall": 0.5, "near_repeats": 0.06, **independent})
     assert found == "" if said == "" else said in found
-    assert exclusion({"n": 2000, "chains": chains, "metrics": {"recall": 0.0, "effective_n": 2000}}, {}) == ""
+    assert exclusion({**trial, "metrics": {"recall": 0.0, "effective_n": 2000}}, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["nfe=1"], "no setting of the space is possible; with the experiment's own settings: nfe=1 is below the minimum"),
+     (["by_nfe={40: {prior: {chains: 4}}}"], "set prior.images_per_chain=100 and prior.chains=null")],
+)  # fmt: skip
+def test_a_budget_without_settings_is_named(tmp_path: Path, words: list[str], named: str, capsys):
+    """And so is a number of chains that only a budget has."""
+    assert main(["search", "toy/dlg", CHAINS, *CHAIN_WORDS, *words, f"out={tmp_path}"]) == 2
+    assert named in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_best_of_many_is_confirmed_on_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -126,11 +148,26 @@ def test_candidates_come_first_and_count_as_trials(tmp_path: Path, monkeypatch: 
     assert "fractions" in trials(tmp_path)[2]["settings"]["solver"]["grid"]
 
 
+def test_a_candidate_s_grid_may_be_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Null as in a bench, and in the space too; gamma is in place of the levels of the experiment's own listed grid."""
+    scripted(monkeypatch, lambda plan, n, seed: {"fd_identity": float(plan.steps)})
+    given = ("search.candidates=[{solver: {name: heun, grid: null}}, {solver: {grid: {gamma: 1.1}}}]",
+             "search.space={solver.grid: [null]}", "solver.grid={name: listed, ratio_cap: 20}")  # fmt: skip
+    words = ["nfe=[6]", "n=400", "search.trials=4", "search.images=[50]", "search.confirm.best=1", f"out={tmp_path}"]
+    assert main(["search", "toy/edm", *given, *words]) == 0
+    grids = [trial["drawn"]["solver"].get("grid") for trial in trials(tmp_path)]
+    assert grids == [{"name": "listed", "ratio_cap": 20}, None, {"name": "listed", "gamma": 1.1}, None]
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [("[{solvr: heun}]", "candidates.0"), ("[heun]", "candidates.0"), ("[{}]", "candidates.0"),
      ("[{solver: heunn}]", "did you mean 'heun'"), ("[{solver: {name: heun, rho: 3}}]", "'rho'"),
-     ("[{prior: {ratio_stra: 3}}]", "'ratio_stra'")],
+     ("[{prior: {ratio_stra: 3}}]", "'ratio_stra'"), ("[{solver: null}]", "candidates.0.solver=None"),
+     ("[{solver: {grid: {name: karras, gamma: 1.1}}}]", "searched: give {name: listed, gamma: 1.1}, or remove gamma"),
+     ("[{solver: {grid: {name: listed, gamma: 1.1, ratio_min: 0.1}}}]", "or remove gamma"),
+     ("[{solver: {grid: {name: listed, gamma: no}}}]", "gamma, a positive number"),
+     ("[{solver: {grid: {name: listed, gamma: null}}}]", "'gamma'")],
 )  # fmt: skip
 def test_a_mistake_in_a_candidate(tmp_path: Path, given: str, named: str, capsys):
     assert main(["search", "toy/edm", TOY, f"search.candidates={given}", f"out={tmp_path}"]) == 2

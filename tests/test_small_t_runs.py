@@ -14,6 +14,7 @@ import torch
 from diffaccel.__main__ import main
 from diffaccel.config import load
 from diffaccel.evaluation import BitsPerDim, Evaluator
+from diffaccel.evaluation.tradeoff import TradeoffCurve
 from diffaccel.experiment import build_method
 from diffaccel.report import read_points
 from diffaccel.weights import read_description, read_weights
@@ -203,6 +204,13 @@ def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Pat
         rows = list(csv.DictReader(file))
     assert [bool(row["fd_identity_nfe4"]) for row in rows] == [True, True, False, False, False]
     assert all(float(row["bits_per_dim_bound"]) for row in rows) and (tmp_path / "tradeoff.png").is_file()
+
+
+def test_a_trade_off_plans_its_budgets_first(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(TradeoffCurve, "bounds", lambda *_: pytest.fail("a measurement"))
+    assert main(["tradeoff", "digits/small_t", "nfe=[4,1]", "n=20", f"out={tmp_path}", "logger=none"]) == 2
+    assert "nfe=1 is below the minimum" in capsys.readouterr().err
+    assert not (tmp_path / "tradeoff.csv").exists()
 
 
 def test_a_trade_off_is_not_replaced_unasked(mixture: Path, tmp_path: Path, capsys):

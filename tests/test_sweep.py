@@ -203,6 +203,34 @@ def test_a_setting_replaces_a_parameter_and_a_dry_run_prints_the_commands(
     assert line.startswith("diffaccel bench data=cifar10_small method=edm seed=1 nfe=5,10 dry_run=true out=")
 
 
+SOLVERS = {"data": {"value": "digits"}, "method": {"value": "edm"}, "solver": {"values": ["ddim", "heun"]}}
+CHAINS = {"data": {"value": "digits"}, "method": {"value": "dlg"}, "prior.chains": {"values": [3, 6]}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word", "runs"),
+    [
+        (SOLVERS, "solver.name=dpmpp2m", None),
+        ({**SOLVERS, "solver.name": {"value": "dpmpp2m"}}, "nfe=5", None),
+        ({**SOLVERS, "solver": {"values": [{"name": "ddim", "eta": 0.5}, {"name": "heun"}]}}, "solver.eta=1", None),
+        (SOLVERS, "solver.grid.rho=3", 2),
+        (SOLVERS, "solver=heun", 1),
+        (CHAINS, "chains=20", 1),
+        ({**CHAINS, "chains": {"values": [4, 5]}, "prior.chains": {"value": 3}}, "prior.chains=20", 1),
+    ],
+)
+def test_a_run_is_shown_under_values_that_have_an_effect(
+    parameters: dict[str, Any], word: str, runs: int | None, tmp_path: Path
+):
+    sweep = read_sweep(written(tmp_path, parameters))
+    if runs is not None:
+        planned = verb.plan(sweep, [word], tmp_path)
+        assert len(planned) == runs and all(bool(run.values) is (runs > 1) for run in planned)
+        return
+    with pytest.raises(UsageError, match=r"run 1 .*another setting of the run replaces solver=.*: set solver="):
+        verb.plan(sweep, [word], tmp_path)
+
+
 def test_runs_that_differ_in_budget_and_seed_share_a_folder(tmp_path: Path):
     parameters = {"data": {"value": "toy"}, "method": {"values": ["edm", "ddpm"]}, "seed": {"values": [1, 2]}}
     sweep = read_sweep(written(tmp_path, {**parameters, "nfe": {"values": [5, 10]}}))

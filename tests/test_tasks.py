@@ -11,10 +11,11 @@ from stored import RGB, N, data, save_folder, save_npz, training
 
 from diffaccel.condition import Condition, Kinds
 from diffaccel.data import ArrayImages, build_source
-from diffaccel.data.conditions import CONDITIONERS, HeldOut, build_conditioner
+from diffaccel.data.conditions import CONDITIONERS, HeldOut, build_conditioner, round_to_8_bits
 from diffaccel.data.resident import Chosen, ResidentImages
 from diffaccel.data.stream import Stream, TrainingSet, coins, to_float
 from diffaccel.errors import UsageError
+from diffaccel.experiment.identity import _condition
 from diffaccel.noise import NoiseStreams
 from diffaccel.sampling.conditions import Observed
 from diffaccel.tasks.inpainting import Inpainting
@@ -103,6 +104,36 @@ def test_imposed_images_degrade_to_the_condition(node: dict[str, object]):
         torch.testing.assert_close(again, small, atol=1e-5, rtol=1e-5)
         eight_bits = (small + 1) * 127.5
         torch.testing.assert_close(eight_bits, eight_bits.round(), atol=1e-3, rtol=0)
+
+
+@EACH
+def test_mixed_precision_changes_neither_condition_nor_projection(node: dict[str, object]):
+    """In bfloat16, whose error at 1 is half a level of 8 bits, samples would not degrade to the small image."""
+    batch, x = images(), torch.randn(6, *SHAPE)
+    observation = build_conditioner(node, SHAPE).observation
+    condition = condition_of(node, batch)
+    imposed = observation.impose(x, condition.image, condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = condition_of(node, batch)
+        again = observation.impose(x, mixed.image, mixed)
+    assert torch.equal(mixed.image, condition.image) and torch.equal(again, imposed)
+
+
+def test_imposing_on_samples_does_not_change_the_condition():
+    """Weights were trained with one condition, and may be sampled with or without imposing."""
+    node, batch = {"name": "super_resolution", "factor": 4}, images()
+    one, other = (condition_of({**node, "impose": impose}, batch).image for impose in (True, False))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["bicubic", "area"])
+def test_the_condition_of_a_small_image_is_that_of_the_whole_image(kernel: str):
+    conditioner, batch = SuperResolution(SHAPE, 4, kernel), to_float(images())
+    small = round_to_8_bits(conditioner.shrink(batch))
+    made = conditioner.degrade(batch, NoiseStreams(0, range(len(batch))))
+    torch.testing.assert_close(conditioner.of_small(small).image, made.image)
+    with pytest.raises(UsageError, match="small images have shape"):
+        conditioner.of_small(batch)
 
 
 def test_the_enlarged_image_is_near_bicubic():
@@ -209,6 +240,24 @@ def test_pairs_of_folders(tmp_path: Path):
             torch.testing.assert_close(image[0], condition[0])
     with pytest.raises(UsageError, match="data.resident=true: the conditions are read from files"):
         data("folder", path=target, resident=True, module={"conditioner": conditioner})
+
+
+def test_other_photographs_at_the_same_place_are_other_conditions(tmp_path: Path):
+    """So that a point is measured again; the place of the photographs is no part of it."""
+    target, photographs = save_folder(tmp_path / "maps"), Path(save_folder(tmp_path / "photographs"))
+
+    def identity(path: Path) -> dict[str, object]:
+        keys = {"name": "paired", "source": {"name": "folder", "path": str(path), "labels": False}}
+        source = build_source({"name": "folder", "path": target, "test_path": target, "labels": False})
+        keys["source"]["test_path"] = str(path)
+        assert "path" not in str(_condition(keys))
+        return HeldOut(build_conditioner(keys, (3, *RGB.shape[1:3])), source).identity(N)
+
+    before = identity(photographs)
+    assert identity(photographs) == before
+    assert identity(photographs.rename(tmp_path / "moved")) == before
+    save_folder(tmp_path / "moved", 255 - RGB)
+    assert identity(tmp_path / "moved") != before
 
 
 def test_pairs_under_a_limit(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 from diffaccel import UsageError, api, pretrained
 from diffaccel.__main__ import main
 from diffaccel.config import KEYS
-from diffaccel.parts.catalogue import CATALOGUE, registry_of
+from diffaccel.parts.catalogue import CATALOGUE, names_of, registry_of
 from diffaccel.verbs import VERBS, Verb
 from diffaccel.verbs.advising import OPTIONS as ADVISE_OPTIONS
 from diffaccel.verbs.asked import KEYS as SCORE_KEYS
@@ -17,7 +17,7 @@ from diffaccel.verbs.comparison import OPTIONS
 from diffaccel.verbs.curve import OWN as CURVE_KEYS
 from diffaccel.verbs.exporting import OWN as EXPORT_OPTIONS
 from diffaccel.verbs.help import COMMON, FREQUENT, KEY, keys_of, overview, text_of, wanted
-from diffaccel.verbs.names import check_names, names_of
+from diffaccel.verbs.names import check_names
 from diffaccel.verbs.new import OPTIONS as NEW_OPTIONS
 from diffaccel.verbs.sweeping import OPTIONS as SWEEP_OPTIONS
 from diffaccel.verbs.train import OPTIONS as TRAIN_OPTIONS

@@ -123,12 +123,12 @@ def test_no_step_waits_on_a_gpu(name: str, tmp_path):
 
     words = ["accelerator=gpu", "precision=bf16-mixed", "logger=csv", f"out={tmp_path}", "checkpoint=null"]
     config = load(name, [*words, "training.log_every=10", "images=2000", "training.batch_size=128"])
-    method = build_method(config, load=False)
+    method, data = build_method(config, load=False), build_data(config)
     trainer = run_trainer.build_trainer(
-        config, [run_trainer.build_checkpointer(config), Strict()], len(method.phases())
+        config, [run_trainer.build_checkpointer(config, data), Strict()], len(method.phases())
     )
     try:
-        trainer.fit(method, build_data(config))
+        trainer.fit(method, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert method.steps == 16

@@ -10,6 +10,7 @@ import torch
 from foreign import VE, random_network, score_sde_content
 from torch import Tensor
 
+import diffaccel as da
 from diffaccel.__main__ import main
 from diffaccel.config import EXPERIMENTS, load
 from diffaccel.errors import UsageError
@@ -19,6 +20,7 @@ from diffaccel.features.extractors import Small
 from diffaccel.features.fitting import fit_extractor
 from diffaccel.latents import AUTOENCODERS
 from diffaccel.pretrained import inspect, read
+from diffaccel.solver import SOLVERS
 from diffaccel.weights import (
     FORMATS,
     KINDS,
@@ -117,6 +119,16 @@ def test_a_kind_is_read_where_it_belongs_and_named_elsewhere(held: str, place: s
     assert found in named and (needed in named or "of an extractor" in said)
     if found != "training state":
         assert f"holds {KINDS[found]}, and {KINDS[needed]} is needed" in said
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "resume"])
+def test_a_missing_file_is_an_error_with_the_key_that_names_it(place: str, tmp_path: Path):
+    """``checkpoint=`` is the denoiser's alone."""
+    key = {"extractor": "extractor.path"}.get(place, place.partition(" of ")[0])
+    with pytest.raises(UsageError) as caught:
+        PLACES[place][1](tmp_path / "missing.safetensors")
+    said = str(caught.value)
+    assert f" {key}=" in said and "missing.safetensors" in said and "\n" not in said
 
 
 def test_a_state_of_other_networks_is_not_gone_on_from(files: dict[str, Path]):
@@ -281,6 +293,63 @@ def test_shipped_files_open_as_what_they_are():
             assert weights.header["stands_on"] == tensors_sha256(edm)
 
 
+# Converted files, and models of a file
+
+
+CLASSES = ["network.classes=10"]
+SAID: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
+    "levels": ("ddpm", [], {"trained_ratios": [0.01, 2.0]}, "trained on noise-to-data ratios from 0.01 to 2"),
+    "condition": ("edm", [], {"condition": {"name": "super_resolution", "factor": 4}}, "condition is "),
+    "an older file's network": ("edm", ["network.widths=8,8"], {"source": {"format": "diffaccel"}}, "network.widths"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_converted_file_is_compared_as_its_original_is(case: str, tmp_path: Path):
+    name, words, said, message = SAID[case]
+    original = rewritten(WEIGHTS / f"{name}.safetensors", tmp_path / "a.safetensors", images_seen=5, **said)
+    assert main(["convert", str(original), str(tmp_path / "b.safetensors")]) == 0
+    assert {"images_seen": 5, **said}.items() <= read_description(tmp_path / "b.safetensors").items()
+    for file in ("a", "b"):
+        with pytest.raises(UsageError, match=message):
+            build_method(load(f"digits/{name}", [*words, f"checkpoint={tmp_path / file}.safetensors"]), frozen=True)
+
+
+def test_a_network_without_null_class_has_no_guidance_wherever_it_is_loaded(tmp_path: Path):
+    network = build_method(load("digits/edm", CLASSES), load=False).denoiser.network.state_dict()
+    header = {**read_description(WEIGHTS / "edm.safetensors"), "label_drop": 0}
+    header["network"] = {**header["network"], "classes": 10}
+    save_weights(tmp_path / "a.safetensors", network, header)
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
+    guided = {"name": "heun", "guidance": 1.0}
+    for file in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
+        method = build_method(load("digits/edm", [*CLASSES, f"checkpoint={file}"]), frozen=True)
+        for sampler in (
+            da.Sampler(da.load(file), solver=guided),
+            method.sampler.using(method.prior, SOLVERS.build(guided)),
+        ):
+            with pytest.raises(UsageError, match="trained without condition, which this network was not"):
+                sampler(2, nfe=4)
+
+
+def test_a_truncated_file_is_a_model_of_its_levels_only(tmp_path: Path):
+    file = rewritten(WEIGHTS / "ddpm.safetensors", tmp_path / "a.safetensors", trained_ratios=[0.01, 2.0])
+    model = da.load(file)
+    assert model.denoiser.ratio_range == (0.01, 2.0)
+    with pytest.raises(UsageError, match="up to a noise-to-data ratio of 2, .* load the experiment digits/ddpm"):
+        da.Sampler(model)
+    assert da.export("digits/edm", nfe=4, format="k-diffusion", solver="euler", checkpoint=file)["sigmas"][0] == 2.0
+
+
+def test_a_file_whose_network_is_its_generator_samples_as_its_experiment_does():
+    """Its header is of version 0.1, without the range of the training."""
+    model, own = da.load(WEIGHTS / "tdpm.safetensors"), da.load("digits/tdpm")
+    star = da.Sampler(own).prior.highest_ratio(own.denoiser)
+    assert model.denoiser.ratio_range == pytest.approx((0.01, star)) and star < 10
+    solver = {"name": "ddim", "grid": {"name": "index"}}
+    assert torch.equal(*(da.Sampler(one, solver=solver)(4, nfe=3) for one in (model, own)))
+
+
 # What a file holds
 
 
@@ -297,6 +366,7 @@ def test_inspect_says_what_a_file_holds(held: str, files: dict[str, Path], capsy
         assert rows["network"].startswith("ncsnpp" if held == "foreign" else "unet")
     assert rows["from"].startswith({"foreign": "score_sde_pytorch"}.get(held, "")), rows
     expected = {"training state of a denoiser": ("averaged", "denoiser"), "classifier": ("data", "digits"),
+                "denoiser": ("data", "digits"),
                 "extractor": ("data", "digits 8x8"), "density": ("density", "GaussianDensity")}  # fmt: skip
     if held in expected:
         key, value = expected[held]

@@ -114,10 +114,13 @@ def _parts(tree: dict[str, Any]) -> list[tuple[Any, Any, str, str]]:
     validation = tree.get("validation")
     if isinstance(validation, dict) and "judge" in validation:
         found.append((validation, "judge", "extractor", "validation.judge"))
-    by_nfe = tree.get("by_nfe")
-    for budget, entry in by_nfe.items() if isinstance(by_nfe, dict) else ():
+    by_nfe, candidates = tree.get("by_nfe"), search.get("candidates") if isinstance(search, dict) else None
+    entries = [(entry, f"by_nfe.{budget}") for budget, entry in by_nfe.items()] if isinstance(by_nfe, dict) else []
+    if isinstance(candidates, list):
+        entries += [(entry, f"search.candidates.{number}") for number, entry in enumerate(candidates)]
+    for entry, where in entries:
         own = [key for key in TUNABLE if isinstance(entry, dict) and key in entry]
-        found += [(entry, key, key, f"by_nfe.{budget}.{key}") for key in own]
+        found += [(entry, key, key, f"{where}.{key}") for key in own]
     return found
 
 

@@ -2,13 +2,14 @@
 
 A file contains only differences to its ``base``. A part (solver, prior ...) is a mapping with a ``name``; its other
 keys are parameters of the constructor registered under that name. If a part gets another name, the old part's keys are
-dropped. Paths in a file are relative to the file, paths on the command line to the working directory.
+dropped. Prior and solver of a file also apply to the settings by budget (``by_nfe``) of its base, those of the command
+line to all of them. Paths in a file are relative to the file, paths on the command line to the working directory.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from diffaccel.config.schema import PRECISIONS, TUNABLE, Config
 from diffaccel.errors import UsageError, suggest
 from diffaccel.methods.registry import FORMER
 from diffaccel.parts import overrides
+from diffaccel.parts.catalogue import registry_of
 from diffaccel.parts.checks import check, check_finite, conform
 from diffaccel.parts.overrides import FromEnvironment, as_given, as_plain, keep_references, refuse_references
 from diffaccel.parts.trees import STATISTICS, merge
@@ -59,10 +61,14 @@ def load(
     given = parse_overrides(settings, trains)
     if experiment is None:
         experiment = _chosen(given)
+        data, _, method = experiment.rpartition("/")
+        names = {f"data={data}", f"data.name={data}", f"method={method}", f"method.name={method}"}
+        settings = [word for word in settings if word not in names]  # the words of a run follow its experiment
     file = find(experiment)
     tree = _layered(merge(read(file, given=given, trains=trains), instead or {}), given, "the command line")
     tree["experiment"] = experiment if not Path(experiment).is_file() else str(file)
     config = _complete(tree, given, experiment)
+    config.searched = _is_searched(config, file, given)
     config.words = settings
     return config
 
@@ -167,6 +173,36 @@ def base_of(file: Path) -> Path | None:
     return None if base is None else file.parent / str(base)
 
 
+def files_of(file: Path) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """Yield an experiment's file and then its bases, each with its keys as they are written; imports no parts.
+
+    Raises:
+        UsageError: A file is not YAML, or is not a mapping.
+    """
+    above: set[Path] = set()
+    base: Path | None = file
+    while base is not None and base.is_file() and base.resolve() not in above:
+        above.add(base.resolve())
+        tree = _tree(base)
+        yield base, tree
+        base = None if tree.get("base") is None else base.parent / str(tree["base"])
+
+
+def portable(path: str) -> str:
+    """Return a path as points record it: that of a shipped file is ``experiments/...``, wherever the package is."""
+    absolute = Path(os.path.abspath(path))
+    if isinstance(path, FromEnvironment) or not absolute.is_relative_to(EXPERIMENTS):
+        return path
+    return Path("experiments", absolute.relative_to(EXPERIMENTS)).as_posix()
+
+
+def located(path: str) -> str:
+    """Return where a file is whose path is :func:`portable`; any other path as it is."""
+    first, *below = Path(path).parts or ("",)
+    shipped = EXPERIMENTS.joinpath(*below)
+    return str(_nearby(shipped)) if first == "experiments" and not Path(path).exists() and shipped.exists() else path
+
+
 def _nearby(path: Path) -> Path:
     """Make a path in the working directory relative, for shorter messages and points."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -210,6 +246,8 @@ def read(
         raise UsageError(f"{file}: its base {parent} is in turn based on it: remove one of the two")
     below = read(parent, (*above, file.resolve()), given, trains)
     map_paths(own, resolve, below)
+    if isinstance(below.get("by_nfe"), dict):
+        below["by_nfe"] = _laid_over(below["by_nfe"], own)
     return _layered(below, own, file)
 
 
@@ -275,13 +313,41 @@ def _tune(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
     tree["by_nfe"] = entries
     if "by_nfe" in given and "tuned_for" not in given:
         tree["tuned_for"] = []  # the user's own settings, for any weights
-    own = {part: given[part] for part in TUNABLE if part in given}
     for budget, entry in entries.items():
         if not isinstance(budget, int) or budget < 1:
             raise UsageError(f"by_nfe: {budget!r} is not a budget: give a positive whole number")
         if not isinstance(entry, dict) or not entry.keys() <= set(TUNABLE):
             raise UsageError(f"by_nfe.{budget}={entry!r}: give a mapping with the keys {' and '.join(TUNABLE)}")
-        entries[budget] = merge(entry, own)
+    tree["by_nfe"] = _laid_over(entries, given)
+
+
+def _laid_over(entries: Mapping[Any, Any], own: Mapping[str, Any]) -> dict[Any, Any]:
+    """Merge the prior and solver of ``own`` into each entry of ``by_nfe``; entries that are no mappings are left."""
+    parts = {part: own[part] for part in TUNABLE if part in own}
+    return {key: merge(entry, parts) if isinstance(entry, Mapping) else entry for key, entry in entries.items()}
+
+
+def _is_searched(config: Config, file: Path, given: Mapping[str, Any]) -> bool:
+    """Whether the settings by budget are those of the file that sets ``tuned_for``, and nothing was laid over them.
+
+    Weights are left out, because ``tuned_for`` identifies them.
+    """
+    searched = next((path for path, keys in files_of(file) if keys.get("tuned_for")), None)
+    if searched is None or not config.tuned_for:
+        return False
+    tree = read(searched, given=given, trains=False)
+    return _by_budget(tree) == _by_budget({part: getattr(config, part) for part in (*TUNABLE, "by_nfe")})
+
+
+def _by_budget(tree: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Prior and solver of each entry of ``by_nfe``, without weights."""
+    own, found = {part: tree.get(part, getattr(Config(), part)) for part in TUNABLE}, {}
+    for budget, entry in (tree.get("by_nfe") or {}).items():
+        found[budget] = {
+            part: {key: value for key, value in (node or {}).items() if key not in registry_of(part).extra}
+            for part, node in merge(own, entry or {}).items()
+        }
+    return found
 
 
 def _check(config: Config) -> None:
@@ -300,6 +366,8 @@ def _check(config: Config) -> None:
 def as_written(config: Config) -> dict[str, Any]:
     """Return the configuration as a tree for writing, with references to the environment unresolved."""
     tree = cast(dict[str, Any], as_given(dataclasses.asdict(config)))
+    if not config.searched:
+        tree["tuned_for"] = []  # the settings were changed since
     tree.pop("extractor" if config.judges else "judges")  # a file sets one of them
     return tree
 

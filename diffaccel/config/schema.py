@@ -58,6 +58,9 @@ class Search:
     have are ignored."""
     confirm: Confirm = field(default_factory=Confirm)
     """Second measurement of the best settings."""
+    identity: str | None = None
+    """Hash of the parts, weights and statistics with which the winners in ``by_nfe`` were measured, written by
+    `diffaccel search`, which adds winners to a file with the same hash only."""
 
 
 @dataclass
@@ -230,6 +233,8 @@ class Config:
         """Messages about the machine, to be printed when work starts; not a key."""
         self.words: list[str] = []
         """Settings of the command line; not a key."""
+        self.searched = False
+        """Whether ``by_nfe`` is as it was searched for ``tuned_for``, without changes; not a key."""
         self.autoencoder_sha256: str | None = None
         """Hash of the auto-encoder's tensors, once they are read; not a key."""
 

@@ -20,6 +20,7 @@ import yaml
 from diffaccel.config.loader import EXPERIMENTS, SWEEPS
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.checks import check_finite
+from diffaccel.parts.overrides import ALIASES
 
 KEYS = ("program", "command", "method", "parameters", "metric", "name", "description", "project", "entity", "run_cap")
 METHODS = ("grid", "random", "bayes")
@@ -51,11 +52,11 @@ class Sweep:
     metric: str | None = None
 
     def without(self, names: set[str]) -> "Sweep":
-        """Remove the parameters with these names, or below them."""
+        """Remove the parameters with these names, or below them; short keys of parameters stand for their long ones."""
         kept = {
             key: spec
             for key, spec in self.parameters.items()
-            if not any(f"{key}.".startswith(f"{name}.") for name in names)
+            if not any(f"{ALIASES.get(key, key)}.".startswith(f"{name}.") for name in names)
         }
         return replace(self, parameters=kept)
 

@@ -13,6 +13,7 @@ from diffaccel.data.source import Images, Source, Split, random_order
 from diffaccel.data.stream import Conditions, to_float
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
+from diffaccel.parts.checks import conform
 from diffaccel.parts.registry import Registry
 
 CONDITIONERS: Registry["Conditioner"] = Registry(
@@ -137,9 +138,9 @@ class OfConditioner:
 class HeldOut(OfConditioner):
     """Conditions of sampled images: those of the images of the test split, each for some samples in succession.
 
-    Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation, because files are often
-    sorted by class. The permutation and random degradations, which depend on the index of the test image, have a seed
-    of their own. They are the same for every method, budget and seed of sampling.
+    Sample i belongs to test image ``order[i // samples]``, where ``order`` is a random permutation, because files are
+    often sorted by class. The permutation and random degradations, which depend on the index of the test image, have a
+    seed of their own. They are the same for every method, budget and seed of sampling.
 
     Args:
         conditioner: Conditioner.
@@ -207,10 +208,11 @@ class HeldOut(OfConditioner):
         self._open()
         self.conditioner.prepare()
 
-    def labels(self, n: int) -> Tensor | None:
-        """Return the class labels of the test images of n samples, (n,); None for images without labels."""
+    def labels(self, indices: range) -> Tensor | None:
+        """Return the class labels of the test images of samples, (B,); None for images without labels."""
+        chosen, position = self._inputs(indices)
         labels = self._open()[0].labels
-        return None if labels is None else labels[self.order[torch.arange(n) // self.samples]]
+        return None if labels is None else labels[chosen][position]
 
     def condition(self, indices: range) -> Condition:
         """Return the conditions of samples, (B,) of them, each made once per test image."""
@@ -269,8 +271,8 @@ class Given(OfConditioner):
         assert self._made is not None
         return self._made.map(lambda value: value.expand(len(indices), *value.shape[1:]))
 
-    def labels(self, n: int) -> Tensor | None:
-        """Return the classes of n samples, which are unknown: None."""
+    def labels(self, indices: range) -> Tensor | None:
+        """Return the classes of samples, which are unknown: None."""
         return None
 
     def identity(self, n: int) -> dict[str, Any]:
@@ -278,8 +280,85 @@ class Given(OfConditioner):
         return {**self.key, "fingerprint": self.conditioner.fingerprint}
 
 
+class ToGive(OfConditioner):
+    """Conditions of a model without data, which the user gives in each call of the sampler.
+
+    Args:
+        conditioner: Conditioner that the model was trained with.
+        fingerprint: Its fingerprint in training; None if it is unknown.
+    """
+
+    samples = 1
+    """Images do not share a condition."""
+
+    def __init__(self, conditioner: Conditioner, fingerprint: str | None = None) -> None:
+        self.conditioner, self._fingerprint = conditioner, fingerprint
+
+    def check(self, n: int) -> None:
+        """Refuse to sample without a given condition.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            f"the network takes {self.kinds}, and its file has no images: give condition=... to the sampler, or load "
+            "an experiment with checkpoint=, whose test images have conditions"
+        )
+
+    def prepare(self) -> None:
+        """Compute nothing."""
+
+    def condition(self, indices: range) -> Condition:
+        """See :meth:`check`."""
+        self.check(len(indices))
+        return Condition()
+
+    def labels(self, indices: range) -> Tensor | None:
+        """Return the classes of samples, which are unknown: None."""
+
+    def of_text(self, captions: Sequence[str]) -> Condition:
+        """Make the conditions of captions; see :class:`Conditioner`.
+
+        Raises:
+            UsageError: The condition is no text, or the text encoder is missing or another one than in training.
+        """
+        if self._fingerprint not in (None, self.conditioner.fingerprint):
+            raise UsageError(
+                "condition: the text encoder has other weights than that of the training: load the experiment with "
+                "checkpoint= and the path of that encoder"
+            )
+        return self.conditioner.of_text(captions)
+
+
+def sampling_keys(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a condition that belong to sampling (``samples``, ``seed``, ``lpips``), null for the default.
+
+    Raises:
+        UsageError: A value has another type.
+    """
+    found: dict[str, Any] = {"samples": 1, "seed": 0, "lpips": False}
+    for key in found:
+        kind = CONDITIONERS.extra[key]
+        value = conform(f"condition.{key}", node.get(key), kind | None)
+        if value is None:
+            continue
+        if type(value) is not kind and not (kind is bool and value in (0, 1)):
+            raise UsageError(f"condition.{key}={value}: give {'true or false' if kind is bool else 'a whole number'}")
+        found[key] = kind(value)
+    return found
+
+
 def build_conditioner(node: Mapping[str, Any], shape: tuple[int, int, int]) -> Conditioner | None:
-    """Build a conditioner from its node, without the keys of the sampling; None for an empty node."""
+    """Build a conditioner from its node, without the keys of the sampling; None for an empty node.
+
+    Raises:
+        UsageError: A name or key is unknown, or there are keys without a name.
+    """
     if not node:
         return None
+    if node.get("name") is None:
+        raise UsageError(
+            f"condition.{next(iter(node))} is set, but the experiment has no condition: remove it, set condition=NAME "
+            f"({', '.join(CONDITIONERS)}), or use an experiment with a condition"
+        )
     return CONDITIONERS.build({key: value for key, value in node.items() if key not in CONDITIONERS.extra}, shape=shape)

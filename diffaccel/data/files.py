@@ -171,9 +171,17 @@ class FileImages(Images):
     @override
     def fingerprint(self) -> str:
         """Return a hash of the names of the files, their sizes and times of change (in archives checksums)."""
+        return self._hash(self.files.state)
+
+    @override
+    def identity(self) -> str:
+        """Return a hash of the names of the files and their sizes, without times of change, which copies differ in."""
+        return self._hash(lambda name: self.files.state(name)[0])
+
+    def _hash(self, state: Callable[[str], object]) -> str:
         digest = hashlib.sha256(repr((len(self), self.shape, self.image_size)).encode())
         for name in self.names:
-            digest.update(repr((name, self.files.state(name))).encode())
+            digest.update(repr((name, state(name))).encode())
         return digest.hexdigest()
 
     def _pixels(self, name: str) -> Tensor:

@@ -29,18 +29,21 @@ def kind_of(path: str) -> str:
         return "folder"
     if not os.path.isfile(path):
         raise UsageError(f"{where} does not exist: {REMEDY}")
+    pickle = "a pickle"
     try:
         with zipfile.ZipFile(path) as archive:
-            return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "zip"
+            names = archive.namelist()
+        if not any(name.endswith("/data.pkl") for name in names):
+            return "npz" if any(name.endswith(".npy") for name in names) else "zip"
+        head, pickle = b"\x80", "a file of torch.save"
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile):
-        pass
-    with open(path, "rb") as file:
-        head = file.read(6)
+        with open(path, "rb") as file:
+            head = file.read(6)
     if head == b"\x93NUMPY" or os.path.splitext(path)[1].lower() == ".npz":
         return "npz"  # whose reader names the problem
     if head[:1] == b"\x80":
         raise UsageError(
-            f"{where} is a pickle, which may contain code and is not opened: where you trust the file, read it with "
+            f"{where} is {pickle}, which may contain code and is not opened: where you trust the file, read it with "
             "Python and save its arrays with np.savez, statistics as 'mu' and 'sigma'"
         )
     if found := what_it_is(Path(path)):

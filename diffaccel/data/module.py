@@ -1,5 +1,6 @@
 """Data module: a source, its training stream, and its images in a fixed order for statistics."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -183,6 +184,14 @@ class DataModule(LightningDataModule):
             return bool(self.images(split))
         except MissingSplit:
             return False
+
+    def identify(self) -> dict[str, Any]:
+        """Return number and hash of the training images and their labels, by which a resumed fit recognises them."""
+        images = self.images("train")
+        digest = hashlib.sha256(images.identity().encode())
+        if images.labels is not None:
+            digest.update(images.labels.numpy().tobytes())
+        return {"n": len(images), "sha256": digest.hexdigest()[:16]}
 
     def size(self, split: str) -> int:
         """Number of images of a split, at most ``limit``."""

@@ -6,7 +6,7 @@ have won. The distance of as many independent images has the same blind spot. Di
 ways that a chain can't trade for distance:
 
 - Recall is at least :data:`RECALL` of that of the same solver from independent starts, less two standard errors of a
-  share of so many images.
+  share of as many images as it is computed of.
 - At most :data:`~diffaccel.report.repetition.MOST_REPEATS` more of the images are near repeats than of these.
 - The effective number of images is at least :data:`EFFECTIVE` of their number: below it, standard errors are more than
   three times those of independent images, and a low distance is luck.
@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffaccel.metrics.base import COMPARED
 from diffaccel.report.repetition import MOST_REPEATS
 
 INDEPENDENT = {"name": "gaussian"}
@@ -33,7 +32,8 @@ def exclusion(trial: Mapping[str, Any], independent: Mapping[str, float]) -> str
     """Return why a measured setting is not eligible; empty if it is.
 
     Args:
-        trial: Number of images ``n``, number of chains ``chains`` (None for independent images), and ``metrics``.
+        trial: Number of images ``n``, number of chains ``chains`` (None for independent images), ``metrics``, and
+            ``neighbourhoods``, the number of images that recall was computed of (None if it was not).
         independent: Metrics of as many independent images; empty if they are unknown.
     """
     if trial.get("chains") is None:
@@ -42,7 +42,7 @@ def exclusion(trial: Mapping[str, Any], independent: Mapping[str, float]) -> str
     recall, near = independent.get("recall"), independent.get("near_repeats", 0.0)
     if recall is not None and (own := metrics.get("recall")) is not None:
         least = RECALL * recall
-        if own < least - 2 * math.sqrt(least * (1 - least) / min(n, COMPARED)):
+        if own < least - 2 * math.sqrt(least * (1 - least) / trial["neighbourhoods"]):
             return f"a recall of {own:.3f}, and independent images one of {recall:.3f}"
     if (own := metrics.get("near_repeats")) is not None and own > near + MOST_REPEATS:
         return f"near repeats of {own:.3f}, and independent images of {near:.3f}"

@@ -27,10 +27,9 @@ class Judge:
         """Name of the extractor."""
         return self.extractor.name
 
-    def identity(self) -> dict[str, Any]:
-        """Return the hashes that determine the metrics of given images."""
-        reference, floor = self.real.reference, self.real.floor
-        return {"extractor": self.extractor.sha256, "reference": reference.sha256, "floor": floor and floor.sha256}
+    def identity(self, labels: bool = False) -> dict[str, Any]:
+        """Return the hashes that determine the metrics of given images, with ``labels`` also those that use classes."""
+        return {"extractor": self.extractor.sha256, **self.real.identity(labels)}
 
 
 def further(judges: Sequence[Judge]) -> dict[str, Real]:

@@ -14,7 +14,7 @@ from diffaccel.evaluation.partial import Chunk
 from diffaccel.evaluation.scores import Real, Scores, digests
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.metrics.base import Metric, build_metrics
-from diffaccel.metrics.reference import file_of, load_reference, read_reference
+from diffaccel.metrics.reference import check_held_out, file_of, load_reference, read_reference
 from diffaccel.parts.checks import whole_number
 
 
@@ -29,7 +29,8 @@ def measure(
     """Compute the standard metrics of images, as in a bench.
 
     Standard errors, limits and ``effective_n`` treat the images as independent. A bench keeps those of one chain
-    together.
+    together. Some metrics are of the first images only (see :mod:`diffaccel.metrics.standard`): shuffle images that are
+    sorted, for example by class.
 
     Args:
         images: Images (n, C, H, W), uint8, or float32 for toy points.
@@ -114,8 +115,15 @@ def _judges(
         floor = floor or (file_of(keys["floor"], built.name) if "floor" in keys else None)
     else:
         built = EXTRACTORS.build(extractor or _extractor_of(Path(reference)))
-    real = Real(load_reference(str(reference), built), load_reference(str(floor), built) if floor else None)
-    return built, real, shape
+    own, held_out = (load_reference(str(file), built) if file else None for file in (reference, floor))
+    assert own is not None
+    check_held_out(str(floor), held_out, own)
+    for file, found in ((reference, own), (floor, held_out)):
+        said = None if found is None else found.provenance.get("shape")
+        if said is not None and shape is not None and tuple(said) != shape:
+            raise UsageError(f"{file} contains statistics of images of shape {tuple(said)}, {reference} of {shape}")
+        shape = shape if said is None else tuple(said)
+    return built, Real(own, held_out), shape
 
 
 def _first(keys: Mapping[str, Any]) -> Any:

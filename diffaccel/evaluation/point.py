@@ -13,6 +13,7 @@ from diffaccel.evaluation.scoring import Named
 from diffaccel.nfe import total_flops
 from diffaccel.noise import GENERATOR
 from diffaccel.prior import ChainPrior, Plan
+from diffaccel.prior.chain import starts_of
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.sampling import Sampler
 
@@ -35,11 +36,12 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
     nfe, burn_in = sampler.evaluations_per_image(plan, budget, scores.evaluations, scores.burn_in, n)
     flops = total_flops(scores.evaluations, scores.flops) / n
     one = scores.flops.get("denoiser", 0.0)
-    chains, start = (prior.chains_for(n), prior.burn_in_per_chain) if isinstance(prior, ChainPrior) else (None, 0)
-    rounds = -(-n // (chains or n))
+    chains = prior.chains_for(n) if isinstance(prior, ChainPrior) else None
     # Evaluations of the image itself; those of the chain before it are added below.
-    own = sampler.planned_nfe(plan, n) - prior.burn_in_evaluations(n) / n
-    sequential = start + (rounds - 1) * plan.chain_steps + own
+    sequential = sampler.planned_nfe(plan, n) - prior.burn_in_evaluations(n) / n
+    if isinstance(prior, ChainPrior):
+        _, rounds = starts_of(n, prior.chains_for(n), prior.restart_every)  # those of a restart need no earlier ones
+        sequential += prior.burn_in_per_chain + (rounds - 1) * plan.chain_steps
     ranks = max(world.size, 1 + max(scores.images_by_rank))  # the point may have been started with more ranks
     return {
         "by_budget": bool(sampler.by_nfe),

@@ -51,45 +51,55 @@ def hash_all(found: Tensor) -> str:
 
 def score_images(
     images: Images,
+    order: Tensor,
     hashes: Tensor,
     extractor: Extractor,
     real: Real,
     batch_size: int,
     chains: int | None = None,
+    samples: int = 1,
     shown: int = 0,
     partial: Partial | None = None,
     world: World = World(),  # noqa: B008 (frozen)
 ) -> Scores:
-    """Sum the features of the first images, as a bench does for the images that it samples; collective.
+    """Sum the features of images, as a bench does for the images that it samples; collective.
 
     Args:
         images: Images.
-        hashes: SHA-256 of each of the images to be scored, (n, 32).
+        order: Indices of the images to be scored, (n,) int64, in the order in which they are scored.
+        hashes: SHA-256 of each of these, (n, 32).
         extractor: Feature extractor, on the device of the scoring.
         real: Statistics of real images.
         batch_size: Number of images per batch.
         chains: Number of chains that sampled the images; None for independent images.
+        samples: Number of images in succession that share a condition.
         shown: Number of images on the sample grid.
         partial: Finished batches on disk; None to keep none.
         world: Rank and number of ranks.
     """
     n, partial = len(hashes), partial or Partial(None)
-    scores = Scores(n, extractor.dim, images.shape, shown, torch.uint8, real, chains, extractor.device)
+    labels = None if images.labels is None else images.labels[order]
+    scores = Scores(
+        n, extractor.dim, images.shape, shown, torch.uint8, real, chains, extractor.device, labels=labels,
+        samples=samples,
+    )  # fmt: skip
     batches = world.share(batches_of(n, batch_size))
     with failing_together():
         for indices in track(batches, "scoring", len(batches), shown=world.first):
             if partial.done([indices], chained=False)[0]:
                 chunk = partial.read(indices)
             else:
-                chunk = _chunk(images, indices, hashes, extractor, shown, world.rank)
+                chunk = _chunk(images, order, indices, hashes, extractor, shown, world.rank)
                 partial.save([indices], 0, chunk, None)
             scores.add(chunk)
     scores.reduce()
     return scores
 
 
-def _chunk(images: Images, indices: range, hashes: Tensor, extractor: Extractor, shown: int, rank: int) -> Chunk:
-    batch = read(images, indices)
+def _chunk(
+    images: Images, order: Tensor, indices: range, hashes: Tensor, extractor: Extractor, shown: int, rank: int
+) -> Chunk:
+    batch = images.read(order[indices.start : indices.stop])
     stopwatch = Stopwatch(extractor.device)
     features = extractor(batch.to(extractor.device)).float().cpu()
     stopwatch.stop()

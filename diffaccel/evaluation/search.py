@@ -6,36 +6,31 @@ of many is also the luckiest. All settings of a budget share their noise, so tha
 distances.
 """
 
-import copy
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
-from yaml import YAMLError  # OmegaConf's parser
 
 from diffaccel.collective import World
 from diffaccel.config import TUNABLE, Search
 from diffaccel.errors import UsageError
-from diffaccel.evaluation import Evaluator
+from diffaccel.evaluation import Evaluator, Identity
 from diffaccel.evaluation.eligible import INDEPENDENT, exclusion
-from diffaccel.evaluation.space import Settings, candidates_of, check_space, draw, in_words, without_gamma
+from diffaccel.evaluation.provenance import identity_hash
+from diffaccel.evaluation.space import Settings, candidates_of, check_space, draw, gamma_of, in_words, without_gamma
+from diffaccel.evaluation.trials import Trial, Trials
+from diffaccel.evaluation.winners import Winners
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.history import explicit
-from diffaccel.parts.overrides import as_given
 from diffaccel.prior import ChainPrior, Prior
-from diffaccel.report import append_point, read_points
-from diffaccel.sampling import Sampler
+from diffaccel.sampling import Sampler, Setting
 from diffaccel.sampling.conditions import condition_by_index
 from diffaccel.solver import SOLVERS
 from diffaccel.solver.searched import FineTrajectory
-from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole
 
 STARTS = 64
@@ -43,14 +38,13 @@ STARTS = 64
 DRAWS = 200
 """Number of consecutive rejected draws after which a space counts as exhausted."""
 
-Trial = dict[str, Any]
-
 
 class Searcher:
     """Search of all budgets, one after the other.
 
-    Each measured setting is a line of ``trials.jsonl``, from which an interrupted search is resumed. The winners are
-    written to the experiment ``best.yaml``.
+    Each measured setting is a line of ``trials.jsonl``, from which an interrupted search is resumed: a setting is
+    measured again if anything that determines its distance has changed. The winners are written to the experiment
+    ``best.yaml``.
 
     The objective is the Frechet distance of the judge among the settings that are eligible: a chain whose images repeat
     one another is not, see :func:`~diffaccel.evaluation.eligible.exclusion`. For a search with chains, the experiment's
@@ -63,14 +57,17 @@ class Searcher:
         budgets: Maximum numbers of evaluations per image.
         n: Number of images that the winners will sample.
         seed: Seed of the noise and of the draws.
-        base: Path of the experiment, for ``best.yaml``.
         prior: Function that builds a prior.
         evaluator: Function that builds an evaluator for a number of images and a seed.
+        identity: Function of an evaluator that returns a function of budget and settings -> everything that determines
+            the distance that the evaluator measures.
+        winners: Function that opens ``best.yaml`` for what determines the scores of given images.
+        again: Whether to measure settings again that are in ``trials.jsonl``.
         note: Message to be printed first; empty for none.
 
     Raises:
-        UsageError: A number is out of range, the space or a candidate is invalid, or the experiment fixes the number
-            of chains.
+        UsageError: A number is out of range, the space or a candidate is invalid, the experiment fixes the number of
+            chains, or ``best.yaml`` is of another search.
     """
 
     def __init__(
@@ -80,9 +77,11 @@ class Searcher:
         budgets: list[float],
         n: int,
         seed: int,
-        base: Path,
         prior: Callable[[dict[str, Any]], Prior],
         evaluator: Callable[[int, int], Evaluator],
+        identity: Callable[[Evaluator], Callable[[float, Settings], Identity]],
+        winners: Callable[[Mapping[str, Any]], Winners],
+        again: bool = False,
         note: str = "",
     ) -> None:
         check_space(search.space)
@@ -90,9 +89,9 @@ class Searcher:
             if not math.isfinite(budget) or budget != int(budget):
                 raise UsageError(f"nfe={budget:g}: a search requires whole budgets")
         self.search, self.own, self.budgets, self.n, self.seed = search, own, budgets, n, seed
-        self.base, self.build_prior, self.note = base, prior, note
+        self.build_prior, self.note = prior, note
         self.candidates = candidates_of(search.candidates, own(math.inf))
-        for settings in (own(math.inf), *self.candidates):
+        for settings in (own(math.inf), *map(own, budgets), *self.candidates):
             self._check(settings)
         confirm = search.confirm
         self.second = (confirm.n or search.images[-1], seed + 1 if confirm.seed is None else confirm.seed)
@@ -100,16 +99,13 @@ class Searcher:
             raise UsageError(f"search.confirm.seed={seed} is the seed of the search: choose another one")
         sizes = [(images, seed) for images in search.images] + ([self.second] if confirm.best > 1 else [])
         self.evaluators = {size: evaluator(*size) for size in sizes}
+        self.identities = {size: identity(one) for size, one in self.evaluators.items()}
         any_one = next(iter(self.evaluators.values()))
         self.out, self.metric = any_one.out, any_one.extractor.metric_name
         self.console = PlainConsole(stderr=True, soft_wrap=True)
-        self.before, self.before_for = read_winners(self.out / "best.yaml", base)
-        path = self.out / "trials.jsonl"
-        trials = read_points(path) if path.is_file() else []
-        self.measured = {self._key(trial): trial for trial in trials if _whole(trial)}
-        self.broken = sum(not _whole(trial) for trial in trials)
+        self.winners = winners(any_one.judges[0].identity())
+        self.trials = Trials(self.out / "trials.jsonl", again)
         self.best: dict[int, Settings] = {}
-        self.weights: list[str] = []
         self._trajectories: dict[str, FineTrajectory] = {}
 
     def _check(self, settings: Settings) -> None:
@@ -124,20 +120,28 @@ class Searcher:
 
     def run(self, sampler: Sampler, world: World = World()) -> dict[int, Settings]:  # noqa: B008 (frozen)
         """Search every budget, and return the best settings of each."""
-        self.weights = sampler.weights_sha256()
-        if self.before_for not in ([], self.weights):
+        kept = {budget: one for budget, one in self.winners.settings.items() if budget not in self.budgets}
+        if (before := self.winners.tuned_for) and not set(self._weights(sampler, kept)) <= set(before):
             raise UsageError(f"{self.out / 'best.yaml'} contains settings for other weights: choose another out=")
         if self.note and world.first:
             self.console.print(self.note)
-        if self.broken and world.first:
-            self.console.print(f"trials.jsonl: {self.broken} incomplete lines: their settings are measured again")
+        if self.trials.unusable and world.first:
+            self.console.print(
+                f"trials.jsonl: {self.trials.unusable} incomplete or older lines: their settings are measured again"
+            )
         for evaluator in self.evaluators.values():
             evaluator.to(sampler.device)
         for budget in self.budgets:
-            self.best[int(budget)] = self._search(sampler, world, int(budget))
-            if world.first:
-                self._write()
+            best = self.best[int(budget)] = self._search(sampler, world, int(budget))
+            weights = self._weights(sampler, {**self.winners.settings, int(budget): best})
+            if world.first and self.winners.write(int(budget), best, weights):
+                self.console.print(f"nfe {budget:g}: best.yaml had another winner, whose trials are in trials.jsonl")
         return self.best
+
+    def _weights(self, sampler: Sampler, winners: Mapping[int, Settings]) -> list[str]:
+        """Hashes of the weights that the experiment's own settings and winners use."""
+        chosen = {budget: Setting(self.build_prior(one["prior"]), sampler.solver) for budget, one in winners.items()}
+        return sampler.using(sampler.prior, by_nfe={**sampler.by_nfe, **chosen}).weights_sha256()
 
     def _search(self, sampler: Sampler, world: World, budget: int) -> Settings:
         """Reduce the settings round by round, confirm the best ones, and return the winner."""
@@ -166,14 +170,15 @@ class Searcher:
             trial = self._measure(sampler, world, budget, size, settings)
             trials.append({**trial, "excluded": exclusion(trial, independent)})
             if world.first:
-                eligible = [one["score"] for one in trials if not one["excluded"]]
-                best, said = min(eligible, default=math.inf), trials[-1]["excluded"]
+                best = min((one["score"] for one in trials if not one["excluded"]), default=math.inf)
+                failed, excluded = trial.get("error"), trials[-1]["excluded"]
+                said = f" (failed: {failed})" if failed else f" (not eligible: {excluded})" if excluded else ""
                 self.console.print(
                     f"nfe {budget}, {name}: {len(trials)} of {len(field)} at n={size[0]}, best {self.metric}"
-                    f" {best:.4g}, this {trial['score']:.4g}" + (f" (not eligible: {said})" if said else ""),
-                )  # fmt: skip
-        ranked = sorted(trials, key=lambda trial: (bool(trial["excluded"]), trial["score"]))
-        if not any(math.isfinite(trial["score"]) for trial in ranked):
+                    f" {best:.4g}, this {trial['score']:.4g}{said}"
+                )
+        ranked = sorted(trials, key=lambda one: (not math.isfinite(one["score"]), bool(one["excluded"]), one["score"]))
+        if not math.isfinite(ranked[0]["score"]):
             reason = ranked[0].get("error", "no distance")
             raise UsageError(f"nfe={budget}: no setting of the space could be measured: {reason}")
         if world.first:
@@ -183,7 +188,7 @@ class Searcher:
     def _independent(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int]) -> dict[str, float]:
         """Metrics of the experiment's solver from independent starts; empty if it can't be measured."""
         settings = explicit({"prior": INDEPENDENT, "solver": self.own(math.inf)["solver"]})
-        if not self._affordable(sampler, budget, settings):
+        if self._problem(sampler, budget, settings):
             return {}
         found: dict[str, float] = self._measure(sampler, world, budget, size, settings).get("metrics", {})
         return found
@@ -192,69 +197,73 @@ class Searcher:
         """List distinct settings that are possible within the budget: the experiment's own, the candidates, and draws.
 
         The experiment's own settings are those of no budget and those that ``by_nfe`` has for this budget.
+
+        Raises:
+            UsageError: No setting is possible.
         """
         rng = np.random.default_rng((self.seed, budget))
         field: list[Settings] = []
+        problems: list[str] = []
         for settings in map(explicit, (self.own(math.inf), self.own(budget), *self.candidates)):
-            if settings not in field and self._affordable(sampler, budget, settings):
+            if problem := self._problem(sampler, budget, settings):
+                problems.append(problem)
+            elif settings not in field:
                 field.append(settings)
         field, vain = field[: self.search.trials], 0
         while len(field) < self.search.trials and vain < DRAWS:
             drawn = explicit(draw(self.search.space, self.own(math.inf), rng))
-            if drawn in field or not self._affordable(sampler, budget, drawn):
+            if drawn in field or self._problem(sampler, budget, drawn):
                 vain += 1
                 continue
             field.append(drawn)
             vain = 0
+        if not field:
+            raise UsageError(f"no setting of the space is possible; with the experiment's own settings: {problems[0]}")
         return field
 
-    def _affordable(self, sampler: Sampler, budget: int, drawn: Settings) -> bool:
-        """Whether the settings are possible within the budget in every round; an unknown key is an error."""
-        prior, solver = self.build_prior(drawn["prior"]), SOLVERS.build(without_gamma(drawn["solver"]))
+    def _problem(self, sampler: Sampler, budget: int, drawn: Settings) -> str:
+        """Return why settings are not possible within the budget in every round; empty if they are.
+
+        Raises:
+            UsageError: A key is unknown.
+        """
+        own = sampler.using(self.build_prior(drawn["prior"]), SOLVERS.build(without_gamma(drawn["solver"])))
         try:
             for images, _ in self.evaluators:
-                prior.plan(solver, budget, images, sampler.extra_evaluations)
-        except UsageError:
-            return False
-        return True
+                own.plan(budget, images)
+        except UsageError as error:
+            return str(error)
+        return ""
 
     def _measure(self, sampler: Sampler, world: World, budget: int, size: tuple[int, int], drawn: Settings) -> Trial:
         """Measure settings with a number of images and a seed, or look up an earlier measurement."""
-        evaluator = self.evaluators[size]
-        trial: Trial = {"nfe_budget": budget, "n": size[0], "seed": size[1], "drawn": drawn}
-        trial["extractor"] = evaluator.extractor.sha256
-        trial["checkpoint"] = (evaluator.provenance["checkpoint"] or {}).get("sha256")
-        if (key := self._key(trial)) in self.measured:
-            return self._scored(self.measured[key])
+        evaluator, found = self.evaluators[size], self.identities[size](budget, drawn)
+        planned_for = {} if gamma_of(drawn["solver"]) is None else {"planned_for": self.n}  # as many steps
+        key = identity_hash({**found.images, **found.scores, **planned_for})
+        if key in self.trials.measured:
+            return self._scored(self.trials.measured[key])
+        trial: Trial = {"key": key, "nfe_budget": budget, "n": size[0], "seed": size[1], "drawn": drawn}
         try:
             settings = self._filled(sampler, budget, drawn)
             own = sampler.using(self.build_prior(settings["prior"]), SOLVERS.build(settings["solver"]))
             point = evaluator.measure(own, budget, own.plan(budget, size[0]), world=world)
-            trial |= {"settings": settings, "nfe": point["nfe"], "chains": point["chains"], "metrics": point["metrics"]}
+            kept = {name: point.get(name) for name in ("nfe", "chains", "metrics", "neighbourhoods")}
+            trial |= {"settings": settings, **kept}
         except UsageError as error:  # for example a chain that leaves the denoiser's range
             trial["error"] = str(error)
-        if world.first:
-            append_point(self.out / "trials.jsonl", trial)
-        self.measured[key] = trial
+        self.trials.add(trial, write=world.first)
         return self._scored(trial)
 
     def _scored(self, trial: Trial) -> Trial:
         score = trial.get("metrics", {}).get(self.metric)
         return {**trial, "score": score if isinstance(score, int | float) else math.inf}
 
-    @staticmethod
-    def _key(trial: Mapping[str, Any]) -> str:
-        names = ("nfe_budget", "n", "seed", "drawn", "extractor", "checkpoint")
-        return json.dumps([trial.get(name) for name in names], sort_keys=True)
-
     def _filled(self, sampler: Sampler, budget: int, drawn: Settings) -> Settings:
         """Replace a ``listed`` grid without levels by the grid found by dynamic programming."""
-        grid = drawn["solver"].get("grid", {})
-        if "gamma" not in grid:
+        if (gamma := gamma_of(drawn["solver"])) is None:
             return drawn
-        prior = self.build_prior(drawn["prior"]).to(sampler.device)
         solver = SOLVERS.build(without_gamma(drawn["solver"]))
-        steps = prior.plan(solver, budget, self.n, sampler.extra_evaluations).steps
+        plan = sampler.using(prior := self.build_prior(drawn["prior"]), solver).plan(budget, self.n)
         key = json.dumps(drawn["prior"], sort_keys=True)
         if key not in self._trajectories:
             with sampler.arithmetic():
@@ -264,8 +273,9 @@ class Searcher:
                 denoiser = sampler.denoiser.given(condition)
                 x_t, t = prior(denoiser, noise, sampler.shape, 2, state)
                 self._trajectories[key] = FineTrajectory(denoiser, x_t, t)
-        found = self._trajectories[key].grid(steps, grid["gamma"], solver.denoise)
-        node = {"name": grid["name"], "ratio_min": float(f"{found.ratio_min:.4g}"), "fractions": found.fractions}
+        found = self._trajectories[key].grid(plan.steps, gamma, solver.denoise)
+        ends = {"ratio_min": float(f"{found.ratio_min:.4g}"), "ratio_cap": found.ratio_cap}
+        node = {"name": drawn["solver"]["grid"]["name"], **ends, "fractions": found.fractions}
         return {"prior": drawn["prior"], "solver": {**drawn["solver"], "grid": node}}
 
     def _report(self, ranked: list[Trial], budget: int, images: int) -> None:
@@ -285,41 +295,3 @@ class Searcher:
         said = f", {excluded} of them not eligible" if excluded else ""
         self.console.print(f"nfe {budget}, n={images}: best five of {len(ranked)} settings{said}, median {middle:.4g}")
         self.console.print(table)
-
-    def _write(self) -> None:
-        """Write the winners so far as an experiment based on the searched one; winners of other budgets are kept."""
-        best, own = {budget: copy.deepcopy(settings) for budget, settings in self.best.items()}, self.own(math.inf)
-        for settings in best.values():  # inherited from the experiment; a path would be relative to best.yaml
-            if settings["prior"].get("checkpoint") == own["prior"].get("checkpoint"):
-                settings["prior"].pop("checkpoint", None)
-        tree = {"base": str(self.base.resolve()), "tuned_for": self.weights, "by_nfe": {**self.before, **best}}
-        write_whole(self.out / "best.yaml", OmegaConf.to_yaml(OmegaConf.create(as_given(tree))))
-        for budget, settings in best.items():
-            if self.before.get(budget, settings) != settings:
-                self.console.print(f"nfe {budget}: best.yaml had another winner, whose trials are in trials.jsonl")
-            self.before[budget] = settings
-
-
-def read_winners(path: Path, base: Path) -> tuple[dict[int, Settings], list[str]]:
-    """Read the winners of an earlier search by budget, and the hashes of their weights; empty if there is no file.
-
-    Raises:
-        UsageError: The file is not from a search of this experiment.
-    """
-    if not path.is_file():
-        return {}, []
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict) or tree.get("base") != str(base.resolve()) or "by_nfe" not in tree:
-        raise UsageError(f"{path} is not from a search of {base} and would be replaced: choose another out=")
-    return cast(dict[int, Settings], tree["by_nfe"]), [str(one) for one in tree.get("tuned_for", [])]
-
-
-def _whole(trial: Mapping[str, Any]) -> bool:
-    """Whether a line of trials.jsonl is complete."""
-    drawn, found = trial.get("drawn"), trial.get("settings")
-    known = isinstance(drawn, Mapping) and all(isinstance(drawn.get(part), Mapping) for part in TUNABLE)
-    measured = isinstance(found, Mapping) and isinstance(trial.get("metrics"), Mapping)
-    return known and (isinstance(trial.get("error"), str) or measured and isinstance(trial.get("nfe"), int | float))

@@ -37,6 +37,8 @@ def check_space(space: Mapping[str, Any]) -> None:
         part, *path = key.split(".")
         registry = registries.get(part)
         if key == "gamma":
+            if isinstance(values, list) and not all(map(_is_gamma, values)):
+                raise UsageError(f"search.space.gamma={values!r}: give positive numbers")
             continue
         if registry is None or not path:
             raise UsageError(f"search.space: {key!r} is neither gamma nor a key of {' or '.join(TUNABLE)}")
@@ -63,14 +65,27 @@ def candidates_of(candidates: Sequence[Any], own: Settings) -> list[Settings]:
         own: Prior and solver of the experiment.
 
     Raises:
-        UsageError: A candidate has other keys.
+        UsageError: A candidate has other keys or an empty part, or ``gamma`` beside given levels or for another grid.
     """
     found = []
     for number, candidate in enumerate(candidates):
+        where = f"search.candidates.{number}"
         if not isinstance(candidate, Mapping) or not candidate or not candidate.keys() <= {*TUNABLE}:
-            raise UsageError(f"search.candidates.{number}={candidate!r}: give a mapping with {' and '.join(TUNABLE)}")
+            raise UsageError(f"{where}={candidate!r}: give a mapping with {' and '.join(TUNABLE)}")
+        for part, node in candidate.items():
+            if not isinstance(node, str | Mapping):
+                raise UsageError(f"{where}.{part}={node!r}: give a name, or a mapping of keys to values")
         tree = merge(own, candidate)
-        found.append({"prior": PRIORS.normal(tree["prior"]), "solver": SOLVERS.normal(tree["solver"])})
+        solver = SOLVERS.normal(tree["solver"])
+        if (gamma := gamma_of(solver)) is not None:
+            given = SOLVERS.normal(candidate["solver"])["grid"]
+            if not _is_listed(solver["grid"]) or given.keys() - {"name", "gamma"} or not _is_gamma(gamma):
+                raise UsageError(
+                    f"{where}.solver.grid={given}: gamma, a positive number, is for a listed grid whose levels are "
+                    "searched: give {name: listed, gamma: 1.1}, or remove gamma"
+                )
+            solver = {**solver, "grid": _to_find(solver["grid"]["name"], gamma)}
+        found.append({"prior": PRIORS.normal(tree["prior"]), "solver": solver})
     return found
 
 
@@ -95,12 +110,27 @@ def draw(space: Mapping[str, Any], own: Settings, rng: np.random.Generator) -> S
     drawn = {"prior": _known(PRIORS, tree["prior"]), "solver": _known(SOLVERS, tree["solver"])}
     if "checkpoint" in own["prior"] and drawn["prior"]["name"] == own["prior"]["name"]:
         drawn["prior"]["checkpoint"] = own["prior"]["checkpoint"]  # not an argument of the prior, but read afterwards
-    grid = drawn["solver"].get("grid", {})
-    if "name" in grid and GRIDS[grid["name"]] is Listed:  # its levels are found later
-        name = grid["name"]
-        grid.clear()
-        grid.update(name=name, gamma=gamma or 1.0)
+    if _is_listed(grid := drawn["solver"].get("grid") or {}):
+        drawn["solver"]["grid"] = _to_find(grid["name"], gamma or 1.0)
     return drawn
+
+
+def _is_listed(grid: Mapping[str, Any]) -> bool:
+    return "name" in grid and GRIDS[grid["name"]] is Listed
+
+
+def _is_gamma(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _to_find(name: str, gamma: float) -> dict[str, Any]:
+    """Node of a listed grid whose levels are found later."""
+    return {"name": name, "gamma": gamma}
+
+
+def gamma_of(solver: Mapping[str, Any]) -> Any:
+    """Return the ``gamma`` of a solver's grid whose levels are to be found; None if they are given."""
+    return (solver.get("grid") or {}).get("gamma")
 
 
 def _value(key: str, values: Any, rng: np.random.Generator) -> Any:
@@ -134,15 +164,16 @@ def _known(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_gamma(solver: Mapping[str, Any]) -> dict[str, Any]:
     """Return a solver's node without the key of a grid that is to be found."""
-    grid = {key: value for key, value in solver.get("grid", {}).items() if key != "gamma"}
-    return {**solver, "grid": grid} if grid else dict(solver)
+    if gamma_of(solver) is None:
+        return dict(solver)
+    return {**solver, "grid": {key: value for key, value in solver["grid"].items() if key != "gamma"}}
 
 
-def in_words(node: Mapping[str, Any]) -> str:
-    """Describe a part in one line: dpmpp2m (denoise False, karras (rho 5))."""
+def in_words(node: Mapping[str, Any], kind: str = "") -> str:
+    """Describe a part in one line: dpmpp2m (denoise False, karras (rho 5)); ``kind`` stands for a missing name."""
     keys = [
-        in_words(value) if isinstance(value, Mapping) else f"{key} {value}"
+        in_words(value, key) if isinstance(value, Mapping) else f"{key} {value}"
         for key, value in node.items()
         if key != "name" and value is not None
     ]
-    return str(node["name"]) + (f" ({', '.join(keys)})" if keys else "")
+    return str(node.get("name", kind)) + (f" ({', '.join(keys)})" if keys else "")

@@ -69,7 +69,15 @@ class TradeoffCurve:
         self.rows: list[Row] = []
 
     def run(self, sampler: Sampler, world: World = World()) -> list[Row]:  # noqa: B008 (frozen)
-        """Measure and write everything, and return a row per density and time."""
+        """Measure and write everything, and return a row per density and time.
+
+        Raises:
+            UsageError: A budget is below the minimum; raised before anything is measured.
+        """
+        if self.evaluator is not None:
+            for prior in (prior for priors in self.starts.values() for prior in priors.values()):
+                for budget in self.evaluator.budgets:
+                    sampler.using(prior).plan(budget, self.evaluator.n)
         self.rows = self.bounds(sampler.denoiser, self.starts)
         try:
             if self.likelihood is not None:

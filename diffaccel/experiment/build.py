@@ -10,7 +10,7 @@ from torch import nn
 from diffaccel.condition import Kinds, check_kinds
 from diffaccel.config import Config
 from diffaccel.data import build_source
-from diffaccel.data.conditions import Given, HeldOut, build_conditioner
+from diffaccel.data.conditions import Given, HeldOut, build_conditioner, sampling_keys
 from diffaccel.denoiser import DENOISERS, Denoiser, NetworkDenoiser
 from diffaccel.denoiser.levels import LEVELS
 from diffaccel.density import Density
@@ -29,6 +29,7 @@ from diffaccel.experiment.loading import (
     check_grid,
     check_shared_prior,
     check_trained,
+    dropped_shares,
     initialise_denoiser,
     load_denoiser,
     load_network,
@@ -39,6 +40,7 @@ from diffaccel.methods.sampled import sampled
 from diffaccel.nn import NETWORKS, UNet
 from diffaccel.nn.compiling import compile_forward
 from diffaccel.pretrained import Pretrained
+from diffaccel.pretrained.checkpoint import mark_condition
 from diffaccel.prior import PRIORS, LevelPosterior, Prior
 from diffaccel.prior.posterior import POSTERIORS
 from diffaccel.process import PROCESSES
@@ -96,6 +98,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
     if load and frozen:
         check_trained(config, sampler, "denoiser" in method.trained_networks())
     trained = () if frozen else method.trained_networks()
+    if "denoiser" in trained:
+        mark_condition(dropped_shares(config), sampler.denoiser.network)
     set_budgets(
         config, sampler, posterior, load, verify=load or not frozen, trained=trained
     )  # a dry run reads no weights
@@ -211,7 +215,7 @@ def build_inputs(config: Config) -> HeldOut | Given | None:
     conditioner = build_conditioner(config.condition, image_shape_of(config))
     if conditioner is None:
         return None
-    own = {key: config.condition[key] for key in ("samples", "seed", "lpips") if key in config.condition}
+    own = sampling_keys(config.condition)
     return conditioner.given() or HeldOut(conditioner, build_source(config.data), config.limit, **own)
 
 
@@ -257,6 +261,8 @@ def set_budgets(
 ) -> None:
     """Build the settings by budget; settings that were searched for other weights are ignored, with a message.
 
+    The weights include those of priors that only some budgets have.
+
     Args:
         config: Configuration of the run.
         sampler: Sampler whose settings are set.
@@ -266,6 +272,14 @@ def set_budgets(
         trained: Networks that a fit trains: these will be other weights than those of the search, also if the fit
             begins with them (``init``).
     """
+    for budget in config.by_nfe:
+        parts = config.at(budget)
+        prior: Prior = sampler.prior
+        if parts["prior"] != config.prior:
+            prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
+            if _same_weights(parts["prior"], config.prior):
+                prior.share_weights(sampler.prior)  # which may be in training
+        sampler.by_nfe[budget] = Setting(prior, build_solver(config, parts["solver"]))
     if config.by_nfe and config.tuned_for and verify:
         own = {one for one in sampler.weights_sha256() if one.partition("=")[0] not in trained}
         others = sorted({one.partition("=")[0] for one in set(config.tuned_for) - own})
@@ -275,15 +289,8 @@ def set_budgets(
                 "`diffaccel search` finds new ones, by_nfe= sets them"
             )
             config.by_nfe = {}
-        sampler.tuned = not others
-    for budget in config.by_nfe:
-        parts = config.at(budget)
-        prior: Prior = sampler.prior
-        if parts["prior"] != config.prior:
-            prior = build_prior(config, parts["prior"], posterior, sampler.denoiser, load)
-            if _same_weights(parts["prior"], config.prior):
-                prior.share_weights(sampler.prior)  # which may be in training
-        sampler.by_nfe[budget] = Setting(prior, build_solver(config, parts["solver"]))
+            sampler.by_nfe.clear()
+        sampler.tuned = not others and config.searched
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -328,6 +335,7 @@ def build_posterior(config: Config, denoiser: Denoiser, load: bool = True) -> Le
         network = cast(nn.Module, posterior.network)
         load_network(
             Path(checkpoint),
+            "posterior.checkpoint",
             network,
             "classifier",
             {"shape": list(shape_of(config)), "posterior": node, "latents": describe_latents(config)},
@@ -359,8 +367,10 @@ def build_prior(
     for key, given in (("checkpoint", checkpoint), ("init", init)):
         if given and not prior.networks():
             raise UsageError(f"prior {node['name']!r} has no network: remove prior.{key}")
-    if weights := (checkpoint if load else None) or init:
-        load_prior(config, Path(weights), prior, node, denoiser if load and checkpoint else None)
+    if load and checkpoint:
+        load_prior(config, Path(checkpoint), "prior.checkpoint", prior, node, denoiser)
+    elif init:
+        load_prior(config, Path(init), "prior.init", prior, node)
     elif load and denoiser.source is None:
         check_shared_prior(config, prior)
     return prior

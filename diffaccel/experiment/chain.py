@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import experiment
-from diffaccel.config import Config, base_of, find, load, read
+from diffaccel.config import Config, base_of, files_of, find, load, read
 from diffaccel.errors import UsageError
 from diffaccel.experiment.build import is_subclass
 from diffaccel.experiment.order import value_at
@@ -100,34 +100,46 @@ class Chain:
                 f"{config.experiment} has no weights for its {kind}, which its fit does not train: set "
                 f"{KEYS.get(kind, 'prior.checkpoint')}=FILE"
             )
-        out = self._out(name, names)
-        if all((out / file).is_file() for file in names.values()):
-            return out / names[kind]
-        if not any(step.verb == "fit" and step.name == name for step in self.steps):
+        places = self._places(name, names)
+        for out in places:
+            if all((out / file).is_file() for file in names.values()):
+                return out / names[kind]
+        planned = next((step for step in self.steps if step.verb == "fit" and step.name == name), None)
+        if planned is None:
             self._open.append(name)
             given = self._weights(name, config, built.sampler, without=names)
             self._open.remove(name)
+            out = next((place for place in places if not self._is_taken(place, name)), places[-1])
             words = [*self.words, *given.words, f"out={out}"]
             words += ["resume=auto"] if (out / "last.ckpt").is_file() else []
             config = _fitted(self._config(name, words))
             load_frozen = built.frozen and not given.waits
-            self.steps.append(Step("fit", name, self.files[name], words, config, waits=given.waits,
-                                   method=experiment.build_method(config, load=load_frozen)))  # fmt: skip
-        return out / names[kind]
+            method = experiment.build_method(config, load=load_frozen)
+            planned = Step("fit", name, self.files[name], words, config, waits=given.waits, method=method)
+            self.steps.append(planned)
+        return planned.config.folder / names[kind]
 
     def _config(self, name: str, words: Sequence[str] | None = None) -> Config:
         config = load(self.files[name], self.words if words is None else words)
         self.settle(config)
         return config
 
-    def _out(self, name: str, names: Mapping[str, str]) -> Path:
-        """Folder of a fit: that of the experiment's weights, if these have the names of a fit's output."""
+    def _places(self, name: str, names: Mapping[str, str]) -> list[Path]:
+        """Folders for a fit: that of the experiment's weights, if these are named as a fit's output, and its own."""
         files = configured(self._config(name))
-        for kind, file in names.items():
-            path = files.get(KEYS.get(kind, "prior.checkpoint"))
-            if path is not None and path.name == file:
-                return path.parent
-        return self.root / "fits" / name
+        paths = ((files.get(KEYS.get(kind, "prior.checkpoint")), file) for kind, file in names.items())
+        found = [path.parent for path, file in paths if path is not None and path.name == file]
+        return [*found[:1], self.root / "fits" / name]
+
+    def _is_taken(self, folder: Path, name: str) -> bool:
+        """Whether a folder has, or will have, the training state of another experiment's fit."""
+        if any(step.verb == "fit" and step.config.folder.resolve() == folder.resolve() for step in self.steps):
+            return True
+        if not (folder / "last.ckpt").is_file() or not (folder / "config.yaml").is_file():
+            return False
+        _, tree = next(files_of(folder / "config.yaml"))
+        # By the last part of the name, because the folder may have been given by another path.
+        return Path(str(tree.get("experiment", name))).stem != Path(self.files[name]).stem
 
     def _weights(self, name: str, config: Config, sampler: Sampler, without: Mapping[str, str] = {}) -> "_Words":  # noqa: B006
         """Return the words that set the weights of an experiment, after planning the fits that make missing ones.

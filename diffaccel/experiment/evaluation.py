@@ -2,19 +2,32 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from diffaccel.condition import trained_without
 from diffaccel.config import Config, find
 from diffaccel.data import build_source
 from diffaccel.data.conditions import HeldOut, build_conditioner
 from diffaccel.errors import UsageError
-from diffaccel.evaluation import BitsPerDim, Evaluator
+from diffaccel.evaluation import BitsPerDim, Evaluator, Identity
 from diffaccel.evaluation.judges import Judge
+from diffaccel.evaluation.provenance import identity_hash
 from diffaccel.evaluation.search import Searcher
-from diffaccel.experiment.build import build_prior
-from diffaccel.experiment.identity import by_content, describe_configuration, identify, identify_parts
+from diffaccel.evaluation.space import Settings
+from diffaccel.evaluation.winners import Winners
+from diffaccel.experiment.build import build_posterior, build_prior
+from diffaccel.experiment.identity import (
+    by_content,
+    describe_configuration,
+    identify,
+    identify_parts,
+    identify_settings,
+    searched_with,
+    settings_of,
+    words_of,
+)
 from diffaccel.experiment.judges import build_extractors, build_judges
 from diffaccel.experiment.latents import image_shape_of
 from diffaccel.experiment.loading import describe_checkpoint, feature_networks_of
@@ -22,7 +35,6 @@ from diffaccel.features.extractors import EXTRACTORS
 from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import METRICS, Metric, Real, build_metrics
 from diffaccel.metrics.reference import check_same_data, load_reference
-from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import DensityPrior
 from diffaccel.sampling import Sampler
@@ -111,8 +123,9 @@ def build_evaluator(
             "data": as_given(config.data.get("label")) or source.label,
             "checkpoint": describe_checkpoint(config, sampler.denoiser),
             "configuration": describe_configuration(config, measured),
+            "words": words_of(config),
         },
-        settings=lambda budget: explicit(config.at(budget)),
+        settings=lambda budget: settings_of(config, budget),
         identity=identify(config, judges) if measured else None,
         again=config.again,
         keep_features=config.keep_features,
@@ -133,7 +146,8 @@ def check_classes(config: Config, sampler: Sampler, judges: Sequence[Judge], met
     if not any(metric.needs_labels for metric in metrics):
         return
     inputs = sampler.inputs
-    if not sampler.classes and (inputs is None or inputs.labels(1) is None):
+    known = bool(sampler.classes) if inputs is None else inputs.labels(range(1)) is not None
+    if not known:
         raise UsageError(
             f"metrics: 'accuracy' requires samples of known classes, but those of {config.experiment} have none: "
             "remove it, or use a class-conditional experiment, or captions of images with labels"
@@ -183,7 +197,7 @@ def build_validator(config: Config, sampler: Sampler, judges: Sequence[Judge] = 
         judges=[Judge(extractor, Real(reference, None))],
         out=config.folder,
         provenance={},
-        settings=lambda budget: explicit(config.at(budget)),
+        settings=lambda budget: settings_of(config, budget),
         metrics=build_metrics(["frechet"]),
     )
 
@@ -201,7 +215,7 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     """Build the measurement of bits per dimension; None if it is not configured.
 
     Raises:
-        UsageError: The prior has no fixed level or no density, or the network takes a condition other than labels.
+        UsageError: The prior has no fixed level or no density, or the network can't be evaluated without condition.
     """
     if not config.likelihood:
         return None
@@ -217,10 +231,15 @@ def check_unconditional(what: str, sampler: Sampler) -> None:
     """Check that a network can be evaluated without condition.
 
     Raises:
-        UsageError: It takes a condition other than labels.
+        UsageError: It takes a condition other than labels, or was trained with labels only.
     """
     if sampler.takes.required:
         raise UsageError(f"{what} is unconditional, but the network takes {sampler.takes}: leave it out")
+    if sampler.classes and not trained_without(sampler.denoiser.network):
+        raise UsageError(
+            f"{what} is unconditional, but this conditional network was trained with labels only: leave it out, or use "
+            "a network fitted with training.label_drop"
+        )
 
 
 def build_fitted(config: Config, sampler: Sampler) -> list[DensityPrior]:
@@ -244,24 +263,40 @@ def build_searcher(config: Config, sampler: Sampler) -> Searcher:
     Raises:
         UsageError: See :func:`build_evaluator`; or the search is out of range.
     """
-    posterior = getattr(sampler.prior, "posterior", None)
+    posterior = build_posterior(config, sampler.denoiser)  # which the experiment's own prior may do without
     judged, judge, note = search_judge(config)
     metrics = [metric for metric in build_metrics(config.metrics) if metric.in_training]
     metrics += [METRICS.build(name) for name in ("manifold", "repetition")]
+
+    def own(budget: float) -> Settings:
+        return config.at(budget) if math.isfinite(budget) else {"prior": config.prior, "solver": config.solver}
 
     def evaluator(n: int, seed: int) -> Evaluator:
         sized = dataclasses.replace(judged, n=n, seed=seed)
         return build_evaluator(sized, sampler, measured=False, only=judge, metrics=metrics)
 
+    def identity(measured: Evaluator) -> Callable[[float, Settings], Identity]:
+        sized = dataclasses.replace(judged, n=measured.n, seed=measured.seed)
+        return identify_settings(sized, measured.judges)
+
+    def winners(scores: Mapping[str, Any]) -> Winners:
+        parts = describe_configuration(config, measured=True)
+        common = {key: value for key, value in parts.items() if key not in ("method", "tuning")}
+        references = [word for word in config.words if "${" in word]
+        file, base = config.folder / "best.yaml", find(config.experiment)
+        return Winners(file, base, own, searched_with(config), identity_hash({**common, **scores}), references)
+
     return Searcher(
         config.search,
-        lambda budget: config.at(budget) if math.isfinite(budget) else {"prior": config.prior, "solver": config.solver},
+        own,
         config.nfe,
         config.n,
         config.seed,
-        find(config.experiment),
-        prior=lambda node: build_prior(config, node, posterior, sampler.denoiser),
+        prior=lambda node: build_prior(config, node, posterior, sampler.denoiser).eval(),
         evaluator=evaluator,
+        identity=identity,
+        winners=winners,
+        again=config.again,
         note=note,
     )
 

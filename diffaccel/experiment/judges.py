@@ -1,5 +1,6 @@
 """Construction of the extractors and statistics that score images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffaccel.config import Config
@@ -9,7 +10,7 @@ from diffaccel.experiment.latents import image_shape_of
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.metrics.base import Real
-from diffaccel.metrics.reference import Reference, check_same_data, file_of, load_reference
+from diffaccel.metrics.reference import Reference, check_held_out, check_same_data, file_of, load_reference
 
 
 def build_extractors(config: Config) -> list[Extractor]:
@@ -19,10 +20,18 @@ def build_extractors(config: Config) -> list[Extractor]:
         UsageError: Weights are missing or damaged, or two extractors have the same name.
     """
     found = [EXTRACTORS.build(node) for node in config.extractors]
-    names = [extractor.name for extractor in found]
+    check_names([extractor.name for extractor in found])
+    return found
+
+
+def check_names(names: list[str]) -> None:
+    """Check that all extractors have names of their own.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"judges: two of them are called {twice[0]!r}: list each extractor once")
-    return found
 
 
 def build_extractor(config: Config) -> Extractor:
@@ -44,7 +53,7 @@ def build_judges(config: Config, label: str, only: str | None = None) -> list[Ju
     """
     extractors = build_extractors(config)
     names = [extractor.name for extractor in extractors]
-    check_files(config, names)
+    check_files({"reference": config.reference, "floor": config.floor}, names)
     if only is not None and only not in names:
         raise UsageError(
             f"no judge is called {only!r} among {', '.join(names)}: choose one of these, or add it to judges"
@@ -76,17 +85,21 @@ def _build(config: Config, extractor: Extractor, label: str) -> Judge:
 
     reference, floor = load(config.reference), load(config.floor)
     assert reference is not None
+    check_held_out(str(file_of(config.floor, extractor.name)), floor, reference)
     return Judge(extractor if config.jpeg is None else AsJPEG(extractor, config.jpeg), Real(reference, floor))
 
 
-def check_files(config: Config, names: list[str]) -> None:
+def check_files(files: Mapping[str, Any], names: list[str]) -> None:
     """Check that several judges have a file of statistics each.
+
+    Args:
+        files: Files of statistics by key: a file, or a mapping of names of judges to files.
+        names: Names of the judges.
 
     Raises:
         UsageError: There is one file for several judges.
     """
-    for key in ("reference", "floor"):
-        file = getattr(config, key)
+    for key, file in files.items():
         if isinstance(file, str) and file and len(names) > 1:
             words = " ".join(f"{key}.{name}=FILE" for name in names)
             raise UsageError(f"{key}={file} is one file, but there are {len(names)} judges: set {words}")

@@ -9,11 +9,12 @@ from diffaccel.config import Config
 from diffaccel.data.given import GivenImages
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.scores import Real
+from diffaccel.experiment.judges import check_files, check_names
 from diffaccel.features.extractors import EXTRACTORS, Extractor
 from diffaccel.features.jpeg import AsJPEG
 from diffaccel.features.names import distance_key
 from diffaccel.metrics.base import Metric
-from diffaccel.metrics.reference import Reference, compute_reference, file_of, load_reference
+from diffaccel.metrics.reference import Reference, check_held_out, compute_reference, file_of, load_reference
 from diffaccel.metrics.statistics import Statistics, read_any
 
 Found = Reference | GivenImages
@@ -81,7 +82,17 @@ class Judge:
 
 
 def build_judges(config: Config, source: GivenImages | Reference, path: str, given: Collection[str]) -> list[Judge]:
-    """Build the judges of images or statistics; see :func:`build_judge`."""
+    """Build the judges of images or statistics; see :func:`build_judge`.
+
+    Raises:
+        UsageError: Two judges have the same name, or one file of statistics is given for several judges.
+    """
+    if len(config.extractors) > 1:
+        names = [EXTRACTORS.build(node).name for node in config.extractors]
+        check_names(names)
+        given_files = {"reference": config.reference, "floor": config.floor}
+        of_images = [key for key, file in given_files.items() if isinstance(file, str) and file and not read_any(file)]
+        check_files({key: file for key, file in given_files.items() if key not in of_images}, names)
     found = []
     for node in config.extractors:
         files = {key: _file_of(getattr(config, key), node) for key in ("reference", "floor")}
@@ -114,6 +125,10 @@ def build_judge(config: Config, source: GivenImages | Reference, path: str, give
     reference = _open(config.reference)
     floor = _open(config.floor) if config.floor else None
     _check_shape(config, source, path, reference)
+    if floor is not None:
+        _check_shape(config, source, path, floor, "floor")
+    if isinstance(floor, Reference) and isinstance(reference, Reference):
+        check_held_out(str(config.floor), floor, reference)
     if isinstance(source, Reference) and isinstance(reference, Reference):
         return _of_statistics(config, source, path, reference, floor, given)
     if isinstance(source, Reference):
@@ -218,8 +233,10 @@ def _asked(config: Config, given: Collection[str]) -> str | None:
     return str(config.extractor if isinstance(config.extractor, str) else config.extractor["name"])
 
 
-def _check_shape(config: Config, source: GivenImages | Reference, path: str, reference: Found) -> None:
-    """Check that images have the shape of the reference's images, as far as its file states it.
+def _check_shape(
+    config: Config, source: GivenImages | Reference, path: str, reference: Found, role: str = "reference"
+) -> None:
+    """Check that images have the shape of the reference's or the floor's images, as far as its file states it.
 
     Raises:
         UsageError: Another size, or another number of channels.
@@ -239,7 +256,7 @@ def _check_shape(config: Config, source: GivenImages | Reference, path: str, ref
     if channels != wanted_channels:
         remedies.append(f"convert them to {_colours(wanted_channels)}")
     raise UsageError(
-        f"{path}: the images are {_described(own)}, those of the reference {label!r} {_described(wanted)}: "
+        f"{path}: the images are {_described(own)}, those of the {role} {label!r} {_described(wanted)}: "
         f"{' and '.join(remedies)}"
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from diffaccel.condition import Kinds
-from diffaccel.config import Config
+from diffaccel.config import Config, portable
 from diffaccel.data.conditions import build_conditioner
 from diffaccel.denoiser import Denoiser, NetworkDenoiser
 from diffaccel.errors import UsageError
@@ -18,6 +18,7 @@ from diffaccel.experiment.headers import check_denoiser, check_header
 from diffaccel.experiment.latents import check_latents, describe_latents, shape_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import Pretrained, files_sha256
+from diffaccel.pretrained.checkpoint import mark_condition
 from diffaccel.prior import Prior
 from diffaccel.sampling import Sampler
 from diffaccel.solver import Solver
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from diffaccel.training.module import TrainedModule
 
 
-def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
+def load_network(path: Path, key: str, network: nn.Module, kind: str, asked: Mapping[str, Any]) -> Weights:
     """Load a network's weights from a file of any format; from a training state, the averaged weights.
 
     Args:
         path: File, or folder in diffusers format.
+        key: Setting of the path.
         network: Network to load the weights into.
         kind: Kind of the weights: ``denoiser``, ``generator``, ``density`` or ``classifier``.
         asked: Key of the file's header -> value in the experiment.
@@ -43,7 +45,7 @@ def load_network(path: Path, network: nn.Module, kind: str, asked: Mapping[str, 
         UsageError: The file is missing, damaged, contains code, or is of another kind or network; or its header differs
             from the experiment.
     """
-    weights = open_weights(path).of(kind)
+    weights = open_weights(path, key).of(kind)
     _check(path, weights.header, asked)
     assign_weights(weights.read(), network, f"weights {path}")
     return weights
@@ -62,10 +64,9 @@ def load_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> dict
     Raises:
         UsageError: See :func:`load_network`.
     """
-    header = dict(load_network(path, denoiser.network, "denoiser", _asked_of(config, denoiser)).header)
-    if header.get("label_drop") == 0 or header.get("condition_drop") == 0:
-        denoiser.network.null_class = False  # type: ignore[assignment]  # an attribute of the network
-    return header
+    weights = load_network(path, "checkpoint", denoiser.network, "denoiser", _asked_of(config, denoiser))
+    mark_condition(weights.header, denoiser.network)
+    return dict(weights.header)
 
 
 def initialise_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -> None:
@@ -74,12 +75,12 @@ def initialise_denoiser(config: Config, path: Path, denoiser: NetworkDenoiser) -
     Raises:
         UsageError: See :func:`load_network`.
     """
-    weights, asked = open_weights(path).of("denoiser"), _asked_of(config, denoiser)
+    weights, asked = open_weights(path, "init").of("denoiser"), _asked_of(config, denoiser)
     kinds = getattr(denoiser.network, "condition_keys", [one.name for one in fields(Kinds)])
     theirs = weights.header.get("network", config.network)
     widened = getattr(denoiser.network, "widened", None)
     if widened is None or any(theirs.get(key) for key in kinds) or not any(config.network.get(key) for key in kinds):
-        load_network(path, denoiser.network, "denoiser", asked)
+        load_network(path, "init", denoiser.network, "denoiser", asked)
         return
     asked["network"] = {key: value for key, value in config.network.items() if key not in kinds}
     asked.pop("condition")
@@ -96,6 +97,13 @@ def _asked_of(config: Config, denoiser: NetworkDenoiser) -> dict[str, Any]:
     return {**network, **own, **process, **condition_fingerprint(config)}
 
 
+def dropped_shares(config: Config) -> dict[str, float]:
+    """Return the header entries with the shares of labels and other conditions that a fit replaces by null."""
+    training = config.training
+    labels = {"label_drop": training.label_drop} if config.network.get("classes") else {}
+    return {**labels, **({"condition_drop": training.condition_drop} if config.condition else {})}
+
+
 def condition_fingerprint(config: Config) -> dict[str, str]:
     """Return the header entry with the hash of files that determine the condition; empty for no such files.
 
@@ -109,13 +117,14 @@ def condition_fingerprint(config: Config) -> dict[str, str]:
 
 
 def load_prior(
-    config: Config, path: Path, prior: Prior, node: Mapping[str, Any], denoiser: Denoiser | None = None
+    config: Config, path: Path, key: str, prior: Prior, node: Mapping[str, Any], denoiser: Denoiser | None = None
 ) -> None:
     """Load the weights of a prior's network.
 
     Args:
         config: Configuration of the run.
         path: File.
+        key: Setting of the path.
         prior: Prior with one network.
         node: Keys of the prior in the experiment.
         denoiser: Denoiser that the prior samples with; None if it may differ from that of the prior's fit, for example
@@ -127,7 +136,7 @@ def load_prior(
     ((name, network),) = prior.networks().items()
     asked: dict[str, Any] = {"shape": list(shape_of(config)), "prior": dict(node), "condition": config.condition}
     asked |= {"latents": describe_latents(config), **condition_fingerprint(config)}
-    weights = load_network(path, network, name, asked)
+    weights = load_network(path, key, network, name, asked)
     if denoiser is not None and config.checkpoint:
         check_denoiser(weights, denoiser)
 
@@ -172,7 +181,7 @@ def check_trained(config: Config, sampler: Sampler, fitted: bool = True) -> None
 
 
 def adopt(config: Config) -> Pretrained | None:
-    """Replace network and preconditioning by those of a self-describing checkpoint; None for other checkpoints.
+    """Replace network and preconditioning by those of another codebase's checkpoint; None for other checkpoints.
 
     The weights are valid only with the network's own preconditioning, so that both replace the experiment's. The
     experiment's process is kept, because these denoisers run on any process.
@@ -213,7 +222,7 @@ def check_grid(solver: Solver, denoiser: Denoiser) -> None:
         UsageError: The grid extends below them.
     """
     least, low = solver.grid.ratio_min, denoiser.ratio_range[0]
-    if least < 0.999 * low:
+    if solver.grid.ends_at_ratio_min and least < 0.999 * low:
         raise UsageError(
             f"the solver's grid ends at ratio {least:.4g}, but the checkpoint was trained down to {low:.4g}: set "
             f"solver.grid.ratio_min={low:.6g}"
@@ -264,7 +273,8 @@ def describe_checkpoint(config: Config, denoiser: Denoiser) -> dict[str, Any] | 
     if not config.checkpoint or not config.network or not Path(config.checkpoint).exists():
         return None
     path, given = Path(config.checkpoint), as_given(config.checkpoint)
-    shown = given if given != config.checkpoint else os.path.relpath(path)
+    shipped = portable(config.checkpoint)
+    shown = given if given != config.checkpoint else os.path.relpath(path) if shipped == config.checkpoint else shipped
     if denoiser.source is not None:
         found = {"path": shown, "sha256": files_sha256(path), "images_seen": None}
         return {**found, "source": denoiser.source}

@@ -5,17 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffaccel.condition import check_kinds
 from diffaccel.config import Config
-from diffaccel.denoiser import DENOISERS
+from diffaccel.data.conditions import ToGive, build_conditioner
 from diffaccel.errors import UsageError
 from diffaccel.experiment.build import build_posterior, build_prior, build_sampler, build_solver, set_budgets
 from diffaccel.experiment.loading import check_trained
-from diffaccel.nn import NETWORKS
 from diffaccel.pretrained import Pretrained
-from diffaccel.process import PROCESSES
 from diffaccel.sampling import Model, Part, Sampler
 from diffaccel.solver import DEFAULT
-from diffaccel.weights import assign_weights, open_weights
+from diffaccel.weights import open_weights
 
 
 def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) -> Model:
@@ -46,25 +45,40 @@ def build_model(config: Config, again: Callable[[Mapping[str, Any]], Config]) ->
 
 
 def build_checkpoint(path: Path) -> Model:
-    """Build the model of a self-describing checkpoint, on the process that it was trained on.
+    """Build the model of a self-describing checkpoint, on the process and the noise levels that it was trained on.
+
+    The conditioner of the training is that of conditions that are given in each call: what they determine is imposed,
+    and captions are encoded. Samples start from pure noise, or from the network's own states if it is a generator, too.
 
     Raises:
         UsageError: The file is damaged, contains code, is not of a denoiser, or does not determine the network.
     """
     weights = open_weights(path)
     found = Pretrained.of(weights)
-    network = NETWORKS.build(found.network, shape=found.shape)
-    process = PROCESSES.build(found.process)
-    denoiser = DENOISERS.build(found.denoiser, process=process, network=network)
-    assign_weights(found.tensors, network, f"the weights of {path}")
-    denoiser.eval()
+    denoiser = found.build()
 
     def derive(prior: Part, solver: Part) -> Sampler:
         if weights.header.get("latents"):
             raise UsageError(
                 f"{path} samples latents, which are not images: load its experiment, with the auto-encoder"
             )
-        low = max(denoiser.ratio_range[0], 0.002)
-        return Sampler(denoiser, prior, solver or {**DEFAULT, "grid": {"ratio_min": low}}, found.shape).eval()
+        conditioner = build_conditioner(weights.header.get("condition") or {}, found.shape)
+        low, high = denoiser.ratio_range
+        made = Sampler(
+            denoiser,
+            prior or found.shared_prior,
+            solver or {**DEFAULT, "grid": {"ratio_min": max(low, 0.002)}},
+            found.shape,
+        )
+        if conditioner is not None:
+            check_kinds(made.takes, conditioner.kinds, f"the header of {path}")
+            made.inputs = ToGive(conditioner, weights.header.get("condition_sha256"))
+        if made.prior.pure_noise and found.is_truncated(denoiser):
+            named = f" {weights.header['experiment']}" if weights.header.get("experiment") else ""
+            raise UsageError(
+                f"{path} was trained up to a noise-to-data ratio of {high:.4g}, at which images are not noise yet: "
+                f"load the experiment{named} with checkpoint=, or sample model.denoiser from a prior that starts there"
+            )
+        return made.eval()
 
     return Model(str(path), denoiser, found.shape, derive)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from diffaccel.config import EXPERIMENTS, Config, base_of, load, read
 from diffaccel.config.loader import SWEEPS, is_base
 from diffaccel.errors import UsageError, suggest
+from diffaccel.experiment.trained_on import PresentImages
 from diffaccel.weights import open_weights
 
 AUTOENCODER = "latents.checkpoint"
@@ -70,6 +71,12 @@ class Fit(NamedTuple):
     def words(self) -> list[str]:
         """Return the settings of ``diffaccel fit``: output folder, resuming, and the weights of other fits."""
         return [f"out={self.folder}", "resume=auto", *settings_of(self.needs)]
+
+
+def of_steps(word: str) -> bool:
+    """Whether a ``key=value`` word is a setting of training in steps, as opposed to an extractor's epochs."""
+    key = word.partition("=")[0]
+    return key == "images" or key.partition(".")[0] == "training"
 
 
 def settings_of(weights: Iterable[Made]) -> list[str]:
@@ -131,14 +138,15 @@ def plan(
         Fits, done and missing ones.
 
     Raises:
-        UsageError: There is no such folder or experiment, an experiment is invalid, fits need each other, or weights
-            don't exist and no experiment of the folder makes them.
+        UsageError: There is no such folder or experiment, an experiment is invalid, fits need each other, weights don't
+            exist and no experiment of the folder makes them, or weights of a fit are of other images.
     """
     folder, known = folder_of(data), experiments_of(data)
     root = Path("runs", folder.absolute().name) if root is None else root
     if unknown := [name for name in names or () if name not in known]:
         raise UsageError(f"{folder} has no experiment {unknown[0]!r}{suggest(unknown[0], known)}")
     experiments = {name: _Experiment(folder, name, given, settings) for name, given in known.items()}
+    present = PresentImages()
     extractors = {path for one in experiments.values() for key, path in one.named if key == EXTRACTOR}
     makers: dict[tuple[str, Path], tuple[str, Made]] = {}
     for name, one in experiments.items():
@@ -147,7 +155,7 @@ def plan(
             # Of two experiments that set the same file, the one with its name makes it.
             if (key, _real(named)) not in makers or named.stem == name:
                 makers[key, _real(named)] = name, made
-    return _sorted(experiments, makers, names or list(known), root)
+    return _sorted(experiments, makers, names or list(known), root, present)
 
 
 def _sorted(
@@ -155,6 +163,7 @@ def _sorted(
     makers: Mapping[tuple[str, Path], tuple[str, Made]],
     names: Sequence[str],
     root: Path,
+    present: PresentImages,
 ) -> list[Fit]:
     """Fits that experiments require, depth first."""
     found: dict[str, Fit | None] = {}
@@ -174,7 +183,7 @@ def _sorted(
                 visit(maker, (*above, name))
                 needs.append(made)
         own = tuple(made for maker, made in makers.values() if maker == name)
-        done = all(one.is_done(made) for made in own)
+        done = all(one.is_done(made, present) for made in own)
         begun = (root / name / "last.ckpt").is_file()
         fit = Fit(name, one.experiment, root / name, own, tuple(needs), done, begun)
         found[name] = fit if own else None
@@ -191,7 +200,7 @@ class _Experiment:
         folder: Folder.
         name: Name of the experiment.
         experiment: Experiment, as for the commands.
-        settings: Settings of its fit.
+        settings: Settings of its fit, which may name weights that are then not fitted.
 
     Attributes:
         named: Keys and files.
@@ -203,13 +212,15 @@ class _Experiment:
         self.config: Config = load(self.experiment, settings)
         tree, base = read(file), base_of(file)
         below = read(base) if base is not None else {}
+        own = vars(self.config)
         scores = [] if self._is_extractor else [*self.config.extractors, self.config.validation.judge]
         files = [node.get("path") for node in scores if isinstance(node, Mapping)]
-        named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := value_at(tree, key))]
+        named = [(key, Path(path)) for key in KEYS if not self._is_extractor and (path := value_at(own, key))]
         if self._is_autoencoder:
             self.named, self._own = [], [(key, path) for key, path in named if key == AUTOENCODER]
             return
-        changed = [(key, path) for key, path in named if value_at(tree, key) != value_at(below, key)]
+        given = [(key, value_at(tree, key), path) for key, path in named if value_at(tree, key) != value_at(below, key)]
+        changed = [(key, path) for key, said, path in given if said and _real(Path(said)) == _real(path)]
         self.named, self._own = named, [(key, path) for key, path in changed if key != AUTOENCODER]
         self.named += [(EXTRACTOR, Path(path)) for path in files if path]
 
@@ -258,12 +269,17 @@ class _Experiment:
                 f"{self.experiment}: {key}={path} does not exist, and no fit of {self.folder} makes it: give the file"
             )
 
-    def is_done(self, made: Made) -> bool:
-        """Whether weights exist; those in the folder of a fit must be from as many images as the fit has."""
+    def is_done(self, made: Made, present: PresentImages) -> bool:
+        """Whether weights exist; those in the folder of a fit must be from as many images as the fit has.
+
+        Raises:
+            UsageError: The weights in the folder of the fit are of other images than ``present``.
+        """
         if made.named.exists() and _real(made.named) != _real(made.left):
             return True
         if not made.left.is_file():
             return False
+        present.check(made.left, self.config)
         header = open_weights(made.left).header
         # Extractors are trained by epochs, and densities in closed form in no step.
         stepwise = made.key in KEYS and header.get("steps") != 0

@@ -314,7 +314,7 @@ def load_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     Raises:
         UsageError: The file is missing, truncated, of another kind, or contains values that are not finite.
     """
-    weights = open_weights(path).of("extractor")
+    weights = open_weights(path, "extractor.path").of("extractor")
     tensors, description = weights.read(), dict(weights.header)
     try:
         with torch.device("meta"):  # shapes first: a broken file must not make us allocate what it claims

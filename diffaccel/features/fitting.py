@@ -23,7 +23,7 @@ from diffaccel.errors import UsageError
 from diffaccel.features.extractors import SmallClassifier, to_unit
 from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole, description_column
-from diffaccel.weights import check_finite, read_checkpoint
+from diffaccel.weights import check_finite, read_checkpoint, tensors_sha256
 
 
 class ImageSource(Protocol):
@@ -116,6 +116,7 @@ class ExtractorFit:
         recipe = own.get("extractor") if isinstance(own, dict) else None
         if not isinstance(recipe, dict):
             raise UsageError(f"checkpoint {path} is not from a fit of an extractor: use its OUT/last.ckpt")
+        recipe = {"images_sha256": self.recipe["images_sha256"], **recipe}  # which earlier versions did not record
         if keys := [key for key in self.recipe if recipe.get(key) != self.recipe[key]]:
             other = ", ".join(f"{key}={recipe.get(key)} (not {self.recipe[key]})" for key in keys)
             raise UsageError(
@@ -209,11 +210,12 @@ def fit_extractor(
         accuracy on the test split, in [0, 1].
 
     Raises:
-        UsageError: The data have no labels, are not uint8 images, or are fewer than a batch; or ``resume`` is damaged
-            or from a fit with other settings.
+        UsageError: The data have no test split, no labels, are not uint8 images, or are fewer than a batch; or
+            ``resume`` is damaged, or from a fit with other settings or images.
         KeyboardInterrupt: Ctrl-C was pressed; raised after the current step.
     """
     images, labels = _gather(data, "train")
+    held_out = _gather(data, "test")  # before hours of training, whose result is judged by these images
     if len(images) < batch_size:
         raise UsageError(f"{len(images)} training images are less than batch_size={batch_size}: lower batch_size")
     with torch.random.fork_rng(devices=[]):
@@ -221,7 +223,7 @@ def fit_extractor(
         model = SmallClassifier(data.shape[0], data.classes, dim, widths, blocks)
     model = model.to(device).to(memory_format=torch.channels_last)  # faster batch norm
     recipe = {"images": len(images), **model.config, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    recipe |= {"shift": shift, "flip": flip, "bf16": bf16}
+    recipe |= {"shift": shift, "flip": flip, "bf16": bf16, "images_sha256": _sha256(images, labels)}
     steps = len(images) // batch_size
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -240,7 +242,7 @@ def fit_extractor(
             if stop:
                 raise KeyboardInterrupt
     model = model.half().float().eval().cpu()
-    return model, accuracy(model, *_gather(data, "test"))
+    return model, accuracy(model, *held_out)
 
 
 @contextmanager
@@ -285,6 +287,11 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
         columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
     moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return rearrange(moved, "n h w c -> n c h w")
+
+
+def _sha256(images: Tensor, labels: Tensor) -> str:
+    """Hash of images (N, C, H, W) and labels (N,), by which a resumed fit recognises them."""
+    return tensors_sha256({"images": images, "labels": labels})[:16]
 
 
 def _gather(data: ImageSource, split: str) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,9 @@ class DenoisingLangevinGibbs(Diffusion):
         return {"classifier": (self.classifier.network.state_dict(), {"kind": "classifier"})}
 
     def describe_fit(self, data: DataModule) -> list[str]:
-        """Describe the accuracy of the noise-level classifier."""
+        """Describe the accuracy of the noise-level classifier on held-out images, if there are any."""
+        if not data.has_split("test"):
+            return [f"noise classifier: not tested, because {data.label} has no held-out images (data.test_share=)"]
         images = (to_float(images) for _, images, _ in data.batches("test", 250))
         found = accept(self.classifier, images, self.seed)
         worst = max(found.error.values())

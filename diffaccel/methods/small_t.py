@@ -123,9 +123,12 @@ class SmallTimeDiffusion(Diffusion):
         return {**found, **{name: (state, {**about, **said}) for name, (state, about) in averages.items()}}
 
     def describe_fit(self, data: DataModule) -> list[str]:
-        """Describe the likelihood of held-out noisy images."""
+        """Describe the likelihood of held-out noisy images, if there are at least two, as its error requires."""
         if not self.density.normalised:
             return []
+        held_out = data.size("test") if data.has_split("test") else 0
+        if held_out < 2:
+            return [f"density: not tested, because {data.label} has {held_out} held-out images (data.test_share=)"]
         with self.averaged_weights():
             density = self.density.cpu().eval()
             found = judge(density, (to_float(images) for _, images, _ in data.batches("test", 250)), self.seed)

@@ -24,6 +24,7 @@ from diffaccel.metrics.neighbours import Neighbours
 from diffaccel.metrics.reference import Reference
 from diffaccel.metrics.repetition import near_repeats, spacing
 from diffaccel.parts.registry import Registry
+from diffaccel.weights import tensors_sha256
 
 COMPARED = 5_000
 """Maximum number of images whose neighbourhoods are compared; the time is proportional to its square."""
@@ -93,8 +94,20 @@ class Real:
         self.kernel = KernelReference(self.features) if len(self.features) >= 2 else None
         self._manifolds: dict[int, tuple[Neighbours, Manifold | None]] = {}
         self._spacings: dict[int, tuple[Tensor | None, float | None]] = {}
-        self._thresholds: dict[int, Tensor] = {}
         self._kernel_floors: dict[int, Kernel] = {}
+
+    def identity(self, labels: bool) -> dict[str, Any]:
+        """Return the hashes that determine the metrics of given features.
+
+        Args:
+            labels: Whether a metric uses the class labels, which the hashes of the statistics leave out.
+        """
+        found: dict[str, Any] = {"reference": self.reference.sha256, "floor": self.floor and self.floor.sha256}
+        if labels:
+            parts = {"reference": self.reference, "floor": self.floor}
+            known = {name: one.labels for name, one in parts.items() if one is not None and one.labels is not None}
+            found["labels"] = tensors_sha256(known)
+        return found
 
     def manifold(self, m: int) -> tuple[Neighbours, Manifold | None]:
         """Return the neighbourhoods of m training images, and the scores of m held-out images; None if too few."""
@@ -130,11 +143,10 @@ class Real:
             self._kernel_floors[m] = kernel_distance(spread(self.held_out, m), self.kernel)
         return self._kernel_floors[m]
 
-    def copy_threshold(self, h: int) -> Tensor:
-        """Return the distance within which an image counts as a copy, by the first h held-out images, () float64."""
-        if h not in self._thresholds:
-            self._thresholds[h] = copy_threshold(self.features, self.held_out[:h])
-        return self._thresholds[h]
+    @cached_property
+    def copy_threshold(self) -> Tensor:
+        """Distance within which an image counts as a copy, by at most 5,000 held-out images, () float64."""
+        return copy_threshold(self.features, spread(self.held_out, min(COMPARED, len(self.held_out))))
 
 
 def spread(rows: Tensor, m: int) -> Tensor:

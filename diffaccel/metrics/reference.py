@@ -306,6 +306,24 @@ def check_same_data(path: str | Path, reference: Reference, label: str, shape: t
         )
 
 
+def check_held_out(path: str | Path, floor: Reference | None, reference: Reference) -> None:
+    """Check that the statistics for a floor are not those of training images.
+
+    Args:
+        path: File of the floor, for the message.
+        floor: Statistics for the floor; None for no floor.
+        reference: Statistics of training images.
+
+    Raises:
+        UsageError: They are of the training split, as far as the file states it, or equal the reference.
+    """
+    if floor is not None and (floor.provenance.get("split") == "train" or floor.sha256 == reference.sha256):
+        raise UsageError(
+            f"floor={path} contains statistics of training images, and a floor those of held-out images: give the "
+            "floor.npz of `diffaccel reference`, which it computes from data.test_path= or data.test_share="
+        )
+
+
 def read_reference(path: str | Path) -> Reference:
     """Read a reference computed with any extractor.
 

@@ -84,7 +84,10 @@ class KernelMetric(Metric):
 
 @METRICS.register("manifold")
 class ManifoldMetric(Metric):
-    """Precision, recall, density and coverage of the first 5,000 images and, with ``_real``, of held-out images.
+    """Precision, recall, density and coverage of the first images and, with ``_real``, of held-out images.
+
+    They are of at most 5,000 images each, and of no more than the reference and the floor keep features of, because
+    they depend on the number. The key ``neighbourhoods`` of the point contains it.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models (Kynkaanniemi et al., 2019),
@@ -100,6 +103,10 @@ class ManifoldMetric(Metric):
         neighbours, held_out = real.manifold(m)
         found = manifold_scores(made.neighbours(m), neighbours)._asdict()
         return found | ({f"{key}_real": value for key, value in held_out._asdict().items()} if held_out else {})
+
+    @override
+    def details(self, made: Made, real: Real) -> Mapping[str, Any]:
+        return {"neighbourhoods": m} if (m := real.compared(made)) >= 10 else {}
 
 
 @METRICS.register("repetition")
@@ -146,8 +153,7 @@ class MemorisationMetric(Metric):
     def details(self, made: Made, real: Real) -> Mapping[str, Any]:
         if len(real.held_out) < 100:
             return {"memorisation": None}
-        held_out, threshold = real.held_out[:COMPARED], real.copy_threshold(COMPARED)
-        found = memorised(made.features[:COMPARED], real.features, held_out, threshold=threshold)
+        found = memorised(made.features[:COMPARED], real.features, real.held_out, threshold=real.copy_threshold)
         pairs = zip(found.generated.tolist(), found.training.tolist(), found.distance.tolist(), strict=True)
         closest = [list(pair) for pair in pairs]
         return {"memorisation": {"share": found.share, "threshold": found.threshold, "closest": closest}}

@@ -70,6 +70,8 @@ def read_statistics(path: str) -> Statistics:
             raise UsageError(f"{file.where}: {name!r} ({array.dtype}) has values that are not finite numbers")
     if np.abs(covariance - covariance.T).max() > ASYMMETRY * np.abs(covariance).max():
         raise UsageError(f"{file.where}: {COVARIANCE!r} is not symmetric, and so no covariance: save np.cov's result")
+    if (np.diag(covariance) < 0).any():
+        raise UsageError(f"{file.where}: {COVARIANCE!r} has negative variances: save np.cov's result")
     moments = Moments(0, *(torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance)))
     provenance = {"label": Path(path).name, "split": None, "unread": sorted({*file.names} - {MEAN, COVARIANCE})}
     return Statistics(moments, torch.zeros(0, moments.dim, dtype=torch.float16), provenance)

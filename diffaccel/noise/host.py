@@ -1,8 +1,9 @@
 """Normal numbers on a CPU, faster than PyTorch's own generator draws them.
 
-The words come from a compiled loop, ``philox.c``. Where no compiler was found when the package was built, PyTorch
-computes the same words. A draw then takes about seven times as long, about 0.5 percent of the time of ten evaluations
-of a small network. NumPy's logarithm, sine and cosine in float32 are two to three times as fast as PyTorch's.
+The words come from a compiled loop, ``philox.c``. In the wheel of a release, and where no compiler was found when the
+package was built, PyTorch computes the same words. A draw then takes about seven times as long, about 0.5 percent of
+the time of ten evaluations of a small network. NumPy's logarithm, sine and cosine in float32 are two to three times as
+fast as PyTorch's.
 """
 
 import ctypes
@@ -50,7 +51,7 @@ Loop = Callable[[Tensor, int, int, int], tuple[Floats, Floats]]
 
 @cache
 def compiled_loop() -> Loop | None:
-    """Return the compiled loop, or None if the package was built without a compiler.
+    """Return the compiled loop, or None if the package was built without it.
 
     It is called with the indices (B,), the key, the draw and the number of blocks, and returns the radii ``u`` and
     the angles of the Box-Muller method, each (2, B, blocks).

@@ -1,7 +1,7 @@
 /* The words of Philox4x32-10 for the blocks of one draw, as the radii and angles of the Box-Muller method.
 
-   The loop is that of diffaccel/noise/philox.py. host.py calls it with ctypes; where the package was built without a
-   compiler, host.py computes the same numbers, to the bit, with PyTorch. */
+   The loop is that of diffaccel/noise/philox.py. host.py calls it with ctypes; where the package was built without
+   it, host.py computes the same numbers, to the bit, with PyTorch. */
 #include <stddef.h>
 #include <stdint.h>
 

@@ -1,11 +1,15 @@
 """All registries by the key of their parts in an experiment; imported when they are used."""
 
+import re
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.parts.registry import Registry
 
+PACKAGE = Path(__file__).parents[1]
 CATALOGUE = {
     "method": "diffaccel.methods.registry:METHODS",
     "data": "diffaccel.data.source:SOURCES",
@@ -65,3 +69,12 @@ def registry_of(group: str) -> Registry[Any]:
         raise UsageError(f"no group of parts is called {group!r}{suggest(group, CATALOGUE)}")
     module, _, name = CATALOGUE[group].partition(":")
     return cast(Registry[Any], getattr(import_module(module), name))
+
+
+@cache
+def names_of(group: str) -> frozenset[str]:
+    """Return the names of the built-in parts of a group, from the source of the package: no part is imported."""
+    registry = CATALOGUE[group].partition(":")[2]
+    pattern = re.compile(rf'\b{registry}\.register\(\s*"(\w+)"')
+    sources = (file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
+    return frozenset(name for source in sources for name in pattern.findall(source))

@@ -37,7 +37,8 @@ def _explicit(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any
         found = {**found, **{key: value for key, value in _changed(registry, node).items() if key not in node}}
     for key, value in node.items():
         if isinstance(value, Mapping) and (inner := part_of(registry.annotation(key, name))) is not None:
-            found[key] = _explicit(inner, value)
+            # A node without a name is recorded without the default that it is merged into.
+            found[key] = _explicit(inner, registry.over_default(name, key, value) if "name" in value else value)
     return found
 
 

@@ -169,6 +169,11 @@ def _next_value(flag: bool, rest: "deque[str]") -> str:
     return rest.popleft()
 
 
+def split_names(text: str) -> list[str]:
+    """Split the value of a key of several names: ``a,b``, ``a b``, ``[a, b]`` or ``['a', 'b']``."""
+    return [_unquoted(word) for word in text.strip("[] ").replace(",", " ").split()]
+
+
 def one_experiment(
     words: Collection[str], keys: Collection[str], flags: Container[str]
 ) -> tuple[str | None, list[str]]:

@@ -28,6 +28,7 @@ from diffaccel.parts.checks import check_annotated, conform
 from diffaccel.parts.overrides import as_plain, refuse_references
 from diffaccel.parts.plugins import installed, origin
 from diffaccel.parts.schema import options, schema_of, suggest_key
+from diffaccel.parts.trees import merge
 from diffaccel.text.escape import printable
 from diffaccel.text.terminal import PlainConsole
 
@@ -254,6 +255,12 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
                 whole[key] = [registry.normal(one) for one in value] if several else registry.normal(value)
         return whole
 
+    def over_default(self, name: object, key: str, node: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Merge the node of a nested part into its default, if that is a mapping; another part replaces the default."""
+        parameter = self._parameters(name).get(key) if isinstance(name, str) and name in self else None
+        default = None if parameter is None else parameter.default
+        return merge({"part": default}, {"part": node})["part"] if isinstance(default, Mapping) else node
+
     @property
     def nested(self) -> dict[str, "Registry[Any]"]:
         """Nested parts of all parts: key -> registry."""
@@ -348,6 +355,11 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             if missing := sorted(OmegaConf.missing_keys(merged)):
                 raise UsageError(f"{where} requires a value for {', '.join(missing)}")
             values = cast(dict[str, Any], OmegaConf.to_container(merged))
+            values |= {  # OmegaConf keeps the keys of a default of another name
+                key: self.over_default(name, key, value)
+                for key, value in node.items()
+                if isinstance(value, Mapping) and part_of(parameters[key].annotation) is not None
+            }
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{where}: {key}{str(error).splitlines()[0]}") from None

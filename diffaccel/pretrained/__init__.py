@@ -66,10 +66,7 @@ def convert(source: Path, target: Path, **options: Any) -> Pretrained:
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: the name of a converted checkpoint must end in .safetensors")
     check_target(target)
-    weights = _open(source, options)
-    if weights.header.get("latents"):
-        raise UsageError(f"{source} is a denoiser of latents, whose auto-encoder the converted file would not name")
-    found = Pretrained.of(weights)
+    found = Pretrained.of(_open(source, options))
     save_weights(target, found.tensors, found.description, torch.float32)
     return found
 

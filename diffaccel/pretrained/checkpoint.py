@@ -1,7 +1,8 @@
 """Common representation of checkpoints of all formats: tensors by diffaccel's names, and parts."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from diffaccel.denoiser import DENOISERS, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nn import NETWORKS
+from diffaccel.prior import PRIORS
 from diffaccel.process import PROCESSES
 from diffaccel.weights import Weights, assign_weights, hash_files
-from diffaccel.weights.pickles import refuse
+from diffaccel.weights.pickles import refuse, short
 from diffaccel.weights.torchfile import Stored
 
 
@@ -28,6 +30,7 @@ class Pretrained:
         process: Process of the training, as in an experiment's ``process``; other processes can be used as well.
         tensors: Tensors of the network by name, float32.
         source: Provenance: format, weights (``ema`` or ``raw``), conversion of units, SHA-256.
+        header: Header of the file, see :mod:`~diffaccel.weights.header`.
     """
 
     shape: tuple[int, int, int]
@@ -36,19 +39,26 @@ class Pretrained:
     process: dict[str, Any]
     tensors: dict[str, Tensor]
     source: dict[str, Any]
+    header: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> dict[str, Any]:
-        """Header of a file with the tensors."""
+        """Header of a file with the tensors: that of the original file, with the parts by their present names."""
         return {
+            **self.header,
             "kind": "denoiser",
             "shape": list(self.shape),
             "classes": self.network.get("classes") or 0,
             "network": self.network,
             "denoiser": self.denoiser,
             "process": self.process,
-            "source": self.source,
         }
+
+    @property
+    def shared_prior(self) -> dict[str, Any] | None:
+        """Prior of the fit, as in an experiment, if the network is its generator, too; None for other priors."""
+        prior = self.header.get("prior", {})
+        return dict(prior) if prior.get("generator") == "shared" else None
 
     @classmethod
     def of(cls, weights: Weights) -> "Pretrained":
@@ -70,14 +80,43 @@ class Pretrained:
         on_meta = build_on_meta(origin, network, shape, len(tensors))
         expected = {name: tuple(tensor.shape) for name, tensor in on_meta.state_dict().items()}
         check_names(origin, expected, {n: Stored(t.dtype, tuple(t.shape), t.clone) for n, t in tensors.items()})
-        return cls(shape, network, denoiser, process, tensors, dict(header.get("source", {"format": "diffaccel"})))
+        source = dict(header.get("source", {"format": "diffaccel"}))
+        return cls(shape, network, denoiser, process, tensors, source, header)
 
     def build(self) -> Denoiser:
-        """Build the denoiser with its weights, in evaluation mode."""
+        """Build the denoiser with its weights, in evaluation mode, for the noise levels that it was trained on."""
         network = NETWORKS.build(self.network, shape=self.shape)
         assign_weights(self.tensors, network, "its weights")
+        mark_condition(self.header, network)
         denoiser = DENOISERS.build(self.denoiser, network=network, process=PROCESSES.build(self.process))
+        (low, high), (least, most) = denoiser.ratio_range, self._trained_ratios(denoiser)
+        denoiser.ratio_range = max(low, least), min(high, most)
         return denoiser.requires_grad_(False).eval()
+
+    def is_truncated(self, denoiser: Denoiser) -> bool:
+        """Whether the training of a denoiser, made by :meth:`build`, left out the highest levels of its process."""
+        whole = DENOISERS.build(self.denoiser, network=denoiser.network, process=denoiser.process)
+        return bool(denoiser.ratio_range[1] < 0.999 * whole.ratio_range[1])
+
+    def _trained_ratios(self, denoiser: Denoiser) -> tuple[float, float]:
+        """Lowest and highest noise-to-data ratio of the training; infinite ends if the header does not limit them."""
+        least, most = self.header.get("trained_ratios", (0.0, math.inf))
+        if self.shared_prior is None or "trained_ratios" in self.header:
+            return least, most
+        # Headers of version 0.1 contain the highest level of a truncated diffusion as its prior only.
+        return least, PRIORS.build(self.shared_prior, denoiser=denoiser, shape=self.shape).highest_ratio(denoiser)
+
+
+def mark_condition(header: Mapping[str, Any], network: nn.Module) -> None:
+    """Note on a network what it was never trained without, by the header of its weights.
+
+    The attributes, among them ``null_class``, are those of :func:`~diffaccel.condition.trained_without`.
+    """
+    for part, key in (("labels", "label_drop"), ("others", "condition_drop")):
+        if key in header:
+            setattr(network, f"null_{part}", header[key] != 0)
+        if header.get(key) == 0:
+            network.null_class = False  # type: ignore[assignment]  # an attribute of the network
 
 
 class Entry(NamedTuple):
@@ -146,6 +185,27 @@ def build_on_meta(origin: str, network: Mapping[str, Any], shape: tuple[int, int
             return NETWORKS.build(network, shape=shape)
     except UsageError as error:
         raise refuse(origin, str(error)) from None
+
+
+def refuse_unused(origin: str, options: Mapping[str, Any], *used: str) -> None:
+    """Check that the reader of a file uses all options.
+
+    Args:
+        origin: Name of the file, for messages.
+        options: Options given by the user.
+        used: Names of the options that the reader uses.
+
+    Raises:
+        UsageError: It uses fewer.
+    """
+    if unused := [key for key in options if key not in used]:
+        raise refuse(origin, f"{unused[0]}={options[unused[0]]} has no use for weights of this kind: leave it out")
+
+
+def replaced(stated: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the entry of the provenance with the file's values that options replace; empty for none."""
+    found = [f"{key}={short(value)}" for key, value in stated.items() if value not in (None, options.get(key, value))]
+    return {"replaced": f"{' and '.join(found)} of the file"} if found else {}
 
 
 def unwrap(origin: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from diffaccel.nn import NCSNpp
 from diffaccel.pretrained import diffusers_autoencoder
-from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign, unwrap
-from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve
+from diffaccel.pretrained.checkpoint import (
+    assemble,
+    build_on_meta,
+    check_names,
+    foreign,
+    refuse_unused,
+    replaced,
+    unwrap,
+)
+from diffaccel.pretrained.diffusers_config import AVERAGE, read_config, read_levels, read_ve, stated_sigma_max
 from diffaccel.pretrained.diffusers_names import aliases, names_of_ddpm, names_of_ncsnpp, shape_in
 from diffaccel.weights import FORMATS, File, Format, Weights
 from diffaccel.weights.pickles import open_file, refuse
@@ -146,13 +154,15 @@ class Diffusers(Format):
                 ``sigma_max`` of a network for the VE SDE, in units of its data.
 
         Raises:
-            UsageError: A file is missing, damaged or contains code, or the layout is not supported.
+            UsageError: A file is missing, damaged or contains code, the layout is not supported, or an option is given
+                that the weights do not have.
         """
         path, origin = file.path, str(file.path)
         if not path.is_dir():
             raise refuse(origin, f"it is part of a folder of diffusers: give the folder, {path.parent}")
         parts = find_parts(path, options.get("weights"))
         if diffusers_autoencoder.is_autoencoder(parts.config):
+            refuse_unused(origin, options, "weights")
             found = read_weights(parts.files)
             return diffusers_autoencoder.open_autoencoder(path, parts.config, found, _identity(parts))
         scheduler = {} if parts.scheduler is None else _read_json(parts.scheduler)
@@ -168,7 +178,9 @@ class Diffusers(Format):
             units = "[0, 1] in the file: noise levels doubled, once" if centred else units
         else:
             denoiser, process = read_levels(scheduler, origin), {"name": "edm", "sigma_max": 1e3}
-        source = {"format": "diffusers", "weights": parts.weights, "units": units}
+        refuse_unused(origin, options, "weights", "size", *(["sigma_max"] if fourier else []))
+        stated = {"size": parts.config.get("sample_size"), "sigma_max": stated_sigma_max(scheduler)}
+        source = {"format": "diffusers", "weights": parts.weights, "units": units, **replaced(stated, options)}
         nodes = {"network": network, "denoiser": denoiser, "process": process}
         files = _identity(parts)
         return foreign(path, shape, nodes, source, lambda: assemble(origin, entries, found, on_meta), files)

@@ -225,9 +225,9 @@ def read_ve(scheduler: Mapping[str, Any], unit: float, given: Any, origin: str) 
         UsageError: The scheduler is of another process, or does not determine the levels.
     """
     _check_class(scheduler, {"ScoreSdeVe"}, origin)
-    high = given if given is not None else scheduler.get("sigma_max", 1348.0)
+    high = stated_sigma_max(scheduler) if given is None else given
     low = scheduler.get("sigma_min", 0.01)
-    if given is None and high == 1348.0:
+    if high is None:
         raise refuse(
             origin, "its scheduler has diffusers' default sigma_max or none, which says nothing: give sigma_max="
         )
@@ -236,6 +236,12 @@ def read_ve(scheduler: Mapping[str, Any], unit: float, given: Any, origin: str) 
     low, high = unit * low, unit * high
     denoiser = {"name": "ve", "unit": unit, "ratio_min": low, "ratio_max": high}
     return denoiser, {"name": "ve", "sigma_min": low, "sigma_max": high}
+
+
+def stated_sigma_max(scheduler: Mapping[str, Any]) -> Any:
+    """Return the highest level in a scheduler's configuration; None for diffusers' default, which says nothing."""
+    found = scheduler.get("sigma_max")
+    return None if found == 1348.0 else found
 
 
 def read_levels(scheduler: Mapping[str, Any], origin: str) -> Node:

@@ -17,7 +17,7 @@ import torch
 
 from diffaccel.denoiser import DENOISERS
 from diffaccel.nn.ncsnpp import resampling_kernel
-from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign
+from diffaccel.pretrained.checkpoint import assemble, build_on_meta, check_names, foreign, refuse_unused
 from diffaccel.pretrained.edm_networks import NETWORKS
 from diffaccel.weights import FORMATS, File, Format, Weights
 from diffaccel.weights.pickles import (
@@ -119,9 +119,10 @@ class EDM(Format):
             options: ``weights``, which can only be ``ema``.
 
         Raises:
-            UsageError: The file is damaged or contains code, or its network is not supported.
+            UsageError: The file is damaged or contains code, its network is not supported, or there are other options.
         """
         origin = f"checkpoint {file.path}"
+        refuse_unused(origin, options, "weights")
         if options.get("weights", "ema") != "ema":
             raise refuse(origin, "it holds averaged weights only: leave weights=raw out")
         spent = itertools.count()

@@ -21,6 +21,8 @@ from diffaccel.pretrained.checkpoint import (
     build_on_meta,
     check_names,
     foreign,
+    refuse_unused,
+    replaced,
     unwrap,
 )
 from diffaccel.weights import FORMATS, File, Format, Weights
@@ -106,7 +108,8 @@ class ScoreSDE(Format):
                 in units of its data; each is optional.
 
         Raises:
-            UsageError: The file is damaged or contains code, or is not a continuous NCSN++ or DDPM++.
+            UsageError: The file is damaged or contains code, is not a continuous NCSN++ or DDPM++, or is of the VP SDE
+                and ``sigma_max`` is given.
         """
         origin = str(file.path)
         model, shadow = _parts(file.archive, origin)
@@ -119,8 +122,14 @@ class ScoreSDE(Format):
         weights = options.get("weights", "ema")
         chosen = model if weights == "raw" else {**model, **_averaged(model, shadow, origin)}
         positional = network["embedding"] == "positional"
+        refuse_unused(origin, options, "weights", "size", *([] if positional else ["sigma_max"]))
         process, denoiser, units = _vp() if positional else _ve(sigmas, options.get("sigma_max"), origin)
-        source = {"format": "score_sde_pytorch", "weights": weights, "units": units}
+        attention = network["attention"]
+        stated = {
+            "size": 16 * shape[1] // attention[0] if len(attention) == 1 else None,
+            "sigma_max": None if sigmas is None else float(f"{sigmas.load()[0].item():.6g}"),
+        }
+        source = {"format": "score_sde_pytorch", "weights": weights, "units": units, **replaced(stated, options)}
         parts = {"network": network, "denoiser": denoiser, "process": process}
         return foreign(file.path, shape, parts, source, lambda: assemble(origin, entries, chosen, on_meta))
 

@@ -162,8 +162,8 @@ class Prior(nn.Module, ABC):
         """
         return None
 
-    def burn_in_evaluations(self, n: int) -> int:
-        """Return the total number of burn-in evaluations for n images."""
+    def burn_in_evaluations(self, n: int) -> float:
+        """Return the total number of burn-in evaluations for n images; NaN if a tolerance determines it."""
         return 0
 
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:

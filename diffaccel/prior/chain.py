@@ -116,18 +116,22 @@ class ChainPrior(Prior):
         self.burn_in_counted = burn_in_counted
 
     def chains_for(self, n: int) -> int:
-        """Return the number of parallel chains for n images, independent of batch size and world size.
-
-        n / ``images_per_chain`` is rounded down, so that burn-in per image is at most that of ``images_per_chain``
-        images, and equal to it if n is a multiple. For fewer images there is one chain.
-        """
-        # The margin is for quotients such as 9 / 0.9 that are whole but for rounding.
-        return self.chains or max(1, int(n / self.images_per_chain * (1 + 1e-12)))
+        """Return the number of parallel chains for n images, independent of batch size and world size."""
+        return self.chains or chains_of(n, self.images_per_chain)
 
     @property
-    def burn_in_per_chain(self) -> int:
-        """Number of evaluations from pure noise to the first round of a chain."""
-        return self.init_solver.evaluations(self.init_steps)
+    def burn_in_per_chain(self) -> float:
+        """Number of evaluations from pure noise to the first round of a chain; NaN for an adaptive solver."""
+        return math.nan if self.init_solver.adaptive else self.init_solver.evaluations(self.init_steps)
+
+    @property
+    def least_round(self) -> int:
+        """Smallest number of evaluations of a round."""
+        return 1
+
+    def round_evaluations(self, chain_steps: int) -> int:
+        """Return the number of evaluations of a round that may take ``chain_steps``, at least ``least_round``."""
+        return chain_steps
 
     @abstractmethod
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
@@ -151,33 +155,38 @@ class ChainPrior(Prior):
         return groups
 
     @override
-    def burn_in_evaluations(self, n: int) -> int:
-        chains = self.chains_for(n)
-        rounds = -(-n // chains)
-        # Chains without an image in the last round do not start anew for it.
-        starts = range(0, rounds, self.restart_every or rounds)
-        return self.burn_in_per_chain * sum(min(chains, n - start * chains) for start in starts)
+    def burn_in_evaluations(self, n: int) -> float:
+        return self.burn_in_per_chain * starts_of(n, self.chains_for(n), self.restart_every)[0]
 
     @override
     def plan(self, solver: Solver, budget: float, n: int, extra: int = 0) -> Plan:
         if math.isinf(budget):
             if self.chain_steps is None:
                 raise UsageError("nfe is not set, so that the number of chain steps is unknown: set prior.chain_steps")
-            return Plan(self, solver, super().plan(solver, budget, n, extra).steps, self.chain_steps)
+            steps = super().plan(solver, budget, n, extra).steps
+            return Plan(self, solver, steps, self.round_evaluations(self.chain_steps))
         overhead = self.burn_in_evaluations(n) / n if self.burn_in_counted else 0.0
+        if math.isnan(overhead):
+            raise UsageError(
+                f"nfe={budget:g} can't include a burn-in by {type(self.init_solver).__name__}, which is adaptive: set "
+                "prior.burn_in_counted=false, another prior.init_solver, or nfe=null with an adaptive solver"
+            )
         available = int(budget - overhead - extra + 1e-9)
-        least = (self.chain_steps or 1) + solver.least_evaluations
+        chain_steps = self.round_evaluations(self.chain_steps or self.least_round)
+        least = chain_steps + solver.least_evaluations
         if available < least:
             minimum = math.ceil((least + extra + overhead) * 100 - 1e-6) / 100  # rounded up, so that it is enough
-            parts = f"{self.chain_steps or 1} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
+            parts = f"{chain_steps} chain step(s), {solver.least_evaluations} of the solver, {extra} after it"
             raise UsageError(
                 f"nfe={budget:g} is below the minimum of {minimum:g} ({parts}, {overhead:.3g} of "
                 f"burn-in with {self.chains_for(n)} chains for n={n}): raise nfe or n, or raise prior.images_per_chain"
             )
-        wanted = self.chain_steps or max(1, round(self.share * available))
+        wanted = chain_steps if self.chain_steps else max(self.least_round, round(self.share * available))
         steps = solver.steps_within(max(solver.least_evaluations, available - wanted))
-        # Evaluations that the solver can't use (Heun's number is odd) go to the chain, unless chain_steps is set.
-        return Plan(self, solver, steps, self.chain_steps or available - solver.evaluations(steps))
+        if self.chain_steps:
+            return Plan(self, solver, steps, chain_steps)
+        # Evaluations that the solver can't use (Heun's number is odd) go to the chain.
+        return Plan(self, solver, steps, self.round_evaluations(available - solver.evaluations(steps)))
 
     def open(self, denoiser: Denoiser, seed: int, group: Group, shape: tuple[int, ...]) -> ChainState:
         """Start the chains of a group, with burn-in."""
@@ -220,6 +229,32 @@ class ChainPrior(Prior):
         chains.rounds += 1
         y, ratio = self.advance_round(denoiser, chains, chain_steps)
         return denoiser.process.from_ratio(y, ratio)
+
+
+def chains_of(n: int, images_per_chain: float) -> int:
+    """Return the number of chains that n images are divided into.
+
+    n / ``images_per_chain`` is rounded down, so that burn-in per image is at most that of ``images_per_chain`` images,
+    and equal to it if n is a multiple. For fewer images there is one chain.
+    """
+    # The margin is for quotients such as 9 / 0.9 that are whole but for rounding.
+    return max(1, int(n / images_per_chain * (1 + 1e-12)))
+
+
+def starts_of(n: int, chains: int, restart_every: int | None) -> tuple[int, int]:
+    """Return how often chains start, and the number of rounds from a start to the next.
+
+    Images of chains that agree in both have the same distribution, however the chains are set.
+
+    Args:
+        n: Number of images.
+        chains: Number of parallel chains.
+        restart_every: Number of rounds after which they restart; None for never.
+    """
+    rounds = -(-n // chains)
+    every = min(restart_every or rounds, rounds)
+    # Chains without an image in the last round do not start anew for it.
+    return sum(min(chains, n - start * chains) for start in range(0, rounds, every)), every
 
 
 def record(

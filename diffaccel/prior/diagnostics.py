@@ -75,13 +75,14 @@ def summarise(traces: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     mean = np.concatenate([np.array([trace[k]["mean"] for k in whole]).T for trace in traces])
     quarter = max(1, len(whole) // 4)
     records = [record for trace in traces for record in trace]
+    sizes = [len(record["mean"]) for record in records]  # of the groups of chains, which depend on the batch size
     return {
         "start_ratio_mean": float(ratio.mean()),
         "start_ratio_min": float(ratio.min()),
         "start_ratio_max": float(ratio.max()),
         "start_ratio_drift": float(ratio[:, -quarter:].mean() / ratio[:, :quarter].mean()),
-        "carried": float(np.mean([record["carried"] for record in records])),
-        "at_end_levels": float(np.mean([record["at_end_levels"] for record in records])),
+        "carried": float(np.average([record["carried"] for record in records], weights=sizes)),
+        "at_end_levels": float(np.average([record["at_end_levels"] for record in records], weights=sizes)),
         "r_hat": split_r_hat(mean),
         "autocorrelation_time": autocorrelation_time(mean),
     }

@@ -137,7 +137,7 @@ class LangevinGibbsPrior(ChainPrior):
 
     @property
     @override
-    def burn_in_per_chain(self) -> int:
+    def burn_in_per_chain(self) -> float:
         return super().burn_in_per_chain + sum(steps for steps, _ in self.warmup)
 
     @override

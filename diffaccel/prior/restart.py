@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.prior.base import PRIORS, GaussianPrior
@@ -38,7 +39,8 @@ class RestartPrior(ChainPrior):
             for no restarts. Chains of ``images_per_chain`` images end without it.
 
     Raises:
-        UsageError: A value is out of range, or ``ratio_up`` is less than twice ``ratio_star``.
+        UsageError: A value is out of range, ``ratio_up`` is less than twice ``ratio_star``, or the solver is adaptive
+            or has a grid that can't end at ``ratio_star``.
 
     References:
         Restart Sampling for Improving Generative Processes (Xu et al., 2023), https://arxiv.org/abs/2306.14878
@@ -59,11 +61,23 @@ class RestartPrior(ChainPrior):
         require(ratio_star > 0, f"ratio_star is {ratio_star}, it must be positive")
         require(ratio_up >= 2 * ratio_star, f"ratio_up is {ratio_up}, it must be at least twice ratio_star")
         down: Solver = SOLVERS.build(solver)
-        down = dataclasses.replace(
-            down, grid=dataclasses.replace(down.grid, ratio_min=ratio_star), denoise=False, analytic_first=None
-        )
+        down = dataclasses.replace(down.ending_at(ratio_star), analytic_first=None)
+        require(not down.adaptive, f"solver is {type(down).__name__}, which is adaptive, but a round has a fixed cost")
         super().__init__(images_per_chain, chains, share, chain_steps, init_steps, down, restart_every)
+        require(
+            chain_steps is None or chain_steps >= self.least_round,
+            f"chain_steps is {chain_steps}, but {type(down).__name__} takes at least {down.least_evaluations}",
+        )
         self.ratio_star, self.ratio_up = ratio_star, ratio_up
+
+    @property
+    @override
+    def least_round(self) -> int:
+        return self.init_solver.least_evaluations
+
+    @override
+    def round_evaluations(self, chain_steps: int) -> int:
+        return self.init_solver.evaluations(self.init_solver.steps_within(chain_steps))
 
     def start(self, denoiser: Denoiser, state: ChainState) -> None:
         """Integrate from pure noise to ``ratio_star``."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffaccel.condition import Kinds
 from diffaccel.denoiser import DENOISERS
 from diffaccel.errors import UsageError
 from diffaccel.pretrained import Pretrained, files_sha256, read
@@ -69,14 +70,14 @@ def read_given(path: str, facts: Facts) -> Given:
         facts: The images.
 
     Raises:
-        UsageError: The file can't be read, is not of a denoiser, makes images of another shape, has fewer classes than
-            the images, or was not trained up to levels at which images are noise.
+        UsageError: The file can't be read, is not of a denoiser, makes images of another shape, takes a condition other
+            than labels, has fewer classes than the images, or was not trained up to levels at which images are noise.
     """
     place = Path(path).expanduser().absolute()
     found = read(place)
     if found.shape != facts.shape:
         raise UsageError(
-            f"checkpoint={path} makes images of shape {found.shape}, yours have {facts.shape}{_fit(found)}"
+            f"checkpoint={path} makes images of shape {found.shape}, yours have {facts.shape}{_fit(found, facts)}"
         )
     classes = int(found.network.get("classes") or 0)
     if 0 < classes < facts.classes:
@@ -84,7 +85,13 @@ def read_given(path: str, facts: Facts) -> Given:
             f"checkpoint={path} has {classes} classes, and the images have {facts.classes}: use the images of its "
             "classes, or labels=false"
         )
-    low, high = found.build().ratio_range
+    denoiser = found.build()
+    if (takes := Kinds.taken_by(denoiser.network)).required:
+        raise UsageError(
+            f"checkpoint={path} takes {takes}, which the experiments of `new` do not give: use a checkpoint without "
+            "condition, or with labels"
+        )
+    low, high = denoiser.ratio_range
     if high < 10 * facts.std:
         raise UsageError(
             f"checkpoint={path} was trained up to a noise-to-data ratio of {high:.4g}, at which images are not noise "
@@ -98,8 +105,8 @@ def read_given(path: str, facts: Facts) -> Given:
     return Given(str(place), files_sha256(place), found.network, found.denoiser, process, (low, high), classes, source)
 
 
-def _fit(found: Pretrained) -> str:
+def _fit(found: Pretrained, facts: Facts) -> str:
     channels, height, width = found.shape
     kind = "colour" if channels == 3 else "grey"
-    resize = f"set size={height} to resize them" if height == width else f"resize them to {width}x{height} pixels"
+    resize = facts.resized_to(height) if height == width else f"resize them to {width}x{height} pixels"
     return f": {resize}, and use {kind} images" if channels in (1, 3) else ": use another checkpoint"

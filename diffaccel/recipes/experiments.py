@@ -82,7 +82,7 @@ def _base(facts: Facts, judges: Mapping[str, Any]) -> str:
 # Written by `diffaccel new`: {facts.train} training and {facts.test} held-out images of {width}x{height} pixels.
 data: {flow(facts.data)}
 shape: {flow(list(facts.shape))}
-network: {flow(network_for(facts.shape))}
+network: {flow(network_for(facts.shape, facts.resized_to))}
 judges: {flow(list(judges.values()))}  # networks that score images; nobody trained them on these
 reference: {flow(statistics["reference"])}
 floor: {flow(statistics["floor"])}

@@ -49,6 +49,12 @@ class Facts:
     shared: int
     sha256: str
 
+    def resized_to(self, size: int) -> str:
+        """Say how to get the images in a height and width: by ``size=``, or, of an npz file, before they are saved."""
+        if "image_size" in SOURCES.keys_of(self.data["name"]):
+            return f"set size={size} to resize them"
+        return f"save them in {size}x{size} pixels, because the images of an {self.data['name']} file are not resized"
+
     def describe(self) -> list[str]:
         """Describe the images in a few lines."""
         channels, height, width = self.shape

@@ -1,6 +1,7 @@
 """Size of the network and length of the training for images of a shape and number."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from diffaccel.errors import UsageError
@@ -25,7 +26,7 @@ class Length(NamedTuple):
     ema_half_life: int
 
 
-def network_for(shape: tuple[int, int, int]) -> dict[str, Any]:
+def network_for(shape: tuple[int, int, int], resized_to: Callable[[int], str]) -> dict[str, Any]:
     """Return a U-Net that two CPU cores can train on images up to 64 pixels, as an experiment's ``network``.
 
     Images are unshuffled until their finest layers have about 16 x 16 pixels, or 32 x 32 for images of 64 pixels and
@@ -33,6 +34,7 @@ def network_for(shape: tuple[int, int, int]) -> dict[str, Any]:
 
     Args:
         shape: Image shape (C, H, W).
+        resized_to: Function height and width -> how to get such images, for the message.
 
     Raises:
         UsageError: The images can't be halved often enough.
@@ -48,8 +50,8 @@ def network_for(shape: tuple[int, int, int]) -> dict[str, Any]:
         levels, halved = levels + 1, halved // 2
     if side // unshuffle > 2 * finest or (levels < 2 and side > 2 * COARSEST):
         raise UsageError(
-            f"images of {width}x{height} pixels can't be halved often enough for the networks: set size= to a multiple "
-            f"of 16, such as size={max(16, min(height, width) // 16 * 16)}"
+            f"images of {width}x{height} pixels can't be halved often enough for the networks, which require multiples "
+            f"of 16: {resized_to(max(16, min(height, width) // 16 * 16))}"
         )
     widths = [32, 48] if side <= 8 else [64, 96, 128, 128, 128]
     widths = widths[: min(levels, len(widths))]

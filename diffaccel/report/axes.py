@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffaccel.report.points import Point
+from diffaccel.text.terminal import number
 
 
 class Cost(NamedTuple):
@@ -26,9 +27,14 @@ COSTS: Mapping[str, Cost] = {
     "nfe": Cost("nfe", "evaluations per image (NFE)"),
     "seconds": Cost("seconds_per_image", "seconds per image"),
     "gflops": Cost("gflops_per_image", "GFLOPs per image"),
-    "nfe_equivalent": Cost("nfe_equivalent", "evaluations of the denoiser with the same FLOPs (nfe_equivalent)"),
+    "nfe_equivalent": Cost(
+        "nfe_equivalent", "evaluations of the curve's own denoiser with the same FLOPs (nfe_equivalent)"
+    ),
 }
 """Costs by the name that ``x=`` takes."""
+
+EQUAL = 1.01
+"""Ratio of the FLOPs of two denoisers up to which they count as equal."""
 
 
 class Mean(NamedTuple):
@@ -98,3 +104,15 @@ def pareto(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         if not found or y < found[-1][1]:
             found.append((x, y))
     return found
+
+
+def unequal_denoisers(points: Iterable[Point]) -> list[str]:
+    """Return a line if ``nfe_equivalent`` of normalised points refers to denoisers with different FLOPs; else none."""
+    known = [point for point in points if point["nfe_equivalent"] and point["gflops_per_image"]]
+    own = [point["gflops_per_image"] / point["nfe_equivalent"] for point in known]
+    if not own or max(own) <= EQUAL * min(own):
+        return []
+    return [
+        f"nfe_equivalent refers to the denoiser of each curve, which takes {number(min(own), 3)} to "
+        f"{number(max(own), 3)} GFLOP per evaluation here: compare by gflops instead (x=gflops)"
+    ]

@@ -1,5 +1,6 @@
 """Model cards: a table of weights from the headers of their files, with distances from points of their experiments."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any, NamedTuple
 from diffaccel.config import EXPERIMENTS, Config, experiment_names, load
 from diffaccel.errors import UsageError, suggest
 from diffaccel.noise import GENERATOR
-from diffaccel.parts.history import as_measured, explicit
 from diffaccel.report.files import read_points
 from diffaccel.report.judges import judges_of, seen_by
+from diffaccel.report.measured import same_settings
 from diffaccel.report.points import DERIVED, Point, normalised
 from diffaccel.text.terminal import human, number
 from diffaccel.weights import open_weights
@@ -69,8 +70,13 @@ class Card:
         experiment = self.header.get("experiment")
         return str(self.header.get("command") or (f"diffaccel fit {experiment} {REST}" if experiment else ""))
 
-    def cells(self, metric: str | None) -> list[str]:
-        """Return the cells of the card's row, with the distances in a metric."""
+    def cells(self, metric: str | None, n: int | None = None) -> list[str]:
+        """Return the cells of the card's row.
+
+        Args:
+            metric: Metric of the distances.
+            n: Number of images that the table states; distances of another number state theirs.
+        """
         header = self.header
         images, hours = header.get("images_seen"), header.get("hours")
         return [
@@ -84,11 +90,11 @@ class Card:
             f"{self.parameters:,}",
             human(self.size, "B"),
             self.sha256[:12],
-            self._figure(metric),
+            self._figure(metric, n),
             self.command,
         ]
 
-    def _figure(self, metric: str | None) -> str:
+    def _figure(self, metric: str | None, n: int | None) -> str:
         if "accuracy" in self.header:
             return f"test accuracy {self.header['accuracy']:.2%}"
         found = self.distances.get(metric or "", {})
@@ -96,7 +102,8 @@ class Card:
         for budget in BUDGETS if found else ():
             one = found.get(budget)
             error = "" if one is None or one.se is None else f" ± {one.se:.2g}"
-            texts.append("-" if one is None else f"{number(one.value, 3)}{error}")
+            images = "" if one is None or one.n == n else f" (n={one.n:,})"
+            texts.append("-" if one is None else f"{number(one.value, 3)}{error}{images}")
         return ", ".join(texts)
 
 
@@ -156,7 +163,7 @@ def _distances(
         budget, denoiser = point["nfe_budget"], point["checkpoint"] or {}
         if point["experiment"] != config.experiment or budget not in BUDGETS or denoiser.get("sha256") not in hashes:
             continue
-        if _comparable(point["settings"]) != _comparable(as_measured(explicit(config.at(budget)))):
+        if not same_settings(point, config.at(budget)):
             continue
         for judge in judges_of(point):
             for metric, one in _frechet(normalised(seen_by(point, judge))):
@@ -168,11 +175,6 @@ def _hashes(path: Path) -> set[str]:
     """Hashes that points have for a file: its own, and that before its header was rewritten."""
     weights = open_weights(path)
     return {weights.sha256, *([weights.header["header_of"]] if "header_of" in weights.header else [])}
-
-
-def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a point without the path of the prior's weights."""
-    return {part: {key: one for key, one in settings[part].items() if key != "checkpoint"} for part in settings}
 
 
 def _frechet(point: Point) -> Iterator[tuple[str, Distance]]:
@@ -197,21 +199,27 @@ def chosen_metric(cards: Sequence[Card]) -> str | None:
 def rows(cards: Sequence[Card]) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the heads and rows of a table of cards, without empty columns, and its notes."""
     metric = chosen_metric(cards)
-    table = [card.cells(metric) for card in cards]
+    counts = Counter(one.n for one in _shown(cards, metric))
+    n = max(counts, key=lambda n: counts[n], default=None)
+    table = [card.cells(metric, n) for card in cards]
     kept = [index for index in range(len(HEADS)) if any(row[index] for row in table)]
-    return [HEADS[i] for i in kept], [[row[i] for i in kept] for row in table], _notes(cards, metric)
+    return [HEADS[i] for i in kept], [[row[i] for i in kept] for row in table], _notes(cards, metric, n)
 
 
-def _notes(cards: Sequence[Card], metric: str | None) -> list[str]:
+def _shown(cards: Sequence[Card], metric: str | None) -> list[Distance]:
+    return [one for card in cards for one in card.distances.get(metric or "", {}).values()]
+
+
+def _notes(cards: Sequence[Card], metric: str | None, n: int | None) -> list[str]:
     notes = []
-    if metric is not None:
-        shown = [one for card in cards for one in card.distances.get(metric, {}).values()]
-        images = " or ".join(f"{n:,}" for n in sorted({one.n for one in shown}))
+    if metric is not None and n is not None:
+        shown = _shown(cards, metric)
+        others = " unless n is given" if {one.n for one in shown} != {n} else ""
         seeds = " or ".join(str(seed) for seed in sorted({one.seed for one in shown}))
         budgets = " and ".join(f"{budget:g}" for budget in BUDGETS)
         notes.append(
             f"figure: {metric} ± one standard error at NFE {budgets}, with the settings of the experiment in the "
-            f"command ({images} images, seed {seeds})"
+            f"command ({n:,} images{others}, seed {seeds})"
         )
     if any(card.command.endswith(REST) for card in cards):
         notes.append(f"{REST}: the header does not contain the settings of the fit")

@@ -12,6 +12,7 @@ from diffaccel.errors import UsageError
 from diffaccel.report.axes import COSTS, Cost, Mean, means, pareto, seeds_of
 from diffaccel.report.curves import places_of
 from diffaccel.report.files import frechet_key
+from diffaccel.report.floor import Floor, floor_of
 from diffaccel.report.points import Point, distance, normalised
 from diffaccel.report.published import Published
 from diffaccel.report.styles import BACKGROUND, Style, styles_of
@@ -76,7 +77,7 @@ def plot_curve(
         path: PNG file to write; missing folders are created.
         title: Title of the plot.
         published: Published results to draw in grey; only against NFE.
-        floor: Distance of the same number of real images; None for the metric ``<key>_floor`` of the points.
+        floor: Distance of the same number of real images; None for that of the points.
         labels: Label of each point's curve; None for labels from the settings in which the curves differ.
         x: Cost on the horizontal axis, a key of :data:`~diffaccel.report.axes.COSTS`.
         dark: Whether the picture is for dark pages.
@@ -162,15 +163,14 @@ def _draw_line(axes: "Axes", line: Sequence[Mean], key: str, cost: Cost, label: 
 
 def _draw_floor(axes: "Axes", floor: float | None, drawn: Sequence[Point], key: str, ink: Ink) -> None:
     """Draw the distance of real images as a line, or only in the legend if the line would be far below the points."""
-    if floor is None:
-        floor = next((value for point in drawn if (value := point["metrics"].get(f"{key}_floor")) is not None), None)
-    if floor is None:
+    found = floor_of(drawn, key) if floor is None else Floor(floor)
+    if found is None:
         return
-    near = 10 * floor > min(point["metrics"][key] for point in drawn)
-    label = f"real images ({floor:.3g}{'' if near else ', below'})"
+    near = 10 * found.value > min(point["metrics"][key] for point in drawn)
+    label = f"{found.label} ({found.value:.3g}{'' if near else ', below'})"
     style: dict[str, Any] = {"color": ink.faint, "linestyle": "--", "linewidth": 1, "gid": label}
     if near:
-        axes.axhline(floor, zorder=1, **style)
+        axes.axhline(found.value, zorder=1, **style)
     else:
         axes.plot([], [], **style)
 

@@ -7,6 +7,7 @@ point with one judge has them. See :func:`diffaccel.evaluation.judges.judgements
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffaccel.parts.catalogue import names_of
 from diffaccel.report.points import Point
 
 
@@ -32,6 +33,11 @@ def common_judges(points: Sequence[Point]) -> list[str]:
         return []
     others = [set(judges_of(point)) for point in points[1:]]
     return [name for name in judges_of(points[0]) if all(name in names for names in others)]
+
+
+def is_published(judge: str) -> bool:
+    """Whether a judge is a built-in extractor, at any resolution, and not a classifier that was trained here."""
+    return any(judge == name or judge.startswith(f"{name}_") for name in names_of("extractor"))
 
 
 def features_name(key: str, extractor: str, first: bool) -> str:

@@ -41,6 +41,7 @@ def normalised(point: Point) -> dict[str, Any]:
     found["metrics"] = {name: _number(value) for name, value in found["metrics"].items()}
     for name, keys in (("extractor", ("name", "sha256")), ("reference", ("name", "sha256"))):
         found[name] = {**found[name], **{key: _text(found[name].get(key)) for key in keys}}
+    found["words"] = _texts(point.get("words"))
     for name in ("floor", "checkpoint"):  # optional
         found[name] = _mapping(point.get(name)) or None
     if found["floor"]:
@@ -71,6 +72,10 @@ def _renamed(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _texts(value: object) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
 
 
 def _number(value: object) -> float | None:

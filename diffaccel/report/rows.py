@@ -7,7 +7,7 @@ from typing import Any
 
 from diffaccel.jackknife import Frechet, Resampled, resampled
 from diffaccel.report.files import frechet_key
-from diffaccel.report.points import Point
+from diffaccel.report.points import UNKNOWN, Point
 
 CLEAR = 2
 """Number of standard errors from which a judge counts as ordering a pair."""
@@ -47,8 +47,23 @@ def _clear(difference: Frechet) -> bool:
 
 
 def key_of(point: Point) -> tuple[Any, ...]:
-    """Return what is equal for the points of a pair, besides extractor and reference."""
+    """Return what is equal for the points of a pair, besides extractor, reference and samples of a condition."""
     return point["nfe_budget"], point["n"], point["seed"], point["noise"]
+
+
+def pair_of(point: Point) -> tuple[Any, ...] | None:
+    """Return what is equal for the points of a pair, as one judge sees them; None for a point without any pair."""
+    key = key_of(point)
+    if None in key[1:] or point["noise"] == UNKNOWN:
+        return None
+    return (*key, *(point[kind]["sha256"] for kind in ("extractor", "reference")), samples_of(point))
+
+
+def samples_of(point: Point) -> int:
+    """Return the number of images in succession that share a condition; 1 for images without conditions."""
+    condition = point["configuration"].get("condition")
+    samples = condition.get("samples") if isinstance(condition, Mapping) else None
+    return samples if isinstance(samples, int) else 1
 
 
 def parts_of(point: Point) -> Resampled | None:

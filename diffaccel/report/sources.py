@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from diffaccel.errors import UsageError
 from diffaccel.report.files import read_points
-from diffaccel.report.judges import judges_of, seen_by
-from diffaccel.report.points import Point, normalised
+from diffaccel.report.judges import is_published, judges_of, seen_by
+from diffaccel.report.points import FORMER_NOISE, Point, normalised
 
 Note = Callable[[str], None]
 
@@ -147,17 +147,21 @@ def chosen(views: Sequence[View], lines: Sequence[Line], judge: str | None, note
     Args:
         views: All views.
         lines: All points.
-        judge: Name of a judge. By default, the view of the most points; of several, the first.
+        judge: Name of a judge. By default, a view with points of the present noise, then of a published judge, then of
+            the most points; of several, the first judge, with the last reference in the first folder, that of the
+            present points.
         note: Function called with a message about the points that are left out.
 
     Raises:
         UsageError: The judge did not score any point.
     """
-    named = [view for view in views if judge is None or judge in (view.judge, view.judge.split(" ")[0])]
+    named = [view for view in views if judge is None or judge in (view.judge, _name(view))]
     if not named:
         names = ", ".join(view.judge for view in views)
         raise UsageError(f"judge={judge} scored none of the points: choose one of {names}")
-    first = max(named, key=lambda view: len(view.lines))
+    best = max(map(_preference, named))
+    tied = [view for view in named if _preference(view) == best]
+    *_, first = (view for view in tied if _start(view) == _start(tied[0]))
     if len(first.lines) < len(lines):
         others = [f"judge='{view.judge}' shows {len(view.lines)}" for view in views if view is not first]
         counts = f"{len(lines) - len(first.lines)} of {len(lines)} points"
@@ -166,6 +170,22 @@ def chosen(views: Sequence[View], lines: Sequence[Line], judge: str | None, note
         if others:
             note(f"{'; '.join(others)}; index.html shows all judges")
     return first
+
+
+def _preference(view: View) -> tuple[bool, bool, int]:
+    """Sort key of the default view; a judge that was trained on the images has blind spots, however many it scored."""
+    present = any(line.point["noise"] != FORMER_NOISE for line in view.lines)
+    return present, is_published(_name(view)), len(view.lines)
+
+
+def _name(view: View) -> str:
+    """Name of a view's judge, without the hash that may follow it."""
+    return view.judge.split(" ")[0]
+
+
+def _start(view: View) -> tuple[str, list[Path]]:
+    """Name of a view's judge, and folder of its first point."""
+    return _name(view), [line.folder for line in view.lines[:1]]
 
 
 def _missing(view: View, lines: Sequence[Line]) -> str:

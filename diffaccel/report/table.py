@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from diffaccel.report.files import frechet_key
+from diffaccel.report.floor import floor_lines
 from diffaccel.report.judges import common_judges, seen_by
 from diffaccel.report.points import Point, further_metrics, normalised
 from diffaccel.report.repetition import columns, room, warnings_of
@@ -60,13 +61,8 @@ def _print_table(points: Sequence[Point], name: str) -> None:
     wide_console(WIDTH + room(columns(points))).print(table)
     if any((point["nfe"] or math.inf) < (point["nfe_budget"] or 0) - 1e-9 for point in points):
         print_lines("a budget that can't be met exactly was rounded down")
-    print_lines(*warnings_of(points), *_decoding(points))
-    if last.get(f"{name}_floor") is not None:
-        real = {key: last.get(f"{key}_real") for key in (*NEIGHBOURHOODS, "near_repeats")}
-        known = {"kid": last.get("kid_floor"), **real}
-        others = "".join(f", {key} {number(value)}" for key, value in known.items() if value is not None)
-        held_out = f"{number((points[-1]['floor'] or {}).get('n'), 12)} held-out real images"
-        print_lines(f"floor: {held_out} are at {name} {number(last[f'{name}_floor'])}{others}")
+    floor = floor_lines(points, name, ("kid", *NEIGHBOURHOODS, "near_repeats"))
+    print_lines(*warnings_of(points), *_decoding(points), *floor)
 
 
 def _decoding(points: Sequence[Point]) -> list[str]:

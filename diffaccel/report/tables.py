@@ -9,6 +9,7 @@ import numpy as np
 from diffaccel.jackknife import Frechet
 from diffaccel.report.axes import mean_error
 from diffaccel.report.files import frechet_key
+from diffaccel.report.floor import floor_lines, floor_of
 from diffaccel.report.judges import common_judges
 from diffaccel.report.points import Point, further_metrics
 from diffaccel.report.repetition import columns, in_words, warnings_of
@@ -16,7 +17,7 @@ from diffaccel.report.rows import Row
 from diffaccel.text.escape import markdown_cell
 from diffaccel.text.terminal import number
 
-REAL = ("precision", "recall", "density", "coverage")
+REAL = ("kid", "precision", "recall", "density", "coverage", "near_repeats")
 """Metrics whose values for real images are shown."""
 SHOWN = ("recall", "coverage"), ("kid", "kid_se", "precision", "density")
 """Metrics beside the distance, before and after those of repetition."""
@@ -39,10 +40,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [[markdown_cell(head) for head in heads], ["---"] * len(heads)]
     for label, at in found.items():
         lines.append([markdown_cell(label), *(_cell(at[budget], key) if budget in at else "" for budget in budgets)])
-    floors = [row.point for row in rows if row.point["metrics"].get(f"{key}_floor") is not None]
-    if floors:
-        n, floor = (floors[-1]["floor"] or {}).get("n"), floors[-1]["metrics"][f"{key}_floor"]
-        lines.append([f"{number(n, 12)} held-out real images", *[number(floor, 2)] * len(budgets)])
+    if floor := floor_of([row.point for row in rows], key):
+        lines.append([floor.label, *[number(floor.value, 2)] * len(budgets)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -91,21 +90,12 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return lines on the differences, on the judges, and with the scores of real images."""
-    key = frechet_key([row.point for row in rows])
+    points = [row.point for row in rows]
+    key = frechet_key(points)
     pair = f"the first row of {rows[0].folder} at the same budget, n and seed"
     said = f"difference: {key} minus that of {pair} (paired jackknife)"
-    floors = [row.point for row in rows if row.point["metrics"].get(f"{key}_floor") is not None]
-    lines = [said, *_opposed(rows), *warnings_of([row.point for row in rows], [row.label for row in rows])]
-    if not floors:
-        return lines
-    point = floors[-1]
-    real = [f"{name} {number(point['metrics'].get(f'{name}_real'))}" for name in REAL]
-    if (repeats := point["metrics"].get("near_repeats_real")) is not None:
-        real.append(f"near_repeats {number(repeats)}")
-    if point["metrics"].get("kid_floor") is not None:
-        real = [f"kid {number(point['metrics']['kid_floor'])}", *real]
-    n, floor = number((point["floor"] or {}).get("n"), 12), number(point["metrics"][f"{key}_floor"])
-    return [*lines, f"floor: {n} held-out real images are at {key} {floor}, {', '.join(real)}"]
+    lines = [said, *_opposed(rows), *warnings_of(points, [row.label for row in rows])]
+    return [*lines, *floor_lines(points, key, REAL)]
 
 
 def _opposed(rows: Sequence[Row]) -> list[str]:

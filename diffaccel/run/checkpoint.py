@@ -14,6 +14,7 @@ from typing_extensions import override
 from diffaccel.denoiser import NetworkDenoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.provenance import device_name
+from diffaccel.experiment.headers import FREE
 from diffaccel.methods import Diffusion
 from diffaccel.report.logs import log_weights
 from diffaccel.storage import check_room, check_target, write_whole
@@ -23,10 +24,12 @@ from diffaccel.version import __version__
 from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = (
-    *("method", "data", "seed", "shape", "latents", "autoencoder", "network", "denoiser", "process", "prior"),
-    *("init_sha256", "condition_sha256"),
+    *("method", "training_images", "seed", "shape", "latents", "autoencoder", "network", "denoiser", "process"),
+    *("levels", "prior", "posterior", "condition", "init_sha256", "condition_sha256"),
 )
 """Keys of the description that must be equal in a resumed run."""
+LATER = ("training_images", "levels", "posterior", "condition")
+"""Keys that training states of earlier versions may lack."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -99,8 +102,8 @@ class Checkpointer(L.Callback):
         """
         before = content["diffaccel"].get("description", self.description)
         for key in IDENTITY:
-            there, here = before.get(key), self.description.get(key)
-            if there != here:
+            there, here = (_fixed(key, said.get(key)) for said in (before, self.description))
+            if there != here and (key in before or key not in LATER):
                 raise UsageError(
                     f"resume: {path} is of a run with {key}={there}, but this run has {here}: resume with the "
                     "settings of "
@@ -162,6 +165,16 @@ class Checkpointer(L.Callback):
             for path, said in written:
                 with side_output(f"{type(logger).__name__}, of {path.name},"):
                     log_weights(logger, path, f"{description['experiment']}-{path.stem}", said)
+
+
+def _fixed(part: str, value: Any) -> Any:
+    """Part without the keys that a resumed run may change, and with the names of files without their folders."""
+    if isinstance(value, Mapping):
+        free = FREE[part] if part in ("network", "condition") else ()
+        return {key: _fixed("", item) for key, item in value.items() if key not in free}
+    if isinstance(value, list | tuple):
+        return [_fixed("", item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def stands_on(method: TrainedModule) -> dict[str, str]:

@@ -8,10 +8,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
 from diffaccel.config import Config, holds_path
+from diffaccel.data import DataModule
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.experiment.latents import describe_latents, node_of, shape_of
-from diffaccel.experiment.loading import condition_fingerprint, feature_networks_of
+from diffaccel.experiment.loading import condition_fingerprint, dropped_shares, feature_networks_of
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import files_sha256
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
@@ -95,43 +96,44 @@ def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
     return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
 
 
-def build_checkpointer(config: Config) -> Checkpointer:
-    """Build the callback that saves the training state and, at the end, the weights."""
+def build_checkpointer(config: Config, data: DataModule) -> Checkpointer:
+    """Build the callback that saves the training state and, at the end, the weights of a fit to ``data``."""
     prior = {key: value for key, value in _without_path(config.prior).items() if key != "init"}
     if init := config.prior.get("init"):  # identified by content, not by path
         prior["init_sha256"] = files_sha256(Path(init))
     description = {
-        **_origin(config),
+        **_origin(config, data),
         "shape": list(shape_of(config)),
         **({"latents": latents} if (latents := describe_latents(config)) else {}),
         "network": config.network,
         "denoiser": config.denoiser,
         "process": config.process,
+        "levels": config.levels,
         "prior": prior,
         **({"posterior": posterior} if (posterior := _without_path(config.posterior)) else {}),
-        **({"label_drop": config.training.label_drop} if config.network.get("classes") else {}),
         "condition": config.condition,
         **condition_fingerprint(config),
-        **({"condition_drop": config.training.condition_drop} if config.condition else {}),
+        **dropped_shares(config),
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
         **({"feature_networks": used} if (used := _feature_networks(config)) else {}),
     }
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
 
-def build_autoencoder_checkpointer(config: Config) -> Checkpointer:
-    """Build the callback that saves the training state and the weights of the fit of an auto-encoder."""
-    description = {**_origin(config), "shape": config.shape, "autoencoder": node_of(config)}
+def build_autoencoder_checkpointer(config: Config, data: DataModule) -> Checkpointer:
+    """Build the callback that saves the training state and the weights of the fit of an auto-encoder to ``data``."""
+    description = {**_origin(config, data), "shape": config.shape, "autoencoder": node_of(config)}
     return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
 
 
-def _origin(config: Config) -> dict[str, Any]:
+def _origin(config: Config, data: DataModule) -> dict[str, Any]:
     """Return the header entries that describe the fit of weights."""
     return {
         "method": config.method_name,
         "experiment": config.experiment,
         "command": command_of(config),
-        "data": config.data.get("label") or config.data["name"],
+        "data": data.label,
+        "training_images": data.identify(),
         "seed": config.seed,
     }
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffaccel.condition import Condition, Kinds, KnownPixels, Observation, check_condition, join
-from diffaccel.denoiser import Denoiser
+from diffaccel.condition import Condition, Kinds, KnownPixels, Observation, check_condition, join, trained_without
+from diffaccel.denoiser import ConditionedDenoiser, Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.prior import ChainPrior, Prior
+from diffaccel.solver import Solver
 
 
 class Inputs(Protocol):
@@ -45,8 +46,8 @@ class Inputs(Protocol):
     def condition(self, indices: range) -> Condition:
         """Return the conditions of images, on the CPU."""
 
-    def labels(self, n: int) -> Tensor | None:
-        """Return the classes of n images, (n,) on the CPU; None for no classes."""
+    def labels(self, indices: range) -> Tensor | None:
+        """Return the classes of images, (B,) on the CPU; None for no classes."""
 
     def of_text(self, captions: Sequence[str]) -> Condition:
         """Make the conditions of captions.
@@ -56,16 +57,23 @@ class Inputs(Protocol):
         """
 
 
-def labels_by_index(takes: Kinds, prior: Prior, indices: range, device: torch.device) -> Tensor | None:
-    """Return the class labels of images, (B,), which are balanced and independent of the batch.
+def labels_by_index(
+    takes: Kinds, prior: Prior, inputs: Inputs | None, indices: range, device: torch.device
+) -> Tensor | None:
+    """Return the class labels of images, (B,): those of the inputs, which other labels would contradict.
 
-    Of every ``classes`` images in succession, each has another class. The order is rotated by one from group to group,
-    so that the images of a jackknife block, one in ten, are not of one class.
+    Without inputs, the labels are balanced and independent of the batch. Of every ``classes`` images in succession,
+    each has another class. The order is rotated by one from group to group, so that the images of a jackknife block,
+    one in ten, are not of one class.
 
-    Returns None, the null class, if the network has no classes, and for chains, in which the class changes.
+    Returns None, the null class, if the network has no classes, for inputs without labels, and for chains, in which the
+    class changes.
     """
     if not takes.classes or isinstance(prior, ChainPrior):
         return None
+    if inputs is not None:
+        labels = inputs.labels(indices)
+        return None if labels is None else labels.to(device)
     index = torch.arange(indices.start, indices.stop, device=device)
     return (index + index // takes.classes) % takes.classes
 
@@ -78,7 +86,7 @@ def condition_by_index(
     Raises:
         UsageError: The network takes a condition other than labels, and there are no inputs.
     """
-    labels = labels_by_index(takes, prior, indices, device)
+    labels = labels_by_index(takes, prior, inputs, indices, device)
     own = None if labels is None else Condition(labels=labels)
     if inputs is None:
         require_inputs(takes)
@@ -93,7 +101,35 @@ def classes_of(labels: Tensor | None, inputs: Inputs | None, n: int) -> Tensor |
     """
     if labels is not None:
         return labels.cpu()
-    return None if inputs is None else inputs.labels(n)
+    return None if inputs is None else inputs.labels(range(n))
+
+
+def check_inputs(takes: Kinds, inputs: Inputs, n: int, network: nn.Module) -> None:
+    """Check that there are conditions and labels of n images.
+
+    Raises:
+        UsageError: There are too few, they can't be read, the labels are of more classes than the network has, or there
+            are none, and the network was trained with labels only.
+    """
+    inputs.check(n)
+    if not takes.classes:
+        return
+    labels = inputs.labels(range(n))
+    if labels is None:
+        _require_null_labels(network, "the condition of the images has no labels")
+    elif (largest := int(labels.max())) >= takes.classes:
+        raise UsageError(
+            f"the images of the condition have labels up to {largest}, but the network has {takes.classes} classes: "
+            f"set network.classes={largest + 1}, or use other data"
+        )
+
+
+def _require_null_labels(network: nn.Module, why: str) -> None:
+    if not trained_without(network, "labels"):
+        raise UsageError(
+            f"{why}, but this network was trained with labels only: give labels= to the sampler, or use a network "
+            "fitted with training.label_drop"
+        )
 
 
 def require_inputs(takes: Kinds) -> None:
@@ -113,17 +149,20 @@ def given_condition(
     prior: Prior,
     n: int,
     shape: tuple[int, int, int],
-    device: torch.device,
+    denoiser: Denoiser,
     labels: Sequence[int] | None,
     condition: Condition | str | Sequence[str] | None,
     inputs: Inputs | None = None,
 ) -> Condition | None:
-    """Check the labels and conditions that a user gives for n images, and move them to the device.
+    """Check the labels and conditions that a user gives for n images, and move them to the denoiser's device.
 
-    Labels that are missing in a condition are those by index. A caption is that of all images.
+    Labels that are missing beside a condition are null, because those by index would contradict it; conditions that are
+    missing beside labels are those of the inputs. A caption is that of all images. Image values where the mask is 0 are
+    set to 0, which networks are trained with.
 
     Raises:
-        UsageError: The network does not take them, the prior is a chain, or a value is invalid.
+        UsageError: The network does not take them, or was not trained without those that are null; the prior is a
+            chain; labels are given twice; or a value is invalid.
     """
     if labels is None and condition is None:
         return None
@@ -139,16 +178,36 @@ def given_condition(
         condition = _of_text(condition, n, takes, inputs)
     if condition is not None and not isinstance(condition, Condition):
         raise UsageError(f"condition: {type(condition).__name__} is not a Condition: give da.Condition(image=...)")
-    own = None if labels is None else Condition(labels=_checked_labels(takes.classes, labels, n, device))
-    if own is None:
-        by_index = labels_by_index(takes, prior, range(n), device)
-        own = None if by_index is None else Condition(labels=by_index)
-    if condition is None:
-        require_inputs(takes)
-        return own
-    found = condition.to(device)
+    found = Condition() if condition is None else condition
+    if labels is not None:
+        if found.labels is not None:
+            raise UsageError("labels: the condition has labels too: leave one of them out")
+        found = found._replace(labels=_checked_labels(takes.classes, labels, n))
+    if condition is None and takes.required:
+        if inputs is None:
+            require_inputs(takes)
+        else:
+            inputs.check(n)
+            found = inputs.condition(range(n))._replace(labels=found.labels)
     check_condition(found, takes, n, shape)
-    return join(found, own)
+    _check_nulls(found, takes, denoiser.network)
+    if found.labels is not None:
+        found = found._replace(labels=found.labels.long())
+    if found.image is not None and found.mask is not None:
+        found = found._replace(image=found.image * found.mask)
+    return found.to(denoiser.device)
+
+
+def _check_nulls(condition: Condition, takes: Kinds, network: nn.Module) -> None:
+    """Check that a network was trained without the kinds that a condition has as null."""
+    if takes.classes and (condition.labels is None or (condition.labels < 0).any()):
+        _require_null_labels(network, "condition: labels are missing or -1")
+    no_token = condition.valid is not None and not condition.valid.any(1).all()
+    if no_token and not trained_without(network, "others"):
+        raise UsageError(
+            "condition: a sample has no valid token, but this network was trained with tokens only: give one, or use "
+            "a network fitted with training.condition_drop"
+        )
 
 
 def _of_text(captions: Sequence[str], n: int, takes: Kinds, inputs: Inputs | None) -> Condition:
@@ -165,12 +224,12 @@ def _of_text(captions: Sequence[str], n: int, takes: Kinds, inputs: Inputs | Non
     return inputs.of_text(captions)
 
 
-def _checked_labels(classes: int, labels: Sequence[int], n: int, device: torch.device) -> Tensor:
+def _checked_labels(classes: int, labels: Sequence[int], n: int) -> Tensor:
     if not classes:
         raise UsageError("labels: the network has no classes: leave them out")
     problem = UsageError(f"labels: give {n} whole numbers from 0 to {classes - 1}, one for each image")
     try:
-        given = torch.as_tensor(labels, device=device)
+        given = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):  # no numbers at all, or of several shapes
         raise problem from None
     whole = given.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -179,17 +238,22 @@ def _checked_labels(classes: int, labels: Sequence[int], n: int, device: torch.d
     return given.long()
 
 
-def check_prior(takes: Kinds, prior: Prior, denoiser: Denoiser) -> None:
-    """Check that a prior can sample with the conditions that the network takes.
+def check_parts(takes: Kinds, prior: Prior, solver: Solver, denoiser: Denoiser) -> None:
+    """Check that prior and solver can sample with the conditions that the network takes.
 
     Raises:
-        UsageError: A chain samples without condition, and the network requires one or was trained with labels only.
+        UsageError: A chain samples without condition, and the network requires one or was trained with labels only; or
+            the solver is guided, and there is no condition, or the network was not trained without it.
     """
-    if not isinstance(prior, ChainPrior):
-        return
-    if takes.required:
+    chain = isinstance(prior, ChainPrior)
+    if chain and takes.required:
         raise UsageError(f"a chain samples without condition, but the network takes {takes}: choose another prior")
-    if takes.classes and not getattr(denoiser.network, "null_class", True):
+    if solver.guidance:
+        # A denoiser without bound condition refuses guidance, and so does a network that was not trained without.
+        empty = Condition()
+        bound = denoiser if chain or takes == Kinds() else ConditionedDenoiser(denoiser, empty, encoded=empty)
+        bound.guided(solver.guidance)
+    if chain and takes.classes and not trained_without(denoiser.network):
         raise UsageError(
             "a chain samples without labels, but this conditional network was trained with labels only: choose "
             "another prior, or a network fitted with training.label_drop"

@@ -29,10 +29,10 @@ from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
 from diffaccel.sampling.precision import arithmetic, check_precision
-from diffaccel.sampling.settings import Setting, Tweedie
+from diffaccel.sampling.settings import Setting, Tweedie, check_levels
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import DEFAULT, SOLVERS, Solver
-from diffaccel.weights import tensors_sha256
+from diffaccel.weights import networks_sha256
 
 
 class Sampler:
@@ -106,7 +106,7 @@ class Sampler:
             self._assemble(model, prior, solver, shape)
         self.inputs = self.inputs if inputs is None else inputs
         self.latents = self.latents if latents is None else latents
-        self.by_nfe = self.by_nfe if by_nfe is None else dict(by_nfe)
+        self.by_nfe, self.tuned = (self.by_nfe, self.tuned) if by_nfe is None else (dict(by_nfe), False)
         self.tweedie, self.kind = tweedie or self.tweedie, kind or self.kind
         self.precision = self.precision if precision is None else check_precision(precision)
         if batch_size is not None:
@@ -146,10 +146,10 @@ class Sampler:
             nfe: Maximum number of network evaluations per image, including burn-in; ``math.inf`` for an adaptive
                 solver.
             seed: Seed; image i has the noise stream (seed, i), chain c (seed, c).
-            labels: Class of each image, n integers; by default all classes in turn.
+            labels: Class of each image, n integers; by default those of the sampler's inputs, or all classes in turn.
             batch_size: Number of images per batch; by default that of the sampler.
             condition: Condition of the n images, or, for an experiment with captions, a caption of all images or one of
-                each; by default labels by index, and the sampler's inputs.
+                each; by default the sampler's inputs. Kinds that it leaves out are null.
 
         Returns:
             Images (n, C, H, W) on the CPU: uint8, or float32 for toy points. Their cost is in ``spent``.
@@ -162,9 +162,9 @@ class Sampler:
         batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
         if self.precision == "64-true":
             self.to(self.device)  # converts the weights
-        plan = self.plan(nfe, n, given=condition is not None)
+        plan = self.plan(nfe, n, given=labels is not None or condition is not None)
         given = conditions.given_condition(
-            self.takes, plan.prior, n, self.shape, self.device, labels, condition, self.inputs
+            self.takes, plan.prior, n, self.shape, self.denoiser, labels, condition, self.inputs
         )
         if given is None and self.inputs is None:
             conditions.require_inputs(self.takes)
@@ -257,9 +257,9 @@ class Sampler:
         return {**self.evaluated_networks(prior), **self.auxiliary_networks(prior), **encoders}
 
     def weights_sha256(self) -> list[str]:
-        """Return ``NETWORK=HASH`` of the weights of each network, which identify the weights of searched settings."""
-        networks = {**self.evaluated_networks(), **self.auxiliary_networks()}
-        return [f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.items()]
+        """Return ``NETWORK=HASH`` of the networks of all budgets, which identify the weights of searched settings."""
+        priors = (self.prior, *(setting.prior for setting in self.by_nfe.values()))
+        return networks_sha256({**self.evaluated_networks(one), **self.auxiliary_networks(one)} for one in priors)
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Return the context of the networks' precision."""
@@ -273,21 +273,21 @@ class Sampler:
         Args:
             nfe: Budget.
             n: Number of images.
-            given: Whether the user gives the condition, so that the sampler's inputs are not used.
+            given: Whether the user gives labels or condition, so that not all is by index.
 
         Raises:
             UsageError: The budget is below the minimum, or prior, solver, process and network are incompatible.
         """
         prior, solver = self.setting(nfe)
-        conditions.check_prior(self.takes, prior, self.denoiser)
+        conditions.check_parts(self.takes, prior, solver, self.denoiser)
         if self.inputs is not None and not given:
-            self.inputs.check(n)
+            conditions.check_inputs(self.takes, self.inputs, n, self.denoiser.network)
         if self.latents is not None:
             self.latents.to(self.device)
         if solver.counts_by_level(self.denoiser.process):
             solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
-        solver.check(self.denoiser.process)
+        check_levels(self.denoiser, solver, self.tweedie)
         return plan
 
     def planned_nfe(self, plan: Plan, n: int) -> float:
@@ -387,7 +387,7 @@ class Sampler:
 
     def labels(self, plan: Plan, indices: range) -> Tensor | None:
         """Return the class labels of images by their index, see :mod:`diffaccel.sampling.conditions`."""
-        return conditions.labels_by_index(self.takes, plan.prior, indices, self.device)
+        return conditions.labels_by_index(self.takes, plan.prior, self.inputs, indices, self.device)
 
     def classes_of(self, plan: Plan, n: int) -> Tensor | None:
         """Return the classes that n images are made for, see :mod:`diffaccel.sampling.conditions`."""

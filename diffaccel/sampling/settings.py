@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from diffaccel.denoiser import Denoiser
+from diffaccel.errors import UsageError
 from diffaccel.nfe import counted_apart
+from diffaccel.parts.checks import positive
 from diffaccel.prior import Prior
 from diffaccel.solver import Solver
+from diffaccel.text.terminal import say_once
 
 
 class Setting(NamedTuple):
@@ -28,6 +31,9 @@ class Tweedie:
         ratio: Noise-to-data ratio e of the step.
         counted: Whether the step counts towards the NFE budget; otherwise it is counted separately, as ``tweedie``.
 
+    Raises:
+        UsageError: ``ratio`` is not positive.
+
     References:
         Denoising MCMC (Kim and Ye, 2022), https://arxiv.org/abs/2209.14593, reference code, which uses 0.02 (CIFAR-10)
         or 0.002 (CelebA-HQ) for data in [-1, 1] and does not count the step
@@ -36,9 +42,36 @@ class Tweedie:
     ratio: float
     counted: bool = True
 
+    def __post_init__(self) -> None:
+        positive("Tweedie", ratio=self.ratio)
+
     def __call__(self, denoiser: Denoiser, x_0: Tensor) -> Tensor:
         """Denoise images (B, C, H, W)."""
         ratio = torch.full((len(x_0),), self.ratio, dtype=torch.float64, device=x_0.device)
         x_t, t = denoiser.process.from_ratio(x_0, ratio)
         with nullcontext() if self.counted else counted_apart("tweedie"):
             return denoiser(x_t, t).x_0
+
+
+def check_levels(denoiser: Denoiser, solver: Solver, tweedie: Tweedie | None) -> None:
+    """Check solver and last denoising step; a level below those of the training, where networks are poor, is reported.
+
+    Raises:
+        UsageError: The solver does not support the process, or the level of the last step is above the trained ones.
+    """
+    solver.check(denoiser.process)
+    low, high = denoiser.ratio_range
+    if tweedie is not None and tweedie.ratio > 1.001 * high:
+        raise UsageError(
+            f"tweedie_ratio={tweedie.ratio:g} is above {high:.4g}, the highest noise-to-data ratio that the denoiser "
+            "is trained on: lower it"
+        )
+    ends = {"solver.grid.ratio_min": solver.grid.ratio_min} if solver.grid.ends_at_ratio_min else {}
+    ends |= {} if tweedie is None else {"tweedie_ratio": tweedie.ratio}
+    for key, ratio in ends.items():
+        if ratio < 0.999 * low:
+            # Without the ratio, so that the draws of a search are reported once.
+            say_once(
+                f"{key} is below {low:.4g}, the lowest noise-to-data ratio that the denoiser is trained on, where its "
+                f"predictions may be wrong: {key}={low:.6g} stays within"
+            )

@@ -6,6 +6,7 @@ undefined, and the last step to ratio 0 are DDIM's.
 """
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,6 +170,19 @@ class Solver(ABC):
         counts = cache(partial(evaluations, self, process, ratio))
         object.__setattr__(found, "counted", counts)
         return found
+
+    def ending_at(self, ratio: float) -> Self:
+        """Return the solver that ends at a positive noise-to-data ratio instead of at the data.
+
+        Raises:
+            UsageError: The grid does not end at a given level.
+        """
+        if not self.grid.ends_at_ratio_min:
+            raise UsageError(
+                f"{type(self).__name__} has to end at the noise-to-data ratio {ratio:g}, but its grid {self.grid} "
+                "ignores ratio_min: use the grid 'karras', 'log_snr' or 'time'"
+            )
+        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, ratio_min=ratio), denoise=False)
 
     @property
     def least_steps(self) -> int:

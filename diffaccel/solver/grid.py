@@ -38,6 +38,11 @@ class Grid(ABC):
     ratio_min: float = 0.002
     ratio_cap: float = 80.0
 
+    @property
+    def ends_at_ratio_min(self) -> bool:
+        """Whether the last positive level is ``ratio_min``; a grid may ignore it."""
+        return True
+
     def __post_init__(self) -> None:
         positive("grid", ratio_min=self.ratio_min)
         if not self.ratio_cap > self.ratio_min:
@@ -202,6 +207,11 @@ class TimeToZero(Grid):
     ratio_min: float = 1e-2 / (1 - 1e-4)  # t = 1e-4 on the decoupled process
     final_evaluation: bool = True
 
+    @property
+    @override
+    def ends_at_ratio_min(self) -> bool:
+        return self.final_evaluation
+
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not self.final_evaluation:
@@ -228,6 +238,11 @@ class Indices(Grid):
     Raises:
         UsageError: The process has no indices, or fewer indices than steps.
     """
+
+    @property
+    @override
+    def ends_at_ratio_min(self) -> bool:
+        return False
 
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:

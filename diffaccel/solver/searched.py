@@ -1,5 +1,6 @@
 """Search for the best grid by dynamic programming on trajectories of the model."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -21,7 +22,8 @@ class FineTrajectory:
         x_t: Start states, (B, C, H, W). A few hundred are enough, because the cost is a mean over them.
         t: Times of the start states, (B,), at finite ratio.
         levels: Number of fine steps, including the step to ratio 0.
-        spacing: Grid of the fine levels down to its ``ratio_min``; None for :class:`Karras`.
+        spacing: Grid of the fine levels down to its ``ratio_min``; None for :class:`Karras` down to the lowest level
+            that the denoiser is trained on, or 0.002 if this is higher.
 
     Attributes:
         ratio: Fine levels, (levels + 1, B) float64, decreasing to 0.
@@ -41,7 +43,8 @@ class FineTrajectory:
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, levels: int = 60, spacing: Grid | None = None
     ) -> None:
         process = denoiser.process
-        times = (spacing or Karras())(process, t, levels)
+        spacing = spacing or Karras(ratio_min=max(Karras.ratio_min, denoiser.ratio_range[0]))
+        times = spacing(process, t, levels)
         self.ratio = process.ratio(times)
         if not self.ratio[0].isfinite().all():
             raise UsageError("can't search a grid from an infinite noise-to-data ratio: set prior.ratio_star")
@@ -95,4 +98,10 @@ class FineTrajectory:
             return Listed()
         distance = (ratio[0] / ratio).log()
         fractions = (distance / distance[-1]).mean(1).tolist()
-        return Listed(ratio_min=float(ratio[-1].mean()), fractions=[0.0, *(round(f, 4) for f in fractions[1:-1]), 1.0])
+        return Listed(
+            ratio_min=float(ratio[-1].mean()),
+            ratio_cap=max(
+                Listed.ratio_cap, float(math.ceil(ratio[0].max()))
+            ),  # the fractions are relative to the start
+            fractions=[0.0, *(round(f, 4) for f in fractions[1:-1]), 1.0],
+        )

@@ -35,8 +35,14 @@ def resizing(size: int, smaller: int, kernel: Filter) -> Tensor:
 
 
 def apply(rows: Tensor, columns: Tensor, images: Tensor) -> Tensor:
-    """Apply a matrix to the rows and another to the columns of images (B, C, H, W)."""
-    return torch.einsum("ij,bcjk,lk->bcil", rows.to(images), images, columns.to(images))
+    """Apply a matrix to the rows and another to the columns of images (B, C, H, W), in their precision."""
+    with full_precision(images):
+        return torch.einsum("ij,bcjk,lk->bcil", rows.to(images), images, columns.to(images))
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Disable autocast on the device of x: the error of bfloat16 is larger than that of 8-bit pixels."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Resolved(Observation):
@@ -67,8 +73,7 @@ class SuperResolution(Degradation):
         shape: Image shape (C, H, W).
         factor: Factor between the resolutions.
         kernel: Filter of the degradation: ``bicubic`` with antialiasing, or ``area``, the mean of blocks.
-        impose: Whether to correct the interpolated image, and to impose on samples what the small image determines.
-            Otherwise the condition is the interpolated image, as published, and nothing is imposed.
+        impose: Whether to impose on predictions and samples what the small image determines.
 
     Raises:
         UsageError: The image can't be divided by the factor.
@@ -105,17 +110,25 @@ class SuperResolution(Degradation):
 
     @override
     def degrade(self, images: Tensor, noise: NoiseStreams) -> Condition:
-        small = round_to_8_bits(self.shrink(images))
+        return self.of_small(round_to_8_bits(self.shrink(images)))
+
+    def of_small(self, small: Tensor) -> Condition:
+        """Make the conditions of small images in [-1, 1], (B, C, H / factor, W / factor).
+
+        Raises:
+            UsageError: The images have another shape.
+        """
+        right = (len(small), self.kinds.image, *self.small)
+        if tuple(small.shape) != right:
+            raise UsageError(f"condition 'super_resolution': small images have shape {tuple(small.shape)}, not {right}")
         large = self.enlarge(small)
-        if self.observation is None:
-            return Condition(image=large)
         return Condition(image=large + apply(*self.inverse, small - self.shrink(large)))
 
     @override
     def baseline(self, condition: Condition) -> Tensor | None:
         """Return the bicubic interpolation of the small image."""
         assert condition.image is not None
-        return condition.image if self.observation is None else self.enlarge(self.shrink(condition.image))
+        return self.enlarge(self.shrink(condition.image))
 
     @override
     def observe(self, images: Tensor) -> Tensor | None:
@@ -126,6 +139,13 @@ LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the luma of ITU-R BT.601."""
 
 
+def luma(images: Tensor) -> Tensor:
+    """Compute the luma of colour images (B, 3, H, W), (B, 1, H, W), in their precision."""
+    with full_precision(images):
+        weights = torch.tensor(LUMA, dtype=images.dtype, device=images.device)
+        return torch.einsum("c,bchw->bhw", weights, images)[:, None]
+
+
 class Luma(Observation):
     """Luma of a colour image, the projection on its weights."""
 
@@ -134,8 +154,7 @@ class Luma(Observation):
     @override
     def impose(self, x: Tensor, target: Tensor, condition: Condition) -> Tensor:
         weights = torch.tensor(LUMA, dtype=x.dtype, device=x.device)
-        change = torch.einsum("c,bchw->bhw", weights, target - x)
-        return x + (weights / weights.square().sum())[:, None, None] * change[:, None]
+        return x + (weights / weights.square().sum())[:, None, None] * luma(target - x)
 
 
 @CONDITIONERS.register("colourisation")
@@ -159,9 +178,7 @@ class Colourisation(Degradation):
 
     @override
     def degrade(self, images: Tensor, noise: NoiseStreams) -> Condition:
-        observed = self.observe(images)
-        assert observed is not None
-        return Condition(image=round_to_8_bits(observed).expand_as(images).contiguous())
+        return Condition(image=round_to_8_bits(luma(images)).expand_as(images).contiguous())
 
     @override
     def baseline(self, condition: Condition) -> Tensor | None:
@@ -170,4 +187,4 @@ class Colourisation(Degradation):
 
     @override
     def observe(self, images: Tensor) -> Tensor | None:
-        return torch.einsum("c,bchw->bhw", torch.tensor(LUMA).to(images), images)[:, None]
+        return luma(images)

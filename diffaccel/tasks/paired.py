@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from diffaccel.condition import Condition, Kinds
-from diffaccel.data.conditions import CONDITIONERS, Conditioner, Conditions
+from diffaccel.data.conditions import CONDITIONERS, Conditioner
 from diffaccel.data.source import SOURCES, Images, Split, build_source
 from diffaccel.data.stream import to_float
 from diffaccel.errors import UsageError
@@ -31,6 +31,7 @@ class Paired(Conditioner):
     """
 
     weight_keys = ("channels",)
+    hashed = True
 
     def __init__(
         self, shape: tuple[int, int, int], source: Annotated[dict[str, Any], SOURCES], channels: int = 3
@@ -39,7 +40,7 @@ class Paired(Conditioner):
         self.source = build_source(source)
 
     @override
-    def open(self, split: Split, images: Images) -> Conditions:
+    def open(self, split: Split, images: Images) -> "PairedConditions":
         others = self.source.split(split)
         chosen, whole = images.chosen or (None, len(images))
         found = len(others)
@@ -53,14 +54,31 @@ class Paired(Conditioner):
                 "or complete the pairs"
             )
         _check_names(getattr(images, "names", None), getattr(others, "names", None), self.source.label)
+        return PairedConditions(others)
 
-        def conditions(batch: Tensor, chosen: Tensor, noise: NoiseStreams, mirrored: Tensor | None = None) -> Condition:
-            found = others.read(chosen)
-            if mirrored is not None:
-                found = torch.where(mirrored[:, None, None, None], found.flip(-1), found)
-            return Condition(image=to_float(found))
+    @override
+    def identity(self, conditions: Any) -> dict[str, Any]:
+        return {"others": conditions.others.fingerprint()}
 
-        return conditions
+
+class PairedConditions:
+    """Images of the other source, in the order of the images that they are paired with.
+
+    Args:
+        others: Images of the other source.
+    """
+
+    def __init__(self, others: Images) -> None:
+        self.others = others
+
+    def __call__(
+        self, images: Tensor, chosen: Tensor, noise: NoiseStreams, mirrored: Tensor | None = None
+    ) -> Condition:
+        """See :class:`~diffaccel.data.stream.Conditions`; a mirrored image has the mirrored other image."""
+        found = self.others.read(chosen)
+        if mirrored is not None:
+            found = torch.where(mirrored[:, None, None, None], found.flip(-1), found)
+        return Condition(image=to_float(found))
 
 
 def _check_names(own: Any, other: Any, label: str) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -62,6 +63,12 @@ def say(text: str) -> None:
 
         show = rank_zero_only(show)
     show(printable(text))
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line as :func:`say`, but only the first time in a process."""
+    say(text)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Objectives that train a generator with a frozen denoiser, in addition to the critic."""
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -115,6 +114,7 @@ class OdePair(Objective):
                 "objective 'ode_pair' integrates from ratio_init to ratio_star: set prior.generator=separate, a "
                 "positive ratio_star, and ratio_init to at least twice ratio_star"
             )
+        self.solver.ending_at(prior.ratio_made)  # checks the grid before the training
         takes = prior.takes(denoiser)
         if self.pairs is not None and takes.required:
             raise UsageError(
@@ -162,8 +162,7 @@ class OdePair(Objective):
     @torch.no_grad()
     def integrate(self, denoiser: Denoiser, prior: ImplicitPrior, z: Tensor, noise: NoiseStreams) -> Tensor:
         """Integrate from noise z (B, C, H, W) at ``ratio_init`` to the level of the states; returns x / alpha."""
-        grid = dataclasses.replace(self.solver.grid, ratio_min=prior.ratio_made)
-        solver = dataclasses.replace(self.solver, grid=grid, denoise=False)
+        solver = self.solver.ending_at(prior.ratio_made)
         init, end = (torch.full((len(z),), ratio, dtype=torch.float64, device=z.device)
                      for ratio in (prior.ratio_init, prior.ratio_made))  # fmt: skip
         x_t, t = denoiser.process.from_ratio(prior.ratio_init * z, init)

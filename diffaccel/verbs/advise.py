@@ -11,16 +11,15 @@ from typing import Any
 
 from diffaccel.errors import UsageError, suggest
 from diffaccel.report import frechet_key
-from diffaccel.report.commands import command_of
-from diffaccel.report.judges import common_judges, seen_by
-from diffaccel.report.points import distance, normalised
+from diffaccel.report.commands import command_of, differs
+from diffaccel.report.judges import common_judges, is_published, seen_by
+from diffaccel.report.points import FORMER_NOISE, distance, normalised
 from diffaccel.report.rows import CLEAR, Row, key_of
 from diffaccel.report.sources import Note
 from diffaccel.text.terminal import number
 from diffaccel.verbs.advice import Advice, Candidate, Difference, average
 from diffaccel.verbs.advising import check_budget
 from diffaccel.verbs.compare import compare
-from diffaccel.verbs.names import names_of
 from diffaccel.verbs.pairs import Pairs
 
 KEYS = {"nfe": "nfe", "seconds": "seconds_per_image", "gflops": "gflops_per_image"}
@@ -50,7 +49,7 @@ def advise(
         nfe: Budget in evaluations per image; exactly one budget is given.
         seconds: Budget in seconds per image.
         gflops: Budget in GFLOPs per image.
-        judge: Judge whose distance is minimised; by default the first of the first point.
+        judge: Judge whose distance is minimised; by default a published one before others, then that of most points.
         n: Number of images of the points; by default that of most settings.
         reference: File of the points' reference, for paired differences.
         note: Function called with a message about anything that is not used.
@@ -74,7 +73,9 @@ def advise(
     others = sorted((comparer.difference(one, best) for one in ranked[1:]), key=lambda one: one.fd)
     shown = best.point["extractor"]["name"]
     warnings = [*_judges(best, ranked, shown), *_diversity(best, ranked), *_shared_burn_in(best, kind)]
-    more = _more(candidates, best, budget, comparer)
+    if said := differs(best.point):
+        warnings.append(f"the command does not repeat {best.label} exactly: {said}")
+    more = _more(candidates, best, kind, budget, comparer)
     return Advice(kind, budget, f"{shown} ({best.key})", best, others, more, command_of(best.point), warnings)
 
 
@@ -82,7 +83,9 @@ def advise(
 
 
 def _comparable(rows: Sequence[Row], kind: str, n: int | None, note: Note) -> list[Row]:
-    """Rows of the largest group that can be compared: the same reference, distance, n and noise, and with a cost.
+    """Rows of one group that can be compared: the same reference, distance, n and noise, and with a cost.
+
+    The present noise comes before that of version 0.1, and then the group of most settings.
 
     Raises:
         UsageError: No row has a distance and a cost, or the requested number of images.
@@ -99,13 +102,18 @@ def _comparable(rows: Sequence[Row], kind: str, n: int | None, note: Note) -> li
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in chosen:
         groups.setdefault(_group(row, kind), []).append(row)
-    group = max(groups, key=lambda one: len({(row.label, row.point["nfe_budget"]) for row in groups[one]}))
+    group = max(groups, key=lambda one: _preference(groups[one]))
     for other, own in groups.items():
         if other != group:
             pairs = zip(GROUPED, group, other, strict=True)
             differ = "; ".join(f"{name} {str(b):.16}, not {str(a):.16}" for name, a, b in pairs if a != b)
             note(f"{len(own)} points are not comparable and left out ({differ})")
     return groups[group]
+
+
+def _preference(rows: Sequence[Row]) -> tuple[bool, int]:
+    """Sort key of a group: the present noise, then the number of settings."""
+    return rows[0].point["noise"] != FORMER_NOISE, len({(row.label, row.point["nfe_budget"]) for row in rows})
 
 
 def _key(row: Row) -> str:
@@ -179,17 +187,24 @@ class _Comparer:
         return Difference(other, fd, se, paired=True, judges=judges)
 
 
-def _more(candidates: Sequence[Candidate], best: Candidate, budget: float, comparer: _Comparer) -> Difference | None:
-    """Best candidate of the lowest cost above the budget at which one is clearly better; None without one."""
+def _more(
+    candidates: Sequence[Candidate], best: Candidate, kind: str, budget: float, comparer: _Comparer
+) -> Difference | None:
+    """Best candidate of the lowest cost above the budget at which one is clearly better; None without one.
+
+    Candidates of one budget in evaluations have the same cost, although some spend less than the budget.
+    """
     above = [one for one in candidates if one.cost > budget * (1 + 1e-9)]
     differences = [comparer.difference(one, best) for one in above]
     better = [one for one in differences if -one.z > CLEAR]
     if not better:
         return None
-    least = min(one.other.point["nfe_budget"] or one.other.cost for one in better)
-    return min(
-        (one for one in better if (one.other.point["nfe_budget"] or one.other.cost) == least), key=lambda one: one.fd
-    )
+
+    def cost(one: Difference) -> float:
+        return (kind == "nfe" and one.other.point["nfe_budget"]) or one.other.cost
+
+    least = min(map(cost, better))
+    return min((one for one in better if cost(one) == least), key=lambda one: one.fd)
 
 
 # Warnings
@@ -210,8 +225,7 @@ def _judges(best: Candidate, ranked: Sequence[Candidate], shown: str | None) -> 
             f"{judge} {'prefers' if clear else 'ranks first'} {first.label}: lower by {number(gap, 3)} ± "
             f"{number(error, 2)} (independent errors{'' if clear else ', a tie'})"
         )
-    published = names_of("extractor")
-    if shown is not None and not {shown, *others} & published:
+    if shown is not None and not any(map(is_published, (shown, *others))):
         yield (
             f"only judges that were trained here scored these points ({', '.join([shown, *others])}): score them with "
             "a published one, such as judges=inception"

@@ -21,7 +21,7 @@ Keys:
   nfe=10                   budget: evaluations per image
   seconds=0.02             or seconds per image, as measured
   gflops=3                 or GFLOPs per image
-  judge=inception          judge whose distance is minimised; by default the first of the first point
+  judge=inception          judge whose distance is minimised; by default a published one
   n=5000                   number of images of the points; by default that of most settings
   reference=FILE           statistics of the points' reference, if the folders' config.yaml does not lead to them
 """

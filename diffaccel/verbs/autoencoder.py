@@ -61,7 +61,7 @@ def fit_autoencoder(config: Config) -> Path:
     if not data.source.has_images():
         raise UsageError(f"data={config.data['name']} has points instead of images: choose other data")
     resume = resume_from(config, [*method.exports()], console)
-    checkpointer = trainer.build_autoencoder_checkpointer(config)
+    checkpointer = trainer.build_autoencoder_checkpointer(config, data)
     if launch.is_first(config):
         checkpointer.check_outputs(method)
     if resume is not None:

@@ -5,14 +5,14 @@ judge orders differently are listed. See :mod:`~diffaccel.verbs.pairs`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from diffaccel.errors import UsageError, suggest
-from diffaccel.report.axes import COSTS
+from diffaccel.report.axes import COSTS, unequal_denoisers
 from diffaccel.report.curves import places_of
 from diffaccel.report.drawing import plot_curve, title_of
 from diffaccel.report.files import frechet_key, write_csv
@@ -67,7 +67,8 @@ def compare(
         sources: Folders of runs, or their points.jsonl. The points of all folders below are read too.
         reference: File of the points' reference, if the folders' config.yaml does not contain its path.
         note: Function called with a message about anything that is not shown.
-        judge: Name of the judge whose metrics are shown; by default the one that scored most points.
+        judge: Name of the judge whose metrics are shown; by default a published one before others, then that of most
+            points.
         names: Name of each source for labels; empty strings, or no names, for labels from the settings.
 
     Returns:
@@ -89,6 +90,7 @@ def compare_all(
     names: Sequence[str] = (),
     x: str = "nfe",
     command: str = "",
+    keys: Collection[str] | None = None,
 ) -> Comparison:
     """Compare as :func:`compare`, with the rows of the other judges for the page.
 
@@ -98,18 +100,23 @@ def compare_all(
         note: Function for messages.
         judge: Judge.
         names: Names of the sources.
-        x: Cost on the horizontal axis of the picture: ``nfe``, ``seconds``, ``gflops`` or ``nfe_equivalent``.
+        x: Cost on the horizontal axis of the picture: ``nfe``, ``seconds``, ``gflops`` or ``nfe_equivalent``, the
+            FLOPs in evaluations of each point's own denoiser; for denoisers of different sizes, use ``gflops``.
         command: Command that makes the comparison, for the page.
+        keys: Keys of the points to compare; None for all that the sources have.
 
     Raises:
         UsageError: See :func:`compare`; or there is no such cost.
     """
     if x not in COSTS:
         raise UsageError(f"x={x} is no cost{suggest(x, list(COSTS))}: choose one of {', '.join(COSTS)}")
-    lines = read_lines(sources, names, note)
+    lines = [line for line in read_lines(sources, names, note) if keys is None or line.point["key"] in keys]
     views = views_of(lines)
     first = chosen(views, lines, judge, note)
     rows = _rows_of(first, reference, note)
+    if x == "nfe_equivalent":
+        for said in unequal_denoisers([row.point for row in rows]):
+            note(said)
     others = [view for view in views if view is not first]
     further = [Shown(view.judge, _rows_of(view, None, lambda said: None)) for view in others]
     return Comparison(rows, further, x, command, first.judge)

@@ -21,8 +21,8 @@ error. The page, index.html, contains all points, settings and samples, and work
 Keys:
   out=DIR                  folder of index.html, curve.png, strip.png, compare.csv and table.md; runs/compare by default
   label=NAME,NAME          a name for each source, in order; an empty one is made from the settings
-  x=nfe|seconds|gflops|nfe_equivalent  cost on the horizontal axis
-  judge=inception          judge whose metrics are shown; by default the first of the first point
+  x=nfe|seconds|gflops|nfe_equivalent  cost on the horizontal axis; gflops for networks of different sizes
+  judge=inception          judge whose metrics are shown; by default a published one
   reference=FILE           statistics of the points' reference, if the folders' config.yaml does not lead to them
 """
 

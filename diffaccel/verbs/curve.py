@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from diffaccel.data.module import check_labels
 from diffaccel.errors import SharedError, UsageError, suggest
 from diffaccel.experiment.chain import Chain, Step, configured
 from diffaccel.experiment.order import experiments_of
+from diffaccel.experiment.trained_on import PresentImages
 from diffaccel.metrics.reference import file_of, read_reference
-from diffaccel.parts.overrides import sort_words
+from diffaccel.parts.overrides import sort_words, split_names
 from diffaccel.pretrained import open_weights
-from diffaccel.report.rows import Row
+from diffaccel.report.judges import judges_of
 from diffaccel.run import launch
 from diffaccel.run.machine import settle
 from diffaccel.run.parent import end_with_parent
@@ -91,7 +92,7 @@ class Asked:
                 f"curve has no key {refused[0]!r}, which is one of single runs: use fit and bench, or another out="
             )
         own = dict(word.split("=", 1) for word in settings if word.partition("=")[0] in OWN)
-        methods = own.get("methods", "").strip("[]").replace(",", " ").replace('"', "").replace("'", "").split()
+        methods = split_names(own.get("methods", ""))
         rest = [word for word in settings if word.partition("=")[0] not in OWN]
         if "nfe" not in keys:
             rest.append(NFE)
@@ -127,7 +128,8 @@ def curve(asked: Asked) -> list[dict[str, Any]]:
     chain = Chain(files, list(asked.words), root, settle)
     for name in methods:
         chain.bench(name)
-    _check(chain)
+    _check(chain, asked.judge)
+    _check_images(chain.steps, [root, Path(asked.folder)])
     _say_shorter(chain.steps, chain.words)
     if any(step.config.dry_run for step in chain.steps):
         print_costs(chain.steps)
@@ -137,18 +139,13 @@ def curve(asked: Asked) -> list[dict[str, Any]]:
     check_target(page / "index.html")
     measured = _carry_out(chain.steps)
     command = shlex.join(["diffaccel", "compare", *(str(root / name) for name in methods)])
-    found = comparison.compare_all([str(root / name) for name in methods], None, say, asked.judge, command=command)
-    keys = {point["key"] for points in measured.values() for point in points}
-    rows = _among(found.rows, keys)  # the folders may have points of other settings
-    others = [shown._replace(rows=_among(shown.rows, keys)) for shown in found.others]
-    written = comparison.write(rows, page, others, found.x, command, found.judge)
-    comparison.show(rows)
+    keys = {point["key"] for points in measured.values() for point in points}  # the folders may have others, too
+    folders = [str(root / name) for name in methods]
+    found = comparison.compare_all(folders, None, say, asked.judge, command=command, keys=keys)
+    written = comparison.write(found.rows, page, *found[1:])
+    comparison.show(found.rows)
     print_lines(f"the page is {page / 'index.html'}; {', '.join(written[:-1])} are beside it")
     return [point for points in measured.values() for point in points]
-
-
-def _among(rows: Sequence[Row], keys: Collection[str]) -> list[Row]:
-    return [row for row in rows if row.point["key"] in keys]
 
 
 def _chosen(asked: Asked) -> tuple[dict[str, str], list[str]]:
@@ -183,13 +180,14 @@ def _root(asked: Asked) -> Path:
 # Checks
 
 
-def _check(chain: Chain) -> None:
+def _check(chain: Chain, judge: str | None) -> None:
     """Check everything that could end the chain after its first fit.
 
     Raises:
         UsageError: See :func:`curve`.
     """
     checked: set[str] = set()
+    judges: list[str] = []
     for step in chain.steps:
         config = step.config
         if config.devices * config.num_nodes > 1:
@@ -201,11 +199,16 @@ def _check(chain: Chain) -> None:
             elif step.sampler is not None:
                 for budget in config.nfe:
                     step.sampler.plan(budget, config.n)
-                experiment.build_evaluator(config, step.sampler)
+                evaluator = experiment.build_evaluator(config, step.sampler)
+                judges += [one.name for one in evaluator.judges]
+                judges += [name for point in evaluator.known() for name in judges_of(point)]  # `score` may add judges
         except SharedError:
             raise
         except UsageError as error:
             raise UsageError(f"{step.name}: {error}") from None
+    if judge is not None and judge.split(" ")[0] not in judges:  # a name may be followed by a hash
+        known = list(dict.fromkeys(judges))
+        raise UsageError(f"judge={judge} scores none of the points{suggest(judge, known)}")
 
 
 def _check_data(step: Step, config: Config, checked: set[str]) -> None:
@@ -225,6 +228,19 @@ def _check_data(step: Step, config: Config, checked: set[str]) -> None:
                 f"{path} has the statistics of {n} images, but there are {data.size('train')} training images now: "
                 "compute new statistics with `diffaccel new` and again=true, or `diffaccel reference`"
             )
+
+
+def _check_images(steps: Sequence[Step], folders: Sequence[Path]) -> None:
+    """Check that the weights of fits in some folders are of the present images, which `new` may have changed.
+
+    Raises:
+        UsageError: They are of other images.
+    """
+    present, places = PresentImages(), [folder.resolve() for folder in folders]
+    for step in steps:
+        for file in configured(step.config).values() if step.verb == "bench" else ():
+            if file.is_file() and any(file.resolve().is_relative_to(place) for place in places):
+                present.check(file, step.config)
 
 
 def _say_shorter(steps: Sequence[Step], words: Sequence[str]) -> None:

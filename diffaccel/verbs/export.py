@@ -17,7 +17,7 @@ from diffaccel.sampling.schedule import Ends, levels
 from diffaccel.solver import GRIDS, SOLVERS
 from diffaccel.verbs.exporting import FORMATS
 from diffaccel.verbs.names import check_names
-from diffaccel.verbs.run import quiet
+from diffaccel.verbs.run import check_dry_run, quiet
 from diffaccel.verbs.tools import TOOLS, Setting, discrete_of
 
 
@@ -52,6 +52,7 @@ def export(
             raise UsageError(f"{key}={value!r}: give a positive number")
     quiet()
     config = load(*check_names(experiment, list(settings)), trains=False)
+    check_dry_run("export", config.dry_run)
     exporter = _Exporter(config, sigma_min, sigma_max, checkpoint)
     return [exporter.setting(budget, format) for budget in config.nfe]
 

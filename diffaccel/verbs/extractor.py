@@ -7,6 +7,7 @@ from typing import Any
 from diffaccel import experiment
 from diffaccel.config import Config
 from diffaccel.errors import UsageError
+from diffaccel.experiment.order import of_steps
 from diffaccel.features.extractors import save_classifier
 from diffaccel.methods import METHODS
 from diffaccel.run import launch
@@ -28,6 +29,10 @@ def fit_features(config: Config) -> Path:
     data = experiment.build_data(config)
     if config.dry_run:
         raise UsageError("dry_run: the fit of an extractor has no dry run: leave it out")
+    if unused := next(filter(of_steps, config.words), None):
+        raise UsageError(
+            f"{unused}: an extractor is trained in epochs: set method.epochs, method.batch_size, method.lr"
+        )
     resume = resume_from(config, ["extractor"], console)
     launch.write_config(config, "last.ckpt", "extractor.safetensors")
     if config.precision not in ("32-true", "bf16-mixed"):

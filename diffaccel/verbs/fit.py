@@ -86,7 +86,7 @@ def fit(config: Config, evaluates: bool = True) -> Path:
     data = experiment.build_fit_data(config, latents, device_type(config))
     check_labels(data, method.trained_classes)
     resume = resume_from(config, [*method.exports()], console)
-    checkpointer = trainer.build_checkpointer(config)
+    checkpointer = trainer.build_checkpointer(config, data)
     if launch.is_first(config):
         checkpointer.check_outputs(method)
     if resume is not None:

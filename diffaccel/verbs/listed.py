@@ -109,7 +109,7 @@ def _sentence(file: Path) -> str:
 
 
 def list_keys(section: str | None = None) -> list[Key]:
-    """List the keys of an experiment, or of one of its sections (training, search, tradeoff).
+    """List the keys of an experiment, or of one of its sections (training, search, search.confirm).
 
     Raises:
         UsageError: There is no such section.
@@ -117,10 +117,18 @@ def list_keys(section: str | None = None) -> list[Key]:
     if section is None:
         short = [Key(name, "", "", f"short for {key}") for name, key in sorted(ALIASES.items())]
         return sorted([*_keys(Config, ""), *short])
-    sections = {item.name: item.type for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)}
+    sections = dict(_sections(Config))
     if section not in sections:
         raise UsageError(f"no section of keys is called {section!r}{suggest(section, sections)}")
     return list(_keys(sections[section], f"{section}."))
+
+
+def _sections(schema: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Sections at any depth, by their dotted keys."""
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.type):
+            yield f"{prefix}{item.name}", item.type
+            yield from _sections(item.type, f"{prefix}{item.name}.")
 
 
 def _keys(schema: Any, prefix: str) -> Iterable[Key]:
@@ -128,12 +136,13 @@ def _keys(schema: Any, prefix: str) -> Iterable[Key]:
     for item in dataclasses.fields(schema):
         if item.name == "experiment":  # set by the loader
             continue
+        name = f"{prefix}{item.name}"
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         if dataclasses.is_dataclass(default):
-            yield Key(item.name, "section", "", f"{said[item.name]} `diffaccel list keys {item.name}` lists its keys.")
+            yield Key(name, "section", "", f"{said[item.name]} `diffaccel list keys {name}` lists its keys.")
         else:
             kind = "path" if "path" in item.metadata and item.type != dict[float, str] else type_in_words(item.type)
-            yield Key(f"{prefix}{item.name}", kind, _shown(default), said[item.name])
+            yield Key(name, kind, _shown(default), said[item.name])
 
 
 def _shown(default: Any) -> str | None:

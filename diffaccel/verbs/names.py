@@ -7,18 +7,15 @@ import os
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 
 from diffaccel.config import EXPERIMENTS, KEYS, PARTS, Config, experiment_names, find
 from diffaccel.errors import UsageError, suggest
-from diffaccel.parts.catalogue import CATALOGUE
+from diffaccel.parts.catalogue import CATALOGUE, names_of
 from diffaccel.parts.overrides import ALIASES, sort_words
 from diffaccel.verbs import Verb
 from diffaccel.verbs.help import keys_of
 
-PACKAGE = Path(__file__).parents[1]
 SECTIONS = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
 NAME = re.compile(r"[a-z]\w*")
 
@@ -97,12 +94,3 @@ def _check_part(key: str, value: str) -> None:
 
 def _has_plugins(group: str) -> bool:
     return any(entry_points(group=name) for name in (f"diffaccel.{group}s", f"diffaccel.{group}es"))
-
-
-@cache
-def names_of(group: str) -> frozenset[str]:
-    """Return the names of the built-in parts of a group, from the source of the package."""
-    registry = CATALOGUE[group].partition(":")[2]
-    pattern = re.compile(rf'\b{registry}\.register\(\s*"(\w+)"')
-    sources = (file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
-    return frozenset(name for source in sources for name in pattern.findall(source))

@@ -207,7 +207,7 @@ def _describe(path: Path, texts: dict[str, str]) -> None:
     names = [name.removesuffix(".yaml") for name in texts if name != "base.yaml"]
     print_lines(f"{path}: experiments {', '.join(names)}, on base.yaml; statistics in {WEIGHTS}/, record in {MANIFEST}")
     if "dlg" not in names:
-        print_lines("no experiment dlg: its classifier requires square images of 2, 4, 8 ... 512 pixels (size=)")
+        print_lines("no experiment dlg: its classifier requires square images of 2, 4, 8 ... 512 pixels")
     methods = ",".join(name for name in ("edm", "dlg", "small_t") if name in names)
     command = f"diffaccel curve {shlex.quote(str(path))} methods={methods} nfe=5,10,20"
     print_lines("next, what it would run and about how long, and then the curves:")

@@ -1,7 +1,8 @@
 """Pairs of points under common noise, and the differences of their distances by each judge.
 
-Two points are a pair if their budget, number of images, seed, noise, reference and extractor are equal. Image i of both
-then comes from the same noise, so that the difference of the distances has a smaller error than each distance.
+Two points are a pair if their budget, number of images, seed, noise, reference, extractor and number of samples of a
+condition are equal. Image i of both then comes from the same noise, so that the difference of the distances has a
+smaller error than each distance.
 
 The error follows from the distances without each block of images, which points contain. For points of older versions,
 and of numbers of chains that divide the images into other blocks, it is computed from the features in the folders of
@@ -19,8 +20,8 @@ import numpy as np
 from diffaccel.errors import UsageError
 from diffaccel.jackknife import Frechet, partition
 from diffaccel.report.judges import common_judges, features_of, seen_by
-from diffaccel.report.points import UNKNOWN, normalised
-from diffaccel.report.rows import Row, key_of, parts_of
+from diffaccel.report.points import normalised
+from diffaccel.report.rows import Row, key_of, pair_of, parts_of, samples_of
 from diffaccel.report.sources import Note
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Pairs:
         self.rows, self.file, self.note = rows, reference, note
         self.shown = rows[0].point["extractor"]["name"] if rows else None
         self._moments: dict[str | None, Moments | None] = {}
+        self._unknown = 0  # differences of pairs by the shown judge that neither points nor features give
 
     def paired(self, first: Mapping[tuple[Any, ...], Row]) -> list[Row]:
         """Return the rows with their differences to the rows in ``first``, by :func:`key_of`.
@@ -51,10 +53,18 @@ class Pairs:
         """
         if self.file is not None and self.rows:
             self._reference(self.rows[0])  # a wrong file is an error, even if the points suffice
-        return [self._paired(row, first.get(key_of(row.point))) for row in self.rows]
+        found = [self._paired(row, first.get(key_of(row.point))) for row in self.rows]
+        if self._unknown:
+            what = "1 difference is" if self._unknown == 1 else f"{self._unknown} differences are"
+            self.note(
+                f"{what} not shown, because the points have no distances of the same blocks "
+                "of images and not all features: bench them again with numbers of chains that are equal or multiples "
+                "of ten, or with keep_features=true"
+            )
+        return found
 
     def _paired(self, row: Row, first: Row | None) -> Row:
-        if first is None or first is row or None in key_of(row.point)[1:] or row.point["noise"] == UNKNOWN:
+        if first is None or first is row:
             return row
         difference = self._difference(row, first)
         if difference is None:
@@ -69,9 +79,7 @@ class Pairs:
 
     def _difference(self, row: Row, first: Row) -> Frechet | None:
         """Difference by the extractor at the top of both points; None if it can't be computed."""
-        if any(row.point[kind]["sha256"] != first.point[kind]["sha256"] for kind in ("extractor", "reference")):
-            return None
-        if _samples(row.point) != _samples(first.point):
+        if (pair := pair_of(row.point)) is None or pair != pair_of(first.point):
             return None
         if partition(row.point["chains"]) == partition(first.point["chains"]):
             own, others = parts_of(row.point), parts_of(first.point)
@@ -80,11 +88,11 @@ class Pairs:
         return self._by_features(row, first)
 
     def _by_features(self, row: Row, first: Row) -> Frechet | None:
-        """Difference from the features in the folders of both points; None if it can't be computed."""
-        if not all(one.point["key"] and one.point["key"].isalnum() for one in (row, first)):
-            return None
-        files = [one.folder / "features" / features_of(one.point) for one in (row, first)]
-        if not all(file.is_file() for file in files):
+        """Difference from the features in the folders of both points; None, with a message, if it can't be computed."""
+        known = all(one.point["key"] and one.point["key"].isalnum() for one in (row, first))
+        files = [one.folder / "features" / features_of(one.point) for one in (row, first)] if known else []
+        if not known or not all(file.is_file() for file in files):
+            self._unknown += row.point["extractor"]["name"] == self.shown
             return None
         moments = self._reference(row)
         if moments is None:
@@ -100,10 +108,11 @@ class Pairs:
             self.note(f"{error}; until then its differences are not shown")
             return None
         if own.shape != others.shape or len(own) < row.point["n"]:  # only the features of the first images are kept
+            self._unknown += row.point["extractor"]["name"] == self.shown
             return None
         # Images of the same chain, in either row, must be in the same block; gcd(c, 0) is c.
         chains = math.gcd(row.point["chains"] or 0, first.point["chains"] or 0)
-        block = blocks_of(torch.arange(len(own)), chains or None, _samples(row.point))
+        block = blocks_of(torch.arange(len(own)), chains or None, samples_of(row.point))
         return paired_difference(own, others, block, moments)
 
     def _reference(self, row: Row) -> "Moments | None":
@@ -172,9 +181,3 @@ def _moments(path: Path, sha256: str | None) -> "Moments":
     if reference.sha256 != sha256:
         raise UsageError(f"{path} is not the reference of the points")
     return reference.moments
-
-
-def _samples(point: Mapping[str, Any]) -> int:
-    """Number of images in succession that share a condition."""
-    condition = (point.get("configuration") or {}).get("condition") or {}
-    return int(condition.get("samples", 1))

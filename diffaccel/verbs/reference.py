@@ -112,7 +112,7 @@ def _paths(config: Config, names: list[str]) -> Paths:
     Raises:
         UsageError: There is one file for several judges.
     """
-    check_files(config, names)
+    check_files({"reference": config.reference, "floor": config.floor}, names)
     found: Paths = {}
     for split, key in KEYS.items():
         files = getattr(config, key)

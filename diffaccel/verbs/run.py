@@ -37,12 +37,21 @@ def run(verb: str, experiment: str | None, settings: Iterable[str]) -> Any:
     # Statistics are written to OUT, so that those of the experiment are not overwritten.
     instead = {"reference": "", "floor": ""} if verb == "reference" else None
     config = load(experiment, settings, instead)
-    if config.dry_run and not VERBS[verb].dry_run:
-        others = ", ".join(one.name for one in VERBS.values() if one.dry_run)
-        raise UsageError(f"dry_run: {verb} has no dry run, {others} have: leave it out")
+    check_dry_run(verb, config.dry_run)
     with nullcontext() if config.dry_run else launch.folder_of(config):
         settle(config)
         return getattr(import_module(VERBS[verb].path), VERBS[verb].function or verb)(config)
+
+
+def check_dry_run(verb: str, dry_run: bool) -> None:
+    """Check that a command that is to run dry has a dry run.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if dry_run and not VERBS[verb].dry_run:
+        others = ", ".join(one.name for one in VERBS.values() if one.dry_run)
+        raise UsageError(f"dry_run: {verb} has no dry run, {others} have: leave it out")
 
 
 def quiet() -> None:

@@ -27,10 +27,9 @@ from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.experiment import loading
 from diffaccel.experiment.evaluation import own_weights
-from diffaccel.experiment.identity import describe_configuration
+from diffaccel.experiment.identity import describe_configuration, settings_of
 from diffaccel.experiment.loading import feature_networks_of
 from diffaccel.noise import GENERATOR
-from diffaccel.parts.history import explicit
 from diffaccel.parts.overrides import as_given
 from diffaccel.prior import ChainPrior, Plan
 from diffaccel.report.image_files import write_npz, write_png
@@ -188,7 +187,7 @@ class ImageWriter:
             if self.format == "png":
                 write_png(part, images(), self.config.n)
             else:
-                write_npz(part / "images.npz", images, self.config.n, self.sampler.labels(plan, range(self.config.n)))
+                write_npz(part / "images.npz", images, self.config.n, self.sampler.classes_of(plan, self.config.n))
             said = {"key": self._key(budget), "images_sha256": _sha256(partial, batches), **said}
             (part / DESCRIPTION).write_text(json.dumps(said, indent=1, default=str) + "\n")
             if folder.exists():
@@ -213,7 +212,7 @@ class ImageWriter:
             "by_budget": bool(self.sampler.by_nfe),
             "tuned": self.sampler.tuned,
             "nfe_budget": budget if math.isfinite(budget) else None,
-            "settings": explicit(config.at(budget)),
+            "settings": settings_of(config, budget),
             "n": config.n,
             "seed": config.seed,
             "noise": GENERATOR,
@@ -258,3 +257,27 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def find_described(path: str) -> tuple[str, dict[str, Any] | None]:
+    """Return the path of the images, and the description by ``sample`` beside them or None.
+
+    Raises:
+        UsageError: The path is not the folder of one budget, but the one above it.
+    """
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    said = read_description(folder)
+    if (
+        said is None
+        and place.is_dir()
+        and (found := sorted(file.parent.name for file in place.glob(f"*/{DESCRIPTION}")))
+    ):
+        raise UsageError(
+            f"{path} contains the images of `diffaccel sample` in folders of their own ({', '.join(found)}): score one "
+            f"at a time, for example {place / found[0]}"
+        )
+    if said is None or not (place.is_dir() or place == folder / "images.npz"):
+        return path, None
+    inside = folder / "images.npz"
+    return (str(inside) if place.is_dir() and inside.is_file() else path), said

@@ -18,6 +18,7 @@ from diffaccel.collective import World
 from diffaccel.config import EXPERIMENTS, Config, load, load_tree, to_yaml
 from diffaccel.data import build_source
 from diffaccel.data.given import GivenImages
+from diffaccel.data.source import random_order
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Partial
 from diffaccel.evaluation.pictures import draw_curve, draw_samples
@@ -27,7 +28,7 @@ from diffaccel.evaluation.scores import Real
 from diffaccel.evaluation.scoring import hash_all, hash_each, number_of, score_images, score_moments
 from diffaccel.experiment.judging import Judge, build_judges
 from diffaccel.features.independence import check_independent
-from diffaccel.metrics.base import Measured, build_metrics, measure
+from diffaccel.metrics.base import Measured, Metric, build_metrics, measure
 from diffaccel.metrics.reference import Reference
 from diffaccel.metrics.statistics import read_any
 from diffaccel.parts.overrides import as_given
@@ -41,7 +42,8 @@ from diffaccel.storage import check_room, check_target, whole, write_whole
 from diffaccel.text.terminal import number, say, side_output
 from diffaccel.verbs.asked import JUDGING, Asked, read_words
 from diffaccel.verbs.run import quiet
-from diffaccel.verbs.sample import DESCRIPTION, read_description
+from diffaccel.verbs.sample import DESCRIPTION, find_described
+from diffaccel.weights import tensors_sha256
 
 HELP = """\
 score SOURCE EXPERIMENT [name=mine]
@@ -90,24 +92,13 @@ def score(asked: Asked) -> dict[str, Any]:
         UsageError: The input is invalid.
     """
     quiet()
-    path, description = _described(asked.path)
+    path, description = find_described(asked.path)
     source = read_any(path, prefer_images=True) or GivenImages(path, asked.own.get("image_size"))
     config = _configure(asked, source)
     judges = build_judges(config, source, asked.path, asked.given)
     with launch.folder_of(config):
         settle(config)
         return Scoring(asked, config, source, judges, description).run()
-
-
-def _described(path: str) -> tuple[str, dict[str, Any] | None]:
-    """Return the path of the images, and the description by ``sample`` beside them or None."""
-    place = Path(path)
-    folder = place if place.is_dir() else place.parent
-    said = read_description(folder)
-    if said is None or not (place.is_dir() or place == folder / "images.npz"):
-        return path, None
-    inside = folder / "images.npz"
-    return (str(inside) if place.is_dir() and inside.is_file() else path), said
 
 
 def _configure(asked: Asked, source: GivenImages | Reference) -> Config:
@@ -155,19 +146,26 @@ class Scoring:
         self.asked, self.config, self.source, self.judges = asked, config, source, judges
         self.judge = judges[0]
         self.of_images, self.described = isinstance(source, GivenImages), description is not None
-        self.hashes = self._hashes(description)
-        self.metrics = build_metrics(config.metrics)
+        self.order = torch.empty(0, dtype=torch.long)
+        self.hashes, self.images_sha256 = self._hashes(description)
+        self.metrics = self._metrics()
         self.origin = self._origin(description)
+        self.samples = int((self.origin["configuration"].get("condition") or {}).get("samples") or 1)
         self.shown: torch.Tensor | None = None
         self.features: dict[str, torch.Tensor] = {}
 
-    def _hashes(self, description: Mapping[str, Any] | None) -> torch.Tensor | None:
-        """Hash the images to score, and compare all images with their description; None for statistics."""
+    def _hashes(self, description: Mapping[str, Any] | None) -> tuple[torch.Tensor | None, str | None]:
+        """Choose and order the images to score, hash each and all of them, and compare them with their description.
+
+        Images that ``sample`` wrote keep their order, by which they are paired. Others are often sorted by class, and
+        some metrics are of the first images only: they are scored in a random order, which is always the same.
+        """
         path, n = self.asked.path, self.asked.own.get("n")
         if not isinstance(self.source, GivenImages):
-            if n is not None:
-                raise UsageError(f"{path} has statistics, of all of its images: omit n=")
-            return None
+            for key in ("n", "image_size", "jpeg"):
+                if self.asked.own.get(key) is not None or key in self.asked.given:
+                    raise UsageError(f"{path} has statistics, of images as they were: omit {key}=")
+            return None, None
         if (n or len(self.source)) > len(self.source) or (n or len(self.source)) < 2:
             raise UsageError(
                 f"{path} has {len(self.source)} images{'' if n is None else f', n={n}'}: a distance requires at least "
@@ -179,7 +177,26 @@ class Scoring:
                 f"{path}: {DESCRIPTION} describes other images: remove it to score these without a description, or "
                 "make them again with `diffaccel sample`"
             )
-        return hashes[:n]
+        found = range(len(hashes)) if description is not None else random_order(len(hashes)).tolist()
+        self.order = torch.tensor(found[:n])
+        return hashes[self.order], hash_all(hashes[self.order.sort().values])
+
+    def _metrics(self) -> list[Metric]:
+        """Build the metrics, without those that require classes if those of the images are unknown.
+
+        Raises:
+            UsageError: The user asked for such a metric.
+        """
+        metrics = build_metrics(self.config.metrics)
+        lacking = [metric for metric in metrics if metric.needs_labels]
+        if not lacking or (isinstance(self.source, GivenImages) and self.source.images.labels is not None):
+            return metrics
+        remedy = "sample them with format=npz, which keeps their classes" if self.described else "give npz with labels"
+        said = f"{self.asked.path}: the classes of the images are unknown, which the metric 'accuracy' requires"
+        if "metrics" in self.asked.given:
+            raise UsageError(f"{said}: {remedy}, or remove the metric")
+        say(f"{said}, so that it is left out ({remedy})")
+        return [metric for metric in metrics if not metric.needs_labels]
 
     def _origin(self, description: Mapping[str, Any] | None) -> dict[str, Any]:
         """Keys of the point on method, cost and noise: those of the description, or as the user gave them."""
@@ -201,6 +218,12 @@ class Scoring:
             if own.get(key) not in (None, said[key]):
                 given, made = number(own[key], 12), number(said[key], 12)
                 raise UsageError(f"{path / DESCRIPTION} has {key} {made}, not {given}: omit {key}=")
+        n = self.asked.own.get("n")
+        if said.get("nfe_burn_in") and n not in (None, said["n"]):
+            raise UsageError(
+                f"{path} has {said['n']} images of {said['chains']} chains, whose burn-in is shared by all of them: "
+                "omit n=, or sample fewer images"
+            )
         check = [judge.extractor for judge in self.judges if judge.extractor is not None]
         check_independent(check, description.get("feature_networks") or (), str(path))
         found = {key: said[key] for key in DESCRIBED if key in said}
@@ -272,37 +295,39 @@ class Scoring:
         if world.first:
             check_room(self.config.folder, 8 * n * dim, 4 * n * dim, "features")
         scores = score_images(
-            self.source.images, self.hashes, judge.extractor, real, self.config.images_per_batch,
-            self.origin.get("chains"), SHOWN, partial, world,
+            self.source.images, self.order, self.hashes, judge.extractor, real, self.config.images_per_batch,
+            self.origin.get("chains"), self.samples, SHOWN, partial, world,
         )  # fmt: skip
         self.shown, self.features[judge.extractor.sha256] = scores.shown, scores.first.features
-        found = {"n": n, "images_sha256": hash_all(self.hashes), "seconds_scoring": float(scores.seconds[1]) / n}
-        return found, measure(metrics, scores.made(name), real)
+        found = {"n": n, "images_sha256": self.images_sha256, "seconds_scoring": float(scores.seconds[1]) / n}
+        measured = measure(metrics, scores.made(name), real)
+        for pair in (measured.details.get("memorisation") or {}).get("closest", ()):
+            pair[0] = int(self.order[pair[0]])  # in the order of the files
+        return found, measured
 
     def _key(self, reals: Sequence[Real]) -> str:
         """Cache key of everything that determines the point, except for versions of other packages."""
-        scored = self.source.sha256 if isinstance(self.source, Reference) else hash_all(self._given_hashes())
+        scored = self.source.sha256 if isinstance(self.source, Reference) else self.images_sha256
+        by_class = any(metric.needs_labels for metric in self.metrics)
         judges = [
-            {
-                "extractor": judge.named.sha256,
-                "reference": real.reference.sha256,
-                "floor": real.floor and real.floor.sha256,
-            }
+            {"extractor": judge.named.sha256, **real.identity(by_class)}
             for judge, real in zip(self.judges, reals, strict=True)
         ]
         scores = judges[0] if len(judges) == 1 else {"judges": judges}
         own = {key: self.origin.get(key) for key in ("method", "nfe_budget", "nfe", "seed", "settings", "chains")}
+        if self.samples > 1:
+            own["blocks"] = "conditions"  # earlier points: samples of a condition are in several blocks
+        if by_class and isinstance(self.source, GivenImages) and self.source.images.labels is not None:
+            own["labels"] = tensors_sha256({"images": self.source.images.labels[self.order]})
+        if self.of_images and not self.described:
+            own["order"] = "random"  # earlier points: that of the files
         return identity_hash({"scored": scored, **scores, "metrics": self.config.metrics, **own})
-
-    def _given_hashes(self) -> torch.Tensor:
-        assert self.hashes is not None
-        return self.hashes
 
     def _partial(self, judge: Judge) -> Partial:
         """Finished batches of images on disk, in a folder that is named by all that determines them."""
-        if judge.extractor is None:
+        if judge.extractor is None or self.hashes is None:
             return Partial(None)
-        identity = {"images": hash_all(self._given_hashes()), "extractor": judge.extractor.sha256}
+        identity = {"images": hash_all(self.hashes), "extractor": judge.extractor.sha256}
         key = identity_hash({**identity, "batch_size": self.config.images_per_batch})
         return Partial(self.config.folder / "partial" / f"score-{key}")
 

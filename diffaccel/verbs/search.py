@@ -39,7 +39,7 @@ def search(config: Config) -> dict[int, dict[str, dict[str, Any]]]:
     launch.write_config(config, "trials.jsonl", "best.yaml")
     if launch.everywhere(config, lambda world, device: searcher.run(sampler.to(device), world)):
         print_lines(
-            f"{len(searcher.measured)} trials are in {searcher.out / 'trials.jsonl'}, the winners in "
+            f"{len(searcher.trials.measured)} trials are in {searcher.out / 'trials.jsonl'}, the winners in "
             f"{searcher.out / 'best.yaml'}: measure them on another seed with `diffaccel bench`"
         )
     return searcher.best

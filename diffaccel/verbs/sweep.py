@@ -20,10 +20,11 @@ from typing import Any
 from joblib import cpu_count
 
 from diffaccel import experiment
-from diffaccel.config import FLAGS, KEYS, Config, load
+from diffaccel.config import FLAGS, KEYS, Config, load, parse_overrides
 from diffaccel.config.sweep import Sweep, read_sweep
 from diffaccel.errors import UsageError
-from diffaccel.parts.overrides import one_experiment
+from diffaccel.parts.overrides import ALIASES, one_experiment
+from diffaccel.parts.trees import merge
 from diffaccel.report import frechet_key, read_points
 from diffaccel.report.points import Point, normalised
 from diffaccel.run.loggers import UNRELATED
@@ -107,11 +108,12 @@ def plan(found: Sweep, settings: Sequence[str], folder: Path, count: int | None 
     """Load the configurations of all runs.
 
     Raises:
-        UsageError: The sweep is not one of ``bench``, or a configuration is invalid.
+        UsageError: The sweep is not one of ``bench``, a configuration is invalid, or a value of a run has no effect.
     """
     if found.command[0] != VERB:
         raise UsageError(f"{found.name}: only sweeps of {VERB} run here, not of {found.command[0]}: use `wandb agent`")
-    found = found.without({word.partition("=")[0] for word in settings})
+    keys = (word.partition("=")[0] for word in settings)
+    found = found.without({ALIASES.get(key, key) for key in keys})
     drawn = found.runs(count)
     varying = [key for key in found.parameters if len({str(values[key]) for values in drawn}) > 1]
     runs: list[Run] = []
@@ -121,6 +123,7 @@ def plan(found: Sweep, settings: Sequence[str], folder: Path, count: int | None 
         own = [*own, *settings]
         try:
             config = load(name, own)
+            _check_shown(shown, own)
         except UsageError as error:
             where = ", ".join(f"{key}={value}" for key, value in shown.items())
             raise UsageError(f"{found.name}, run {number_} ({where}): {error}") from None
@@ -128,6 +131,21 @@ def plan(found: Sweep, settings: Sequence[str], folder: Path, count: int | None 
         words = [*([name] if name else []), *own, f"out={config.out}"]
         runs.append(Run(number_, shown, config, [VERB, *words]))
     return runs
+
+
+def _check_shown(shown: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Check that the values under which a run is shown are in effect.
+
+    Raises:
+        UsageError: Another setting of the run replaces such a value, or a part of it.
+    """
+    given, written = parse_overrides(words), {word.partition("=")[0] for word in words}
+    for key, value in shown.items():
+        # A placeholder may leave out what is false.
+        if key in written and merge(given, parse_overrides([f"{key}={value}"])) != given:
+            raise UsageError(
+                f"another setting of the run replaces {key}={value}, or a part of it: set {key}=, which all runs share"
+            )
 
 
 def _folder_name(config: Config, shown: Mapping[str, Any], words: Sequence[str]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from diffaccel.config import FLAGS
 from diffaccel.errors import UsageError
-from diffaccel.experiment.order import Fit, plan
-from diffaccel.parts.overrides import sort_words
+from diffaccel.experiment.order import EXTRACTOR, Fit, of_steps, plan
+from diffaccel.parts.overrides import sort_words, split_names
 from diffaccel.run.parent import VARIABLE
 from diffaccel.storage import check_target, occupied, write_whole
 from diffaccel.text.terminal import print_lines, say
@@ -69,7 +69,7 @@ def train(
         print_lines(f"{fit.experiment}: {state}{_after(fit)}")
     if not fits:
         say(f"{data}: its experiments name no weights that a fit makes")
-    commands = [["fit", fit.experiment, *settings, *fit.words()] for fit in missing]
+    commands = [["fit", fit.experiment, *_settings(fit, settings), *fit.words()] for fit in missing]
     if dry_run:
         print_lines(*(shlex.join(["diffaccel", *words]) for words in commands))
         return fits
@@ -86,6 +86,12 @@ def train(
             )
     _finish(fits, place)
     return fits
+
+
+def _settings(fit: Fit, settings: Sequence[str]) -> list[str]:
+    """Words of all fits that a fit has a use for."""
+    in_epochs = any(made.key == EXTRACTOR for made in fit.makes)
+    return [word for word in settings if not (in_epochs and of_steps(word))]
 
 
 def _after(fit: Fit) -> str:
@@ -142,6 +148,6 @@ def train_command(words: list[str]) -> list[Fit]:
     pairs = [word.split("=", 1) for word in settings]
     options: dict[str, str] = {key: value for key, value in pairs if key in OPTIONS}
     place, dry_run = (_switch(key, options.get(key, "false")) for key in ("place", "dry_run"))
-    methods = options.get("methods", "").replace(",", " ").split()
+    methods = split_names(options.get("methods", ""))
     others = [f"{key}={value}" for key, value in pairs if key not in OPTIONS]
     return train(folders[0], others, methods or None, options.get("out"), place, dry_run)

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffaccel.errors import UsageError
 from diffaccel.parts.registry import Registry
 from diffaccel.weights.files import file_sha256
-from diffaccel.weights.header import check_types, name_of
+from diffaccel.weights.header import check_types, is_foreign, name_of
 from diffaccel.weights.pickles import open_file, refuse
 from diffaccel.weights.torchfile import is_torch, read_torch
 
@@ -44,8 +44,8 @@ class Weights:
 
     @property
     def brings_network(self) -> bool:
-        """Whether the file determines network and preconditioning, which replace those of the experiment."""
-        return "source" in self.header
+        """Whether network and preconditioning of another codebase replace those of the experiment."""
+        return is_foreign(self.header)
 
     @cached_property
     def sha256(self) -> str:
@@ -81,16 +81,18 @@ class File:
 
     Args:
         path: Path.
+        key: See :func:`open_weights`.
 
     Raises:
         UsageError: The path does not exist, can't be read, or is evidently not a weights file (a web page, an image
             ...).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str = "") -> None:
         self.path, self.head = path, b""
         if not path.exists():
-            raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
+            other = f"set {key}=FILE" if key else "give another file"
+            raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or {other}")
         if not path.is_dir():
             with open_file(path) as opened:
                 self.head = opened.read(64)
@@ -139,17 +141,18 @@ FORMATS: Registry[Format] = Registry("format", builtins=["diffaccel.weights.form
 FORMATS.base(Format)
 
 
-def open_weights(path: Path | str, **options: Any) -> Weights:
+def open_weights(path: Path | str, key: str = "", **options: Any) -> Weights:
     """Open weights of any format.
 
     Args:
         path: File, or folder in diffusers format.
+        key: Setting of the path, for the message about a missing file; empty if no setting names it.
         options: See :meth:`Format.open`.
 
     Raises:
         UsageError: The file is missing, damaged, contains code, or has an unknown format.
     """
-    file = File(Path(path))
+    file = File(Path(path), key)
     for name in reversed(list(FORMATS)):
         format_ = FORMATS[name]()
         if format_.recognises(file):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def networks_sha256(groups: Iterable[Mapping[str, nn.Module]]) -> list[str]:
+    """Return ``NAME=HASH`` of the weights of networks, which groups may share; equal ones are listed once."""
+    networks = {id(network): (name, network) for group in groups for name, network in group.items()}
+    hashes = (f"{name}={tensors_sha256(network.state_dict())[:16]}" for name, network in networks.values())
+    return list(dict.fromkeys(hashes))
 
 
 def save_weights(
@@ -95,7 +102,7 @@ def count_parameters(path: Path) -> int:
 def _opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file, and convert errors of its reader."""
     if not path.is_file():
-        raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or set checkpoint=FILE")
+        raise UsageError(f"weights {path} do not exist: train them with `diffaccel fit`, or give another file")
     try:
         if found := what_it_is(path):
             raise UsageError(f"weights {path} are not read: the file is {found}")

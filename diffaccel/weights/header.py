@@ -13,6 +13,8 @@
 | ``classes`` | number of class labels of the network, 0 for none |
 | ``trained_ratios`` | lowest and highest noise-to-data ratio of a denoiser's training |
 | ``data``, ``images_seen`` | label of the training data, and number of images seen |
+| ``training_images`` | number (``n``) and hash (``sha256``) of the training images and their labels |
+| ``levels`` | distribution of the noise levels of a fit, as in an experiment |
 | ``stands_on`` | :func:`~diffaccel.weights.tensors_sha256` of the frozen denoiser's network during the fit |
 | ``feature_networks`` | SHA-256 of the weights of the frozen feature networks that losses and critics used, sorted |
 | ``ema_half_life`` | half-life of averaged weights, in images |
@@ -65,6 +67,11 @@ def kind_of(header: Mapping[str, Any]) -> str | None:
     return "denoiser" if header.get("network") and ("averaged" in header or "source" in header) else None
 
 
+def is_foreign(header: Mapping[str, Any]) -> bool:
+    """Whether weights are from another codebase; ``convert`` of earlier versions wrote a source for its own, too."""
+    return bool(header.get("source", {}).get("format", "diffaccel") != "diffaccel")
+
+
 def check_types(origin: str, header: Mapping[str, Any]) -> None:
     """Check the types of the values of a header.
 
@@ -105,5 +112,6 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("stands_on", "condition_sha256"), (lambda value: isinstance(value, str), "a hash")),
     "feature_networks": (_are_hashes, "a list of hashes"),
     "latents": (lambda value: isinstance(value, dict), "a mapping"),
+    "training_images": (lambda value: isinstance(value, dict) and type(value.get("n")) is int, "a number and a hash"),
     "source": (lambda value: isinstance(value, dict), "a mapping"),
 }

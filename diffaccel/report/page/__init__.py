@@ -15,13 +15,14 @@ from string import Template
 from typing import Any, NamedTuple
 
 from diffaccel.jackknife import partition
-from diffaccel.report.axes import COSTS
+from diffaccel.report.axes import COSTS, unequal_denoisers
 from diffaccel.report.files import frechet_key
+from diffaccel.report.floor import floor_of
 from diffaccel.report.page.cards import card_of
 from diffaccel.report.page.thumbnails import thumbnails
 from diffaccel.report.points import Point, distance
 from diffaccel.report.published import published_for
-from diffaccel.report.rows import Row, key_of, parts_of
+from diffaccel.report.rows import Row, pair_of, parts_of
 from diffaccel.report.styles import styles_of
 from diffaccel.report.tables import metrics_of, notes
 from diffaccel.text.escape import printable
@@ -111,11 +112,12 @@ def _view(shown: Shown, cards: dict[str, Any]) -> dict[str, Any]:
     curves: dict[str, list[Point]] = {}
     for row in rows:
         curves.setdefault(row.label, []).append(row.point)
-    styles = styles_of(curves)
+    styles, floor = styles_of(curves), floor_of(points, key)
     return {
         "judge": shown.judge,
         "key": key,
         "metrics": [name for name in metrics_of(points, key) if name != "kid_se"],
+        "floor": floor and {"label": floor.label, "value": floor.value},
         "curves": [
             {
                 "label": label,
@@ -130,7 +132,7 @@ def _view(shown: Shown, cards: dict[str, Any]) -> dict[str, Any]:
         ],
         "points": [_point(row, key, list(curves), cards) for row in rows],
         "published": [figure._asdict() for figure in published_for(points)],
-        "notes": notes(rows),
+        "notes": [*notes(rows), *unequal_denoisers(points)],
     }
 
 
@@ -157,11 +159,8 @@ def _point(row: Row, key: str, labels: Sequence[str], cards: dict[str, Any]) -> 
 
 
 def _pair(point: Point) -> str | None:
-    key = key_of(point)
-    if None in key[1:]:
-        return None
-    hashes = [point[kind]["sha256"] for kind in ("extractor", "reference")]
-    return json.dumps([*key, partition(point["chains"]), *hashes])
+    pair = pair_of(point)
+    return None if pair is None else json.dumps([*pair, partition(point["chains"])])
 
 
 def _finite(value: Any) -> float | None:

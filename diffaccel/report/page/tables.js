@@ -59,10 +59,10 @@ function drawGrid() {
       keys: [curve.label, ...cells[i].map(cell => cell ? cell.mean : null)]};
   });
   sortable($("grid"), "grid", [view().key, ...columns.map(head)], rows);
-  const floor = view().points.map(p => p.metrics[view().key + "_floor"]).find(value => value !== undefined);
-  if (floor !== undefined) {
-    $("grid").tBodies[0].append(element("tr", {className: "floor"}, element("th", {scope: "row"}, "held-out real images"),
-      ...columns.map(() => element("td", {}, number(floor, 2)))));
+  const floor = view().floor;
+  if (floor) {
+    $("grid").tBodies[0].append(element("tr", {className: "floor"}, element("th", {scope: "row"}, floor.label),
+      ...columns.map(() => element("td", {}, number(floor.value, 2)))));
   }
   $("grid-notes").textContent = "Shaded and bold: lowest of the column. Dotted: within two standard errors of it, paired where noise is common. " +
     (reference < 0 ? "" : "z: difference to the reference row in standard errors of the difference under common noise, negative is better. ") +
