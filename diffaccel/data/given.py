@@ -29,26 +29,31 @@ def kind_of(path: str) -> str:
         return "folder"
     if not os.path.isfile(path):
         raise UsageError(f"{where} does not exist: {REMEDY}")
-    pickle = "a pickle"
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-        if not any(name.endswith("/data.pkl") for name in names):
-            return "npz" if any(name.endswith(".npy") for name in names) else "zip"
-        head, pickle = b"\x80", "a file of torch.save"
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile):
-        with open(path, "rb") as file:
-            head = file.read(6)
+        names = None
+    if names is not None:
+        if any(name.endswith("/data.pkl") for name in names):
+            raise _may_contain_code(where, "a file of torch.save")
+        return "npz" if any(name.endswith(".npy") for name in names) else "zip"
+    with open(path, "rb") as file:
+        head = file.read(6)
     if head == b"\x93NUMPY" or os.path.splitext(path)[1].lower() == ".npz":
         return "npz"  # whose reader names the problem
     if head[:1] == b"\x80":
-        raise UsageError(
-            f"{where} is {pickle}, which may contain code and is not opened: where you trust the file, read it with "
-            "Python and save its arrays with np.savez, statistics as 'mu' and 'sigma'"
-        )
+        raise _may_contain_code(where, "a pickle")
     if found := what_it_is(Path(path)):
         raise UsageError(f"{where} can't be read, it is {found} ({REMEDY})")
     return "zip"  # whose reader names the problem
+
+
+def _may_contain_code(where: str, what: str) -> UsageError:
+    return UsageError(
+        f"{where} is {what}, which may contain code and is not opened: where you trust the file, read it with Python "
+        "and save its arrays with np.savez, statistics as 'mu' and 'sigma'"
+    )
 
 
 class GivenImages:

@@ -87,21 +87,20 @@ def build_judges(config: Config, source: GivenImages | Reference, path: str, giv
     Raises:
         UsageError: Two judges have the same name, or one file of statistics is given for several judges.
     """
-    if len(config.extractors) > 1:
-        names = [EXTRACTORS.build(node).name for node in config.extractors]
+    files = {"reference": config.reference, "floor": config.floor}
+    # The name of a single judge is not needed for single files, and its weights may not be here.
+    several = len(config.extractors) > 1
+    named = several or any(isinstance(file, Mapping) for file in files.values())
+    names = [EXTRACTORS.build(node).name if named else "" for node in config.extractors]
+    if several:
         check_names(names)
-        given_files = {"reference": config.reference, "floor": config.floor}
-        of_images = [key for key, file in given_files.items() if isinstance(file, str) and file and not read_any(file)]
-        check_files({key: file for key, file in given_files.items() if key not in of_images}, names)
+        images = [key for key, file in files.items() if isinstance(file, str) and file and not read_any(file)]
+        check_files({key: file for key, file in files.items() if key not in images}, names)
     found = []
-    for node in config.extractors:
-        files = {key: _file_of(getattr(config, key), node) for key in ("reference", "floor")}
-        found.append(build_judge(dataclasses.replace(config, extractor=node, judges=[], **files), source, path, given))
+    for node, name in zip(config.extractors, names, strict=True):
+        own: dict[str, Any] = {key: file_of(file, name) for key, file in files.items()}
+        found.append(build_judge(dataclasses.replace(config, extractor=node, judges=[], **own), source, path, given))
     return found
-
-
-def _file_of(files: Any, node: Any) -> Any:
-    return file_of(files, EXTRACTORS.build(node).name) if isinstance(files, Mapping) else files
 
 
 def build_judge(config: Config, source: GivenImages | Reference, path: str, given: Collection[str]) -> Judge:

@@ -268,14 +268,11 @@ def find_described(path: str) -> tuple[str, dict[str, Any] | None]:
     place = Path(path)
     folder = place if place.is_dir() else place.parent
     said = read_description(folder)
-    if (
-        said is None
-        and place.is_dir()
-        and (found := sorted(file.parent.name for file in place.glob(f"*/{DESCRIPTION}")))
-    ):
+    below = sorted(file.parent.name for file in place.glob(f"*/{DESCRIPTION}")) if place.is_dir() else []
+    if said is None and below:
         raise UsageError(
-            f"{path} contains the images of `diffaccel sample` in folders of their own ({', '.join(found)}): score one "
-            f"at a time, for example {place / found[0]}"
+            f"{path} contains the images of `diffaccel sample` in folders of their own ({', '.join(below)}): score one "
+            f"at a time, for example {place / below[0]}"
         )
     if said is None or not (place.is_dir() or place == folder / "images.npz"):
         return path, None

@@ -35,6 +35,7 @@ from diffaccel.parts.overrides import as_given
 from diffaccel.report import append_point, distance, normalised, read_points
 from diffaccel.report.judges import features_name
 from diffaccel.report.points import UNKNOWN
+from diffaccel.report.rows import samples_of
 from diffaccel.report.table import print_points
 from diffaccel.run import launch
 from diffaccel.run.machine import settle
@@ -150,7 +151,7 @@ class Scoring:
         self.hashes, self.images_sha256 = self._hashes(description)
         self.metrics = self._metrics()
         self.origin = self._origin(description)
-        self.samples = int((self.origin["configuration"].get("condition") or {}).get("samples") or 1)
+        self.samples = samples_of(self.origin)
         self.shown: torch.Tensor | None = None
         self.features: dict[str, torch.Tensor] = {}
 
