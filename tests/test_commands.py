@@ -145,17 +145,18 @@ def test_points_of_a_fit_say_that_their_weights_are_others():
 
 
 SHIPPED = {
-    (file.relative_to(EXPERIMENTS).parts[0], "check" in file.parts): file
-    for file in sorted(EXPERIMENTS.glob("*/results/**/points.jsonl"))
+    (file.parts[0], "check" in file.parts): EXPERIMENTS / file
+    for file in sorted(file.relative_to(EXPERIMENTS) for file in EXPERIMENTS.glob("*/results/**/points.jsonl"))
 }
 """A file for each data set, and for a judge that is not of its experiment."""
 
 
-@pytest.mark.parametrize("file", SHIPPED.values(), ids=[data + " check" * check for data, check in SHIPPED])
-def test_commands_of_shipped_points_are_read_and_have_their_settings(file: Path):
+@pytest.mark.parametrize("data, check", SHIPPED)
+def test_commands_of_shipped_points_are_read_and_have_their_settings(data: str, check: bool):
+    file = SHIPPED[data, check]
     point = normalised(read_points(file)[-1])
     words = shlex.split(str(command_of(point)))[2:]
     config = load(*one_experiment(words, KEYS, FLAGS))
     assert same_settings(point, config.at(point["nfe_budget"] or math.inf))
     named = [word for word in words if word.startswith("judges=")]
-    assert not named and ("in place of" in str(differs(point))) == ("check" in file.parts)
+    assert not named and ("in place of" in str(differs(point))) == check

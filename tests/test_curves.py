@@ -1,10 +1,15 @@
 """Curves: points of one differ in seed and budget alone, and no label stands for two."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diffaccel.config import EXPERIMENTS, load
+from diffaccel.experiment.identity import describe_configuration, settings_of
+from diffaccel.parts.history import settings_hash
 from diffaccel.report.curves import places_of
 from diffaccel.report.points import normalised
 
@@ -107,6 +112,22 @@ def test_tuned_settings_are_one_curve_unless_something_is_laid_over_them():
     assert labels(*own, point(5)) == ["edm (tuned for each NFE)"] * 3 + ["edm (ddim, gaussian)"]
 
 
+def test_a_search_of_one_budget_leaves_the_other_points_in_the_curve():
+    """Points of a file whose budgets were searched one after the other, and one of them again."""
+
+    def measured(nfe: float, file: dict[int, str]) -> dict[str, Any]:
+        found = point(nfe, tuned=True, settings__solver__name=file[10 if nfe > 5 else 5], key=f"{nfe}{file}")
+        hashes = {str(n): settings_hash({**found["settings"], "solver": {"name": name}}) for n, name in file.items()}
+        return found | {"configuration": {"tuning": hashes}}
+
+    first, second, third = {5: "ddim", 10: "dpm2"}, {5: "ipndm", 10: "dpm2"}, {5: "ipndm", 10: "heun"}
+    curve, other = "edm (tuned for each NFE)", "edm (tuned for each NFE, ddim)"
+    assert labels(measured(10, first), measured(5, second)) == ["edm (tuned for each NFE)"] * 2
+    assert labels(measured(5, first), measured(20, first), measured(5, second)) == [other, curve, curve]
+    assert len(set(labels(measured(10, first), measured(5, second), measured(10, third)))) == 2
+    assert len(set(labels(measured(10, first), measured(5, third)))) == 2  # 10 is another setting of this file
+
+
 def test_tuned_points_of_an_older_version_are_told_apart_by_their_settings():
     def old(nfe: float, solver: str, seed: int = 0) -> dict[str, Any]:
         return point(
@@ -147,3 +168,15 @@ def test_anything_has_a_label():
     ]
     assert all(labels(*junk)) and all(isinstance(place.replaced, bool) for place in places_of(junk))
     assert places_of([]) == []
+
+
+SEARCHED = sorted(file for file in EXPERIMENTS.glob("*/*.yaml") if "\nby_nfe:" in file.read_text())
+
+
+@pytest.mark.parametrize("file", SEARCHED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_points_of_an_experiment_have_the_settings_that_it_names(file: Path):
+    config = load(file)
+    tuning = json.loads(json.dumps(describe_configuration(config, measured=True)))["tuning"]
+    for budget in config.by_nfe:
+        found = normalised({"settings": json.loads(json.dumps(settings_of(config, budget)))})
+        assert settings_hash(found["settings"]) == tuning[str(budget)]

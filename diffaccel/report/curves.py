@@ -6,12 +6,15 @@ consist of the settings in which the curves differ, and are unique.
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from diffaccel.budget import nearest
+from diffaccel.parts.history import settings_hash
 from diffaccel.report.points import Point, normalised
 from diffaccel.text.escape import printable
 
@@ -25,6 +28,8 @@ FILES = ("checkpoint", "init", "path")
 """Last parts of keys of paths, which a label contains only if it would be ambiguous otherwise."""
 NAME = "name of the source"
 """Leaf of the name that the user gave to a source; it has spaces, so that no setting has its key."""
+TUNING = "tuning"
+"""Key of the configuration of a point with the hash of the settings of each budget, or of all for earlier points."""
 DEPTH = 8
 """Maximum depth to which nested settings are compared key by key."""
 LONGEST = 32
@@ -118,7 +123,7 @@ class _Sorter:
     def _shared(self, number: int) -> Leaves:
         """Settings of a point that are shared by all points of its curve."""
         point, settings = self.points[number], dict(self.settings[number])
-        configuration = _leaves(point["configuration"])
+        configuration = _leaves({key: value for key, value in point["configuration"].items() if key != TUNING})
         shared = {"method": _as_text(point["method"]), "noise": point["noise"], NAME: self.names[number]}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
@@ -141,17 +146,36 @@ class _Sorter:
         return shared
 
     def _tuned(self, group: Curve) -> list[Curve]:
-        """Split a group of tuned points into curves with one setting per budget.
+        """Split a group of tuned points into curves with one setting per budget: points of one experiment's search.
 
-        Points don't record the search that tuned them, so points of several searches may be in one group.
+        A search of one budget leaves the others' settings, and so their points, in the curve.
         """
         if "tuned" not in group.shared:
             return [group]
-        groups = [group.members]
-        if self._ambiguous(group.members):
-            by_folder = _split(group.members, lambda number: self.folders[number])
-            groups = self._merged([part for members in by_folder for part in self._unambiguous(members)])
+        groups, left = [], group.members
+        for number in reversed(group.members):
+            if number in left and (tuning := _tuning(self.points[number])):
+                own = [other for other in left if other == number or self._has(tuning, other)]
+                groups.append(own)
+                left = [other for other in left if other not in own]
+        groups.reverse()
+        if left:
+            groups += self._of_unknown_search(left)
         return [Curve(members, group.shared, self._common(members)) for members in groups]
+
+    def _has(self, tuning: Mapping[int, str], number: int) -> bool:
+        """Whether a point has the settings of its budget in ``tuning``."""
+        point = self.points[number]
+        budget = math.inf if point["nfe_budget"] is None else point["nfe_budget"]
+        return tuning[nearest(tuning, budget)] == settings_hash(point["settings"])
+
+    def _of_unknown_search(self, members: list[int]) -> list[list[int]]:
+        """Split points of versions that did not record the settings of other budgets."""
+        if not self._ambiguous(members):
+            return [members]
+        by_search = _split(members, lambda number: self.points[number]["configuration"].get(TUNING))
+        parts = [part for each in by_search for part in _split(each, lambda number: self.folders[number])]
+        return self._merged([part for each in parts for part in self._unambiguous(each)])
 
     def _ambiguous(self, members: Iterable[int]) -> bool:
         """Whether the points have several settings for a budget."""
@@ -232,6 +256,14 @@ class _Sorter:
     def _measurement(self, number: int) -> str:
         point = self.points[number]
         return point["key"] or point["images_sha256"] or f"in line {number + 1}"
+
+
+def _tuning(point: Point) -> dict[int, str]:
+    """Budgets of the experiment of a point with the hash of their settings; empty for earlier points."""
+    tuning = point["configuration"].get(TUNING)
+    if not isinstance(tuning, Mapping) or not all(budget.isdecimal() for budget in tuning):
+        return {}
+    return {int(budget): known for budget, known in tuning.items()}
 
 
 def _split(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:
