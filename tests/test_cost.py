@@ -159,6 +159,13 @@ def test_a_dry_run_of_a_fit_has_its_phases(tmp_path: Path, capsys: pytest.Captur
     assert lines[6].startswith("about ") and not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_of_a_fit_plans_its_evaluations(capsys: pytest.CaptureFixture[str]):
+    """What the fit itself would refuse after its start."""
+    for word in ("nfe=0.5", "guidance=1"):
+        assert main(["fit", "digits/dlg", "dry_run=true", word, "threads=1", "logger=none"]) == 2
+        assert word.partition("=")[0] in capsys.readouterr().err
+
+
 def test_a_dry_run_of_an_auto_encoder_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """With the critic, which needs what the auto-encoder's own step made, and without LPIPS."""
     small = ["latents.widths=[8,8,8]", "latents.groups=4", "method.critic_widths=[8,8]", "threads=1", "logger=none"]

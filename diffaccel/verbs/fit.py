@@ -77,6 +77,8 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         part.pop("checkpoint", None)  # trained networks start from new weights, frozen ones keep theirs
     if config.dry_run:
         method = experiment.build_method(config, load=False)
+        if evaluates and _has_reference(config):
+            _plan(config, method)
         print_fit(method, method.shape, config)
         return config.folder
     latents = experiment.build_latents(config)
@@ -124,12 +126,21 @@ def fit(config: Config, evaluates: bool = True) -> Path:
 
 def _evaluator(config: Config, method: Diffusion) -> Evaluator | None:
     """Build the evaluator of a fit and plan its budgets; None without a reference."""
-    files = config.reference.values() if isinstance(config.reference, Mapping) else [config.reference]
-    if not any(file and Path(file).is_file() for file in files):
+    if not _has_reference(config):
         console.print("no reference file: the fit is not evaluated (see `diffaccel reference`)")
         return None
-    for budget in config.nfe:
-        method.sampler.plan(budget, config.n)
-        if config.training.evaluate_every is not None:
-            method.sampler.plan(budget, config.training.evaluate_n)
+    _plan(config, method)
     return experiment.build_evaluator(config, method.sampler, measured=False)
+
+
+def _has_reference(config: Config) -> bool:
+    files = config.reference.values() if isinstance(config.reference, Mapping) else [config.reference]
+    return any(file and Path(file).is_file() for file in files)
+
+
+def _plan(config: Config, method: Diffusion) -> None:
+    """Plan the budgets of the evaluations, for the errors; a dry run needs no conditions."""
+    for budget in config.nfe:
+        method.sampler.plan(budget, config.n, given=config.dry_run)
+        if config.training.evaluate_every is not None:
+            method.sampler.plan(budget, config.training.evaluate_n, given=config.dry_run)
