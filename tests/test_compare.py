@@ -141,6 +141,14 @@ def test_the_table_is_printed_and_says_what_a_difference_is(runs: dict[str, Path
     assert printed.err == "" and printed.out.rstrip().endswith(str(tmp_path))
 
 
+def test_recall_of_other_numbers_of_images_is_pointed_out(runs: dict[str, Path], tmp_path: Path, capsys: Printed):
+    """It depends on the number, also where both points have the same n: features of the floor may be fewer."""
+    few = edited(runs["second"], tmp_path / "few", neighbourhoods=20)
+    for other, said in ((runs["second"], False), (few, True)):
+        assert main(["compare", str(runs["first"]), str(other), f"out={tmp_path / 'out'}"]) == 0
+        assert ("recall, density and coverage are of 20 or" in capsys.readouterr().out.replace("\n", " ")) == said
+
+
 def test_a_point_measured_again_shows_once_the_last(bench: Bench, tmp_path: Path):
     for words in ([], ["again=true"]):
         bench(tmp_path, "toy/edm", "nfe=[4,6]", *words)

@@ -41,7 +41,7 @@ def fresh(folder: Path, images: Path) -> Path:
     """The folder of `new`, with a chain that suits a few images."""
     assert make(folder, images) == 0
     dlg = (folder / "dlg.yaml").read_text()
-    for old, new in (("chains: 100", "chains: 4"), ("count: 600", "count: 20\n  width: 4")):
+    for old, new in (("images_per_chain: 20", "chains: 4"), ("count: 600", "count: 20\n  width: 4")):
         assert old in dlg
         dlg = dlg.replace(old, new)
     (folder / "dlg.yaml").write_text(dlg)

@@ -26,7 +26,7 @@ from diffaccel.features import packaged
 from diffaccel.metrics.reference import read_reference
 from diffaccel.pretrained import Pretrained, read
 from diffaccel.recipes.checkpoint import read_given
-from diffaccel.recipes.experiments import experiments
+from diffaccel.recipes.experiments import experiments, why_no_dlg
 from diffaccel.recipes.images import Facts, inspect, source_of
 from diffaccel.recipes.network import length_for, network_for
 from diffaccel.weights import save_weights
@@ -291,6 +291,25 @@ def test_differences_that_do_no_harm_are_said(monkeypatch: pytest.MonkeyPatch):
     for classes, words in ((0, "no classes"), (4, "have 4 classes, the checkpoint 10")):
         facts = facts_of((3, 8, 8), classes=classes)
         assert any(words in line for line in read_given("file.pkl", facts).describe(facts))
+
+
+def test_a_checkpoint_with_labels_only_has_no_chains(monkeypatch: pytest.MonkeyPatch):
+    """What the bench would refuse is not written: chains sample without labels."""
+    for null_class in (True, False):
+        found = given((3, 8, 8), 10, (0.002, 80.0))
+        monkeypatch.setattr("diffaccel.recipes.checkpoint.read", lambda path, found=found: found)
+        monkeypatch.setattr("diffaccel.recipes.checkpoint.files_sha256", lambda path: "")
+
+        def build(self: Pretrained, null_class: bool = null_class) -> Any:
+            denoiser = _built(self)
+            denoiser.network.null_class = null_class
+            return denoiser
+
+        monkeypatch.setattr(Pretrained, "build", build)
+        facts = facts_of((3, 8, 8), classes=10)
+        checkpoint = read_given("/file.pkl", facts)
+        assert ("dlg.yaml" in experiments(facts, {"identity": "identity"}, checkpoint)) == null_class
+        assert (why_no_dlg(facts, checkpoint) is None) == null_class
 
 
 # Again, and elsewhere

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel.condition import Kinds
+from diffaccel.condition import Kinds, trained_without
 from diffaccel.denoiser import DENOISERS
 from diffaccel.errors import UsageError
 from diffaccel.pretrained import Pretrained, files_sha256, read
@@ -27,6 +27,7 @@ class Given:
         process: Process of the experiments.
         ratios: Lowest and highest noise-to-data ratio of its training.
         classes: Number of its classes; 0 for an unconditional network.
+        unlabelled: Whether it can sample without labels.
         format: Name of the format.
     """
 
@@ -37,6 +38,7 @@ class Given:
     process: dict[str, Any]
     ratios: tuple[float, float]
     classes: int
+    unlabelled: bool
     format: str
 
     @property
@@ -102,7 +104,18 @@ def read_given(path: str, facts: Facts) -> Given:
         high = min(high, SIGMA_MAX) if max(facts.shape[1:]) <= 64 else high
         process = {"name": "edm", "sigma_max": high} if SIGMA_MAX < high < math.inf else {"name": "edm"}
     source = str(found.source.get("format", "diffaccel"))
-    return Given(str(place), files_sha256(place), found.network, found.denoiser, process, (low, high), classes, source)
+    unlabelled = not classes or trained_without(denoiser.network)
+    return Given(
+        str(place),
+        files_sha256(place),
+        found.network,
+        found.denoiser,
+        process,
+        (low, high),
+        classes,
+        unlabelled,
+        source,
+    )
 
 
 def _fit(found: Pretrained, facts: Facts) -> str:

@@ -65,10 +65,19 @@ def experiments(facts: Facts, judges: Mapping[str, Any], given: Given | None) ->
         "small_t.yaml": recipe.small_t(),
         "tdpm.yaml": recipe.tdpm(),
     }
-    _, height, width = facts.shape
-    if height == width and height & (height - 1) == 0 and 2 <= height <= 512:  # what its classifier takes
+    if why_no_dlg(facts, given) is None:
         found["dlg.yaml"] = recipe.dlg()
     return dict(sorted(found.items()))
+
+
+def why_no_dlg(facts: Facts, given: Given | None) -> str | None:
+    """Return why there is no experiment ``dlg`` for these images and this checkpoint; None if there is."""
+    _, height, width = facts.shape
+    if not (height == width and height & (height - 1) == 0 and 2 <= height <= 512):
+        return "its classifier requires square images of 2, 4, 8 ... 512 pixels"
+    if given is not None and not given.unlabelled:
+        return "its chains sample without labels, and the checkpoint was trained with labels only"
+    return None
 
 
 def _base(facts: Facts, judges: Mapping[str, Any]) -> str:
@@ -198,7 +207,7 @@ posterior:
   checkpoint: {FITS}/dlg/classifier.safetensors
 prior:
   name: chain
-  chains: 100
+  images_per_chain: 20
   carry: false
   eta: 1.0
   share: 0.3

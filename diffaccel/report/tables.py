@@ -94,8 +94,20 @@ def notes(rows: Sequence[Row]) -> list[str]:
     key = frechet_key(points)
     pair = f"the first row of {rows[0].folder} at the same budget, n and seed"
     said = f"difference: {key} minus that of {pair} (paired jackknife)"
-    lines = [said, *_opposed(rows), *warnings_of(points, [row.label for row in rows])]
+    lines = [said, *_opposed(rows), *warnings_of(points, [row.label for row in rows]), *_unequal_neighbourhoods(points)]
     return [*lines, *floor_lines(points, key, REAL)]
+
+
+def _unequal_neighbourhoods(points: Sequence[Point]) -> list[str]:
+    """A line if recall and the like are of different numbers of images, on which their values depend."""
+    counts = sorted({count for point in points if isinstance(count := point.get("neighbourhoods"), int)})
+    if len(counts) < 2:
+        return []
+    several = ", ".join(f"{count:,}" for count in counts[:-1])
+    return [
+        f"precision, recall, density and coverage are of {several} or {counts[-1]:,} images: they depend on this "
+        "number, which is the point's key neighbourhoods, and compare only if it is equal"
+    ]
 
 
 def _opposed(rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,7 @@ from diffaccel.features.packaged import installed_judges
 from diffaccel.metrics.reference import file_of
 from diffaccel.parts.overrides import paths_and_options, scalar
 from diffaccel.recipes.checkpoint import Given, read_given
-from diffaccel.recipes.experiments import WEIGHTS, experiments
+from diffaccel.recipes.experiments import WEIGHTS, experiments, why_no_dlg
 from diffaccel.recipes.folder import MANIFEST, Folder, check_empty, read_manifest
 from diffaccel.recipes.images import Facts, inspect, source_of
 from diffaccel.run.machine import settle
@@ -153,7 +153,7 @@ def new(asked: Asked) -> Path:
         if edited:
             say(f"{path}: {', '.join(edited)} were edited and are kept as they are")
         _statistics(path, facts, judges, asked)
-    _describe(path, texts)
+    _describe(path, texts, why_no_dlg(facts, given))
     return path
 
 
@@ -203,11 +203,11 @@ def _statistics(path: Path, facts: Facts, judges: Collection[str], asked: Asked)
     reference(config, advises=False)
 
 
-def _describe(path: Path, texts: dict[str, str]) -> None:
+def _describe(path: Path, texts: dict[str, str], no_dlg: str | None) -> None:
     names = [name.removesuffix(".yaml") for name in texts if name != "base.yaml"]
     print_lines(f"{path}: experiments {', '.join(names)}, on base.yaml; statistics in {WEIGHTS}/, record in {MANIFEST}")
-    if "dlg" not in names:
-        print_lines("no experiment dlg: its classifier requires square images of 2, 4, 8 ... 512 pixels")
+    if no_dlg is not None:
+        print_lines(f"no experiment dlg: {no_dlg}")
     methods = ",".join(name for name in ("edm", "dlg", "small_t") if name in names)
     command = f"diffaccel curve {shlex.quote(str(path))} methods={methods} nfe=5,10,20"
     print_lines("next, what it would run and about how long, and then the curves:")
