@@ -166,7 +166,7 @@ def test_a_row_has_the_settings_of_its_command() -> None:
 def test_what_is_not_measured_is_named_by_its_solver() -> None:
     """Rows of `edm` are measured, so that its name alone says nothing."""
     note = tables.note(tables.named("cifar10_small_efficientnet"))
-    assert "; `ddpm`;" in note and "; `edm` `pc`;" in note and "`edm`;" not in note
+    assert "; `ddpm`;" in note and "; `edm` `deis`, `rhoab`, order 3." in note and "`edm`;" not in note
 
 
 def test_tables_between_marks_are_replaced(tmp_path: Path) -> None:
