@@ -265,6 +265,8 @@ def test_levels_below_the_training_are_reported_once(capsys: pytest.CaptureFixtu
     assert said.endswith("solver.grid.ratio_min=0.01 stays within")
     da.Sampler(model, tweedie=Tweedie(0.002)).plan(5, 2)
     assert "tweedie_ratio is below 0.01" in " ".join(capsys.readouterr().err.split())
+    da.Sampler(model, prior={"name": "restart", "ratio_star": 0.005}, solver=within).plan(30, 200)
+    assert "prior.solver.grid.ratio_min is below 0.01" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_last_step_at_no_level_of_the_training_is_refused():

@@ -71,6 +71,10 @@ class Prior(nn.Module, ABC):
         """Return the prior's own networks whose forward passes count as evaluations, by name."""
         return {}
 
+    def solvers(self) -> dict[str, Solver]:
+        """Return the prior's own solvers, by their keys."""
+        return {}
+
     def share_weights(self, other: "Prior") -> None:
         """Share fitted weights with another prior of the same type, for budgets that differ only in the start level.
 

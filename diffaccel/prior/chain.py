@@ -115,6 +115,10 @@ class ChainPrior(Prior):
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted
 
+    @override
+    def solvers(self) -> dict[str, Solver]:
+        return {"init_solver": self.init_solver}
+
     def chains_for(self, n: int) -> int:
         """Return the number of parallel chains for n images, independent of batch size and world size."""
         return self.chains or chains_of(n, self.images_per_chain)

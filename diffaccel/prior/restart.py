@@ -70,6 +70,10 @@ class RestartPrior(ChainPrior):
         )
         self.ratio_star, self.ratio_up = ratio_star, ratio_up
 
+    @override
+    def solvers(self) -> dict[str, Solver]:
+        return {"solver": self.init_solver}
+
     @property
     @override
     def least_round(self) -> int:

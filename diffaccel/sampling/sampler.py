@@ -287,7 +287,8 @@ class Sampler:
         if solver.counts_by_level(self.denoiser.process):
             solver = solver.counting(self.denoiser.process, prior.highest_ratio(self.denoiser))
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
-        check_levels(self.denoiser, solver, self.tweedie)
+        own = {f"prior.{key}": one for key, one in prior.solvers().items()}
+        check_levels(self.denoiser, {"solver": solver, **own}, self.tweedie)
         return plan
 
     def planned_nfe(self, plan: Plan, n: int) -> float:

@@ -1,5 +1,6 @@
 """Settings of a sampler: prior and solver by budget, and the last denoising step."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,20 +54,23 @@ class Tweedie:
             return denoiser(x_t, t).x_0
 
 
-def check_levels(denoiser: Denoiser, solver: Solver, tweedie: Tweedie | None) -> None:
-    """Check solver and last denoising step; a level below those of the training, where networks are poor, is reported.
+def check_levels(denoiser: Denoiser, solvers: Mapping[str, Solver], tweedie: Tweedie | None) -> None:
+    """Check solvers, by their keys, and last denoising step.
+
+    A level below those of the training, where networks are poor, is reported.
 
     Raises:
-        UsageError: The solver does not support the process, or the level of the last step is above the trained ones.
+        UsageError: A solver does not support the process, or the level of the last step is above the trained ones.
     """
-    solver.check(denoiser.process)
+    for solver in solvers.values():
+        solver.check(denoiser.process)
     low, high = denoiser.ratio_range
     if tweedie is not None and tweedie.ratio > 1.001 * high:
         raise UsageError(
             f"tweedie_ratio={tweedie.ratio:g} is above {high:.4g}, the highest noise-to-data ratio that the denoiser "
             "is trained on: lower it"
         )
-    ends = {"solver.grid.ratio_min": solver.grid.ratio_min} if solver.grid.ends_at_ratio_min else {}
+    ends = {f"{key}.grid.ratio_min": one.grid.ratio_min for key, one in solvers.items() if one.grid.ends_at_ratio_min}
     ends |= {} if tweedie is None else {"tweedie_ratio": tweedie.ratio}
     for key, ratio in ends.items():
         if ratio < 0.999 * low:
