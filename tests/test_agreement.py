@@ -393,9 +393,3 @@ def test_labels_have_to_fit_the_network_that_they_train(tmp_path: Path, word: st
         words = [*words[:-1], "data=npz", f"data.path={tmp_path / 'nolabels.npz'}", "reference=null"]
     assert main(["fit", "digits/edm", f"out={tmp_path / 'out'}", *words]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("word", ["tweedie_ratio=0.1", "tweedie_counted=false", "truncate=true", "solver.denoise=true"])
-def test_searched_settings_are_those_of_the_whole_sampler(word: str):
-    """A step after the solver changes what the search would have found."""
-    assert load("cifar10_small/edm_best").searched and not load("cifar10_small/edm_best", [word]).searched

@@ -31,8 +31,6 @@ _INSTALLED = Path(__file__).parents[1] / "experiments"  # only in a wheel; in a 
 EXPERIMENTS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "experiments"
 
 
-AFTER_SOLVER = ("tweedie_ratio", "tweedie_counted", "truncate")
-"""Keys outside ``by_nfe`` that its settings were searched with."""
 SWEEPS = "sweeps"
 """Folder of the sweeps under experiments/."""
 
@@ -330,7 +328,7 @@ def _laid_over(entries: Mapping[Any, Any], own: Mapping[str, Any]) -> dict[Any, 
 
 
 def _is_searched(config: Config, file: Path, given: Mapping[str, Any]) -> bool:
-    """Whether the settings by budget are those of the file that sets ``tuned_for``, with its step after the solver.
+    """Whether the settings by budget are those of the file that sets ``tuned_for``, and nothing was laid over them.
 
     Weights are left out, because ``tuned_for`` identifies them.
     """
@@ -338,8 +336,6 @@ def _is_searched(config: Config, file: Path, given: Mapping[str, Any]) -> bool:
     if searched is None or not config.tuned_for:
         return False
     tree = read(searched, given=given, trains=False)
-    if any(tree.get(key, getattr(Config(), key)) != getattr(config, key) for key in AFTER_SOLVER):
-        return False
     return _by_budget(tree) == _by_budget({part: getattr(config, part) for part in (*TUNABLE, "by_nfe")})
 
 
