@@ -9,9 +9,9 @@ import pytest
 
 from diffaccel.config import EXPERIMENTS, load
 from diffaccel.experiment.identity import describe_configuration, settings_of
-from diffaccel.parts.history import settings_hash
 from diffaccel.report.curves import places_of
 from diffaccel.report.points import normalised
+from diffaccel.report.points import settings_of as read_settings
 
 
 def point(nfe: float | None = 5, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -112,20 +112,53 @@ def test_tuned_settings_are_one_curve_unless_something_is_laid_over_them():
     assert labels(*own, point(5)) == ["edm (tuned for each NFE)"] * 3 + ["edm (ddim, gaussian)"]
 
 
+def searched_point(nfe: float, file: dict[int, str], seed: int = 0) -> dict[str, Any]:
+    """A point of an experiment that has a solver for each of two budgets."""
+    found = point(nfe, seed, tuned=True, settings__solver__name=file[10 if nfe > 5 else 5], key=f"{nfe}{file}{seed}")
+    tuning = {str(n): {**found["settings"], "solver": {"name": name}} for n, name in file.items()}
+    return found | {"configuration": {"tuning": tuning}}
+
+
 def test_a_search_of_one_budget_leaves_the_other_points_in_the_curve():
     """Points of a file whose budgets were searched one after the other, and one of them again."""
-
-    def measured(nfe: float, file: dict[int, str]) -> dict[str, Any]:
-        found = point(nfe, tuned=True, settings__solver__name=file[10 if nfe > 5 else 5], key=f"{nfe}{file}")
-        hashes = {str(n): settings_hash({**found["settings"], "solver": {"name": name}}) for n, name in file.items()}
-        return found | {"configuration": {"tuning": hashes}}
-
+    measured = searched_point
     first, second, third = {5: "ddim", 10: "dpm2"}, {5: "ipndm", 10: "dpm2"}, {5: "ipndm", 10: "heun"}
     curve, other = "edm (tuned for each NFE)", "edm (tuned for each NFE, ddim)"
     assert labels(measured(10, first), measured(5, second)) == ["edm (tuned for each NFE)"] * 2
     assert labels(measured(5, first), measured(20, first), measured(5, second)) == [other, curve, curve]
     assert len(set(labels(measured(10, first), measured(5, second), measured(10, third)))) == 2
     assert len(set(labels(measured(10, first), measured(5, third)))) == 2  # 10 is another setting of this file
+
+
+def test_searches_in_two_folders_keep_their_points():
+    """They are compared with each other, also where they agree."""
+    before, after = {5: "ddim", 10: "dpm2"}, {5: "ddim", 10: "heun"}
+    both = [searched_point(nfe, file) for file in (before, after) for nfe in (5, 10)]
+    for folders in (["a", "a", "b", "b"], ["b", "b", "a", "a"]):
+        found = labels(*both, folders=folders)
+        assert found[0] == found[1] != found[2] == found[3]
+    assert (
+        labels(*both[2:], searched_point(5, after, seed=1), folders=["b", "b", "seeds"])
+        == ["edm (tuned for each NFE)"] * 3
+    )
+
+
+def test_damaged_settings_of_budgets_are_those_of_an_unknown_search():
+    for tuning in ({"5.0": {}}, {"9" * 5000: {}}, {"5": 1}, {}, [], "x"):
+        points = [point(5, tuned=True, settings__solver__name=name, configuration__tuning=tuning) for name in "ab"]
+        assert len(set(labels(*points))) == 2
+
+
+def test_weights_of_a_prior_are_told_apart_by_their_content():
+    """As those of a denoiser are: neither another place of the file nor the same place tells."""
+
+    def start(path: str, weights: str, tuned: bool, seed: int = 0) -> dict[str, Any]:
+        settings = {"prior": {"name": "density", "checkpoint": path}, "solver": {"name": "ddim"}}
+        return point(5, seed, tuned=tuned, settings=settings, weights={"density": weights})
+
+    for tuned in (False, True):
+        assert len(set(labels(start("a", "1" * 16, tuned), start("../a", "1" * 16, tuned, 1)))) == 1
+        assert len(set(labels(start("a", "1" * 16, tuned), start("a", "2" * 16, tuned, 1)))) == 2
 
 
 def test_tuned_points_of_an_older_version_are_told_apart_by_their_settings():
@@ -179,4 +212,4 @@ def test_points_of_an_experiment_have_the_settings_that_it_names(file: Path):
     tuning = json.loads(json.dumps(describe_configuration(config, measured=True)))["tuning"]
     for budget in config.by_nfe:
         found = normalised({"settings": json.loads(json.dumps(settings_of(config, budget)))})
-        assert settings_hash(found["settings"]) == tuning[str(budget)]
+        assert found["settings"] == read_settings(tuning[str(budget)])

@@ -104,6 +104,19 @@ def test_shipped_weights_are_done_and_read_from_where_they_are(folder: Path, tmp
     assert fits[1].words() == [f"out={tmp_path / 'a_chain'}", "resume=auto"]
 
 
+def test_placed_weights_of_a_shorter_fit_are_kept_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A longer fit that is asked for is not run over them, which is said."""
+    said = {"kind": "denoiser", "images_seen": 100, "steps": 10}
+    for file in (folder / "weights" / "score.safetensors", tmp_path / "score" / "ema.safetensors"):
+        save_weights(file, {}, said)
+    for images, named in ((100, False), (400, True)):
+        train(str(folder), [f"images={images}"], ["score"], out=str(tmp_path), dry_run=True)
+        found = " ".join(capsys.readouterr().err.split())
+        assert ("score.safetensors: fitted on 100 images, fewer than images=400, and kept" in found) == named
+
+
 def test_weights_of_other_images_end_the_plan(folder: Path, tmp_path: Path):
     said = {"kind": "denoiser", "images_seen": 320, "steps": 10, "data": "digits 8x8"}
     for limit in (None, 500):
@@ -235,11 +248,11 @@ def test_an_extractor_has_no_settings_of_steps(tmp_path: Path, capsys: pytest.Ca
         judge={"base": "base.yaml", "method": "extractor"},
         score={"base": "base.yaml", "method": "diffusion", "checkpoint": "weights/score.safetensors"},
     )
-    words = ["images=64", "training.lr=0.1", "seed=1"]
+    words = ["images=64", "training.lr=0.1", "seed=1", "devices=2"]
     assert main(["train", str(folder), f"out={tmp_path}", "dry_run=true", *words]) == 0
     commands = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if " fit " in line}
     kept = {name: [word in commands[str(folder / f"{name}.yaml")] for word in words] for name in ("judge", "score")}
-    assert kept == {"judge": [False, False, True], "score": [True, True, True]}
+    assert kept == {"judge": [False, False, True, False], "score": [True, True, True, True]}
 
 
 def test_a_dry_run_prints_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -94,7 +94,10 @@ def test_settings_by_budget_leave_the_training_alone(tmp_path: Path):
     """What samples at some budget, planned at the start and measured between steps, is not what is trained."""
     file = tmp_path / "own.yaml"
     file.write_text(f"base: {find('digits/tdpm').resolve()}{BY_BUDGET}")
+    random = build_method(load("digits/tdpm", TINY), load=False).denoiser.network.state_dict()
+    save_weights(tmp_path / "denoiser.safetensors", random, {})  # a fit that is measured needs weights
     words = [word for word in PRODUCT if not word.startswith("prior.")]
+    words.append(f"checkpoint={tmp_path / 'denoiser.safetensors'}")
     measured = [f"reference={load('digits/tdpm').reference}", "training.evaluate_every=64", "training.evaluate_n=20"]
     assert fit(tmp_path / "plain", *words, "by_nfe={}", images=128, experiment=str(file)) == 0
     assert fit(tmp_path / "tuned", *words, *measured, "nfe=[2,3,4]", images=128, experiment=str(file)) == 0

@@ -12,10 +12,11 @@ from diffaccel.evaluation.scores import Real, Scores
 from diffaccel.evaluation.scoring import Named
 from diffaccel.nfe import total_flops
 from diffaccel.noise import GENERATOR
-from diffaccel.prior import ChainPrior, Plan
+from diffaccel.prior import ChainPrior, Plan, Prior
 from diffaccel.prior.chain import starts_of
 from diffaccel.prior.diagnostics import summarise
 from diffaccel.sampling import Sampler
+from diffaccel.weights import networks_sha256
 
 
 def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: Scores, world: World) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "seconds_warm_up": scores.seconds[2].item(),
         "n": n,
         "noise": GENERATOR,
+        "weights": weights_of(prior),
         "images_sha256": hashlib.sha256(scores.digests.numpy().tobytes()).hexdigest(),
         "images_by_rank": [scores.images_by_rank[rank] for rank in range(ranks)],
         "world_size": world.size,
@@ -72,6 +74,12 @@ def describe_point(sampler: Sampler, plan: Plan, budget: float, n: int, scores: 
         "versions": versions(),
         "git": git_commit(),
     }
+
+
+def weights_of(prior: Prior) -> dict[str, str]:
+    """Return the hashes of the own weights of a prior, a noise classifier's included, by the names of the networks."""
+    found = networks_sha256([{**prior.networks(), **prior.auxiliary_networks()}])
+    return dict(one.split("=", 1) for one in found)
 
 
 def _decoding(sampler: Sampler, scores: Scores, n: int) -> dict[str, float]:

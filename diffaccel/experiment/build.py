@@ -60,7 +60,7 @@ def build_sampler(config: Config) -> Sampler:
         UsageError: A part, key or value is unknown; or weights are not configured, missing, damaged, of another
             network, or trained on fewer noise levels than sampling uses.
     """
-    sampler, header, posterior = _build_parts(config, load=True)
+    sampler, header, posterior = _build_parts(config, load=True, load_start=True)
     check_trained(config, sampler)
     set_budgets(config, sampler, posterior, load=True)
     if isinstance(sampler.denoiser, NetworkDenoiser) and config.checkpoint:
@@ -72,20 +72,24 @@ def build_sampler(config: Config) -> Sampler:
     return sampler.eval()
 
 
-def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Diffusion":
+def build_method(
+    config: Config, load: bool = True, frozen: bool = False, load_start: bool | None = None
+) -> "Diffusion":
     """Build a method with its weights.
 
     Args:
         config: Configuration of the run.
         load: Whether to read the configured weights; otherwise networks are initialised randomly or from ``init``.
         frozen: Whether the weights are fixed, so that ``compile`` treats them as constants, which is faster.
+        load_start: Whether to read those of priors and posterior; as ``load`` by default.
 
     Raises:
         UsageError: A part, key or value is unknown; or weights are missing, damaged or of another network, or, with
             ``frozen``, not configured.
     """
     _check_samples(config)
-    sampler, header, posterior = _build_parts(config, load)
+    load_start = load if load_start is None else load_start
+    sampler, header, posterior = _build_parts(config, load, load_start)
     method = METHODS.build(
         {key: value for key, value in config.method.items() if key != "label"},
         sampler=sampler,
@@ -100,9 +104,8 @@ def build_method(config: Config, load: bool = True, frozen: bool = False) -> "Di
     trained = () if frozen else method.trained_networks()
     if "denoiser" in trained:
         mark_condition(dropped_shares(config), sampler.denoiser.network)
-    set_budgets(
-        config, sampler, posterior, load, verify=load or not frozen, trained=trained
-    )  # a dry run reads no weights
+    verify = load or not frozen  # a dry run reads no weights
+    set_budgets(config, sampler, posterior, load_start, verify=verify, trained=trained)
     if load and frozen:
         check_start(config, sampler, method.starts_from)
     _compile(config, sampler, training=not frozen, frozen_denoiser=method.frozen)
@@ -138,7 +141,7 @@ def build_frozen(config: Config, load: bool = True) -> Sampler:
     required = sampled(config.method)
     if required is None:
         return build_method(config, load, frozen=True).sampler.eval()
-    sampler, header, posterior = _build_parts(config, load)
+    sampler, header, posterior = _build_parts(config, load, load)
     if not isinstance(sampler.denoiser.process, required.process):
         return build_method(config, load, frozen=True).sampler.eval()  # raises the method's error
     if load:
@@ -157,7 +160,7 @@ def _check_levels(config: Config, denoiser: Denoiser, header: Mapping[str, Any])
         check_ratios(Path(config.checkpoint), header, denoiser.ratio_range)
 
 
-def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], LevelPosterior | None]:
+def _build_parts(config: Config, load: bool, load_start: bool) -> tuple[Sampler, dict[str, Any], LevelPosterior | None]:
     """Build an experiment's sampler without settings by budget, the header of its weights, and its posterior.
 
     Raises:
@@ -181,10 +184,10 @@ def _build_parts(config: Config, load: bool) -> tuple[Sampler, dict[str, Any], L
                 f"denoiser {config.denoiser['name']!r} requires a network: set network=, for example to unet"
             )
         header = _fill_denoiser(config, denoiser, pretrained, solver, load)
-    posterior = build_posterior(config, denoiser, load)
+    posterior = build_posterior(config, denoiser, load_start)
     sampler = Sampler(
         denoiser,
-        build_prior(config, config.prior, posterior, denoiser, load),
+        build_prior(config, config.prior, posterior, denoiser, load_start),
         solver,
         shape,
         tweedie=Tweedie(config.tweedie_ratio, config.tweedie_counted) if config.tweedie_ratio is not None else None,
@@ -315,7 +318,7 @@ def check_start(config: Config, sampler: Sampler, starts_from: type) -> None:
         )
 
 
-def is_subclass(factory: object, kind: type) -> bool:
+def is_subclass(factory: object, kind: type | tuple[()]) -> bool:
     """Whether a factory of a registry is a subclass of ``kind``."""
     return isinstance(factory, type) and issubclass(factory, kind)
 

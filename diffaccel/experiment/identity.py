@@ -14,7 +14,7 @@ from diffaccel.experiment.build import build_inputs
 from diffaccel.experiment.latents import node_of, options_of
 from diffaccel.metrics.base import build_metrics
 from diffaccel.parts.catalogue import registry_of
-from diffaccel.parts.history import explicit, settings_hash
+from diffaccel.parts.history import explicit
 from diffaccel.parts.registry import Registry, part_of
 from diffaccel.parts.schema import is_path
 from diffaccel.pretrained import files_sha256
@@ -175,7 +175,7 @@ def describe_configuration(config: Config, measured: bool) -> dict[str, Any]:
     for key in ("n", "seed", "batch_size", "precision", "compile", "channels_last", "version"):
         found.pop(key, None)  # separate keys of the point, or irrelevant beyond rounding
     if config.by_nfe:
-        found["tuning"] = {str(budget): settings_hash(settings_of(config, budget)) for budget in config.by_nfe}
+        found["tuning"] = {str(budget): settings_of(config, budget) for budget in config.by_nfe}
     if not measured:
         found |= {"training": dataclasses.asdict(config.training), "levels": config.levels, "data": config.data}
         found["limit"] = config.limit

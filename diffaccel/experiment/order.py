@@ -58,6 +58,8 @@ class Fit(NamedTuple):
         needs: Weights of other fits that it reads.
         done: Whether all weights exist, from as many images as the fit has.
         begun: Whether there is a training state, from which the fit resumes.
+        fewer: Files that the experiments name, which are kept, with the number of images that they were fitted on, if
+            this is less than the fit has.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Fit(NamedTuple):
     needs: tuple[Made, ...]
     done: bool
     begun: bool
+    fewer: tuple[tuple[Path, int], ...] = ()
 
     def words(self) -> list[str]:
         """Return the settings of ``diffaccel fit``: output folder, resuming, and the weights of other fits."""
@@ -185,7 +188,8 @@ def _sorted(
         own = tuple(made for maker, made in makers.values() if maker == name)
         done = all(one.is_done(made, present) for made in own)
         begun = (root / name / "last.ckpt").is_file()
-        fit = Fit(name, one.experiment, root / name, own, tuple(needs), done, begun)
+        fewer = tuple((made.named, seen) for made in own if (seen := one.fewer(made)))
+        fit = Fit(name, one.experiment, root / name, own, tuple(needs), done, begun, fewer)
         found[name] = fit if own else None
 
     for name in names:
@@ -280,10 +284,20 @@ class _Experiment:
         if not made.left.is_file():
             return False
         present.check(made.left, self.config)
-        header = open_weights(made.left).header
-        # Extractors are trained by epochs, and densities in closed form in no step.
-        stepwise = made.key in KEYS and header.get("steps") != 0
-        return not stepwise or header.get("images_seen", 0) >= self.config.training.images
+        return self._seen_fewer(made.key, made.left) is None
+
+    def fewer(self, made: Made) -> int | None:
+        """Return the number of images of weights that are kept where experiments name them, if the fit has more."""
+        kept = made.named.is_file() and _real(made.named) != _real(made.left)
+        return self._seen_fewer(made.key, made.named) if kept else None
+
+    def _seen_fewer(self, key: str, file: Path) -> int | None:
+        if key not in KEYS:
+            return None  # extractors are trained by epochs
+        header = open_weights(file).header
+        seen = header.get("images_seen") or 0
+        stepwise = header.get("steps") != 0  # densities in closed form are fitted in no step
+        return int(seen) if stepwise and seen < self.config.training.images else None
 
 
 def _real(path: Path) -> Path:

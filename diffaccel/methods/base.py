@@ -40,6 +40,10 @@ class Diffusion(TrainedModule):
 
     starts_from: type = Prior
     """Type of prior that samples of the method start from."""
+    fitted_prior: type | tuple[()] = ()
+    """Type of prior that a fit trains; an empty tuple for none."""
+    fits_posterior = False
+    """Whether a fit trains the noise classifier of a chain."""
 
     def __init__(self, sampler: Sampler, levels: Levels, training: Training, seed: int = 0) -> None:
         super().__init__(training, seed)

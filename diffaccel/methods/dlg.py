@@ -27,6 +27,7 @@ class DenoisingLangevinGibbs(Diffusion):
     """
 
     starts_from = ChainPrior
+    fits_posterior = True
 
     @classmethod
     def keeps_denoiser(cls, node: Mapping[str, Any]) -> bool:

@@ -48,7 +48,7 @@ class SmallTimeDiffusion(Diffusion):
         https://arxiv.org/abs/2206.05173
     """
 
-    starts_from = DensityPrior
+    starts_from = fitted_prior = DensityPrior
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class TruncatedDiffusion(Diffusion):
             requires no training.
     """
 
-    starts_from = ImplicitPrior
+    starts_from = fitted_prior = ImplicitPrior
 
     def __init__(
         self,

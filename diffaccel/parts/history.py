@@ -4,8 +4,6 @@ A point records its settings as they were given. Where a default has changed, th
 a point without it was measured with the former default.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,11 +29,6 @@ def explicit(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: Key -> node of a part: ``{"prior": ..., "solver": ...}``.
     """
     return {part: _explicit(registry_of(part), node) for part, node in settings.items()}
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Return a hash of the settings of a point, which are explicit."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _explicit(registry: Registry[Any], node: Mapping[str, Any]) -> dict[str, Any]:

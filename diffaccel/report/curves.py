@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from diffaccel.budget import nearest
-from diffaccel.parts.history import settings_hash
-from diffaccel.report.points import Point, normalised
+from diffaccel.report.points import Point, normalised, settings_of
 from diffaccel.text.escape import printable
 
 Leaves = dict[str, str]
@@ -29,7 +28,7 @@ FILES = ("checkpoint", "init", "path")
 NAME = "name of the source"
 """Leaf of the name that the user gave to a source; it has spaces, so that no setting has its key."""
 TUNING = "tuning"
-"""Key of the configuration of a point with the hash of the settings of each budget, or of all for earlier points."""
+"""Key of the configuration of a point with the settings of each budget of its experiment, or their hash."""
 DEPTH = 8
 """Maximum depth to which nested settings are compared key by key."""
 LONGEST = 32
@@ -105,7 +104,7 @@ class _Sorter:
         self.points, self.folders, self.names = points, folders, names
         self.replaced: set[int] = set()
         self.paths: dict[str, str] = {}
-        self.settings = [_leaves(point["settings"]) for point in points]
+        self.settings = [_without_weights(_leaves(point["settings"]), point) for point in points]
 
     def curves(self) -> list[Curve]:
         """Return the curves in the order of their first points."""
@@ -127,9 +126,7 @@ class _Sorter:
         shared = {"method": _as_text(point["method"]), "noise": point["noise"], NAME: self.names[number]}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
-        elif point["configuration"]:
-            settings.pop("prior.checkpoint", None)  # identified by the hash of the weights
-        shared |= settings
+        shared |= settings | {f"weights.{name}": _as_text(known) for name, known in _weights(point).items()}
         shared |= {key: _as_text(point[key]) for key in ("n", "precision") if point[key] is not None}
         if not point["configuration"]:
             shared["older"] = "older version"
@@ -148,14 +145,14 @@ class _Sorter:
     def _tuned(self, group: Curve) -> list[Curve]:
         """Split a group of tuned points into curves with one setting per budget: points of one experiment's search.
 
-        A search of one budget leaves the others' settings, and so their points, in the curve.
+        A later search of some of its budgets leaves the points of the others in the curve, if they are in its folder.
         """
         if "tuned" not in group.shared:
             return [group]
         groups, left = [], group.members
         for number in reversed(group.members):
             if number in left and (tuning := _tuning(self.points[number])):
-                own = [other for other in left if other == number or self._has(tuning, other)]
+                own = [other for other in left if other == number or self._continues(other, number, tuning)]
                 groups.append(own)
                 left = [other for other in left if other not in own]
         groups.reverse()
@@ -163,17 +160,19 @@ class _Sorter:
             groups += self._of_unknown_search(left)
         return [Curve(members, group.shared, self._common(members)) for members in groups]
 
-    def _has(self, tuning: Mapping[int, str], number: int) -> bool:
-        """Whether a point has the settings of its budget in ``tuning``."""
-        point = self.points[number]
+    def _continues(self, earlier: int, number: int, tuning: Mapping[int, Leaves]) -> bool:
+        """Whether a point has the settings of its budget in ``tuning``, and the same tuning or folder as another."""
+        point = self.points[earlier]
+        if _tuning(point) != tuning and self.folders[earlier] != self.folders[number]:
+            return False  # of another search, which may be compared with this one
         budget = math.inf if point["nfe_budget"] is None else point["nfe_budget"]
-        return tuning[nearest(tuning, budget)] == settings_hash(point["settings"])
+        return _without_weights(tuning[nearest(tuning, budget)], point) == self.settings[earlier]
 
     def _of_unknown_search(self, members: list[int]) -> list[list[int]]:
         """Split points of versions that did not record the settings of other budgets."""
         if not self._ambiguous(members):
             return [members]
-        by_search = _split(members, lambda number: self.points[number]["configuration"].get(TUNING))
+        by_search = _split(members, lambda number: _as_text(self.points[number]["configuration"].get(TUNING)))
         parts = [part for each in by_search for part in _split(each, lambda number: self.folders[number])]
         return self._merged([part for each in parts for part in self._unambiguous(each)])
 
@@ -258,12 +257,25 @@ class _Sorter:
         return point["key"] or point["images_sha256"] or f"in line {number + 1}"
 
 
-def _tuning(point: Point) -> dict[int, str]:
-    """Budgets of the experiment of a point with the hash of their settings; empty for earlier points."""
+def _tuning(point: Point) -> dict[int, Leaves]:
+    """Budgets of the experiment of a point with their settings; empty for earlier and damaged points."""
     tuning = point["configuration"].get(TUNING)
-    if not isinstance(tuning, Mapping) or not all(budget.isdecimal() for budget in tuning):
+    if not isinstance(tuning, Mapping):
         return {}
-    return {int(budget): known for budget, known in tuning.items()}
+    if not all(re.fullmatch("[0-9]{1,9}", budget) and isinstance(node, Mapping) for budget, node in tuning.items()):
+        return {}
+    return {int(budget): _leaves(settings_of(node)) for budget, node in tuning.items()}
+
+
+def _weights(point: Point) -> Mapping[str, Any]:
+    """Hashes of the prior's own networks by name; empty for none, and for points of earlier versions."""
+    weights = point.get("weights")
+    return weights if isinstance(weights, Mapping) else {}
+
+
+def _without_weights(settings: Leaves, point: Point) -> Leaves:
+    """Settings without the path of weights whose hash the point has, so that the place of the file does not matter."""
+    return {leaf: value for leaf, value in settings.items() if leaf != "prior.checkpoint" or not _weights(point)}
 
 
 def _split(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:

@@ -57,12 +57,16 @@ def normalised(point: Point) -> dict[str, Any]:
 def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of prior and solver, or only their names for points of older versions."""
     parts = {}
-    for part in ("prior", "solver"):
-        node = _mapping(found["settings"].get(part))
-        node = _renamed(node) if part == "prior" else node
+    for part, node in settings_of(found["settings"]).items():
         name = found[part] or _text(node.get("name"))
         parts[part] = as_measured({**node, **({"name": name} if name else {})})
     return parts
+
+
+def settings_of(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return prior and solver with present names of keys, and the former defaults of keys without value."""
+    prior, solver = _renamed(_mapping(settings.get("prior"))), _mapping(settings.get("solver"))
+    return {"prior": as_measured(prior), "solver": as_measured(solver)}
 
 
 def _renamed(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from diffaccel.experiment.build import is_subclass
 from diffaccel.features.independence import check_independent
 from diffaccel.latents.data import LatentData
 from diffaccel.methods import METHODS, Diffusion
+from diffaccel.prior import PRIORS
 from diffaccel.report.table import print_points
 from diffaccel.run import launch, loggers, trainer
 from diffaccel.run.lines import SpeedLines
@@ -73,8 +74,7 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         raise UsageError(
             "init: this fit trains no denoiser: remove init (checkpoint= sets the weights of a frozen one)"
         )
-    for part in (config.posterior, config.prior, *(entry.get("prior", {}) for entry in config.by_nfe.values())):
-        part.pop("checkpoint", None)  # trained networks start from new weights, frozen ones keep theirs
+    _start_anew(config, kind)
     if config.dry_run:
         method = experiment.build_method(config, load=False)
         if evaluates and _has_reference(config):
@@ -82,7 +82,7 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         print_fit(method, method.shape, config)
         return config.folder
     latents = experiment.build_latents(config)
-    method = experiment.build_method(config, load=frozen)
+    method = experiment.build_method(config, load=frozen, load_start=True)
     if latents is not None:
         method.sampler.latents = latents
     data = experiment.build_fit_data(config, latents, device_type(config))
@@ -124,11 +124,57 @@ def fit(config: Config, evaluates: bool = True) -> Path:
     return config.folder
 
 
+def _start_anew(config: Config, kind: type[Diffusion]) -> None:
+    """Leave out the weights of what the fit trains: those that the experiment names are of an earlier fit.
+
+    Raises:
+        UsageError: The command line gives weights for the denoiser, which would not be used.
+    """
+    if not kind.keeps_denoiser(config.method):
+        if config.checkpoint and any(word.startswith("checkpoint=") for word in config.words):
+            raise UsageError(
+                "checkpoint: this fit trains the denoiser from new weights: remove checkpoint, or give initial weights "
+                "by init=FILE"
+            )
+        config.checkpoint = None
+    if kind.fits_posterior:
+        config.posterior.pop("checkpoint", None)
+    by_budget = [(entry.get("prior", {}), config.at(nfe)["prior"]["name"]) for nfe, entry in config.by_nfe.items()]
+    for node, name in [(config.prior, config.prior["name"]), *by_budget]:
+        if is_subclass(PRIORS[name], kind.fitted_prior):
+            node.pop("checkpoint", None)
+
+
+def _check_kept(config: Config, method: Diffusion) -> None:
+    """Check that what the fit does not train has weights; otherwise it would be evaluated with random ones.
+
+    Raises:
+        UsageError: Weights of the denoiser, a prior or the noise classifier are not configured.
+    """
+    sampler = method.sampler
+    starts = [(sampler.prior, config.prior)]
+    starts += [(setting.prior, config.at(nfe)["prior"]) for nfe, setting in sampler.by_nfe.items()]
+    fixed = [(prior, node) for prior, node in starts if not isinstance(prior, method.fitted_prior)]
+    lacks = {
+        "checkpoint": method.frozen and config.network and not config.checkpoint,
+        "prior.checkpoint": any(prior.networks() and not node.get("checkpoint") for prior, node in fixed),
+        "posterior.checkpoint": not method.fits_posterior
+        and any(prior.auxiliary_networks() for prior, _ in starts)
+        and not config.posterior.get("checkpoint"),
+    }
+    if missing := [key for key, lack in lacks.items() if lack]:
+        raise UsageError(
+            f"{config.experiment}: set {missing[0]}=FILE, because this fit does not train these weights and would "
+            "evaluate random ones"
+        )
+
+
 def _evaluator(config: Config, method: Diffusion) -> Evaluator | None:
     """Build the evaluator of a fit and plan its budgets; None without a reference."""
     if not _has_reference(config):
         console.print("no reference file: the fit is not evaluated (see `diffaccel reference`)")
         return None
+    _check_kept(config, method)
     _plan(config, method)
     return experiment.build_evaluator(config, method.sampler, measured=False)
 

@@ -23,6 +23,7 @@ from diffaccel.config import Config
 from diffaccel.data import build_source
 from diffaccel.errors import UsageError
 from diffaccel.evaluation.partial import Partial
+from diffaccel.evaluation.point import weights_of
 from diffaccel.evaluation.production import produce, progress
 from diffaccel.evaluation.provenance import device_name, git_commit, identity_hash, versions
 from diffaccel.experiment import loading
@@ -216,6 +217,7 @@ class ImageWriter:
             "n": config.n,
             "seed": config.seed,
             "noise": GENERATOR,
+            "weights": weights_of(prior),
             "chains": prior.chains_for(config.n) if isinstance(prior, ChainPrior) else None,
             "batch_size": config.images_per_batch,
             "classes": self.sampler.classes or None,

@@ -68,7 +68,7 @@ Keys:
 """
 DESCRIBED = (
     *("experiment", "process", "data", "checkpoint", "configuration", "by_budget", "tuned", "settings", "truncate"),
-    *("nfe_budget", "nfe", "nfe_burn_in", "evaluations", "chains", "noise", "precision"),
+    *("nfe_budget", "nfe", "nfe_burn_in", "evaluations", "chains", "noise", "weights", "precision"),
 )
 """Keys of a description that are those of a point."""
 SHOWN = 64

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffaccel.config import FLAGS
 from diffaccel.errors import UsageError
-from diffaccel.experiment.order import EXTRACTOR, Fit, of_steps, plan
+from diffaccel.experiment.order import AUTOENCODER, EXTRACTOR, Fit, of_steps, plan
 from diffaccel.parts.overrides import sort_words, split_names
 from diffaccel.run.parent import VARIABLE
 from diffaccel.storage import check_target, occupied, write_whole
@@ -67,6 +67,9 @@ def train(
     for fit in fits:
         state = "done" if fit.done else "resumes" if fit.begun else "new"
         print_lines(f"{fit.experiment}: {state}{_after(fit)}")
+    asked = [word for word in settings if word.startswith(("images=", "training.images="))]
+    for file, seen in (one for fit in fits for one in fit.fewer if asked):
+        say(f"{file}: fitted on {seen:,} images, fewer than {asked[-1]}, and kept: move it away to train further")
     if not fits:
         say(f"{data}: its experiments name no weights that a fit makes")
     commands = [["fit", fit.experiment, *_settings(fit, settings), *fit.words()] for fit in missing]
@@ -90,8 +93,16 @@ def train(
 
 def _settings(fit: Fit, settings: Sequence[str]) -> list[str]:
     """Words of all fits that a fit has a use for."""
-    in_epochs = any(made.key == EXTRACTOR for made in fit.makes)
-    return [word for word in settings if not (in_epochs and of_steps(word))]
+    made = {one.key for one in fit.makes}
+    if EXTRACTOR in made:  # in epochs, on one device
+        return [word for word in settings if not of_steps(word) and _key(word) not in ("devices", "num_nodes")]
+    if AUTOENCODER in made:
+        return [word for word in settings if _key(word) not in ("training.evaluate_every", "training.keep_best")]
+    return list(settings)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _after(fit: Fit) -> str:
