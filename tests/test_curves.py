@@ -34,6 +34,7 @@ def point(nfe: float | None = 5, seed: int = 0, **changes: Any) -> dict[str, Any
         if f"settings__{part}__name" in changes:
             found[part] = changes[f"settings__{part}__name"]
     found["images_sha256"] = changes.get("images_sha256", f"{random.random()}")
+    found.setdefault("weights", {})
     return found
 
 

@@ -126,7 +126,7 @@ class _Sorter:
         shared = {"method": _as_text(point["method"]), "noise": point["noise"], NAME: self.names[number]}
         if point["tuned"]:
             shared["tuned"], settings = "tuned for each NFE", {}
-        shared |= settings | {f"weights.{name}": _as_text(known) for name, known in _weights(point).items()}
+        shared |= settings | {f"weights.{name}": _as_text(known) for name, known in point["weights"].items()}
         shared |= {key: _as_text(point[key]) for key in ("n", "precision") if point[key] is not None}
         if not point["configuration"]:
             shared["older"] = "older version"
@@ -267,15 +267,9 @@ def _tuning(point: Point) -> dict[int, Leaves]:
     return {int(budget): _leaves(settings_of(node)) for budget, node in tuning.items()}
 
 
-def _weights(point: Point) -> Mapping[str, Any]:
-    """Hashes of the prior's own networks by name; empty for none, and for points of earlier versions."""
-    weights = point.get("weights")
-    return weights if isinstance(weights, Mapping) else {}
-
-
 def _without_weights(settings: Leaves, point: Point) -> Leaves:
     """Settings without the path of weights whose hash the point has, so that the place of the file does not matter."""
-    return {leaf: value for leaf, value in settings.items() if leaf != "prior.checkpoint" or not _weights(point)}
+    return {leaf: value for leaf, value in settings.items() if leaf != "prior.checkpoint" or not point["weights"]}
 
 
 def _split(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:

@@ -18,7 +18,7 @@ UNKNOWN = "unknown"
 FORMER_NOISE = "mt19937"
 """Random number generator of points that do not name theirs, up to version 0.1."""
 COUNTS = ("n", "seed", "chains")
-MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings")
+MAPPINGS = ("metrics", "extractor", "reference", "configuration", "settings", "weights")
 
 STANDARD = ("kid", "precision", "recall", "density", "coverage", "effective_n", "near_repeats", "bits_per_dim")
 """Metrics that tables place themselves."""

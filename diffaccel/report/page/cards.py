@@ -111,6 +111,7 @@ def _weights(point: Point) -> Iterator[tuple[str, str]]:
             "file": checkpoint.get("path"),
             "SHA-256": checkpoint.get("sha256"),
             "images seen": checkpoint.get("images_seen"),
+            **{f"SHA-256 of the {name}'s tensors": known for name, known in point["weights"].items()},
         }
     )
 
