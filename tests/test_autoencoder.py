@@ -155,6 +155,9 @@ def words_of(node: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(("keys", "words"), [
     ({"method": "{name: autoencoder, kl_weight: -1}"}, "kl_weight is -1.*it must be 0 or more"),
     ({"method": "{name: autoencoder, perceptual: 1}"}, "has no key 'perceptual'"),
+    ({"training.ema_half_life": [100, 300]}, "ema_half_life=100,300: .* writes one average: set one half-life"),
+    ({"training.evaluate_every": 64}, "evaluate_every=64: .* has no evaluations: set it to null"),
+    ({"training.keep_best": 5}, "keep_best=5: .* has no evaluations: set it to null"),
     ({"training.augment": 0.1}, "uses neither condition nor training.augment"),
     ({"latents.groups": 3}, "width 8 is not a multiple of groups=3"),
     ({"data": "{name: toy}", "shape": [2, 1, 1]}, "images of 1x1 can't be divided"),

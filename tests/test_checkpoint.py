@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from diffaccel.__main__ import main
+from diffaccel.density import GaussianDensity
 from diffaccel.errors import UsageError
+from diffaccel.evaluation import Evaluator
 from diffaccel.methods import Diffusion
 from diffaccel.report import read_points
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
@@ -57,6 +60,31 @@ def assert_equal(a: Any, b: Any) -> None:
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2], ids=str)
+def test_an_interrupt_within_a_step_waits_for_its_end(
+    whole: Path, signals: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+):
+    """Nearly all of the time passes within steps. A second interrupt does not wait, and loses the step."""
+    loss, calls = Diffusion.denoiser_loss, [0]
+
+    def interrupted(self: Diffusion, *arguments: Any) -> Any:
+        calls[0] += 1
+        for number in signals if calls[0] == 7 else ():
+            os.kill(os.getpid(), number)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(Diffusion, "denoiser_loss", interrupted)
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference="]
+    assert main(words) == 130
+    assert "interrupted: the fit ends after this step" in capsys.readouterr().err
+    assert (tmp_path / "last.ckpt").exists() == (len(signals) == 1)
+    if len(signals) == 1:
+        assert state(tmp_path)["diffaccel"]["steps"] == 7
+    assert main([*words, "resume=auto"]) == 0
+    assert load_file(tmp_path / "ema.safetensors").keys() == load_file(whole / "ema.safetensors").keys()
+    assert_equal(state(tmp_path)["state_dict"], state(whole)["state_dict"])
 
 
 @pytest.mark.parametrize("steps", [[7], [1, 10]], ids=str)
@@ -240,6 +268,115 @@ def test_a_run_goes_on_with_the_settings_that_it_had(whole: Path, tmp_path: Path
         assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
     assert main([*words, "network.dropout=0.2", f"images={IMAGES + BATCH}"]) == 0, "this is a setting of the training"
+
+
+@pytest.mark.parametrize(
+    ("fit", "changed", "said"),
+    [
+        (["edm", "network.classes=10", "training.label_drop=0"], "training.label_drop=0.1", "label_drop=0.0, but"),
+        (["edm"], "training.flip=false", "training.flip=True, but this run has False"),
+        (["ddm"], "method.weighting=later", "method.weighting=unit, but this run has later"),
+        (["ddm", "method.weighting=later"], "method.l1=true", "method.l1=False, but this run has True"),
+        (["small_t_trained", "prior.init=null"], "method.weighting=likelihood", "method.weighting=sigma, but"),
+        (["tdpm", "method.critic.channel_base=8"], "method.gamma=5", "method.gamma=0.1, but this run has 5"),
+    ],
+)
+def test_a_fit_is_resumed_with_its_own_loss(fit: list[str], changed: str, said: str, tmp_path: Path, capsys: Printed):
+    """A state of an earlier version does not record it; learning rates may change."""
+    words = ["fit", f"digits/{fit[0]}", *TINY, "reference=", f"images={BATCH}", f"out={tmp_path}", "resume=auto"]
+    assert main([*words, *fit[1:]]) == 0
+    capsys.readouterr()
+    assert main([*words, *fit[1:], changed]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    lr = ["training.lr=0.01", *(["method.critic_lr=3.0"] if fit[0] == "tdpm" else [])]
+    assert main([*words, *fit[1:], *lr, f"images={2 * BATCH}"]) == 0
+    content = state(tmp_path)
+    del content["diffaccel"]["recipe"]
+    content["diffaccel"]["description"].pop("label_drop", None)
+    torch.save(content, tmp_path / "last.ckpt")
+    assert main([*words, *fit[1:], changed, f"images={3 * BATCH}"]) == 0
+
+
+def test_a_command_after_the_end_of_a_fit_keeps_its_header(whole: Path, tmp_path: Path, monkeypatch):
+    """It trains nothing: the files have the device, version, command and half-life of the run that made the weights."""
+    shutil.copy(whole / "last.ckpt", tmp_path)
+    monkeypatch.setattr("diffaccel.run.checkpoint.device_name", lambda device: "another device")
+    monkeypatch.setattr("diffaccel.run.checkpoint.__version__", "99")
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", "resume=auto", "training.lr=0.5"]
+    for _ in range(2):
+        assert main([*words, "training.ema_half_life=77"]) == 0
+        for name in ("raw", "ema"):
+            (tensors, header), (expected, told) = (
+                read_weights(out / f"{name}.safetensors") for out in (tmp_path, whole)
+            )
+            assert header == told and told["device"] != "another device" and "lr" not in told["command"]
+            assert_equal(tensors, expected)
+    assert main([*words, "training.ema_half_life=77", f"images={IMAGES + BATCH}"]) == 0
+    header = read_weights(tmp_path / "ema.safetensors")[1]
+    assert header["device"] == "another device" and header["version"] == "99" and header["ema_half_life"] == 77
+
+
+@pytest.mark.parametrize("size", [2 * BATCH, 3 * BATCH, BATCH // 4, 10 * BATCH])
+def test_another_batch_size_goes_on_at_the_next_image(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every position of the training stream is trained once, in order."""
+    seen: list[int] = []
+    step = Diffusion.training_step
+
+    def spy(self: Diffusion, batch: Any, batch_idx: int) -> None:
+        if self.images_seen == stop:
+            raise KeyboardInterrupt
+        seen.extend(batch.index.tolist())
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Diffusion, "training_step", spy)
+    words = ["fit", "digits/edm", *TINY, f"out={tmp_path}", "reference=", "resume=auto"]
+    stop = 7 * BATCH
+    assert main(words) == 130
+    stop = -1
+    assert main([*words, f"training.batch_size={size}"]) == 0
+    assert seen == list(range(len(seen))) and IMAGES <= len(seen) < IMAGES + size
+    assert state(tmp_path)["diffaccel"]["images_seen"] == len(seen)
+
+
+def test_hours_include_the_fit_of_a_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now, fit = [0.0], GaussianDensity.fit
+
+    def slow(self: GaussianDensity, images: Any) -> None:
+        now[0] += 7200
+        fit(self, images)
+
+    monkeypatch.setattr(GaussianDensity, "fit", slow)
+    monkeypatch.setattr("diffaccel.run.checkpoint.time", SimpleNamespace(monotonic=lambda: now[0]))
+    words = ["fit", "digits/small_t", "logger=none", "reference=", f"out={tmp_path}", "resume=auto"]
+    for _ in range(2):  # the second command trains nothing
+        assert main(words) == 0
+        assert read_weights(tmp_path / "density.safetensors")[1]["hours"] == 2.0
+        now[0] += 3600
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_best_state_stays_the_best_in_another_folder(moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Distances 5 and 1 before the interrupt, 8 after it, in the folder of the run or where it was moved to."""
+    distances, measure = iter([5.0, 1.0, *[8.0] * 9]), Evaluator.measure
+
+    def measured(self: Evaluator, *arguments: Any, **options: Any) -> dict[str, Any]:
+        point = measure(self, *arguments, **options)
+        point["metrics"][self.extractor.metric_name] = next(distances)
+        return point
+
+    def interrupt(self: Checkpointer, trainer: Any, module: Diffusion, *_: Any) -> None:
+        if module.steps == 11:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluator, "measure", measured)
+    words = ["fit", "digits/edm", *TINY, "n=20", "training.evaluate_every=320", "training.evaluate_n=20"]
+    words += ["training.keep_best=2", "resume=auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "on_train_batch_end", interrupt)
+        assert main([*words, f"out={tmp_path / 'first'}"]) == 130
+    out = (tmp_path / "first").rename(tmp_path / "second") if moved else tmp_path / "first"
+    assert main([*words, f"out={out}"]) == 0
+    assert torch.load(out / "best.ckpt", weights_only=True)["diffaccel"]["images_seen"] == 640
 
 
 @pytest.mark.parametrize(

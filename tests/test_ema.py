@@ -87,6 +87,22 @@ def test_swapped_takes_back_after_an_error(network):
     assert average(ema) == 1.0
 
 
+def test_an_interrupt_within_a_swap_leaves_the_average_in_use(network, monkeypatch):
+    ema = EMA(network, half_life=500)
+    with pytest.raises(ValueError), ema.swapped():
+        assert ema.in_use
+        raise ValueError
+    assert not ema.in_use
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EMA, "_swap", interrupt)
+    with pytest.raises(KeyboardInterrupt), ema.swapped():
+        pass
+    assert ema.in_use
+
+
 def test_state_round_trip(network):
     ema = EMA(network, half_life=100)
     set_all(network, 2.0)

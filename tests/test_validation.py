@@ -2,12 +2,14 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from diffaccel.__main__ import main
 from diffaccel.evaluation.validation import ValidationCallback
+from diffaccel.training.ema import EMA
 from diffaccel.weights import read_weights
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -99,6 +101,64 @@ def test_other_half_lives_are_not_resumed(tmp_path: Path, capsys):
         assert main([*fit, "images=64", "resume=auto", f"training.ema_half_life={lives}"]) == 2
         assert "averages with half-lives [16, 64, 160], but this run has" in " ".join(capsys.readouterr().err.split())
     assert main([*fit, "images=64", "resume=auto", "training.ema_half_life=160,16,64"]) == 0
+
+
+def test_the_first_half_life_of_the_resumed_run_is_used(judged: list[str], tmp_path: Path):
+    """Without validation; an average that was chosen stays with its reason until the fit is trained further."""
+    fit = ["fit", "digits/edm", *TINY, "logger=none", "resume=auto", f"out={tmp_path}"]
+
+    def header(*words: str) -> tuple[float, bool]:
+        assert main([*fit, *words]) == 0
+        tensors, found = read_weights(tmp_path / "ema.safetensors")
+        same = read_weights(tmp_path / f"ema_{found['ema_half_life']}.safetensors")[0]
+        assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+        return found["ema_half_life"], "chosen_by" in found
+
+    assert header("images=32") == (16, False)
+    assert header("images=32", "training.ema_half_life=160,16,64") == (160, False)
+    assert header("images=64", "training.ema_half_life=64,160,16") == (64, False)
+    chosen, reason = header("images=96", *judged)
+    assert reason and header("images=96") == (chosen, True)
+    other = "64,160,16" if chosen == 16 else "16,64,160"
+    assert header("images=128", f"training.ema_half_life={other}") == (int(other.split(",")[0]), False)
+
+
+def looks_of(said: str) -> list[str]:
+    return [look.partition("(")[0] for look in " ".join(said.split()).split("after 320 of ")[1:]]
+
+
+def interrupted_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Interrupt the first call of a method in its middle, for averages; or at its start."""
+    function = getattr(owner, name)
+
+    def interrupt(self: Any, *arguments: Any) -> None:
+        monkeypatch.setattr(owner, name, function)
+        if isinstance(self, EMA):
+            parameters = list(self.module.parameters())
+            torch._foreach_copy_([p.data for p in parameters[:3]], [*self.average.values()][:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupt)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(EMA, "_swap"), (ValidationCallback, "_measure")])
+def test_a_look_that_was_interrupted_is_made_again(
+    owner: type, name: str, judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """An interrupt between weights and averages saves no state; any other keeps what was trained before the look."""
+    words = ["fit", "digits/edm", *TINY, *judged, "logger=none", "validation.looks=[0.5]", "resume=auto"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*words, f"out={whole}"]) == 0
+    look = looks_of(capsys.readouterr().err)
+    interrupted_once(monkeypatch, owner, name)
+    assert main([*words, f"out={out}"]) == 130
+    assert (out / "last.ckpt").exists() == (owner is not EMA)
+    capsys.readouterr()
+    assert main([*words, f"out={out}"]) == 0
+    assert looks_of(capsys.readouterr().err) == look and len(look) == 1
+    for file in ("raw", "ema_16", "ema_64", "ema_160"):
+        one, two = (read_weights(folder / f"{file}.safetensors")[0] for folder in (whole, out))
+        assert all(torch.equal(one[key], two[key]) for key in one), file
 
 
 def test_a_budget_that_can_not_be_spent_ends_the_fit_before_it_begins(judged: list[str], tmp_path: Path, capsys):

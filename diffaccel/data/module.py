@@ -83,7 +83,7 @@ class DataModule(LightningDataModule):
         conditioner: Part that makes the conditions of the images, in addition to labels; None for none.
 
     Attributes:
-        start_step: First step of the training loader; set this before iterating over the loader, to resume.
+        start: Position in the training stream at which iterations over the training loader start; set this to resume.
         mirrors: Whether the mirror image of a sample is a sample of the mirrored image.
 
     Raises:
@@ -120,7 +120,7 @@ class DataModule(LightningDataModule):
             self.resident = False
         elif self.resident and conditioner is not None and not conditioner.on_device:
             raise UsageError("data.resident=true: the conditions are read from files: set data.resident=auto")
-        self.start_step = 0
+        self.start = 0
         self._splits: dict[str, Images] = {}
         self._on_device: ResidentImages | None = None
 
@@ -207,7 +207,7 @@ class DataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless loader of this rank's batches, from ``start_step`` on; with resident images, of what they consist of.
+        """Endless loader of this rank's batches, from ``start`` on; with resident images, of what they consist of.
 
         Raises:
             UsageError: The batch size is not a multiple of the number of ranks, or images don't fit on the device.
@@ -217,7 +217,7 @@ class DataModule(LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
         images = self.images("train")
-        batches = GlobalBatches(self.batch_size, rank, world, lambda: self.start_step)
+        batches = GlobalBatches(self.batch_size, rank, world, lambda: self.start)
         stream = Stream(len(images), self.seed)
         make = None if self.conditioner is None else self.conditioner.open("train", images)
         self._on_device = None  # frees that of an earlier loader

@@ -160,23 +160,22 @@ class GlobalBatches(Sampler[list[int]]):
         batch_size: Global batch size G.
         rank: Rank of this process, 0 <= rank < world.
         world: Number of ranks W.
-        start_step: Function that returns the first step, called when iteration starts.
+        start: Function that returns the first position of the stream, called when iteration starts.
 
     Raises:
         UsageError: G is not a multiple of W.
     """
 
-    def __init__(self, batch_size: int, rank: int, world: int, start_step: Callable[[], int]) -> None:
+    def __init__(self, batch_size: int, rank: int, world: int, start: Callable[[], int]) -> None:
         if batch_size % world:
             raise UsageError(
                 f"batch_size={batch_size} is the global batch size and can't be divided among {world} processes: "
                 f"set a multiple of {world}"
             )
-        self.batch_size, self.share, self.rank, self.start_step = batch_size, batch_size // world, rank, start_step
+        self.batch_size, self.share, self.rank, self.start = batch_size, batch_size // world, rank, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step()
+        start = self.start() + self.rank * self.share
         while True:
-            start = step * self.batch_size + self.rank * self.share
             yield list(range(start, start + self.share))
-            step += 1
+            start += self.batch_size

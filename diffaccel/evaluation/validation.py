@@ -31,29 +31,43 @@ class ValidationCallback(L.Callback):
     def __init__(self, validator: Evaluator, looks: Sequence[float], look_n: int) -> None:
         self.validator, self.looks, self.look_n = validator, sorted(looks), look_n
         self.metric = validator.extractor.metric_name
-        self._seen = 0
+        self._looked: int | None = None  # images seen up to which all looks are made
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the number of images up to which all looks are made: less than those seen, if one was interrupted."""
+        checkpoint.setdefault("diffaccel", {})["looked"] = self._looked
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the number of images up to which all looks are made."""
+        self._looked = checkpoint["diffaccel"].get("looked")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Skip the looks that a resumed run has behind it."""
+        """Skip the looks that a resumed run has behind it, but make one that was interrupted."""
         assert isinstance(pl_module, Diffusion)
-        self._seen = pl_module.images_seen
+        if self._looked is None:
+            self._looked = pl_module.images_seen
+        self._look(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Measure and log the distances if the step has passed one of the fractions."""
         assert isinstance(pl_module, Diffusion)
-        total, seen, self._seen = pl_module.training_plan.images, self._seen, pl_module.images_seen
-        if not any(seen < look * total <= self._seen for look in self.looks):
-            return
-        with pl_module.speed.paused():
-            pl_module.eval()
-            found = self._measure(trainer, pl_module, self.look_n)
-            pl_module.train()
-        say(f"after {self._seen:,} of {total:,} images: {self.describe(found, self.look_n)}")
-        names = {self._name(budget): value for budget, (value, _) in found.items()}
-        if trainer.is_global_zero:
-            keep_best(trainer.loggers, [*names])
-        for logger in trainer.loggers:
-            logger.log_metrics({**names, "validation/images": float(self._seen)}, step=pl_module.steps)
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, method: Diffusion) -> None:
+        total, seen = method.training_plan.images, method.images_seen
+        assert self._looked is not None
+        if any(self._looked < look * total <= seen for look in self.looks):
+            with method.speed.paused():
+                method.eval()
+                found = self._measure(trainer, method, self.look_n)
+                method.train()
+            say(f"after {seen:,} of {total:,} images: {self.describe(found, self.look_n)}")
+            names = {self._name(budget): value for budget, (value, _) in found.items()}
+            if trainer.is_global_zero:
+                keep_best(trainer.loggers, [*names])
+            for logger in trainer.loggers:
+                logger.log_metrics({**names, "validation/images": float(seen)}, step=method.steps)
+        self._looked = seen
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Use the average with the smallest distance at the largest budget, if the run is complete."""

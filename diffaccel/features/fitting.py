@@ -1,12 +1,9 @@
 """Training of the small classifier used as an extractor, with a state that can be saved and resumed."""
 
 import io
-import signal
 import statistics
-import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +18,7 @@ from torch.nn import functional as F
 
 from diffaccel.errors import UsageError
 from diffaccel.features.extractors import SmallClassifier, to_unit
+from diffaccel.interrupts import interrupts_held
 from diffaccel.storage import write_whole
 from diffaccel.text.terminal import PlainConsole, description_column
 from diffaccel.weights import check_finite, read_checkpoint, tensors_sha256
@@ -232,7 +230,7 @@ def fit_extractor(
     if resume is not None:
         fit.load(resume)
     progress = FitProgress(epochs, steps, batch_size, fit.step, console or PlainConsole(quiet=True))
-    with _interrupts_held() as interrupts, progress:
+    with interrupts_held() as interrupts, progress:
         while fit.step < epochs * steps:
             loss = fit.advance(images, labels)
             progress.show(fit.step, loss)
@@ -243,31 +241,6 @@ def fit_extractor(
                 raise KeyboardInterrupt
     model = model.half().float().eval().cpu()
     return model, accuracy(model, *held_out)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[list[int]]:
-    """Collect the interrupts by Ctrl-C in the list that is yielded, so that they don't leave a step incomplete.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-    interrupts: list[int] = []
-
-    def hold(number: int, _: object) -> None:
-        if interrupts:
-            raise KeyboardInterrupt
-        interrupts.append(number)
-
-    # Only the main thread may set handlers. A handler that is not the default is left in place.
-    held = threading.current_thread() is threading.main_thread()
-    held = held and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if held:
-        signal.signal(signal.SIGINT, hold)
-    try:
-        yield interrupts
-    finally:
-        if held:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @torch.no_grad()

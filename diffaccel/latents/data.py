@@ -98,14 +98,14 @@ class LatentData(DataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless loader of this rank's batches, from ``start_step`` on."""
+        """Endless loader of this rank's batches, from ``start`` on."""
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         images = self.images("train")
         make = None if self.conditioner is None else self.conditioner.open("train", images)
         chosen = LatentSet(self.prepare(), images, Stream(len(images), self.seed), self.flip, make)
         return DataLoader(
             chosen,
-            batch_sampler=GlobalBatches(self.batch_size, rank, world, lambda: self.start_step),
+            batch_sampler=GlobalBatches(self.batch_size, rank, world, lambda: self.start),
             collate_fn=as_read,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",

@@ -25,10 +25,10 @@ from diffaccel.weights import save_weights, tensors_sha256
 
 IDENTITY = (
     *("method", "training_images", "seed", "shape", "latents", "autoencoder", "network", "denoiser", "process"),
-    *("levels", "prior", "posterior", "condition", "init_sha256", "condition_sha256"),
+    *("levels", "prior", "posterior", "condition", "init_sha256", "condition_sha256", "label_drop", "condition_drop"),
 )
 """Keys of the description that must be equal in a resumed run."""
-LATER = ("training_images", "levels", "posterior", "condition")
+LATER = ("training_images", "levels", "posterior", "condition", "label_drop", "condition_drop")
 """Keys that training states of earlier versions may lack."""
 
 
@@ -53,21 +53,37 @@ class Checkpointer(L.Callback):
         out: Folder to write to.
         minutes: Minutes between checkpoints.
         description: Header of the weights without counters, which a resumed run must share.
+        recipe: Settings of the loss by dotted keys, which a resumed run must share; not part of the header.
     """
 
-    def __init__(self, out: Path, minutes: float, description: dict[str, Any]) -> None:
-        self.out, self.minutes, self.description = out, minutes, description
+    def __init__(
+        self, out: Path, minutes: float, description: dict[str, Any], recipe: Mapping[str, Any] | None = None
+    ) -> None:
+        self.out, self.minutes, self.description, self.recipe = out, minutes, description, dict(recipe or {})
         self._saved = self._started = time.monotonic()
         self._before = 0.0  # seconds of training before resuming
+        self._resumed: Mapping[str, Any] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the description of the weights to the checkpoint."""
+        """Add the description of the weights, and the settings of the loss, to the checkpoint."""
         assert isinstance(pl_module, TrainedModule)
-        checkpoint.setdefault("diffaccel", {})["description"] = {**self.description, **self._trained_with(pl_module)}
+        own = {"description": self._described(pl_module), "recipe": self.recipe}
+        checkpoint.setdefault("diffaccel", {}).update(own)
+
+    def _described(self, method: TrainedModule) -> dict[str, Any]:
+        """Header of the weights without counters: of the run that trained them, if this one has only resumed it."""
+        before = self._resumed.get("description", {}) if self._trained_nothing(method) else {}
+        own = {**self.description, "device": device_name(method.device), "version": __version__}
+        return {**own, **before, **self._trained_with(method)}
+
+    def _trained_nothing(self, method: TrainedModule) -> bool:
+        """Whether the method is still in the state that the run was resumed from."""
+        counters = (self._resumed.get("images_seen"), self._resumed.get("steps"))
+        return counters == (method.images_seen, method.steps)
 
     def _trained_with(self, method: TrainedModule) -> dict[str, Any]:
         """Header entries with the hashes of the frozen networks of the fit, and of the fits that it continues."""
@@ -100,19 +116,31 @@ class Checkpointer(L.Callback):
         Raises:
             UsageError: The settings differ; the message contains one difference.
         """
-        before = content["diffaccel"].get("description", self.description)
-        for key in IDENTITY:
-            there, here = (_fixed(key, said.get(key)) for said in (before, self.description))
-            if there != here and (key in before or key not in LATER):
+        own = content["diffaccel"]
+        self._resumed = {key: own.get(key, {}) for key in ("description", "images_seen", "steps")}  # without averages
+        before = own.get("description", self.description)
+        recipe = own.get("recipe", {})
+        compared = [(key, before, self.description) for key in IDENTITY if key in before or key not in LATER]
+        compared += [(key, recipe, self.recipe) for key in self.recipe if key in recipe]  # of this version's method
+        for key, *both in compared:
+            there, here = (_fixed(key, said.get(key)) for said in both)
+            if there != here:
                 raise UsageError(
                     f"resume: {path} is of a run with {key}={there}, but this run has {here}: resume with the "
-                    "settings of "
-                    "that run, or choose another out= (init=FILE starts with its weights)"
+                    "settings of that run, or choose another out= (init=FILE starts with its weights)"
                 )
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, before a method fits what is not trained step by step."""
         self._saved = self._started = time.monotonic()
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """End the fit after an interrupt in the step before, whose callbacks have run."""
+        assert isinstance(pl_module, TrainedModule)
+        if pl_module.interrupted:
+            raise KeyboardInterrupt
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -126,13 +154,15 @@ class Checkpointer(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save after an interrupt between steps; after an error or within a step, keep the last checkpoint."""
         assert isinstance(pl_module, TrainedModule)
-        whole = trainer.world_size == 1 and trainer.training and not pl_module.mid_step
+        whole = trainer.world_size == 1 and trainer.training and pl_module.whole
         if isinstance(exception, KeyboardInterrupt) and whole:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the training state and, if the run is complete, the weights, by default in bf16."""
         assert isinstance(pl_module, TrainedModule)
+        if self._trained_nothing(pl_module):
+            self._started = time.monotonic()  # the hours of a fit do not include those of commands after its end
         self.save(trainer)
         if trainer.is_global_zero and pl_module.images_seen >= pl_module.training_plan.images:
             self._export(trainer, pl_module)
@@ -144,14 +174,11 @@ class Checkpointer(L.Callback):
 
     def _export(self, trainer: L.Trainer, method: TrainedModule) -> None:
         description = {
-            **self.description,
+            **self._described(method),
             "module": type(method).__name__,
             "images_seen": method.images_seen,
             "steps": method.steps,
-            "device": device_name(method.device),
             "hours": round(self._seconds() / 3600, 3),
-            "version": __version__,
-            **self._trained_with(method),
         }
         written = []
         for name, (state, said) in method.exports().items():

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from typing_extensions import override
 
 from diffaccel.config import Config, holds_path
 from diffaccel.data import DataModule
@@ -13,12 +14,36 @@ from diffaccel.errors import UsageError
 from diffaccel.evaluation import Evaluator
 from diffaccel.experiment.latents import describe_latents, node_of, shape_of
 from diffaccel.experiment.loading import condition_fingerprint, dropped_shares, feature_networks_of
+from diffaccel.methods import METHODS
 from diffaccel.parts.overrides import as_given
 from diffaccel.pretrained import files_sha256
 from diffaccel.run.checkpoint import Checkpointer, WholeFiles
 from diffaccel.run.loggers import build_loggers
 from diffaccel.run.machine import announce, device_type
 from diffaccel.run.processes import Processes
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Callback that keeps the best state of a run, also if the run is resumed in another folder."""
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)  # of earlier versions
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore score and path of the best state, whose file may have been moved with the folder.
+
+        Without the file, the next state is the best one.
+        """
+        former = state_dict["best_model_path"]
+        best = Path(self.dirpath or "", Path(former).name)
+        if not former or not best.is_file():
+            return
+        score, path = state_dict["best_model_score"], str(best)
+        here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path, "kth_value": score}
+        super().load_state_dict({**state_dict, **here, "best_k_models": {path: score}, "last_model_path": ""})
 
 
 class StepsBar(RichProgressBar):
@@ -93,7 +118,7 @@ def build_best(config: Config, evaluator: Evaluator) -> ModelCheckpoint:
     if budget not in config.nfe:
         raise UsageError(f"training.keep_best={budget:g} is not among the budgets nfe={config.nfe}: add it to nfe")
     monitor = f"eval/nfe_{budget:03g}/{evaluator.extractor.metric_name}"
-    return ModelCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
+    return BestCheckpoint(config.folder, "best", monitor=monitor, save_top_k=1, enable_version_counter=False)
 
 
 def build_checkpointer(config: Config, data: DataModule) -> Checkpointer:
@@ -117,13 +142,30 @@ def build_checkpointer(config: Config, data: DataModule) -> Checkpointer:
         **({"init_sha256": files_sha256(Path(config.init))} if config.init else {}),
         **({"feature_networks": used} if (used := _feature_networks(config)) else {}),
     }
-    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+    return _checkpointer(config, description)
 
 
 def build_autoencoder_checkpointer(config: Config, data: DataModule) -> Checkpointer:
     """Build the callback that saves the training state and the weights of the fit of an auto-encoder to ``data``."""
     description = {**_origin(config, data), "shape": config.shape, "autoencoder": node_of(config)}
-    return Checkpointer(config.folder, config.training.checkpoint_minutes, as_given(description))
+    return _checkpointer(config, description)
+
+
+def _checkpointer(config: Config, description: dict[str, Any]) -> Checkpointer:
+    training = config.training
+    return Checkpointer(config.folder, training.checkpoint_minutes, as_given(description), as_given(_recipe(config)))
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """Return the settings of the loss by dotted keys, with defaults; learning rates may change in a resumed run."""
+    training, left_out = config.training, {*METHODS.extra, *METHODS.context}
+    method = {key: value for key, value in METHODS.complete(config.method).items() if key not in left_out}
+    return {
+        **{f"method.{key}": value for key, value in method.items() if not key.endswith("_lr")},
+        "training.flip": training.flip,
+        "training.augment": training.augment,
+        "training.pixel_sum": training.pixel_sum,
+    }
 
 
 def _origin(config: Config, data: DataModule) -> dict[str, Any]:

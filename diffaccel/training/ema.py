@@ -21,6 +21,7 @@ class EMA:
     Attributes:
         failed: 1 from when on the average must not change, otherwise 0, as a 0-dimensional tensor on the average's
             device, which is not read on the host; None for an average that changes in every step.
+        in_use: Whether the module has the averaged weights, or a part of them.
 
     References:
         Elucidating the Design Space (Karras et al., 2022), https://arxiv.org/abs/2206.00364, appendix F.2
@@ -29,6 +30,7 @@ class EMA:
     def __init__(self, module: nn.Module, half_life: float, rampup: float = 0.05) -> None:
         self.module, self.half_life, self.rampup = module, half_life, rampup
         self.failed: Tensor | None = None
+        self.in_use = False
         self.average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
@@ -47,11 +49,13 @@ class EMA:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Use the averaged weights in the module within a ``with`` block."""
+        self.in_use = True  # stays so after an interrupt within a swap, which leaves weights and averages mixed
         self._swap()
         try:
             yield
         finally:
             self._swap()
+            self.in_use = False
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from diffaccel.data import Batch, DataModule
 from diffaccel.features.independence import feature_networks
+from diffaccel.interrupts import interrupts_held
 from diffaccel.noise import NoiseStreams, stream_key
+from diffaccel.text.terminal import say
 from diffaccel.training.ema import EMA
 from diffaccel.training.finite import FiniteCheck
 from diffaccel.training.plan import Training
@@ -53,8 +55,9 @@ class Phase:
 class TrainedModule(L.LightningModule):
     """Training loop over the phases of a method.
 
-    Noise and training times come from streams (seed, position in the training stream), and the global generator, for
-    dropout, is seeded in each step, so that neither resuming nor the number of ranks changes a run.
+    Noise and training times come from streams (seed, position in the training stream), so that neither resuming nor the
+    number of ranks changes a run. The global generator, for dropout, is seeded with step and rank, so that a run with
+    dropout depends on the number of ranks, but not on resuming.
 
     Args:
         training: Settings of the training.
@@ -74,7 +77,7 @@ class TrainedModule(L.LightningModule):
         self.automatic_optimization = False
         self.training_plan, self.seed = training, seed
         self.images_seen, self.steps = 0, 0
-        self.mid_step = self.logs_now = False
+        self.mid_step = self.logs_now = self.interrupted = False
         self.ema: EMA | None = None
         self.further_emas: list[EMA] = []
         self.chosen_by: dict[str, Any] = {}
@@ -123,6 +126,11 @@ class TrainedModule(L.LightningModule):
         self._check.read()
         with nullcontext() if self.ema is None else self.ema.swapped():
             yield
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights, averages and counters belong to the same step, and no average is in place of the weights."""
+        return not self.mid_step and not any(ema.in_use for ema in self.emas)
 
     @property
     def emas(self) -> list[EMA]:
@@ -180,15 +188,21 @@ class TrainedModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Continue the data at the position of the checkpoint, and start the average unless it was restored."""
         self._check = FiniteCheck(self.device, self._defers_check())
-        # Not in on_train_start, before which Lightning has drawn the first batch.
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        data.start_step = self.images_seen // data.batch_size
+        self._place_data()  # not in on_train_start, before which Lightning has drawn the first batch
         network = self.averaged()
         if self.ema is None and network is not None:
             self.ema, *self.further_emas = (EMA(network, one) for one in self.training_plan.ema_half_life)
         for ema in self.emas:
             ema.to(self.device)
             ema.failed = self._check.failed
+
+    def on_train_epoch_start(self) -> None:
+        """Continue the data in a new epoch, which begins within a run that is resumed with another batch size."""
+        self._place_data()
+
+    def _place_data(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.start = self.images_seen
 
     def _defers_check(self) -> bool:
         """Whether the check for NaN is deferred: by default where reading a number from the device takes time."""
@@ -212,11 +226,22 @@ class TrainedModule(L.LightningModule):
         return plan.lr * rise * max(fall**plan.decay_power, plan.floor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run the active phases and count the images of the global batch.
+        """Run the active phases and count the images of the global batch; an interrupt waits for the end of the step.
 
         Raises:
             UsageError: A loss or gradient is NaN or infinite, or was, if the check is deferred.
         """
+        # Not with several processes, which would stop in different steps.
+        if self.trainer.world_size > 1:
+            return self._step(batch)
+        with interrupts_held(self._say_interrupted) as interrupts:
+            self._step(batch)
+        self.interrupted = bool(interrupts)
+
+    def _say_interrupted(self) -> None:
+        say("interrupted: the fit ends after this step (a second interrupt ends it at once, without this step)")
+
+    def _step(self, batch: Batch) -> None:
         self.mid_step = True  # an interrupt before the end leaves weights and counters inconsistent
         self.logs_now = self.steps % self.training_plan.log_every == 0
         torch.manual_seed(stream_key(self.seed, f"step {self.steps} rank {self.global_rank}"))
@@ -285,17 +310,24 @@ class TrainedModule(L.LightningModule):
         if self.ema is not None:
             others = {f"{ema.half_life:.0f}": ema.state_dict() for ema in self.further_emas}
             averages = {"ema": self.ema.state_dict(), "ema_half_life": self.ema.half_life, "ema_others": others}
-            checkpoint["diffaccel"].update(averages)
+            checkpoint["diffaccel"].update({**averages, **self.chosen_by})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters and the averages, whose half-lives are those of the run."""
-        state = checkpoint["diffaccel"]
+        """Restore the counters and the averages; a finished run keeps the average that was chosen."""
+        state, plan = checkpoint["diffaccel"], self.training_plan
         self.images_seen, self.steps = state["images_seen"], state["steps"]
+        finished = self.images_seen >= plan.images
         network = self.averaged()
-        if "ema" in state and network is not None:
-            self.further_emas = [EMA(network, int(half_life)) for half_life in state.get("ema_others", {})]
-            # A single average may go on with another half-life.
-            used = state["ema_half_life"] if self.further_emas else self.training_plan.ema_half_life[0]
-            self.ema = EMA(network, used)
-            for ema, average in zip(self.emas, [state["ema"], *state.get("ema_others", {}).values()], strict=True):
-                ema.load_state_dict(average)
+        if "ema" not in state or network is None:
+            return
+        averages = {state["ema_half_life"]: state["ema"]}
+        averages |= {int(half_life): average for half_life, average in state.get("ema_others", {}).items()}
+        if len(averages) == 1 and not finished:  # a single average may go on with another half-life
+            averages = {plan.ema_half_life[0]: state["ema"]}
+        found = {half_life: EMA(network, half_life) for half_life in averages}
+        for half_life, ema in found.items():
+            ema.load_state_dict(averages[half_life])
+        self.ema, *self.further_emas = (found[one] for one in (plan.ema_half_life if len(found) > 1 else found))
+        if finished and "chosen_by" in state:
+            self.use_average(state["ema_half_life"])
+            self.chosen_by = {"chosen_by": state["chosen_by"]}

@@ -19,6 +19,7 @@ from diffaccel.run.lines import SpeedLines
 from diffaccel.run.targets import resume_from
 from diffaccel.text.terminal import PlainConsole
 from diffaccel.training.autoencoder import AutoEncoderTraining
+from diffaccel.training.plan import Training
 from diffaccel.verbs.fit_cost import print_fit
 
 
@@ -31,6 +32,22 @@ class Finish(L.Callback):
         if pl_module.images_seen >= pl_module.training_plan.images:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             pl_module.finish(data, World(trainer.global_rank, trainer.world_size))
+
+
+def _check_training(training: Training) -> None:
+    """Check that the settings are those of the fit of an auto-encoder.
+
+    Raises:
+        UsageError: There are several averages, or evaluations during the training.
+    """
+    for key, value in {"evaluate_every": training.evaluate_every, "keep_best": training.keep_best}.items():
+        if value is not None:
+            raise UsageError(f"training.{key}={value:g}: the fit of an auto-encoder has no evaluations: set it to null")
+    if len(training.ema_half_life) > 1:
+        known = ",".join(map(str, training.ema_half_life))
+        raise UsageError(
+            f"training.ema_half_life={known}: the fit of an auto-encoder writes one average: set one half-life"
+        )
 
 
 def fit_autoencoder(config: Config) -> Path:
@@ -47,6 +64,7 @@ def fit_autoencoder(config: Config) -> Path:
         raise UsageError(f"{config.experiment} has no auto-encoder: set latents=kl")
     if config.condition or config.training.augment:
         raise UsageError("method 'autoencoder' uses neither condition nor training.augment: leave them out")
+    _check_training(config.training)
     torch.manual_seed(config.seed)
     network = AUTOENCODERS.build(node_of(config), shape=image_shape_of(config))
     recipe = {key: value for key, value in config.method.items() if key not in METHODS.extra}

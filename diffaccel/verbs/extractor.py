@@ -33,6 +33,8 @@ def fit_features(config: Config) -> Path:
         raise UsageError(
             f"{unused}: an extractor is trained in epochs: set method.epochs, method.batch_size, method.lr"
         )
+    if config.devices * config.num_nodes > 1:
+        raise UsageError("devices: an extractor is trained on one device: leave out devices= and num_nodes=")
     resume = resume_from(config, ["extractor"], console)
     launch.write_config(config, "last.ckpt", "extractor.safetensors")
     if config.precision not in ("32-true", "bf16-mixed"):

@@ -115,6 +115,8 @@ def fit(config: Config, evaluates: bool = True) -> Path:
         fitting.fit(method, data, ckpt_path=resume, weights_only=True)
     finally:
         loggers.close_wandb(config)
+    if method.interrupted:
+        raise KeyboardInterrupt  # in the last step: the fit is complete, but what would follow is not to be run
     if fitting.is_global_zero:
         for line in method.describe_fit(data):
             console.print(line)
