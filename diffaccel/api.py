@@ -165,7 +165,12 @@ def new(folder: str | Path, images: str | Path, **settings: Any) -> Path:
     return run(Asked.of([str(folder), *words({"images": images, **settings})]))
 
 
-def curve(folder: str | Path, methods: Sequence[str] | None = None, **settings: Any) -> list[dict[str, Any]]:
+def _names(given: str | Sequence[str]) -> list[str]:
+    """Return names as a list; a text is one name, and not a sequence of letters."""
+    return [given] if isinstance(given, str) else list(given)
+
+
+def curve(folder: str | Path, methods: str | Sequence[str] | None = None, **settings: Any) -> list[dict[str, Any]]:
     """Fit and measure methods of a folder of experiments, compare them, and return the points; see ``diffaccel curve``.
 
     Args:
@@ -179,7 +184,7 @@ def curve(folder: str | Path, methods: Sequence[str] | None = None, **settings: 
     from diffaccel.verbs.curve import Asked
     from diffaccel.verbs.curve import curve as run
 
-    chosen = {} if methods is None else {"methods": ",".join(methods)}
+    chosen = {} if methods is None else {"methods": ",".join(_names(methods))}
     return run(Asked.of([str(folder), *words({**chosen, **settings})]))
 
 
@@ -207,7 +212,7 @@ def sweep(
 
 def train(
     folder: str | Path,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     place: bool = False,
     **settings: Any,
@@ -228,7 +233,8 @@ def train(
     from diffaccel.verbs.train import train
 
     quiet()
-    fits = train(str(folder), words(settings), methods, None if out is None else str(out), place)
+    names = None if methods is None else _names(methods)
+    fits = train(str(folder), words(settings), names, None if out is None else str(out), place)
     return [fit.folder for fit in fits]
 
 
@@ -237,7 +243,7 @@ def compare(
     out: str | Path = "runs/compare",
     reference: str | Path | None = None,
     judge: str | None = None,
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] = (),
     x: str = "nfe",
 ) -> Path:
     """Compare points of several runs, and return the page; see ``diffaccel compare``.
@@ -267,7 +273,7 @@ def compare(
     check_target(page / "index.html")
     note = PlainConsole(stderr=True, soft_wrap=True).print
     named = None if reference is None else str(reference)
-    found = comparison.compare_all(sources, named, note, judge, labels, x)
+    found = comparison.compare_all(sources, named, note, judge, _names(labels), x)
     comparison.write(found.rows, page, *found[1:])
     return page / "index.html"
 

@@ -4,6 +4,7 @@ One evaluation is one sample in one forward pass. Evaluations are counted by a h
 formula, so that correctors, Langevin steps and burn-in are included.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,8 @@ FORMULAS = {
 }
 """Operation -> function of its arguments that returns its FLOPs."""
 
+_HOOKING = threading.Lock()
+"""Held while hooks are added and removed: PyTorch's numbers of hooks are not safe from other threads."""
 _BURNING_IN: ContextVar[bool] = ContextVar("burning_in", default=False)
 _OTHER_NAME: ContextVar[str | None] = ContextVar("other_name", default=None)
 
@@ -89,6 +92,8 @@ class FlopCounter(TorchDispatchMode):
 class EvaluationCounter:
     """Context manager that counts evaluations and FLOPs of networks.
 
+    Only calls of the thread that enters it are counted, because samplers in other threads may share the networks.
+
     Args:
         networks: Networks by name.
         flops: FLOPs by name from an earlier counter, which are not measured again.
@@ -107,17 +112,22 @@ class EvaluationCounter:
         self._stack = ExitStack()
 
     def __enter__(self) -> "EvaluationCounter":
-        for name, module in self.networks.items():
-            self._watch(name, module)
+        with _HOOKING:
+            for name, module in self.networks.items():
+                self._watch(name, module)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        with _HOOKING:
+            self._stack.close()
 
     def _watch(self, network: str, module: nn.Module) -> None:
         measuring: list[tuple[FlopCounter, Any, int]] = []
+        thread = threading.get_ident()
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if threading.get_ident() != thread:
+                return
             samples = inputs[0].size if isinstance(inputs[0], Condition) else len(inputs[0])
             name = _OTHER_NAME.get() or network
             self.evaluations[name] += samples
@@ -131,7 +141,8 @@ class EvaluationCounter:
                 measuring.append((mode, eager, samples))
 
         def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-            if measuring:
+            # Dispatch modes belong to a thread, so that only the one that entered a mode may leave it.
+            if measuring and threading.get_ident() == thread:
                 mode, eager, samples = measuring.pop()
                 mode.__exit__(None, None, None)
                 eager.__exit__(None, None, None)

@@ -21,6 +21,7 @@ from diffaccel.features import extractors as features
 from diffaccel.features import fitting
 from diffaccel.features.extractors import (
     EXTRACTORS,
+    Extractor,
     Identity,
     Inception,
     Small,
@@ -68,6 +69,29 @@ def test_small_round_trip(weights):
     torch.manual_seed(0)
     for key, value in SmallClassifier(channels=1, classes=10, dim=16, widths=(4, 8)).state_dict().items():
         assert torch.equal(model.state_dict()[key], value.half().to(value.dtype))
+
+
+class Scaled(Extractor):
+    """Extractor of another package, whose hash is that of its weights alone."""
+
+    def __init__(self, scale: float = 1.0, path: Path | None = None) -> None:
+        super().__init__()
+        self.scale, self.name, self.dim, self.sha256 = scale, "scaled", 64, "weights"
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.scale * images.flatten(1).float()
+
+
+def test_options_of_another_package_s_extractor_are_part_of_its_hash(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(EXTRACTORS._factories, "scaled", Scaled)
+    default, half, same, file = (
+        EXTRACTORS.build({"name": "scaled", **options})
+        for options in ({}, {"scale": 2}, {"scale": 2.0}, {"scale": 1, "path": "weights.safetensors"})
+    )
+    assert default.sha256 == file.sha256 == "weights" != half.sha256 == same.sha256
+    assert default.weights_sha256 == half.weights_sha256 == "weights", "those that a loss would use"
+    other = EXTRACTORS.build({"name": "scaled", "scale": 3.0})
+    assert len({default.sha256, half.sha256, other.sha256}) == 3
 
 
 def test_logits_are_the_head_of_the_features(weights):
@@ -333,6 +357,9 @@ def test_the_command_resumes_as_other_fits_do(tmp_path, monkeypatch, capsys):
     for word in ("images=100", "training.lr=0.5"):
         status, said = fit(f"out={one}", word)
         assert status == 2 and f"{word}: an extractor is trained in epochs: set method.epochs" in " ".join(said.split())
+    status, said = fit(f"out={one}", "devices=2", "accelerator=cpu")
+    assert status == 2 and "devices: an extractor is trained on one device" in " ".join(said.split())
+    assert not one.exists()
     assert fit(f"out={one}")[0] == 0
     at_step(monkeypatch, 5, control_c)
     status, said = fit(f"out={two}", "resume=auto")

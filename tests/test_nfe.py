@@ -1,6 +1,8 @@
 """Counting: FLOPs of known layers, burn-in apart, and every evaluation of every integrator."""
 
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -339,3 +341,44 @@ def test_counters_within_each_other_leave_compiled_graphs_in_use():
         assert not made
     compiled(torch.zeros(3, 2))
     assert len(made) == 1
+
+
+class Meeting(nn.Linear):
+    """Layer whose calls wait for each other, so that calls of two threads overlap."""
+
+    def __init__(self, features: int, barrier: threading.Barrier) -> None:
+        super().__init__(features, features)
+        self.barrier = barrier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.barrier.wait(timeout=30)
+        return super().forward(x)
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, call=call: found.update({i: call()})) for i, call in enumerate(calls)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[i] for i in range(len(calls))]
+
+
+def test_counters_of_two_threads_count_their_own_calls():
+    network, opened = Meeting(3, threading.Barrier(2)), threading.Barrier(2)
+
+    def count(samples: int) -> EvaluationCounter:
+        with EvaluationCounter({"net": network}) as counter:
+            opened.wait(timeout=30)  # both have their hooks on the network
+            for _ in range(5):
+                network(torch.zeros(samples, 3))
+            opened.wait(timeout=30)
+        return counter
+
+    few, many = in_threads(lambda: count(2), lambda: count(7))
+    assert few.evaluations == {"net": 10} and many.evaluations == {"net": 35}
+    assert few.flops == many.flops == {"net": 2 * 3 * 3}
+    assert not network._forward_pre_hooks and not network._forward_hooks

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_evaluator import wandb_records
 from test_logging import SCHEDULE, fit
 
 from diffaccel.__main__ import main
+from diffaccel.config import load
 from diffaccel.denoiser import MixtureDenoiser
 from diffaccel.report import read_points
 from diffaccel.report.ledger import Ledger
+from diffaccel.run.loggers import _curve
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parent.parent
@@ -200,6 +205,53 @@ def test_another_budget_joins_the_run_of_its_curve(tmp_path: Path):
     assert wandb_files(tmp_path)[-1].run.run_id != first.run.run_id, "another curve is another run"
     assert bench(tmp_path, "nfe=5", "again=true") == 0
     assert len({file.run.run_id for file in wandb_files(tmp_path)}) == 3, "a new measurement is a new run"
+
+
+def test_summary_and_table_of_a_joined_run_have_all_of_its_points(tmp_path: Path):
+    assert bench(tmp_path, "nfe=10") == 0 and bench(tmp_path, "nfe=3", "solver=heun") == 0
+    assert bench(tmp_path, "nfe=5") == 0
+    points = {point["nfe"]: point["metrics"]["fd_identity"] for point in read_points(tmp_path / "points.jsonl")}
+    first, _, joined = wandb_files(tmp_path)
+    assert joined.run.run_id == first.run.run_id and logged(tmp_path) == [10, 3, 5]
+    found = [joined.summary[f"fd_identity{end}"] for end in ("/nfe_010", "/nfe_005", "")]
+    assert found == pytest.approx([points[10], points[5], min(points[10], points[5])]) and points[10] < points[5]
+    assert [row["nfe"] for row in joined.tables] == [10, 5], "the third is of another curve"
+
+
+def test_the_curve_of_other_weights_at_the_same_path_is_another_run(tmp_path: Path):
+    mine, copy = tmp_path / "mine.safetensors", tmp_path / "copy.safetensors"
+    shutil.copy(ROOT / "experiments/digits/weights/edm.safetensors", mine)
+    shutil.copy(mine, copy)
+    out = tmp_path / "out"
+    common = ["bench", "digits/edm", "n=60", "threads=1", f"out={out}"]
+    assert main([*common, f"checkpoint={mine}", "nfe=5"]) == main([*common, f"checkpoint={copy}", "nfe=6"]) == 0
+    with safe_open(mine, "pt") as file:
+        header = file.metadata()
+    save_file({name: 0.99 * tensor for name, tensor in load_file(mine).items()}, mine, header)
+    assert main([*common, f"checkpoint={mine}", "nfe=5"]) == 0
+    first, same, refitted = (file.run.run_id for file in wandb_files(out))
+    assert first == same != refitted
+
+
+NAMED = [
+    ("digits/edm", "checkpoint={file}"),
+    ("digits/dlg", "posterior.checkpoint={file}"),
+    ("digits/small_t", "prior.checkpoint={file}"),
+    ("digits/small_t", "by_nfe={{3: {{prior: {{checkpoint: {file}}}}}}}"),
+    ("celebahq256/edm_latent", "latents.checkpoint={file}"),
+    ("digits/edm", "extractor.path={file}"),
+    ("digits/edm", "reference={file}"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "word"), NAMED, ids=[word for _, word in NAMED])
+def test_a_curve_is_identified_by_the_content_of_its_files(experiment: str, word: str, tmp_path: Path):
+    def curve(name: str, content: bytes) -> str:
+        file = tmp_path / name
+        file.write_bytes(content)
+        return _curve(load(experiment, [word.format(file=file)], trains=False))
+
+    assert curve("here", b"a") == curve("there", b"a") != curve("here", b"b")
 
 
 def test_a_run_that_the_user_names_gets_measured_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,8 +7,9 @@ must not be part of a generator's training: a loss on its features would bias th
 
 import hashlib
 import io
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from typing_extensions import override
 from diffaccel.errors import UsageError
 from diffaccel.features.names import distance_key
 from diffaccel.parts.registry import Registry
+from diffaccel.parts.schema import is_path
 from diffaccel.weights import file_sha256, open_weights, save_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -34,7 +36,7 @@ class Extractor(nn.Module, ABC):
     Attributes:
         name: Name in tables and metric keys.
         sha256: Hash of all that determines the features: of the weights file, if nothing else does, and of no bytes for
-            an extractor without weights.
+            an extractor without weights. ``EXTRACTORS.build`` adds the options of extractors of other packages.
         dim: Number of features.
         of_images: Whether it reads uint8 images only, which JPEG can compress.
     """
@@ -43,6 +45,7 @@ class Extractor(nn.Module, ABC):
     sha256: str
     dim: int
     of_images: ClassVar[bool] = True
+    _weights_sha256: str | None = None
 
     @property
     def metric_name(self) -> str:
@@ -52,7 +55,7 @@ class Extractor(nn.Module, ABC):
     @property
     def weights_sha256(self) -> str:
         """Hash of the weights alone, equal for all extractors on them; a loss that uses them is recorded by it."""
-        return self.sha256
+        return self._weights_sha256 or self.sha256
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +81,35 @@ class Extractor(nn.Module, ABC):
         """Extract features, (N, C, H, W) uint8 -> (N, dim) in the precision of the weights."""
 
 
-EXTRACTORS: Registry[Extractor] = Registry(
+class Extractors(Registry[Extractor]):
+    """Extractors by name, of which those of other packages are identified by their options too."""
+
+    @override
+    def build(self, node: Mapping[str, Any] | str, **context: Any) -> Extractor:
+        """Build an extractor; see :meth:`Registry.build`.
+
+        The hash of an extractor of another package may be that of its weights alone, and scores with other options
+        would be taken for its own. Options that differ from their defaults are therefore part of the hash, except for
+        paths: the hash of the extractor covers the content of files.
+        """
+        extractor, whole = super().build(node, **context), self.normal(node)
+        if not self[whole["name"]].__module__.startswith("diffaccel.") and (options := self._options(whole)):
+            extractor._weights_sha256 = extractor.weights_sha256
+            described = f"{extractor.sha256} {json.dumps(options, sort_keys=True, default=str)}"
+            extractor.sha256 = hashlib.sha256(described.encode()).hexdigest()
+        return extractor
+
+    def _options(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of a node that differ from their defaults, without paths; numbers as floats, as 2 may be 2.0."""
+        name, defaults = node["name"], self._parameters(node["name"])
+        return {
+            key: float(value) if isinstance(value, int) else value
+            for key, value in node.items()
+            if key != "name" and value != defaults[key].default and not is_path(self.annotation(key, name))
+        }
+
+
+EXTRACTORS: Registry[Extractor] = Extractors(
     "extractor",
     builtins=["diffaccel.features.extractors", "diffaccel.features.packaged", "diffaccel.features.embeddings"],
 )

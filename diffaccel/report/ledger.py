@@ -29,8 +29,17 @@ class Ledger:
 
     def missing(self, run: str, points: Sequence[Point]) -> list[Point]:
         """Return the points that a run does not contain."""
-        logged = {line.get("point") for line in self._lines() if line["run"] == run}
+        logged = self._logged(run)
         return [point for point in points if identity(point) not in logged]
+
+    def contained(self, run: str, points: Sequence[Point]) -> list[Point]:
+        """Return the points that a run contains, each once."""
+        logged = self._logged(run)
+        return list({key: point for point in points if (key := identity(point)) in logged}.values())
+
+    def _logged(self, run: str) -> set[Any]:
+        """Identities of the points of a run."""
+        return {line.get("point") for line in self._lines() if line["run"] == run}
 
     def start(self, run: str, curve: str, budgets: Sequence[float]) -> None:
         """Record the run of a curve, with the budgets that it is started for."""

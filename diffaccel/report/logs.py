@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffaccel.report import Point
+from diffaccel.report.files import read_points
 from diffaccel.report.judges import judges_of, seen_by
 from diffaccel.report.ledger import Ledger
+from diffaccel.report.points import normalised
 from diffaccel.text.terminal import side_output
 
 Logger = TypeVar("Logger")
@@ -49,7 +51,8 @@ def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[
     """Log a curve: a row per point against NFE, and for W&B also summary values, the table and the pictures.
 
     Rows are logged at the end of a run. A point that the W&B run already contains, such as one of an interrupted bench
-    or of the final evaluation of a resumed fit, is not logged again.
+    or of the final evaluation of a resumed fit, is not logged again. Summary and table contain all points of the W&B
+    run.
 
     Args:
         logger: Logger of Lightning, or :class:`~diffaccel.run.loggers.WandbRun`.
@@ -72,7 +75,10 @@ def log_curve(logger: Any, points: Sequence[Point], out: Path, provenance: dict[
         run.define_metric(name, step_metric=AXIS, step_sync=False, summary="none")
     for row in rows:
         run.log(row)
-    run.log({**summary(points), "points": _table(points)})
+    # W&B keeps the last value of a run, which earlier benches may have logged points to.
+    file = out / "points.jsonl"
+    earlier = ledger.contained(run.id, list(map(normalised, read_points(file)))) if file.is_file() else []
+    run.log({**summary([*earlier, *new]), "points": _table([*earlier, *new])})
     grids = [path for point in points if (path := out / f"samples_nfe{budget_name(point)}.png").is_file()]
     if grids:
         logger.log_image("samples", [str(path) for path in grids])

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.config import TUNABLE, Config, as_written
+from diffaccel.config.keys import map_paths
 from diffaccel.errors import UsageError
+from diffaccel.experiment.identity import by_content, identify_parts
+from diffaccel.parts.overrides import as_plain
 from diffaccel.report import Point
 from diffaccel.report.ledger import Ledger
 from diffaccel.report.logs import unfailing
 from diffaccel.run.launch import is_first
 from diffaccel.text.terminal import say, side_output
+from diffaccel.weights import file_sha256
 
 UNRELATED = (
     *("nfe", "out", "resume", "again", "dry_run", "logger", "wandb_mode", "format", "keep_features", "keep_images"),
@@ -179,8 +183,21 @@ def _run_id(config: Config, training: bool) -> str | None:
 
 
 def _curve(config: Config) -> str:
-    """Hash of a configuration, except for the budgets and for keys that only affect how a run is carried out."""
-    tree = {key: value for key, value in as_written(config).items() if key not in UNRELATED}
+    """Hash of a configuration, except for the budgets and for keys that only affect how a run is carried out.
+
+    Files of weights and statistics are identified by their content: a refit into the same file is another curve.
+    """
+    tree = {key: value for key, value in as_written(config).items() if key not in (*UNRELATED, "extractor", "judges")}
+    tree |= {key: value for key, value in identify_parts(config).items() if key != "version"}
+    tree["extractors"] = [by_content("extractor", node) for node in config.extractors]
+    tree |= {part: by_content(part, getattr(config, part)) for part in TUNABLE}
+    budgets = {str(budget): config.at(budget) for budget in config.by_nfe}
+    tree["by_nfe"] = {
+        budget: {part: by_content(part, node) for part, node in parts.items()} for budget, parts in budgets.items()
+    }
+    statistics = as_plain({"reference": config.reference, "floor": config.floor})
+    map_paths(statistics, lambda path: file_sha256(Path(path)) if Path(path).is_file() else path)
+    tree |= statistics
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -208,9 +225,11 @@ def logging(config: Config, measured: Sequence[Point] = ()) -> Iterator[list[Any
 
 def _complete(config: Config, measured: Sequence[Point]) -> str | None:
     """Return the id of the W&B run that contains all points; None if there is no such run."""
+    if not measured:
+        return None
     ledger = Ledger(config.folder)
     run = os.environ.get("WANDB_RUN_ID") or ledger.run_of(_curve(config))
-    return run if measured and run is not None and not ledger.missing(run, measured) else None
+    return run if run is not None and not ledger.missing(run, measured) else None
 
 
 def close_wandb(config: Config) -> None:
