@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from foreign import VE, random_network, score_sde_content
 from test_guidance import CLASSES, SHAPE, network
+from test_nfe import in_threads
 from torch import Tensor
 
 import diffaccel as da
@@ -241,6 +243,47 @@ def test_double_precision_needs_no_further_call():
     assert (double.int() - single.int()).abs().max() <= 1
 
 
+def test_a_sampler_in_double_precision_leaves_those_in_single_precision_as_they_were():
+    """They share the weights; levels and the like are float64 in any precision."""
+    model = da.load("digits/dlg")
+    single, double = da.Sampler(model), da.Sampler(model, precision="64-true")
+    types = {name: tensor.dtype for name, tensor in [*model.denoiser.state_dict().items(), *buffers(single)]}
+    assert set(types.values()) >= {torch.float32, torch.float64}
+    before, in_double = single(20, nfe=30), double(20, nfe=30)
+    assert torch.equal(single(20, nfe=30), before)
+    assert {name: tensor.dtype for name, tensor in [*model.denoiser.state_dict().items(), *buffers(single)]} == types
+    assert torch.equal(double(20, nfe=30), in_double)
+    assert torch.equal(single.to("cpu")(20, nfe=30), before)
+
+
+def buffers(sampler: da.Sampler) -> list[tuple[str, torch.Tensor]]:
+    return list(sampler.prior.named_buffers())
+
+
+def test_samplers_of_a_model_may_run_in_threads():
+    model = da.load("digits/edm")
+    samplers = [da.Sampler(model, solver="ddim"), da.Sampler(model, solver="heun")]
+    calls = [partial(samplers[0], 100, nfe=20), partial(samplers[1], 150, nfe=8)]
+    alone = [(call(), sampler.spent) for call, sampler in zip(calls, samplers, strict=True)]
+    for images, (expected, _) in zip(in_threads(*calls), alone, strict=True):
+        assert torch.equal(images, expected)
+    for sampler, (_, spent) in zip(samplers, alone, strict=True):
+        assert sampler.spent is not None and spent is not None
+        assert (sampler.spent.nfe, sampler.spent.evaluations) == (spent.nfe, spent.evaluations)
+        assert sampler.spent.gflops_per_image == spent.gflops_per_image
+
+
+def test_a_name_is_not_a_list_of_letters(tmp_path: Path):
+    for verb in (da.curve, da.train):
+        with pytest.raises(da.UsageError, match="no experiment .*'?edn'?; did you mean 'edm'"):
+            verb("digits", methods="edn")
+    da.bench("toy/edm", nfe=4, n=40, out=tmp_path / "points", logger="none")
+    folders = [tmp_path / "points"]
+    assert "my label" in da.compare(folders, out=tmp_path / "page", labels="my label").read_text()
+    with pytest.raises(da.UsageError, match="label= has 1 names for 2 folders"):
+        da.compare(2 * folders, out=tmp_path / "page", labels="ab")
+
+
 # Levels outside the training
 
 
@@ -253,9 +296,7 @@ def test_levels_below_the_training_are_reported_once(capsys: pytest.CaptureFixtu
     da.Sampler(da.load("digits/tdpm")).plan(5, 2)
     da.Sampler(model, solver=within, tweedie=Tweedie(0.01)).plan(5, 2)
     assert "noise-to-data ratio" not in capsys.readouterr().err
-    below = da.Sampler(
-        model, solver=within, by_nfe={4: Setting(prior, within), 8: Setting(prior, SOLVERS.build("heun"))}
-    )
+    below = da.Sampler(model, by_nfe={4: Setting(prior, within), 8: Setting(prior, SOLVERS.build("heun"))})
     below.plan(4, 2)
     assert capsys.readouterr().err == ""
     for made in (below, below, da.Sampler(model, solver={"name": "ddim", "grid": {"ratio_min": 0.005}})):
@@ -265,7 +306,8 @@ def test_levels_below_the_training_are_reported_once(capsys: pytest.CaptureFixtu
     assert said.endswith("solver.grid.ratio_min=0.01 stays within")
     da.Sampler(model, tweedie=Tweedie(0.002)).plan(5, 2)
     assert "tweedie_ratio is below 0.01" in " ".join(capsys.readouterr().err.split())
-    da.Sampler(model, prior={"name": "restart", "ratio_star": 0.005}, solver=within).plan(30, 200)
+    with pytest.raises(da.UsageError, match="would start at a noise-to-data ratio in"):
+        da.Sampler(model, prior={"name": "restart", "ratio_star": 0.005}, solver=within).plan(30, 200)
     assert "prior.solver.grid.ratio_min is below 0.01" in " ".join(capsys.readouterr().err.split())
 
 

@@ -11,6 +11,7 @@ from test_api import ROOT, by_class
 
 import diffaccel as da
 from diffaccel.prior import GaussianPrior
+from diffaccel.sampling import Setting
 from diffaccel.solver import SOLVERS
 
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
@@ -58,6 +59,7 @@ def test_any_kind_of_number_will_do(model: da.Model, given: dict[str, Any]):
     assert torch.equal(da.Sampler(model)(**{"n": 4, "nfe": 3, **given}), expected)
 
 
+SETTING = Setting(GaussianPrior(), SOLVERS.build("heun"))
 BAD_SAMPLERS: list[tuple[dict[str, Any], str]] = [
     ({"prior": "gausian"}, "no prior is called 'gausian'; did you mean 'gaussian'"),
     ({"solver": "huen"}, "no solver is called 'huen'; did you mean 'heun'"),
@@ -70,6 +72,16 @@ BAD_SAMPLERS: list[tuple[dict[str, Any], str]] = [
     ({"solver": type(SOLVERS.build("heun"))}, "is not a solver"),
     ({"by_nfe": {3: "ddim"}}, "by_nfe=.*: give budgets"),
     ({"by_nfe": 3}, "by_nfe=3: give budgets"),
+    *(
+        ({"by_nfe": {n: SETTING}}, f"by_nfe: {n} is not a budget: give a whole number from 1")
+        for n in (0, -3, True, 2.5)
+    ),
+    ({"by_nfe": {5: Setting("gaussian", SETTING.solver)}}, "by_nfe.5: the prior 'gaussian' is not a Prior: build it"),
+    ({"by_nfe": {5: Setting(SETTING.prior, "heun")}}, "by_nfe.5: the solver 'heun' is not a Solver: build it"),
+    ({"by_nfe": {5: SETTING}, "solver": "heun"}, "solver='heun' .*by_nfe.*: leave out"),
+    ({"by_nfe": {5: SETTING}, "prior": GaussianPrior()}, "prior=.* .*by_nfe.*: leave out"),
+    ({"prior": ""}, "prior: '' is not a prior"),
+    ({"solver": ""}, "solver: '' is not a solver"),
     ({"tweedie": 0.02}, "tweedie=0.02: give an object of type Tweedie"),
     ({"kind": "png"}, "kind='png': give an object of type ImageKind"),
     ({"prior": "chain"}, "prior 'chain' .*(reads noise levels|requires a posterior)"),

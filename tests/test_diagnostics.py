@@ -23,6 +23,18 @@ def test_autocorrelation_time_of_an_autoregression(a):
     assert autocorrelation_time(autoregression(a, 200, 500)) == pytest.approx((1 + a) / (1 - a), rel=0.1)
 
 
+def test_a_time_that_is_not_positive_is_none():
+    """In few rounds the sum of the estimated autocorrelation can be negative."""
+    assert math.isnan(autocorrelation_time(np.array([[1.0, -1.0, 1.0, -1.0]])))
+
+
+@pytest.mark.filterwarnings("error")
+def test_chains_that_do_not_move_have_no_time():
+    values = np.full((3, 10), 0.1)  # the mean of which is rounded
+    assert math.isnan(autocorrelation_time(values)) and math.isnan(split_r_hat(np.zeros((3, 10))))
+    assert split_r_hat(np.arange(3.0)[:, None] * np.ones(10)) == math.inf
+
+
 def test_autocorrelation_time_of_stuck_chains_is_long():
     """The grand mean is taken off, and not each chain's: chains that never leave their places are no fresh draws."""
     stuck = np.random.default_rng(0).standard_normal((50, 1)) + 0.1 * autoregression(0.0, 50, 40)

@@ -93,6 +93,8 @@ def test_another_solver_has_its_own_defaults():
         ({"solver": "heun", "chain_steps": 1}, "chain_steps is 1, but Heun takes at least 2"),
         ({"solver": {"grid": {"name": "ddm", "final_evaluation": False}}}, "grid .* ignores ratio_min"),
         ({"solver": {"grid": "index"}}, "grid .* ignores ratio_min"),
+        ({"solver": {"analytic_first": 1.0}}, "remove prior.solver.analytic_first"),
+        ({"solver": {"guidance": 1.0}}, "remove prior.solver.guidance"),
     ],
 )
 def test_options_out_of_range(options, message):

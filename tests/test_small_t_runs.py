@@ -122,9 +122,43 @@ def test_likelihoods_go_on_from_the_last_batch(mixture: Path, tmp_path: Path, mo
         assert resumed["metrics"][key] == whole["metrics"][key]
 
 
-def test_a_prior_without_density_has_no_likelihood(tmp_path: Path, capsys):
-    assert main(["bench", "toy/dlg", "logger=none", "likelihood=true", f"out={tmp_path}"]) == 2
-    assert "excludes a likelihood" in capsys.readouterr().err.replace("\n", " ")
+def test_starts_of_two_budgets_have_likelihoods_of_their_own(tmp_path: Path):
+    """Densities without weights differ in their settings alone."""
+    normal = ["bench", "toy/small_t", "logger=none", "n=20", "prior.checkpoint=null", "prior.density.name=normal"]
+    normal += ["likelihood=true", "likelihood_n=20"]
+    budgets = "by_nfe={3: {prior: {density: {std: 1.0}}}, 6: {prior: {density: {std: 0.3}}}}"
+    assert main([*normal, budgets, "nfe=3,6", f"out={tmp_path / 'both'}"]) == 0
+    assert main([*normal, "prior.density.std=0.3", "nfe=6", f"out={tmp_path / 'one'}"]) == 0
+    both, (one,) = (read_points(tmp_path / name / "points.jsonl") for name in ("both", "one"))
+    wide, narrow = (point["metrics"]["bits_per_dim"] for point in both)
+    assert wide != pytest.approx(narrow, abs=0.01) and narrow == one["metrics"]["bits_per_dim"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["toy/dlg"], "excludes a likelihood"),
+        (["toy/ddm"], "starts at an infinite noise-to-data ratio"),
+        (["digits/edm", "by_nfe={6: {prior: {name: implicit, checkpoint: null}}}", "nfe=3,6"], "excludes a likelihood"),
+        (["toy/edm", "likelihood_n=1"], "likelihood_n=1: a standard error requires at least 2"),
+        (["digits/edm", "prior={name: warm, ratio_star: 1}"], "which WarmPrior lacks"),
+    ],
+    ids=str,
+)
+def test_a_likelihood_without_density_is_refused_before_sampling(words, message, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(Evaluator, "measure", lambda *_, **__: pytest.fail("a measurement"))
+    assert main(["bench", *words, "n=4", "logger=none", "likelihood=true", f"out={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_density_that_only_samples_has_no_likelihood(tmp_path: Path, monkeypatch, capsys):
+    vae = ["prior.density={name: vae, latent: 2, width: 2}", "training.images=128", "training.batch_size=64"]
+    vae += ["reference=", "logger=none", "threads=1", "network.widths=[8]", "network.attention=[]"]
+    assert main(["fit", "digits/small_t", *vae, "checkpoint=", f"out={tmp_path}"]) == 0
+    monkeypatch.setattr(Evaluator, "measure", lambda *_, **__: pytest.fail("a measurement"))
+    words = ["likelihood=true", "nfe=3", "n=4", f"prior.checkpoint={tmp_path / 'density.safetensors'}"]
+    assert main(["bench", "digits/small_t", vae[0], *words, "logger=none", f"out={tmp_path / 'bench'}"]) == 2
+    assert "a log-density of the starting states, which VAEDensity lacks" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_trade_off_is_written_and_drawn(mixture: Path, tmp_path: Path, capsys):
@@ -186,6 +220,19 @@ def test_one_flow_serves_fits_at_several_times(mixture: Path, tmp_path: Path, ca
         "is defined at every level, without further fits: remove tradeoff.densities"
         in capsys.readouterr().err.replace("\n", " ")
     )
+
+
+def test_the_experiment_s_own_white_noise_is_compared(tmp_path: Path, capsys):
+    words = ["prior.checkpoint=null", "prior.density.name=normal", "tradeoff.T=[0.2]", "tradeoff.images=50"]
+    words += ["tradeoff.fd=false", "logger=none"]
+    for std, names in ((0.5, ["N(0, I)", "normal"]), (1.0, ["N(0, I)"])):
+        out = tmp_path / str(std)
+        assert main(["tradeoff", "toy/small_t", *words, f"prior.density.std={std}", f"out={out}"]) == 0
+        with (out / "tradeoff.csv").open() as file:
+            rows = {row["density"]: float(row["bits_per_dim_bound"]) for row in csv.DictReader(file)}
+        assert list(rows) == names and len(set(rows.values())) == len(names)
+    assert main(["tradeoff", "toy/small_t", *words, "tradeoff.images=1", f"out={tmp_path / 'one'}"]) == 2
+    assert "tradeoff.images=1: a standard error requires at least 2" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_an_interrupted_trade_off_keeps_what_it_has(mixture: Path, tmp_path: Path, monkeypatch):

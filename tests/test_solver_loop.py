@@ -133,6 +133,9 @@ def test_ddm_grid() -> None:
     assert TimeToZero()(Decoupled(), f64(1.0), 2)[:, 0].tolist() == pytest.approx([1.0, 1e-4, 0.0])
     with pytest.raises(UsageError, match="use fewer steps"):
         TimeToZero()(Decoupled(), f64(1.0), 10_002)
+    ve = VarianceExploding(sigma_min=0.02)
+    with pytest.raises(UsageError, match="grid 'ddm': the last level, ratio 0.005, is at a negative time"):
+        TimeToZero(ratio_min=0.005)(ve, f64(1.0), 4, denoise=False)
 
 
 def test_starts_above_the_cap_are_spaced_from_it() -> None:
@@ -390,6 +393,7 @@ def test_start_out_of_the_trained_range(name: str, ratio: float) -> None:
         ({"name": "rk45", "tol": 0.0}, "must be positive"),
         ({"name": "rk45", "analytic_first": 0.5}, "doesn't support analytic_first"),
         ({"name": "ipndm", "analytic_first": 0.0}, "it must be positive or null"),
+        ({"name": "ddim", "denoise": False, "grid": {"name": "ddm", "final_evaluation": False}}, "set denoise=true or"),
         ({"name": "heunn"}, "did you mean 'heun'"),
         ({"name": "heun", "grid": {"name": "karass"}}, "did you mean 'karras'"),
         ({"name": "heun", "grid": {"name": "karras", "rhoo": 3}}, "did you mean 'rho'"),

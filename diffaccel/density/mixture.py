@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from diffaccel.data.source import random_order
 from diffaccel.density.base import DENSITIES, TrainingImages, gaussian_log_prob
 from diffaccel.density.basis import BasisName
 from diffaccel.density.gaussian import LeadingDensity
@@ -35,7 +36,7 @@ class MixtureDensity(LeadingDensity):
         concentration: Prior concentration of the Dirichlet process; None for 1 / components.
         rounds: Number of draws of the noise.
         iterations: Iterations of EM per draw.
-        limit: Number of images to fit to, the first of the data; None for all.
+        limit: Number of images to fit the components to, always the same random ones; None for all.
 
     Attributes:
         weights: Weights w_k, (K,).
@@ -101,12 +102,11 @@ class MixtureDensity(LeadingDensity):
 
     def _leading(self, images: TrainingImages) -> np.ndarray:
         """Leading coordinates of clean images, (N, rank) float64."""
-        found: list[Tensor] = []
-        for _, batch in images.all():
-            found.append(self.basis.coordinates(batch.to(self.means))[:, : self.rank].double().cpu())
-            if self.limit is not None and sum(map(len, found)) >= self.limit:
-                break
-        return torch.cat(found)[: self.limit].numpy()
+        batches = (batch for _, batch in images.all())
+        found = torch.cat([self.basis.coordinates(batch.to(self.means))[:, : self.rank].cpu() for batch in batches])
+        if self.limit is not None:  # not the first ones, which are of a single class in sorted data
+            found = found[random_order(len(found))[: self.limit]]
+        return found.double().numpy()
 
     def _fit_leading(self, clean: np.ndarray, seed: int) -> None:
         with extra("sklearn", needed_by="fitting density 'mixture'"):  # imported here, because it takes a second

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffaccel.collective import World, all_gather
 from diffaccel.denoiser import Denoiser
@@ -110,7 +110,7 @@ class BitsPerDim:
     def _key(self, denoiser: Denoiser, starts: Sequence[Prior]) -> str:
         """Cache key of everything that determines the values of a batch."""
         described = [(type(start).__name__, start.start_ratio(denoiser), _digest(start)) for start in starts]
-        return hashlib.sha256(json.dumps([self.identity, described]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.identity, described], sort_keys=True).encode()).hexdigest()[:16]
 
     def _batch(self, denoiser: Denoiser, starts: Sequence[Prior], images: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Bits per dimension of a batch, (S, B), and total number of evaluations up to each start, (S,)."""
@@ -132,8 +132,15 @@ class BitsPerDim:
         return bits, calls
 
 
-def _digest(prior: Prior) -> list[str]:
-    return [type(module).__name__ for module in prior.modules()] + [tensors_sha256(prior.state_dict())]
+def _digest(prior: Prior) -> list[Any]:
+    """Types, settings and weights of a prior; settings such as the ``std`` of a density are not among the weights."""
+    modules = [(type(module).__name__, _settings(module)) for module in prior.modules()]
+    return [*modules, tensors_sha256(prior.state_dict())]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and words among the attributes of a module."""
+    return {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
 
 
 def cell_range(images: Tensor) -> float | None:

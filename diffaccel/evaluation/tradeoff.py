@@ -181,6 +181,10 @@ def starts_of(
         known["Gaussian"] = GaussianDensity(own.shape, own.ratio)
         known["Gaussian"].basis = own.basis
         known["Gaussian"].fitted.fill_(True)
+    name = type(own).__name__.removesuffix("Density").lower()
+    shown = isinstance(own, GaussianDensity) or (isinstance(own, NormalDensity) and own.std == 1)
+    if not own.bound and not shown:
+        known[name] = own
     if fitted and not own.bound:
         raise UsageError("this density is defined at every level, without further fits: remove tradeoff.densities")
     process, fits = denoiser.process, {}
@@ -192,9 +196,10 @@ def starts_of(
     ratios = dict(zip(times, process.ratio(torch.tensor(times, dtype=torch.float64)).tolist(), strict=True))
     ratios |= {T: prior.ratio_star for T, prior in fits.items()}
     found = {
-        name: {T: prior_at(denoiser, density, ratio) for T, ratio in ratios.items()} for name, density in known.items()
+        start: {T: prior_at(denoiser, density, ratio) for T, ratio in ratios.items()}
+        for start, density in known.items()
     }
-    return found | ({type(own).__name__.removesuffix("Density").lower(): fits} if fits else {})
+    return found | ({name: fits} if fits else {})
 
 
 def prior_at(denoiser: Denoiser, density: Density, ratio: float) -> DensityPrior:

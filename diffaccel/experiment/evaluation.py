@@ -10,6 +10,7 @@ from diffaccel.condition import trained_without
 from diffaccel.config import Config, find
 from diffaccel.data import build_source
 from diffaccel.data.conditions import HeldOut, build_conditioner
+from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.evaluation import BitsPerDim, Evaluator, Identity
 from diffaccel.evaluation.judges import Judge
@@ -36,7 +37,7 @@ from diffaccel.features.independence import check_independent
 from diffaccel.metrics.base import METRICS, Metric, Real, build_metrics
 from diffaccel.metrics.reference import check_same_data, load_reference
 from diffaccel.parts.overrides import as_given
-from diffaccel.prior import DensityPrior
+from diffaccel.prior import DensityPrior, Prior
 from diffaccel.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -215,16 +216,50 @@ def build_likelihood(config: Config, sampler: Sampler) -> BitsPerDim | None:
     """Build the measurement of bits per dimension; None if it is not configured.
 
     Raises:
-        UsageError: The prior has no fixed level or no density, or the network can't be evaluated without condition.
+        UsageError: The prior of a budget has no fixed level or no density, the network can't be evaluated without
+            condition, or there are fewer than two images.
     """
     if not config.likelihood:
         return None
     check_unconditional("likelihood=true", sampler)
-    sampler.prior.start_ratio(sampler.denoiser)
+    if config.likelihood_n < 2:
+        raise UsageError(f"likelihood_n={config.likelihood_n}: a standard error requires at least 2 images")
+    for prior in (sampler.prior, *(sampler.setting(budget).prior for budget in config.nfe)):
+        check_log_density(prior, sampler.denoiser)
     identity = {**identify_parts(config), "data": config.data, "prior": by_content("prior", config.prior)}
     identity["order"] = "random"  # of the test images
-    n, batch_size = config.likelihood_n, config.images_per_batch
-    return BitsPerDim(build_data(config), n, config.seed, batch_size, config.folder, identity)
+    n, batch_size, data = config.likelihood_n, config.images_per_batch, build_data(config)
+    if data.size("test") < 2:
+        raise UsageError(
+            f"likelihood=true: {data.label} has a single test image, but a standard error requires at least 2: use "
+            "other data, or leave it out"
+        )
+    return BitsPerDim(data, n, config.seed, batch_size, config.folder, identity)
+
+
+def check_log_density(prior: Prior, denoiser: Denoiser) -> None:
+    """Check that the likelihood from the starting states of a prior is defined.
+
+    Raises:
+        UsageError: The states have several levels, an infinite noise-to-data ratio, or no log-density.
+    """
+    ratio = prior.start_ratio(denoiser)
+    if not denoiser.process.scales_data:
+        raise UsageError(
+            f"likelihood=true takes the mean of x_t to be alpha x_0, which it is not on {denoiser.process}: leave it "
+            "out, or set process.attenuation=constant"
+        )
+    if not math.isfinite(ratio):
+        raise UsageError(
+            "likelihood=true: sampling starts at an infinite noise-to-data ratio, from which the density of an image "
+            "is not defined: set prior.ratio_star to a finite level, or leave it out"
+        )
+    if type(prior).log_prob is Prior.log_prob or (isinstance(prior, DensityPrior) and not prior.density.normalised):
+        lacking = type(prior.density if isinstance(prior, DensityPrior) else prior).__name__
+        raise UsageError(
+            f"likelihood=true requires a log-density of the starting states, which {lacking} lacks: set prior=gaussian "
+            "or prior.density.name=gaussian, or leave it out"
+        )
 
 
 def check_unconditional(what: str, sampler: Sampler) -> None:

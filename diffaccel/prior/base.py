@@ -126,6 +126,13 @@ class Prior(nn.Module, ABC):
         except UsageError:
             return denoiser.ratio_range[1]
 
+    def known_start(self, denoiser: Denoiser) -> float | None:
+        """Return the noise-to-data ratio at which the solver starts; None if it differs from state to state."""
+        try:
+            return self.start_ratio(denoiser)
+        except UsageError:
+            return None
+
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:
         """Compute the normalised log-density of starting states.
 
@@ -229,10 +236,10 @@ class GaussianPrior(Prior):
         z = noise.normal(torch.empty(len(noise), *shape, device=denoiser.device))
         return expand(denoiser.process.sigma(t), z) * z, t
 
-    def _start(self, denoiser: Denoiser, count: int) -> Tensor:
-        """Time of the starting states, (count,)."""
+    def _start(self, denoiser: Denoiser, count: int, device: torch.device | str | None = None) -> Tensor:
+        """Time of the starting states, (count,), by default on the denoiser's device."""
         process = denoiser.process
-        t = torch.full((count,), process.t_max, dtype=torch.float64, device=denoiser.device)
+        t = torch.full((count,), process.t_max, dtype=torch.float64, device=device or denoiser.device)
         if self.ratio_star is not None:
             return process.time(torch.full_like(t, self.ratio_star))
         highest, trained = process.ratio(t), denoiser.ratio_range[1]
@@ -240,7 +247,7 @@ class GaussianPrior(Prior):
 
     @override
     def start_ratio(self, denoiser: Denoiser) -> float:
-        return denoiser.process.ratio(self._start(denoiser, 1)).item()
+        return denoiser.process.ratio(self._start(denoiser, 1, "cpu")).item()  # also for weights on the device "meta"
 
     @override
     def log_prob(self, denoiser: Denoiser, x_t: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class ChainPrior(Prior):
         burn_in_counted: Whether burn-in counts towards the NFE budget.
 
     Raises:
-        UsageError: A value out of range.
+        UsageError: A value is out of range, or a solver of the chain is guided.
     """
 
     def __init__(
@@ -114,6 +114,12 @@ class ChainPrior(Prior):
         self.share, self.chain_steps = share, chain_steps
         self.init_steps, self.init_solver, self.restart_every = init_steps, init_solver, restart_every
         self.burn_in_counted = burn_in_counted
+        for key, one in self.solvers().items():
+            require(
+                not one.guidance,
+                f"{key}.guidance is {one.guidance:g}, but a chain samples without condition: remove "
+                f"prior.{key}.guidance",
+            )
 
     @override
     def solvers(self) -> dict[str, Solver]:

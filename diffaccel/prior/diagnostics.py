@@ -27,23 +27,25 @@ def split_r_hat(values: Array) -> float:
     chains = np.concatenate([values[:, :half], values[:, -half:]])
     within = chains.var(axis=1, ddof=1).mean()
     between = half * chains.mean(axis=1).var(ddof=1)
-    return float(np.sqrt(((half - 1) / half * within + between / half) / within))
+    with np.errstate(divide="ignore", invalid="ignore"):  # chains that do not move: infinity, or NaN if all are equal
+        return float(np.sqrt(((half - 1) / half * within + between / half) / within))
 
 
 def autocorrelation_time(values: Array) -> float:
     """Compute the integrated autocorrelation time in rounds, averaged over chains: 1 for independent rounds.
 
     The sum of the autocorrelation about the grand mean is truncated at the first window that is 5 times longer than
-    the time found so far (Sokal).
+    the time found so far (Sokal). It is less than 1 for rounds that alternate.
 
     Args:
         values: (C, R).
 
     Returns:
-        The time, or NaN for fewer than 4 rounds.
+        The time, or NaN for fewer than 4 rounds, values that are all equal, and a sum that is not positive, as it can be
+        in few rounds.
     """
     chains, rounds = values.shape
-    if rounds < 4:
+    if rounds < 4 or np.ptp(values) == 0:
         return float("nan")
     centred = values - values.mean()
     covariance = np.array([(centred[:, : rounds - k] * centred[:, k:]).mean() for k in range(rounds)])
@@ -52,7 +54,7 @@ def autocorrelation_time(values: Array) -> float:
         total += 2 * covariance[window] / covariance[0]
         if window >= 5 * total:
             break
-    return float(total)
+    return float(total) if total > 0 else float("nan")
 
 
 def summarise(traces: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:

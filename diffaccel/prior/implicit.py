@@ -137,6 +137,10 @@ class ImplicitPrior(Prior):
     def highest_ratio(self, denoiser: Denoiser) -> float:
         return self.ratio_star
 
+    @override
+    def known_start(self, denoiser: Denoiser) -> float:
+        return self.ratio_star
+
     def share_weights(self, other: Prior) -> None:
         """See :class:`Prior`.
 

@@ -1,6 +1,5 @@
 """Restart chain: each round adds noise and denoises with a solver, with chains shared between images."""
 
-import dataclasses
 from typing import Annotated, Any
 
 import torch
@@ -39,8 +38,8 @@ class RestartPrior(ChainPrior):
             for no restarts. Chains of ``images_per_chain`` images end without it.
 
     Raises:
-        UsageError: A value is out of range, ``ratio_up`` is less than twice ``ratio_star``, or the solver is adaptive
-            or has a grid that can't end at ``ratio_star``.
+        UsageError: A value is out of range, ``ratio_up`` is less than twice ``ratio_star``, or the solver is adaptive,
+            is guided, has ``analytic_first``, or has a grid that can't end at ``ratio_star``.
 
     References:
         Restart Sampling for Improving Generative Processes (Xu et al., 2023), https://arxiv.org/abs/2306.14878
@@ -60,8 +59,12 @@ class RestartPrior(ChainPrior):
     ) -> None:
         require(ratio_star > 0, f"ratio_star is {ratio_star}, it must be positive")
         require(ratio_up >= 2 * ratio_star, f"ratio_up is {ratio_up}, it must be at least twice ratio_star")
-        down: Solver = SOLVERS.build(solver)
-        down = dataclasses.replace(down.ending_at(ratio_star), analytic_first=None)
+        down: Solver = SOLVERS.build(solver).ending_at(ratio_star)
+        require(
+            down.analytic_first is None,
+            f"solver.analytic_first is {down.analytic_first}, but a round starts from images with noise, for which the "
+            "first prediction takes the network: remove prior.solver.analytic_first",
+        )
         require(not down.adaptive, f"solver is {type(down).__name__}, which is adaptive, but a round has a fixed cost")
         super().__init__(images_per_chain, chains, share, chain_steps, init_steps, down, restart_every)
         require(
@@ -73,6 +76,10 @@ class RestartPrior(ChainPrior):
     @override
     def solvers(self) -> dict[str, Solver]:
         return {"solver": self.init_solver}
+
+    @override
+    def known_start(self, denoiser: Denoiser) -> float:
+        return self.ratio_star
 
     @property
     @override

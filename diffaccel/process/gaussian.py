@@ -12,6 +12,11 @@ from diffaccel.errors import UsageError
 from diffaccel.process.base import PROCESSES, Process, require
 
 
+def _positive(denominator: Tensor) -> Tensor:
+    """Replace a denominator of 0, which has a numerator of 0 at ratio 0 of schedules without noise at t = 0."""
+    return denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
+
+
 @PROCESSES.register("vp")
 @dataclass(frozen=True)
 class VariancePreserving(Process):
@@ -44,7 +49,8 @@ class VariancePreserving(Process):
 
     def _integral_inverse(self, integral: Tensor) -> Tensor:
         # The root of the quadratic in the form that doesn't cancel at small B.
-        return 2 * integral / (self.beta_0 + (self.beta_0**2 + 2 * (self.beta_1 - self.beta_0) * integral).sqrt())
+        root = (self.beta_0**2 + 2 * (self.beta_1 - self.beta_0) * integral).sqrt()
+        return 2 * integral / _positive(self.beta_0 + root)
 
     def _beta(self, t: Tensor) -> Tensor:
         return self.beta_0 + (self.beta_1 - self.beta_0) * t
@@ -146,7 +152,7 @@ class CosineVariancePreserving(Process):
         sin_0, cos_0 = math.sin(self._u_0), math.cos(self._u_0)
         sin_u = (ratio.square() + sin_0**2).sqrt()  # sin u and cos u up to a common factor, with cos u = cos_0
         # Sine and cosine of u - u_0, the former without cancellation at small ratios.
-        above = torch.atan2(cos_0 * ratio.square() / (sin_u + sin_0), cos_0**2 + sin_u * sin_0)
+        above = torch.atan2(cos_0 * ratio.square() / _positive(sin_u + sin_0), cos_0**2 + sin_u * sin_0)
         return above / (0.5 * math.pi) * (1 + self.offset)
 
     @override

@@ -18,7 +18,7 @@ def check_part(key: str, part: object, kind: type) -> None:
     Raises:
         UsageError: The argument has another type.
     """
-    if part is not None and not isinstance(part, kind | str | Mapping):
+    if part == "" or (part is not None and not isinstance(part, kind | str | Mapping)):
         raise UsageError(f"{key}: {part!r:.80} is not a {key}: give a name, a mapping, or a {kind.__name__}")
 
 
@@ -35,19 +35,43 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def check_settings(by_nfe: object, tweedie: object, kind: object) -> None:
+def check_settings(by_nfe: object, tweedie: object, kind: object, **parts: object) -> None:
     """Check the types of a sampler's settings.
 
+    Args:
+        by_nfe: Budget -> setting.
+        tweedie: Last denoising step.
+        kind: Conversion to images.
+        parts: Prior and solver that are given beside ``by_nfe``.
+
     Raises:
-        UsageError: A setting has another type.
+        UsageError: A setting has another type, or ``by_nfe`` would replace a prior or solver that is given.
     """
-    entries = by_nfe.items() if isinstance(by_nfe, Mapping) else [(by_nfe, None)]
-    for budget, setting in entries if by_nfe is not None else ():
-        if not isinstance(budget, int) or not isinstance(setting, Setting):
-            raise UsageError(f"by_nfe={by_nfe!r:.80}: give budgets, whole numbers, with a Setting(prior, solver) each")
+    if by_nfe is not None:
+        _check_budgets(by_nfe)
+    for key, part in parts.items():
+        if by_nfe and part is not None:
+            raise UsageError(
+                f"{key}={part!r:.80} would be ignored, because by_nfe= sets one at each budget: leave out one"
+            )
     for key, value, wanted in (("tweedie", tweedie, Tweedie), ("kind", kind, ImageKind)):
         if value is not None and not isinstance(value, wanted):
             raise UsageError(f"{key}={value!r:.80}: give an object of type {wanted.__name__}")
+
+
+def _check_budgets(by_nfe: object) -> None:
+    """Check the budgets of ``by_nfe``, and the parts of their settings."""
+    if not isinstance(by_nfe, Mapping) or not all(isinstance(setting, Setting) for setting in by_nfe.values()):
+        raise UsageError(f"by_nfe={by_nfe!r:.80}: give budgets, whole numbers, with a Setting(prior, solver) each")
+    for budget, setting in by_nfe.items():
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise UsageError(f"by_nfe: {budget!r:.80} is not a budget: give a whole number from 1")
+        for key, part, wanted in (("prior", setting.prior, Prior), ("solver", setting.solver, Solver)):
+            if not isinstance(part, wanted):
+                raise UsageError(
+                    f"by_nfe.{budget}: the {key} {part!r:.80} is not a {wanted.__name__}: build it, for example with "
+                    f"{key.upper()}S.build"
+                )
 
 
 def build_prior(part: Part, denoiser: Denoiser, shape: tuple[int, int, int]) -> Prior:

@@ -1,7 +1,7 @@
 """Conditions of sampled images: by index, from inputs such as held-out images, or given by the user."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -242,12 +242,15 @@ def check_parts(takes: Kinds, prior: Prior, solver: Solver, denoiser: Denoiser) 
     """Check that prior and solver can sample with the conditions that the network takes.
 
     Raises:
-        UsageError: A chain samples without condition, and the network requires one or was trained with labels only; or
-            the solver is guided, and there is no condition, or the network was not trained without it.
+        UsageError: A chain samples without condition, or a generator takes fewer kinds than the network, and the
+            network requires them or was trained with labels only; or the solver is guided, and there is no condition,
+            or the network was not trained without it.
     """
-    chain = isinstance(prior, ChainPrior)
+    chain, own = isinstance(prior, ChainPrior), Kinds.taken_by(denoiser.network)
     if chain and takes.required:
         raise UsageError(f"a chain samples without condition, but the network takes {takes}: choose another prior")
+    if not chain and takes != own and prior.highest_ratio(denoiser) > 0:  # at ratio 0 the denoiser is not evaluated
+        _check_generator(takes, own, denoiser.network)
     if solver.guidance:
         # A denoiser without bound condition refuses guidance, and so does a network that was not trained without.
         empty = Condition()
@@ -257,6 +260,31 @@ def check_parts(takes: Kinds, prior: Prior, solver: Solver, denoiser: Denoiser) 
         raise UsageError(
             "a chain samples without labels, but this conditional network was trained with labels only: choose "
             "another prior, or a network fitted with training.label_drop"
+        )
+
+
+def _check_generator(takes: Kinds, own: Kinds, network: nn.Module) -> None:
+    """Check that the denoiser's network can be evaluated with the condition that a generator takes.
+
+    Args:
+        takes: Kinds that the generator takes, which are those of the images.
+        own: Kinds that the network takes.
+        network: Network of the denoiser.
+
+    Raises:
+        UsageError: The network requires other kinds, or was trained with labels only, and the generator takes none.
+    """
+    if own.tokens > takes.tokens or own.image > takes.image or own.mask > takes.mask:
+        raise UsageError(
+            f"the prior's generator takes {takes}, but the denoiser's network takes {own}: use a generator that takes "
+            "the same, or another prior"
+        )
+    part: Literal["class", "labels"] = "labels" if takes.required else "class"
+    if own.classes and not takes.classes and not trained_without(network, part):
+        raise UsageError(
+            "the prior's generator takes no labels, but the denoiser's conditional network was trained with labels "
+            f"only: use a generator with prior.network.classes={own.classes}, another prior, or a network fitted with "
+            "training.label_drop"
         )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from diffaccel.errors import UsageError
 
@@ -11,6 +13,9 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 """What networks can sample in."""
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Precision -> data type of autocast."""
+
+_WIDENED: WeakKeyDictionary[nn.Module, dict[str, torch.dtype]] = WeakKeyDictionary()
+"""Module -> data types that its own weights had before :func:`convert` made them float64."""
 
 
 def check_precision(precision: str) -> str:
@@ -22,6 +27,25 @@ def check_precision(precision: str) -> str:
     if precision not in PRECISIONS:
         raise UsageError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
     return precision
+
+
+def convert(network: nn.Module, precision: str) -> None:
+    """Convert weights to float64 for ``64-true``, and for other precisions back to what they were before.
+
+    Samplers share networks, so that another one may have converted them. Tensors that were float64 before, such as
+    noise levels, are not changed.
+    """
+    for module in network.modules():
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        types = _WIDENED.pop(module, {})
+        if precision == "64-true":
+            narrow = {
+                key: one.dtype for key, one in own.items() if one.is_floating_point() and one.dtype != torch.float64
+            }
+            _WIDENED[module] = types | narrow
+            types = dict.fromkeys(narrow, torch.float64)
+        for key, dtype in types.items():
+            own[key].data = own[key].data.to(dtype)
 
 
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -28,8 +28,8 @@ from diffaccel.sampling.conditions import Inputs, Observed
 from diffaccel.sampling.cost import Sampled, Spent
 from diffaccel.sampling.images import ImageKind
 from diffaccel.sampling.model import Model, Part
-from diffaccel.sampling.precision import arithmetic, check_precision
-from diffaccel.sampling.settings import Setting, Tweedie, check_levels
+from diffaccel.sampling.precision import arithmetic, check_precision, convert
+from diffaccel.sampling.settings import Setting, Tweedie, check_levels, check_steps
 from diffaccel.sampling.warm_up import needs_warm_up, warm_up
 from diffaccel.solver import DEFAULT, SOLVERS, Solver
 from diffaccel.weights import networks_sha256
@@ -44,21 +44,22 @@ class Sampler:
             name and keys; by default N(0, sigma^2 I) at the denoiser's highest noise level.
         solver: Reverse integrator, in the same forms; by default DPM-Solver++(2M), of order 2 in the last step too.
         shape: Image shape (C, H, W); a :class:`Model` has its own.
-        by_nfe: Budget -> prior and solver in effect from that budget on; the lowest also below it. Empty for the same
-            prior and solver at all budgets. A prior or solver given with a :class:`Model` replaces those of its
-            budgets.
+        by_nfe: Budget -> prior and solver in effect from that budget on, in place of the arguments ``prior`` and
+            ``solver``; the lowest also below it. Empty for the same prior and solver at all budgets. A prior or solver
+            given with a :class:`Model` replaces those of its budgets.
         tweedie: Last denoising step; None for no such step, or for the model's.
         kind: Conversion of the output to images; by default rounding to uint8.
         precision: Precision of the networks, see :func:`~diffaccel.sampling.precision.arithmetic`; by default
-            ``32-true``. ``64-true`` converts the weights, which all samplers of a model share.
+            ``32-true``. ``64-true`` converts the weights, which all samplers of a model share; the next call of a
+            sampler of another precision converts them back. Samplers of different precisions can't run in parallel.
         batch_size: Number of images per batch, by default 100; images do not depend on it beyond rounding.
         inputs: Conditions of the images by index, for networks that take others than labels; None if they are given in
             each call.
         latents: Latents that are sampled, with their decoder, whose cost is measured apart; None for pixels.
 
     Raises:
-        UsageError: A name or key is unknown, a part is of another type, a value is out of range, or ``shape`` is
-            missing for a denoiser or differs from the model's.
+        UsageError: A name or key is unknown, a part is of another type, a value is out of range, ``by_nfe`` is given
+            beside a prior or solver, or ``shape`` is missing for a denoiser or differs from the model's.
 
     Attributes:
         tuned: Whether ``by_nfe`` was searched for the weights of the sampler.
@@ -97,7 +98,7 @@ class Sampler:
     ) -> None:
         check_part("prior", prior, Prior)
         check_part("solver", solver, Solver)
-        check_settings(by_nfe, tweedie, kind)
+        check_settings(by_nfe, tweedie, kind, prior=prior, solver=solver)
         if isinstance(model, Model):
             vars(self).update(vars(derived(model, prior, solver)))
             if shape is not None and checked_shape(shape) != self.shape:
@@ -160,8 +161,7 @@ class Sampler:
         """
         n, seed, nfe = whole_number("n", n), whole_number("seed", seed), real_number("nfe", nfe, infinite=True)
         batch_size = self.batch_size if batch_size is None else whole_number("batch_size", batch_size)
-        if self.precision == "64-true":
-            self.to(self.device)  # converts the weights
+        self._convert()
         plan = self.plan(nfe, n, given=labels is not None or condition is not None)
         given = conditions.given_condition(
             self.takes, plan.prior, n, self.shape, self.denoiser, labels, condition, self.inputs
@@ -203,11 +203,15 @@ class Sampler:
         return (self.denoiser, self.prior, *(setting.prior for setting in self.by_nfe.values()), *decoder)
 
     def to(self, device: torch.device | str) -> "Sampler":
-        """Move the networks, and convert their weights if the precision is ``64-true``."""
-        dtype = torch.float64 if self.precision == "64-true" else None
+        """Move the networks, and convert their weights to the sampler's precision."""
         for module in self._modules():
-            module.to(device, dtype)
+            module.to(device)
+        self._convert()
         return self
+
+    def _convert(self) -> None:
+        for module in self._modules():
+            convert(module, self.precision)
 
     def eval(self) -> "Sampler":
         """Set the networks to evaluation mode."""
@@ -219,10 +223,12 @@ class Sampler:
         self, prior: Prior, solver: Solver | None = None, by_nfe: Mapping[int, Setting] | None = None
     ) -> "Sampler":
         """Return a sampler with the same denoiser, and another prior, solver and settings by budget."""
-        return Sampler(
-            self.denoiser, prior.to(self.device), solver or self.solver, self.shape, by_nfe, self.tweedie, self.kind,
+        made = Sampler(
+            self.denoiser, prior.to(self.device), solver or self.solver, self.shape, None, self.tweedie, self.kind,
             self.precision, self.batch_size, self.inputs, self.latents,
         )  # fmt: skip
+        made.by_nfe = dict(by_nfe or {})
+        return made
 
     def setting(self, nfe: float) -> Setting:
         """Return the prior and the solver of a budget."""
@@ -276,7 +282,8 @@ class Sampler:
             given: Whether the user gives labels or condition, so that not all is by index.
 
         Raises:
-            UsageError: The budget is below the minimum, or prior, solver, process and network are incompatible.
+            UsageError: The budget is below the minimum, prior, solver, process and network are incompatible, or the
+                grid or the solver does not support the steps.
         """
         prior, solver = self.setting(nfe)
         conditions.check_parts(self.takes, prior, solver, self.denoiser)
@@ -289,6 +296,7 @@ class Sampler:
         plan = prior.to(self.device).plan(solver, nfe, n, self.extra_evaluations)
         own = {f"prior.{key}": one for key, one in prior.solvers().items()}
         check_levels(self.denoiser, {"solver": solver, **own}, self.tweedie)
+        check_steps(self.denoiser, plan)
         return plan
 
     def planned_nfe(self, plan: Plan, n: int) -> float:

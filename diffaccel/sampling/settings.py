@@ -12,7 +12,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.nfe import counted_apart
 from diffaccel.parts.checks import positive
-from diffaccel.prior import Prior
+from diffaccel.prior import ChainPrior, GaussianPrior, Plan, Prior
 from diffaccel.solver import Solver
 from diffaccel.text.terminal import say_once
 
@@ -54,17 +54,43 @@ class Tweedie:
             return denoiser(x_t, t).x_0
 
 
+def check_steps(denoiser: Denoiser, plan: Plan) -> None:
+    """Check the levels of a plan's steps, so that an error comes before other budgets are sampled.
+
+    Nothing is drawn or evaluated. Starts whose level differs from image to image are checked when they are drawn.
+
+    Raises:
+        UsageError: The start is outside the trained range, or the grid or the solver does not support the steps.
+    """
+    prior = plan.prior
+    todo = [(plan.solver, prior.known_start(denoiser), plan.steps)]
+    if isinstance(prior, ChainPrior):
+        todo.insert(0, (prior.init_solver, GaussianPrior().start_ratio(denoiser), prior.init_steps))
+    for solver, ratio, steps in todo:
+        if ratio is None or not steps:
+            continue
+        level = torch.tensor([ratio], dtype=torch.float64, device="cpu")
+        denoiser.check_range(level)
+        solver.check_steps(denoiser.process, denoiser.process.time(level), steps)
+
+
 def check_levels(denoiser: Denoiser, solvers: Mapping[str, Solver], tweedie: Tweedie | None) -> None:
     """Check solvers, by their keys, and last denoising step.
 
     A level below those of the training, where networks are poor, is reported.
 
     Raises:
-        UsageError: A solver does not support the process, or the level of the last step is above the trained ones.
+        UsageError: A solver or the last step does not support the process, or the level of the last step is above the
+            trained ones.
     """
     for solver in solvers.values():
         solver.check(denoiser.process)
     low, high = denoiser.ratio_range
+    if tweedie is not None and not denoiser.process.scales_data:
+        raise UsageError(
+            f"tweedie_ratio={tweedie.ratio:g} takes the mean of x_t to be alpha x_0, which it is not on "
+            f"{denoiser.process}: remove tweedie_ratio, or set process.attenuation=constant"
+        )
     if tweedie is not None and tweedie.ratio > 1.001 * high:
         raise UsageError(
             f"tweedie_ratio={tweedie.ratio:g} is above {high:.4g}, the highest noise-to-data ratio that the denoiser "

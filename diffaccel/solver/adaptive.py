@@ -12,7 +12,7 @@ from diffaccel.denoiser import Denoiser
 from diffaccel.errors import UsageError
 from diffaccel.noise import NoiseStreams
 from diffaccel.parts.checks import at_least, positive
-from diffaccel.process import expand
+from diffaccel.process import Process, expand
 from diffaccel.solver.base import SOLVERS, Solver, Trajectory, ddim_step, log_step
 from diffaccel.solver.grid import Grid, LogSNR
 
@@ -148,11 +148,20 @@ class RK45(Solver):
         raise UsageError("solver 'rk45' is adaptive and can't keep to a budget: set solver.tol, and nfe=null")
 
     @override
+    def check_steps(self, process: Process, t: Tensor, steps: int) -> None:
+        super().check_steps(process, t, self._levels)
+
+    @property
+    def _levels(self) -> int:
+        """Number of steps of the loop: the adaptive integration, and the step to ratio 0."""
+        return 2 if self.denoise else 1
+
+    @override
     def __call__(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor | float, noise: NoiseStreams, steps: int = 0
     ) -> Tensor:
         """See :class:`Solver`; ``steps`` is ignored."""
-        return super().__call__(denoiser, x_t, t, noise, steps=2 if self.denoise else 1)
+        return super().__call__(denoiser, x_t, t, noise, self._levels)
 
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:

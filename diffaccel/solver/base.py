@@ -102,7 +102,8 @@ class Solver(ABC):
             there only; None for all.
 
     Raises:
-        UsageError: ``analytic_first`` is not positive, or ``guidance_interval`` is no interval.
+        UsageError: ``analytic_first`` is not positive, ``guidance_interval`` is no interval, or the grid ends far from
+            the data without ``denoise``.
     """
 
     adaptive: ClassVar[bool] = False
@@ -126,6 +127,11 @@ class Solver(ABC):
             raise UsageError(f"solver: guidance_interval is {ends}, it must be two ratios, 0 <= low < high, or null")
         if ends is not None and not self.guidance:
             raise UsageError("solver: guidance_interval has no effect without guidance: set guidance, or remove it")
+        if self.grid.requires_denoise and not self.denoise:
+            raise UsageError(
+                f"solver: without denoise, sampling would end at the last level of the grid {self.grid}, far from the "
+                "data: set denoise=true or grid.final_evaluation=true, or use another grid"
+            )
 
     @abstractmethod
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
@@ -221,6 +227,14 @@ class Solver(ABC):
                 f"{type(self).__name__}{option} takes the mean of x_t to be alpha x_0, which it is not on {process}: "
                 "use solver=bridge or ddim without analytic_first, or process.attenuation=constant"
             )
+
+    def check_steps(self, process: Process, t: Tensor, steps: int) -> None:
+        """Check that ``steps`` steps from times ``t`` (B,) have levels that the solver supports, without evaluations.
+
+        Raises:
+            UsageError: The grid has no such levels on the process, or the solver does not support them.
+        """
+        self.grid(process, t, steps, self.denoise)
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor | float, noise: NoiseStreams, steps: int) -> Tensor:

@@ -43,6 +43,11 @@ class Grid(ABC):
         """Whether the last positive level is ``ratio_min``; a grid may ignore it."""
         return True
 
+    @property
+    def requires_denoise(self) -> bool:
+        """Whether the last positive level is far from the data, so that a step to ratio 0 must follow."""
+        return False
+
     def __post_init__(self) -> None:
         positive("grid", ratio_min=self.ratio_min)
         if not self.ratio_cap > self.ratio_min:
@@ -157,6 +162,26 @@ class UniformTime(Grid):
         return a + fraction * (b - a)
 
 
+def _check_last(name: str, last: Tensor, stop: Tensor) -> None:
+    """Check that the last level is not at a negative time.
+
+    Args:
+        name: Name of the grid.
+        last: Times of the last levels, (B,).
+        stop: Noise-to-data ratios of the last levels, (B,).
+
+    Raises:
+        UsageError: A time is negative.
+    """
+    check(
+        last >= 0,
+        lambda: UsageError(
+            f"grid '{name}': the last level, ratio {stop[last < 0].min().item():.4g}, is at a negative time on this "
+            "process: raise ratio_min, or use the grid 'karras', 'log_snr' or 'time'"
+        ),
+    )
+
+
 @GRIDS.register("quadratic")
 @dataclass(frozen=True)
 class Quadratic(Grid):
@@ -175,13 +200,7 @@ class Quadratic(Grid):
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         a, b = process.time(start), process.time(stop)
-        check(
-            b >= 0,
-            lambda: UsageError(
-                f"grid 'quadratic': the last level, ratio {stop[b < 0].min().item():.4g}, is at a negative time on this"
-                " process: raise ratio_min, or use the grid 'karras', 'log_snr' or 'time'"
-            ),
-        )
+        _check_last("quadratic", b, stop)
         return (a.sqrt() + fraction * (b.sqrt() - a.sqrt())).square()
 
 
@@ -198,7 +217,8 @@ class TimeToZero(Grid):
         final_evaluation: Whether there is a level at ``ratio_min``; otherwise ``ratio_min`` is ignored.
 
     Raises:
-        UsageError: The steps are shorter than the time of ``ratio_min``, so that the last step would increase time.
+        UsageError: The steps are shorter than the time of ``ratio_min``, so that the last step would increase time, or
+            this time is negative, as at low levels of geometric VE.
 
     References:
         Decoupled Diffusion Models (Huang et al., 2023), https://arxiv.org/abs/2306.13720
@@ -212,11 +232,17 @@ class TimeToZero(Grid):
     def ends_at_ratio_min(self) -> bool:
         return self.final_evaluation
 
+    @property
+    @override
+    def requires_denoise(self) -> bool:
+        return not self.final_evaluation
+
     @override
     def interpolate(self, process: Process, start: Tensor, stop: Tensor, fraction: Tensor) -> Tensor:
         if not self.final_evaluation:
             return process.time(start) * (1 - fraction * (len(fraction) / (len(fraction) + 1)))
         last, levels = process.time(stop), process.time(start) * (1 - fraction)
+        _check_last("ddm", last, stop)
         check(
             levels[:-1] > last,
             lambda: UsageError(

@@ -110,18 +110,25 @@ class ReverseSDE(Solver):
                 f"not {process}: use solver.discretisation=ratio, which is score_sde's on VE"
             )
 
-    def _as_score_sde(self, trajectory: Trajectory) -> bool:
-        """Whether the current step is score_sde's on VP."""
-        return self.discretisation == "score_sde" and not (self.denoise and trajectory.steps == 1)
+    def _as_score_sde(self, steps: int) -> bool:
+        """Whether steps are score_sde's on VP; a single one is not."""
+        return self.discretisation == "score_sde" and not (self.denoise and steps == 1)
 
     def _tabulated(self, t: Tensor, s: Tensor, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """Time tau and length Delta of the current step, (B,)."""
         if not self.denoise:
             return t, t - s
-        (start, *_, smallest, end), n = trajectory.times, trajectory.steps
-        tau = end + (trajectory.times[:-1] - smallest) * (start - end) / (start - smallest)
-        i = min(trajectory.index, n - 2)  # the last step is as long as the one before
-        return tau[trajectory.index], (tau[i] - tau[i + 1]) * (n - 1) / n
+        tau, length = self._table(trajectory.times)
+        return tau[trajectory.index], length[trajectory.index]
+
+    def _table(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Times tau and lengths Delta of all steps between times (steps + 1, B), (steps, B) each."""
+        if not self.denoise:
+            return times[:-1], times[:-1] - times[1:]
+        (start, *_, smallest, end), n = times, len(times) - 1
+        tau = end + (times[:-1] - smallest) * (start - end) / (start - smallest)
+        length = (tau[:-1] - tau[1:]) * (n - 1) / n
+        return tau, torch.cat([length, length[-1:]])  # the last step is as long as the one before
 
 
 def _score_step(
@@ -150,22 +157,28 @@ class ReverseDiffusion(ReverseSDE):
     """
 
     @override
+    def check_steps(self, process: Process, t: Tensor, steps: int) -> None:
+        """See :class:`Solver`; each beta of score_sde's table must be below 1."""
+        times = self.grid(process, t, steps, self.denoise)
+        if self._as_score_sde(steps):
+            self._beta(process, *self._table(times), steps)
+
+    @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
-        if self._as_score_sde(trajectory):
-            beta = self._beta(process, t, s, trajectory)
+        if self._as_score_sde(trajectory.steps):
+            beta = self._beta(process, *self._tabulated(t, s, trajectory), trajectory.steps)
             return _score_step(denoiser, x_t, t, beta, 1 - (1 - beta).sqrt(), trajectory)
         rho, removed = process.ratio(t), _removed(process, t, s)
         return _add_noise(process, _state(process, denoiser(x_t, t), s, rho - removed / rho), s, removed, trajectory)
 
-    def _beta(self, process: Process, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
-        """Entry of score_sde's table, (B,)."""
-        tau, length = self._tabulated(t, s, trajectory)
+    def _beta(self, process: Process, tau: Tensor, length: Tensor, steps: int) -> Tensor:
+        """Entries of score_sde's table at times tau of steps of a length, shaped like ``tau``."""
         beta = process.diffusion(tau).square() * length
         check(
             beta < 1,
             lambda: UsageError(
-                f"{type(self).__name__}: {trajectory.steps} steps are too few for solver.discretisation=score_sde, "
+                f"{type(self).__name__}: {steps} steps are too few for solver.discretisation=score_sde, "
                 f"whose beta is {beta.max().item():.3g} and must be below 1: raise nfe, or use "
                 "solver.discretisation=ratio"
             ),
@@ -252,8 +265,8 @@ class PredictorCorrector(ReverseDiffusion):
             eps, z = denoiser(x_t, t).eps, trajectory.noise.normal(x_t)
             q = where_finite(self.snr * z.flatten(1).norm(dim=1) / eps.flatten(1).norm(dim=1))
             q = torch.where(process.ratio(t).isfinite(), q, torch.zeros_like(q))
-            if self._as_score_sde(trajectory):
-                q = q * (1 - self._beta(process, t, s, trajectory)).sqrt()
+            if self._as_score_sde(trajectory.steps):
+                q = q * (1 - self._beta(process, *self._tabulated(t, s, trajectory), trajectory.steps)).sqrt()
             x_t = x_t + expand(2 * process.sigma(t) * q, x_t) * (z - expand(q, x_t) * eps)
         return super().step(denoiser, x_t, t, s, trajectory)
 
@@ -282,7 +295,7 @@ class EulerMaruyama(ReverseSDE):
     @override
     def step(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, trajectory: Trajectory) -> Tensor:
         process = denoiser.process
-        if self._as_score_sde(trajectory):
+        if self._as_score_sde(trajectory.steps):
             b = process.diffusion(t).square() * self._tabulated(t, s, trajectory)[1]
             return _score_step(denoiser, x_t, t, b, b / 2, trajectory)
         prediction = denoiser(x_t, t)

@@ -37,6 +37,8 @@ def tradeoff(config: Config) -> list[Row]:
     if not isinstance(sampler.prior, DensityPrior):
         raise UsageError(f"{config.experiment} has no density prior: choose, for example, {config.data_name}/small_t")
     experiment.check_unconditional("tradeoff", sampler)
+    if config.tradeoff.images < 2:
+        raise UsageError(f"tradeoff.images={config.tradeoff.images}: a standard error requires at least 2 images")
     if sampler.latents is not None:
         raise UsageError("tradeoff compares likelihoods of images, which a diffusion in latents does not have")
     if launch.is_first(config):
