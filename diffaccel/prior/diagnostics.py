@@ -41,8 +41,8 @@ def autocorrelation_time(values: Array) -> float:
         values: (C, R).
 
     Returns:
-        The time, or NaN for fewer than 4 rounds, values that are all equal, and a sum that is not positive, which can be
-        so in few rounds.
+        The time; NaN for fewer than 4 rounds, values that are all equal, or a sum that is not positive, as it can be in
+        few rounds.
     """
     chains, rounds = values.shape
     if rounds < 4 or np.ptp(values) == 0:
