@@ -56,11 +56,12 @@ def normalised(point: Point) -> dict[str, Any]:
 
 def _parts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of prior and solver, or only their names for points of older versions."""
-    parts = {}
-    for part, node in settings_of(found["settings"]).items():
+    nodes = {}
+    for part in ("prior", "solver"):
+        node = _mapping(found["settings"].get(part))
         name = found[part] or _text(node.get("name"))
-        parts[part] = as_measured({**node, **({"name": name} if name else {})})
-    return parts
+        nodes[part] = {**node, **({"name": name} if name else {})}
+    return settings_of(nodes)
 
 
 def settings_of(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
